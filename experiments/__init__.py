@@ -1,0 +1,1 @@
+"""One question a file, launched with absl flags: ``python -m experiments.NAME --help``."""

@@ -1,0 +1,202 @@
+r"""Does a student learn more from a teacher than from the labels alone? The general launch.
+
+    python -m experiments.distill --dataset=digits --workdir=runs/digits
+    python -m experiments.distill --dataset=mnist --data_dir=data --num_train=10000 \
+        --teacher=keras_teacher --student=keras_student --workdir=runs/mnist
+
+Trains the teacher (or takes one up with --teacher_dir), computes what it says of every image once, and trains the
+student by each --method over --seeds. The first command takes about a minute on two CPU cores, the second about half
+an hour. What to expect stands in BUILD_NOTES.md beside the command.
+
+The workdir receives every run's checkpoints, results.json (flags, versions, every number of every seed), figure.png
+and report.html. The same command started again continues where it was stopped, whatever stopped it.
+"""
+
+import difflib
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import flags
+
+from experiments import common
+from kdjax import losses, models, parallel, train
+
+# What is learnt from, and by whom.
+DATASET = flags.DEFINE_string("dataset", "digits", "digits, a TFDS name, a file.npz, or folder:PATH of class folders.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared TFDS data sets lie (python -m experiments.prepare_data).")
+TEACHER = flags.DEFINE_string("teacher", "digits_teacher", f"One of {', '.join(sorted(models.MODELS))}.")
+TEACHER_DIR = flags.DEFINE_string("teacher_dir", None, "Take up this trained teacher, such as runs/one/teacher/0.")
+STUDENT = flags.DEFINE_string("student", "digits_student", "Likewise.")
+NUM_TRAIN = flags.DEFINE_integer("num_train", None, "Training images that students see; all by default.", lower_bound=1)
+NUM_VALIDATION = flags.DEFINE_integer("num_validation", None, "Validation images; a tenth of the training split.")
+LABEL_NOISE = flags.DEFINE_float("label_noise", 0.0, "Share of training labels made wrong.", 0.0, 1.0)
+
+# The method.
+METHOD = flags.DEFINE_list("method", ["scratch", "kd"], "Arms to run, in order; the first is the baseline: scratch, kd.")
+TEMPERATURE = flags.DEFINE_float("temperature", 3.0, "Softening of both logits, above 0.")
+HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Weight of the labels' cross-entropy in kd.", lower_bound=0.0)
+SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.9, "Weight of the teacher's T²-scaled divergence.", lower_bound=0.0)
+TEACHER_MODE = flags.DEFINE_enum(
+    "teacher_mode",
+    "centre",
+    ["centre", "views", "online"],
+    "What the teacher looks at: the unaugmented image (stored once), --views stored augmentations that the student is "
+    "then shown, or online the very input of the student.",
+)
+VIEWS = flags.DEFINE_integer("views", 8, "Stored views per image in the mode views, the unaugmented one included.", 2)
+
+# The recipe.
+EPOCHS = flags.DEFINE_integer("epochs", 20, "Of each student.", lower_bound=1)
+TEACHER_EPOCHS = flags.DEFINE_integer("teacher_epochs", None, "Of each teacher; as the students by default.", 1)
+TEACHER_SEEDS = flags.DEFINE_integer("teacher_seeds", 1, "Teachers; student seed s learns from number s mod this.", 1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per step over all devices.", lower_bound=1)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak.", lower_bound=0.0)
+OPTIMISER = flags.DEFINE_enum("optimiser", "adam", list(common.OPTIMISERS), "adam is AdamW; sgd has momentum .9.")
+SCHEDULE = flags.DEFINE_enum("schedule", "constant", list(common.SCHEDULES), "step: a tenth at 62.5, 75 and 87.5 %.")
+WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.0, "L2 under sgd, decoupled under adam.", lower_bound=0.0)
+EMA = flags.DEFINE_float("ema", 0.0, "Decay of averaged weights that are evaluated instead of the last.", 0.0, 1.0)
+ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "Batches per update.", lower_bound=1)
+PADDING = flags.DEFINE_integer("padding", 0, "Pixels of random crop; 4 for CIFAR.", lower_bound=0)
+FLIP = flags.DEFINE_bool("flip", False, "Mirror images at random; not for writing.")
+MIXUP = flags.DEFINE_float("mixup", 0.0, "Alpha of mixup, 0 for none; needs --teacher_mode=online for kd.", 0.0)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations; parameters are float32.")
+EVALUATE_EVERY = flags.DEFINE_integer("evaluate_every", 1, "Epochs between two validations.", lower_bound=1)
+
+# The machine.
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "One run of each arm per seed.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
+DEVICES = flags.DEFINE_integer("devices", None, "Devices of this process to use; all by default.", lower_bound=1)
+STEPS_PER_DISPATCH = flags.DEFINE_integer("steps_per_dispatch", 16, "Steps that one call to the device runs.", 1)
+POD = flags.DEFINE_bool("pod", False, "Join the processes of a TPU pod or cluster job first.")
+SCALED_DOWN = flags.DEFINE_string("scaled_down", "", "What is smaller than in the study followed; kept with the result.")
+SMOKE = flags.DEFINE_bool("smoke", False, "The same code in seconds: one epoch, two seeds, few images.")
+
+
+def hard_loss(outputs, batch) -> jax.Array:
+    """Cross-entropy with the labels; with those of both images where two were blended."""
+    per_label = optax.losses.softmax_cross_entropy_with_integer_labels
+    value = per_label(outputs.logits, batch["label"])
+    if "partner" in batch:
+        other = per_label(outputs.logits, batch["label"][batch["partner"]])
+        value = batch["share"] * value + (1 - batch["share"]) * other
+    return jnp.mean(value)
+
+
+def scratch(outputs, batch):
+    """The labels alone."""
+    return {"hard": hard_loss(outputs, batch)}
+
+
+def kd(outputs, batch):
+    """Hinton's distillation."""
+    soft = losses.soft_target_kl(outputs.logits, batch["teacher_logits"], temperature=TEMPERATURE.value)
+    return {"hard": HARD_WEIGHT.value * hard_loss(outputs, batch), "soft": SOFT_WEIGHT.value * jnp.mean(soft)}
+
+
+METHODS: dict[str, train.Objective] = {"scratch": scratch, "kd": kd}
+MACHINE = ("workdir", "data_dir", "devices", "steps_per_dispatch", "pod")  # what may change when a run is resumed
+
+
+def main() -> None:
+    """Checks the flags, then teachers, their columns, students, report."""
+    start = time.monotonic()
+    seeds = checked_flags()
+    if POD.value:
+        parallel.initialise()
+    recipe = the_recipe()
+    task = common.make_task(
+        DATASET.value,
+        data_dir=DATA_DIR.value,
+        devices=DEVICES.value,
+        num_train=min(NUM_TRAIN.value or 256, 256) if SMOKE.value else NUM_TRAIN.value,
+        num_validation=NUM_VALIDATION.value,
+        label_noise=LABEL_NOISE.value,
+    )
+    parallel.check_batch_size(recipe.batch_size, task.devices)
+    dtype = jnp.dtype(DTYPE.value)
+    student = models.build(STUDENT.value, num_classes=task.source.num_classes, dtype=dtype)
+    settings = common.settings_of(flags.FLAGS, module=__name__, apart=MACHINE)
+    if TEACHER_DIR.value:
+        teachers = [common.load_teacher(task, TEACHER_DIR.value, dtype=dtype)]
+        workdir = common.claim_workdir(WORKDIR.value, settings)
+    else:
+        network = models.build(TEACHER.value, num_classes=task.source.num_classes, dtype=dtype)
+        workdir = common.claim_workdir(WORKDIR.value, settings)
+        common.check_disk(task, workdir, {student: len(METHOD.value) * len(seeds), network: TEACHER_SEEDS.value})
+        longer = recipe._replace(epochs=1 if SMOKE.value else TEACHER_EPOCHS.value or EPOCHS.value)
+        trainer = common.make_trainer(task, network, scratch, longer)
+        teachers = [
+            common.train_teacher(task, TEACHER.value, network, trainer, number, workdir / "teacher" / str(number))
+            for number in range(TEACHER_SEEDS.value)
+        ]
+    arms: dict = {"teacher": teachers} | {method: [] for method in METHOD.value}
+    for number, teacher in enumerate(teachers):
+        taught = common.taught_by(
+            task,
+            teacher,
+            recipe,
+            mode=TEACHER_MODE.value,
+            views=VIEWS.value,
+            directory=workdir / "columns" / str(number),
+        )
+        for method in METHOD.value:
+            trainer = common.make_trainer(task, student, METHODS[method], recipe, taught)
+            for seed in seeds[number :: len(teachers)]:
+                arms[method].append(trainer(seed, workdir / method / str(seed), f"{method}, seed {seed}"))
+    order = [seed for number in range(len(teachers)) for seed in seeds[number :: len(teachers)]]
+    common.conclude(
+        workdir,
+        "distill",
+        question=f"Does {STUDENT.value} learn more of {DATASET.value} from {TEACHER.value} than from the labels alone?",
+        arms=arms,
+        arm_seeds={"teacher": list(range(len(teachers)))} | dict.fromkeys(METHOD.value, order),
+        baseline=METHOD.value[0],
+        settings=settings,
+        wall_clock_s=time.monotonic() - start,
+        scaled_down=SCALED_DOWN.value,
+    )
+
+
+def checked_flags() -> list[int]:
+    """The seeds, once the flags that a flag's own range cannot check make sense."""
+    if TEMPERATURE.value <= 0:
+        raise ValueError(f"--temperature={TEMPERATURE.value} must be above 0; the field uses 1 to 20.")
+    for method in METHOD.value:
+        if method not in METHODS:
+            close = difflib.get_close_matches(method, METHODS, 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"--method={method} is none of {', '.join(METHODS)}.{hint}")
+    if len(set(METHOD.value)) < len(METHOD.value):
+        raise ValueError(f"--method={','.join(METHOD.value)} names an arm twice.")
+    try:
+        seeds = [int(seed) for seed in SEEDS.value]
+    except ValueError as error:
+        raise ValueError(f"--seeds={','.join(SEEDS.value)} must be whole numbers, such as 0,1,2.") from error
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError(f"--seeds={','.join(SEEDS.value)} must be different numbers from 0 on, such as 0,1,2.")
+    return seeds[:2] if SMOKE.value else seeds
+
+
+def the_recipe() -> common.Recipe:
+    """The recipe of the students as the flags give it."""
+    return common.Recipe(
+        epochs=1 if SMOKE.value else EPOCHS.value,
+        batch_size=BATCH_SIZE.value,
+        learning_rate=LEARNING_RATE.value,
+        optimiser=OPTIMISER.value,
+        schedule=SCHEDULE.value,
+        weight_decay=WEIGHT_DECAY.value,
+        ema=EMA.value,
+        accumulate=ACCUMULATE.value,
+        padding=PADDING.value,
+        flip=FLIP.value,
+        mixup=MIXUP.value,
+        evaluate_every=EVALUATE_EVERY.value,
+        steps_per_dispatch=STEPS_PER_DISPATCH.value,
+    )
+
+
+if __name__ == "__main__":
+    common.launch(main)

@@ -1,0 +1,88 @@
+r"""Does a small network learn more from a large one than from the labels alone, when labels are few?
+
+    python -m experiments.quickstart
+
+The whole data flow on real data in about a minute on two CPU cores, without a download: scikit-learn's 1,797
+handwritten digits. A teacher is trained on the whole training split; what it says of every image is computed once,
+stored and verified; a much smaller student then learns from only --num_train of those images, from their labels alone
+(scratch) and with the teacher's softened answers beside them (kd), over five seeds, and is measured on a test split
+that nothing was chosen on.
+
+Leaves in runs/quickstart/: the checkpoints of every run, results.json, figure.png and report.html. Expect kd to beat
+scratch; the number stands in BUILD_NOTES.md, from experiments/results/quickstart.json.
+"""
+
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import optax
+from absl import flags
+
+from experiments import common
+from kdjax import losses, models, results
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
+OUTPUT = flags.DEFINE_string("output", None, "Also write the results to this file.")
+NUM_TRAIN = flags.DEFINE_integer("num_train", 100, "Training images that the students see.", lower_bound=16)
+TEMPERATURE = flags.DEFINE_float("temperature", 4.0, "Softening of both logits.", lower_bound=1e-3)
+HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Weight of the labels in kd.", lower_bound=0.0)
+SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.9, "Weight of the teacher's answers in kd.", lower_bound=0.0)
+SMOKE = flags.DEFINE_bool("smoke", False, "The same code in seconds: three seeds, two epochs.")
+
+TEACHER = common.Recipe(epochs=30, batch_size=64, learning_rate=2e-3, schedule="cosine", evaluate_every=5)
+STUDENT = common.Recipe(epochs=150, batch_size=20, learning_rate=2e-3, schedule="cosine", evaluate_every=10)
+
+
+def scratch(outputs, batch):
+    """The labels alone."""
+    hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
+    return {"hard": jnp.mean(hard)}
+
+
+def kd(outputs, batch):
+    """The labels, and what the teacher says of every class."""
+    hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
+    soft = losses.soft_target_kl(outputs.logits, batch["teacher_logits"], temperature=TEMPERATURE.value)
+    return {"hard": HARD_WEIGHT.value * jnp.mean(hard), "soft": SOFT_WEIGHT.value * jnp.mean(soft)}
+
+
+def main() -> None:
+    """Teacher, columns, students, report."""
+    start = time.monotonic()
+    settings = common.settings_of(flags.FLAGS, module=__name__, apart=("workdir", "output"))
+    workdir = common.claim_workdir(WORKDIR.value, settings)
+    seeds = range(3 if SMOKE.value else 5)
+    teacher_recipe, student_recipe = (
+        recipe._replace(epochs=2, evaluate_every=1) if SMOKE.value else recipe for recipe in (TEACHER, STUDENT)
+    )
+
+    everything = common.make_task("digits", data_dir=None)
+    network = models.build("digits_teacher", num_classes=10)
+    trainer = common.make_trainer(everything, network, scratch, teacher_recipe)
+    teacher = common.train_teacher(everything, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0")
+
+    few = common.make_task("digits", data_dir=None, num_train=NUM_TRAIN.value)
+    student = models.build("digits_student", num_classes=10)
+    taught = common.taught_by(few, teacher, student_recipe, mode="centre", views=1, directory=workdir / "columns")
+    arms: dict = {"teacher": [teacher]}
+    for arm, objective in (("scratch", scratch), ("kd", kd)):
+        trainer = common.make_trainer(few, student, objective, student_recipe, taught)
+        arms[arm] = [trainer(seed, workdir / arm / str(seed), f"{arm}, seed {seed}") for seed in seeds]
+    result = common.conclude(
+        workdir,
+        "quickstart",
+        question=f"Does a small network learn more of handwritten digits from a teacher than from {NUM_TRAIN.value} labels?",
+        arms=arms,
+        arm_seeds={"teacher": [0], "scratch": seeds, "kd": seeds},
+        baseline="scratch",
+        settings=settings,
+        wall_clock_s=time.monotonic() - start,
+        scaled_down="8x8 images; one teacher" + (", two epochs (smoke)" if SMOKE.value else ""),
+    )
+    if OUTPUT.value:
+        results.write(Path(OUTPUT.value), result)
+
+
+if __name__ == "__main__":
+    common.launch(main)

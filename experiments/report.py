@@ -1,0 +1,42 @@
+r"""What have all experiments found? One page from every result file.
+
+    python -m experiments.report --results=experiments/results --output=report.html
+
+Takes some seconds. The page needs no network and reads on a phone, light or dark. A file that is damaged, or written
+by another version, is named on the page and here; the others are still reported, and the exit code is then 1.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from experiments import common
+from kdjax import report
+
+RESULTS = flags.DEFINE_string(
+    "results", "experiments/results", "A result file, or a directory searched for *.json."
+)
+OUTPUT = flags.DEFINE_string("output", "report.html", "Page to write.")
+TITLE = flags.DEFINE_string("title", "What kdjax has measured", "Of the page.")
+
+
+def main() -> None:
+    """Reads what can be read, writes the page, and names what is not in it."""
+    root = Path(RESULTS.value)
+    paths = sorted(root.rglob("*.json")) if root.is_dir() else [root]
+    if not paths or not paths[0].exists():
+        raise ValueError(
+            f"--results={root} holds no result file (*.json); run an experiment first, or name another."
+        )
+    found, problems = report.load(paths)
+    report.page(found, path=OUTPUT.value, title=TITLE.value, problems=problems)
+    print(f"{OUTPUT.value}: {len(found)} of {len(paths)} results.")
+    for problem in problems:
+        print(f"not in it: {problem}", file=sys.stderr)
+    if problems:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    common.launch(main)

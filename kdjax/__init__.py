@@ -1,0 +1,22 @@
+"""kdjax: knowledge distillation in JAX, as pure functions.
+
+A tour, in the order in which data flows:
+
+* :mod:`kdjax.data`: images and labels as arrays addressed by index; splits by hash; augmentation inside the step.
+* :mod:`kdjax.models`: linen networks, each returning logits and named features.
+* :mod:`kdjax.teacher`: what the teacher says of every image, computed once, stored as columns, verified.
+* :mod:`kdjax.losses`: distillation losses, one value per example.
+* :mod:`kdjax.transforms`: Optax transformations.
+* :mod:`kdjax.train`: the step and the loop; :mod:`kdjax.parallel`: many devices, many hosts.
+* :mod:`kdjax.checkpoints`: a whole run on disk, verified when it is read back.
+* :mod:`kdjax.evaluate`: metrics as masked sums; :mod:`kdjax.significance`: what may be concluded from them.
+* :mod:`kdjax.results`, :mod:`kdjax.report`: one JSON per experiment; tables, figures and a page made from it.
+
+Importing ``kdjax`` brings ``losses`` and ``transforms``, which need only jax, optax, numpy and jaxtyping. The other
+modules are imported by name.
+"""
+
+from kdjax import losses as losses
+from kdjax import transforms as transforms
+
+__version__ = "0.1.0"

@@ -1,0 +1,23 @@
+"""Images and labels as arrays addressed by index: where they come from, how they are split, cut and augmented."""
+
+from kdjax.data.augmentation import crop_and_flip as crop_and_flip
+from kdjax.data.augmentation import example_keys as example_keys
+from kdjax.data.augmentation import mixup as mixup
+from kdjax.data.augmentation import normalise as normalise
+from kdjax.data.augmentation import random_crop as random_crop
+from kdjax.data.augmentation import random_flip as random_flip
+from kdjax.data.augmentation import stored_view as stored_view
+from kdjax.data.batches import Feed as Feed
+from kdjax.data.batches import channel_statistics as channel_statistics
+from kdjax.data.batches import epoch_index as epoch_index
+from kdjax.data.batches import evaluation_index as evaluation_index
+from kdjax.data.batches import gather as gather
+from kdjax.data.batches import resident_feed as resident_feed
+from kdjax.data.prepare import prepare as prepare
+from kdjax.data.sources import Source as Source
+from kdjax.data.sources import digest as digest
+from kdjax.data.sources import groups_of as groups_of
+from kdjax.data.sources import load as load
+from kdjax.data.sources import split_ids as split_ids
+from kdjax.data.sources import with_label_noise as with_label_noise
+from kdjax.data.sources import take as take

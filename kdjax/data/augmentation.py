@@ -1,0 +1,139 @@
+"""Augmentation as pure functions of an image and its own key, run inside the jitted step.
+
+Every example has a key made from its index, so a batch is augmented in the same way however it is sharded, and a
+*view* of an image is a number that can be stored: ``example_keys(jax.random.fold_in(key, view), index)`` gives the same
+crop and flip again whenever it is asked. Attribution maps move with their images by passing them the same keys.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
+
+_CROP, _FLIP = 1, 2  # what a key is used for is folded in, so that crop and flip stay independent
+
+
+def example_keys(key: Key[Array, ""], index: Int[Array, " batch"]) -> Key[Array, " batch"]:
+    """One key per example that depends on ``key`` and the example's index, not on its place in the batch."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+
+
+def crop_and_flip(
+    images: Shaped[Array, "batch height width channels"], keys: Key[Array, " batch"], *, padding: int, flip: bool
+) -> Shaped[Array, "batch height width channels"]:
+    """The usual augmentation of small photographs: :func:`random_crop`, then :func:`random_flip` if ``flip``.
+
+    Digits and other writing must not be flipped.
+    """
+    if padding:
+        images = random_crop(images, keys, padding=padding)
+    return random_flip(images, keys) if flip else images
+
+
+def stored_view(
+    images: Shaped[Array, "batch height width channels"],
+    index: Int[Array, " batch"],
+    view: Int[Array, " batch"] | Int[Array, ""] | int,
+    *,
+    seed: int,
+    padding: int,
+    flip: bool,
+) -> Shaped[Array, "batch height width channels"]:
+    """View number ``view`` of each image, the same whenever it is asked for.
+
+    View 0 is the image itself; the others are crops and flips that depend on nothing but ``seed``, ``view`` and the
+    example's index. So a teacher's answer to a view can be stored, and the student shown that very view later.
+
+    Args:
+      images: a batch.
+      index: of each image in its data set.
+      view: one number for all, or one per image.
+      seed: of the family of views.
+      padding: pixels, for :func:`random_crop`.
+      flip: whether views may be mirrored.
+    """
+    view = jnp.broadcast_to(view, index.shape)
+    base = jax.random.key(seed)
+    keys = jax.vmap(lambda i, v: jax.random.fold_in(jax.random.fold_in(base, v), i))(index, view)
+    moved = crop_and_flip(images, keys, padding=padding, flip=flip)
+    return jnp.where((view == 0)[:, None, None, None], images, moved)
+
+
+def normalise(
+    images: UInt8[Array, "*batch height width channels"] | Float[Array, "*batch height width channels"],
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Float[Array, "*batch height width channels"]:
+    """Images in [0, 255] to float32 of zero mean and unit variance per channel.
+
+    Args:
+      images: uint8, or floats on the same scale.
+      mean: per channel, on the scale [0, 1], as :func:`kdjax.data.channel_statistics` returns.
+      std: likewise.
+    """
+    scale = 1 / (255 * jnp.asarray(std, jnp.float32))
+    offset = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
+    shape = (1,) * (images.ndim - 1) + (-1,)
+    return images.astype(jnp.float32) * scale.reshape(shape) - offset.reshape(shape)
+
+
+def random_crop(
+    images: Shaped[Array, "batch height width channels"], keys: Key[Array, " batch"], *, padding: int
+) -> Shaped[Array, "batch height width channels"]:
+    """Shifts each image by up to ``padding`` pixels, zeros moving in at the border.
+
+    Zero is the dtype's zero: crop uint8 images before normalising to pad with black, after it to pad with the mean.
+
+    Raises:
+      ValueError: for a negative padding.
+    """
+    if padding < 0:
+        raise ValueError(
+            f"random_crop needs a padding of 0 or more pixels, got {padding}; 4 is usual at 32x32."
+        )
+    height, width, channels = images.shape[1:]
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+
+    def crop(image, key):
+        row, column = jax.random.randint(jax.random.fold_in(key, _CROP), (2,), 0, 2 * padding + 1)
+        return jax.lax.dynamic_slice(image, (row, column, jnp.zeros_like(row)), (height, width, channels))
+
+    return jax.vmap(crop)(padded, keys)
+
+
+def random_flip(
+    images: Shaped[Array, "batch height width channels"], keys: Key[Array, " batch"]
+) -> Shaped[Array, "batch height width channels"]:
+    """Mirrors each image left to right with probability one half."""
+    flip = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, _FLIP)))(keys)
+    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+
+
+def mixup(
+    images: Float[Array, "batch height width channels"], key: Key[Array, ""], *, alpha: float
+) -> tuple[Float[Array, "batch height width channels"], Int[Array, " batch"], Float[Array, ""]]:
+    """Blends each image with another of its batch, both teacher and student seeing the blend.
+
+    Args:
+      images: normalised.
+      key: one for the batch.
+      alpha: of the Beta(alpha, alpha) that the share is drawn from; 1 is uniform, small values blend little.
+
+    Returns:
+      The blends; the place in the batch of each one's partner; and the share of the first image, in [0, 1]. The hard
+      loss becomes ``share * loss(label) + (1 - share) * loss(label[partner])``.
+
+    Raises:
+      ValueError: if alpha is not positive.
+
+    References:
+      Zhang et al., `mixup: Beyond Empirical Risk Minimization <https://arxiv.org/abs/1710.09412>`_, 2018, section 2;
+      for distillation Beyer et al., `A good teacher is patient and consistent <https://arxiv.org/abs/2106.05237>`_,
+      2022, section 3.1.
+    """
+    if alpha <= 0:
+        raise ValueError(f"mixup needs alpha above 0, got {alpha}; leave mixup out to switch it off.")
+    share_key, partner_key = jax.random.split(key)
+    share = jax.random.beta(share_key, alpha, alpha)
+    partner = jax.random.permutation(partner_key, images.shape[0])
+    return share * images + (1 - share) * images[partner], partner, share

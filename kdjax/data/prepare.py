@@ -1,0 +1,420 @@
+"""Turns official raw files already on disk into a prepared TFDS data set: no network, no TensorFlow.
+
+The builders, their checksums and the stored format are TFDS's own, so the result is an ordinary TFDS data set
+that any other TFDS program can read. Added beside the records: the key of every example in stored order (TFDS
+shuffles by a hash of the key and then forgets it), and digests of the raw files and of the records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdjax.data import stored
+
+_CIFAR10_FILES = {f"data_batch_{k}.bin": 30_730_000 for k in range(1, 6)} | {"test_batch.bin": 30_730_000}
+_CIFAR100_FILES = {"train.bin": 153_700_000, "test.bin": 30_740_000}
+_CELL_FOLDERS = ("Parasitized", "Uninfected")
+
+
+class Prepared(NamedTuple):
+    """What :func:`prepare` left on disk."""
+
+    path: Path  # the TFDS version directory
+    kind: str  # "archives" (SHA-256 checked), "extracted" (layout checked), or "unknown" (not made here)
+    examples: dict[str, int]  # per split
+    fresh: bool  # False when a finished data set was already there
+
+
+class _Raw(NamedTuple):
+    kind: str
+    folder: Path  # holds the archives, or the extracted folder
+    files: dict[str, dict[str, Any]]  # what was checked: sizes and digests
+    size: int  # bytes in all
+
+
+class _Labels(NamedTuple):
+    file: str
+    classes: int
+
+
+class _Extracted(NamedTuple):
+    """An archive unpacked by hand: its folder and what can be checked without the archive's checksum."""
+
+    folder: str
+    files: dict[str, int]  # exact size in bytes
+    labels: tuple[_Labels, ...]  # one leading byte per record each, in this order
+
+
+EXTRACTED = {
+    "cifar10": _Extracted("cifar-10-batches-bin", _CIFAR10_FILES, (_Labels("batches.meta.txt", 10),)),
+    "cifar100": _Extracted(
+        "cifar-100-binary",
+        _CIFAR100_FILES,
+        (_Labels("coarse_label_names.txt", 20), _Labels("fine_label_names.txt", 100)),
+    ),
+    "malaria": _Extracted("cell_images", {}, ()),
+}
+
+
+def prepare(name: str, *, raw_dir: str | os.PathLike[str], data_dir: str | os.PathLike[str]) -> Prepared:
+    """Prepares a TFDS data set from official raw files on disk.
+
+    Everything is written into a hidden directory, read back, checked and only then renamed into place, so a
+    process killed at any moment leaves nothing that could be read later, and a second call starts over. A set
+    that is already there is left alone.
+
+    Args:
+      name: one of :data:`kdjax.data.stored.OFFICIAL`.
+      raw_dir: holds the official archives, or a folder of the data set's name with them, or for CIFAR and
+        malaria the extracted official folder. Archives are preferred, because TFDS knows their SHA-256.
+      data_dir: root of the prepared TFDS data sets; created if missing.
+
+    Returns:
+      Where the data set is, which kind of raw files it came from, and its size.
+
+    Raises:
+      ValueError: unknown name; raw files missing, foreign or damaged; too little room on the disk; another
+        process is at the same work.
+      OSError: the disk is not writable, or fills up on the way.
+    """
+    if name not in stored.OFFICIAL:
+        raise ValueError(
+            f"no recipe to prepare {name!r} from raw files; known: {', '.join(stored.OFFICIAL)}."
+            f"{stored.did_you_mean(name, stored.OFFICIAL)}"
+        )
+    data_dir = Path(data_dir)
+    finished = stored.find_finished(name, data_dir)
+    if finished is not None:
+        return _describe(finished, fresh=False)
+    import tensorflow_datasets as tfds
+
+    builder_class: Any = tfds.builder_cls(name)
+    raw = _find_raw(name, Path(raw_dir), builder_class.url_infos)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    # Unpacked, stored as PNG records, and decoded: each about as large as the raw files; MNIST, to 140 MB.
+    stored.check_room(data_dir, 3 * raw.size + 150_000_000, f"preparing {name}")
+    final = data_dir / name / str(builder_class.VERSION)
+    staging = stored.staging_of(name, data_dir)
+    with stored.lock(data_dir / f".{name}.lock", wait=False, task=f"preparing {name} in {data_dir}"):
+        if final.exists():
+            raise ValueError(f"{final} holds something, but no finished data set: delete it and start again.")
+        shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
+        try:
+            made = _build(builder_class, raw, staging)
+            stored.read_back(made, name)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(made, final)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return _describe(final, fresh=True)
+
+
+def _describe(path: Path, *, fresh: bool) -> Prepared:
+    preparation = stored.read_preparation(path)
+    if preparation is None:
+        return Prepared(path, "unknown", {}, fresh)
+    examples = {split: entry["examples"] for split, entry in preparation["splits"].items()}
+    return Prepared(path, preparation["kind"], examples, fresh)
+
+
+# Raw files: find and check them before TFDS is asked, so that it never turns to the network.
+
+
+def _find_raw(name: str, raw_dir: Path, url_infos: dict[str, Any]) -> _Raw:
+    if not raw_dir.is_dir():
+        raise ValueError(
+            f"raw_dir {raw_dir} is not a directory: name the one that holds {_needs(name, url_infos)}."
+        )
+    wanted = [info.filename for info in url_infos.values()]
+    present = {folder: [f for f in wanted if (folder / f).is_file()] for folder in (raw_dir, raw_dir / name)}
+    for folder, found in present.items():
+        if len(found) == len(wanted):
+            return _check_archives(name, folder, url_infos)
+    if name in EXTRACTED:
+        unpacked = EXTRACTED[name].folder
+        for folder in (raw_dir / unpacked, raw_dir / name / unpacked, raw_dir):
+            if folder.name == unpacked and folder.is_dir():
+                return _check_extracted(name, folder)
+    folder, found = max(present.items(), key=lambda item: len(item[1]))
+    missing = f"; only {', '.join(found)} found in {folder}" if found else ""
+    raise ValueError(
+        f"raw files of {name} are missing: put {_needs(name, url_infos)} into {raw_dir}{missing}."
+    )
+
+
+def _needs(name: str, url_infos: dict[str, Any]) -> str:
+    archives = ", ".join(f"{info.filename} ({int(info.size):,} bytes)" for info in url_infos.values())
+    if name not in EXTRACTED:
+        return archives
+    layout = EXTRACTED[name]
+    inside = [*layout.files, *(labels.file for labels in layout.labels)] or [
+        f"{f}/*.png" for f in _CELL_FOLDERS
+    ]
+    return f"{archives}, or the extracted folder {layout.folder}/ with {', '.join(inside)},"
+
+
+def _check_archives(name: str, folder: Path, url_infos: dict[str, Any]) -> _Raw:
+    files = {}
+    for url, info in url_infos.items():
+        path = folder / info.filename
+        size = path.stat().st_size
+        sha256 = stored.file_sha256(path)
+        if (size, sha256) != (int(info.size), info.checksum):
+            raise ValueError(
+                f"{path} is not the official file of {name}: expected {int(info.size):,} bytes with SHA-256 "
+                f"{info.checksum}, found {size:,} bytes with {sha256}; fetch it again from {url}."
+            )
+        files[info.filename] = {"bytes": size, "sha256": sha256}
+    return _Raw("archives", folder, files, sum(entry["bytes"] for entry in files.values()))
+
+
+def _check_extracted(name: str, folder: Path) -> _Raw:
+    files = _check_cells(folder) if name == "malaria" else _check_batches(name, folder)
+    return _Raw("extracted", folder.parent, files, sum(entry["bytes"] for entry in files.values()))
+
+
+def _check_batches(name: str, folder: Path) -> dict[str, dict[str, Any]]:
+    layout = EXTRACTED[name]
+    missing = [
+        f for f in (*layout.files, *(labels.file for labels in layout.labels)) if not (folder / f).is_file()
+    ]
+    if missing:
+        raise ValueError(
+            f"{folder} is not the whole of the official archive of {name}: {', '.join(missing)} missing."
+        )
+    for file, classes in layout.labels:
+        names = [line for line in (folder / file).read_text().splitlines() if line]
+        if len(names) != classes:
+            raise ValueError(
+                f"{folder / file} must hold {classes} class names, one a line; it holds {len(names)}."
+            )
+    for file, size in layout.files.items():
+        found = (folder / file).stat().st_size
+        if found != size:
+            raise ValueError(
+                f"{folder / file} must have exactly {size:,} bytes, found {found:,}: copy it again."
+            )
+        records = np.memmap(folder / file, np.uint8, "r").reshape(-1, len(layout.labels) + 3072)
+        for column, labels in enumerate(layout.labels):
+            largest = int(records[:, column].max())
+            if largest >= labels.classes:
+                raise ValueError(f"{folder / file} has label {largest}, {name} has {labels.classes} classes.")
+    checked = (*layout.files, *(labels.file for labels in layout.labels))
+    return {
+        f: {"bytes": (folder / f).stat().st_size, "sha256": stored.file_sha256(folder / f)} for f in checked
+    }
+
+
+def _check_cells(folder: Path) -> dict[str, dict[str, Any]]:
+    """Opens every PNG (its chunks carry checksums); one digest a class folder, over names and contents."""
+    from PIL import Image
+
+    files = {}
+    for part in _CELL_FOLDERS:
+        paths = sorted((folder / part).glob("*.png"))
+        if not paths:
+            raise ValueError(f"{folder / part} must hold the PNG images of that class; there are none.")
+        digest, size = hashlib.sha256(), 0
+        for path in stored.progress(paths, f"Checking {part}"):
+            content = path.read_bytes()
+            try:
+                with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+                    mode = image.mode
+                    image.verify()
+            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+                raise ValueError(f"{path} is not a readable PNG ({error}): copy it again.") from error
+            if mode != "RGB":
+                raise ValueError(f"{path} must be an RGB image; its mode is {mode}.")
+            digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+            size += len(content)
+        files[f"{part}/*.png"] = {"count": len(paths), "bytes": size, "sha256": digest.hexdigest()}
+    return files
+
+
+# TFDS's own builders, run on what was found.
+
+
+class _ExtractedManager:
+    """Stands in for TFDS's download manager when the archive has already been unpacked by hand."""
+
+    def __init__(self, raw: _Raw):
+        self._root = raw.folder
+        self.downloaded_size = raw.size
+
+    def download_and_extract(self, url: str) -> str:
+        del url  # each of these builders has exactly one archive
+        return os.fspath(self._root)
+
+
+def _build(builder_class: Any, raw: _Raw, staging: Path) -> Path:
+    """Runs the builder into ``staging`` and returns the version directory it made there."""
+    import tensorflow_datasets as tfds
+
+    builder = builder_class(data_dir=os.fspath(staging))
+    if raw.kind == "extracted":
+        builder._make_download_manager = lambda **_: _ExtractedManager(raw)
+    builder._log_download_bytes = builder._log_download_done = lambda: None  # they name the hidden directory
+    records = _note_records(builder)
+    config = tfds.download.DownloadConfig(
+        manual_dir=os.fspath(raw.folder),
+        extract_dir=os.fspath(staging / "extracted"),
+        try_download_gcs=False,
+        force_checksums_validation=True,
+    )
+    with _without_tensorflow(), _disk_errors(staging):
+        builder.download_and_prepare(
+            download_dir=os.fspath(staging / "downloads"), download_config=config, file_format="array_record"
+        )
+    made = Path(builder.data_dir)
+    _write_preparation(made, builder, raw, records)
+    return made
+
+
+@contextlib.contextmanager
+def _disk_errors(staging: Path) -> Iterator[None]:
+    """Lets a full disk appear as an OSError, which TFDS's extractor and ArrayRecord's writer hide."""
+    from tensorflow_datasets.core.download import extractor
+
+    try:
+        yield
+    except (extractor.ExtractError, RuntimeError) as error:
+        cause = error.__cause__
+        full = "No space left" in str(error) or (isinstance(cause, OSError) and cause.errno == errno.ENOSPC)
+        if not full:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(staging.parent)) from error
+
+
+class _Noted(NamedTuple):
+    keys: list[str]
+    digest: Any
+
+
+def _note_records(builder: Any) -> dict[str, _Noted]:
+    """Makes the builder note, per split and in stored order, each example's key and a digest of its record.
+
+    The writer is TFDS's documented hook, and sees the records in the order in which they will be read; it
+    knows only the hash of a key, so the keys are noted as they are generated.
+    """
+    from tensorflow_datasets.core import hashing
+
+    generate, make_writer = builder._split_generators, builder._example_writer
+    names: dict[int, tuple[str, str]] = {}
+    noted: dict[str, _Noted] = {}
+
+    def note_keys(split: str, examples: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        hasher = hashing.Hasher(split)
+        for key, example in examples:
+            names[hasher.hash_key(key)] = (split, _key(builder.name, split, key))
+            yield key, example
+
+    def split_generators(dl_manager: Any) -> dict[str, Iterator[tuple[Any, Any]]]:
+        splits = generate(dl_manager)
+        if isinstance(splits, list):
+            splits = {split.name: builder._generate_examples(**split.gen_kwargs) for split in splits}
+        return {str(split): note_keys(str(split), examples) for split, examples in splits.items()}
+
+    def note_records(examples: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        for hashed, record in examples:
+            split, key = names[hashed]
+            entry = noted.setdefault(split, _Noted([], hashlib.sha256()))
+            entry.keys.append(key)
+            stored.update_digest(entry.digest, record)
+            yield hashed, record
+
+    def example_writer() -> Any:
+        writer = make_writer()
+        write: Callable[..., Any] = writer.write
+        writer.write = lambda path, examples: write(path, note_records(iter(examples)))
+        return writer
+
+    builder._split_generators, builder._example_writer = split_generators, example_writer
+    return noted
+
+
+def _key(name: str, split: str, key: Any) -> str:
+    if name == "malaria":  # "Parasitized_C100P61….png": the folder and the official file name
+        return str(key).replace("_", "/", 1)
+    return f"{split}/{int(key):06d}"
+
+
+def _write_preparation(made: Path, builder: Any, raw: _Raw, noted: dict[str, _Noted]) -> None:
+    from importlib.metadata import version
+
+    keys = {split: entry.keys for split, entry in noted.items()}
+    (made / stored.KEYS_FILE).write_text(json.dumps(keys, indent=0) + "\n")
+    splits = {
+        split: {"examples": len(entry.keys), "records_sha256": entry.digest.hexdigest()}
+        for split, entry in noted.items()
+    }
+    small = sorted(path for path in made.iterdir() if path.suffix in (".json", ".txt"))
+    preparation = {
+        "schema": 1,
+        "name": builder.name,
+        "kind": raw.kind,
+        "raw": raw.files,
+        "splits": splits,
+        "files": {path.name: stored.file_sha256(path) for path in small},
+        "tensorflow_datasets": version("tensorflow-datasets"),
+    }
+    stored.write_checked(made / stored.PREPARATION_FILE, preparation)
+
+
+# The few names of TensorFlow that these builders use.
+
+
+def _encode_png(image: np.ndarray) -> types.SimpleNamespace:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else np.ascontiguousarray(image)).save(
+        buffer, "PNG"
+    )
+    return types.SimpleNamespace(numpy=buffer.getvalue)
+
+
+@contextlib.contextmanager
+def _without_tensorflow() -> Iterator[None]:
+    """Gives TFDS the file functions and the PNG encoder that its five builders take from TensorFlow.
+
+    Used even where TensorFlow is installed: it saves a 16 s import, and the stored bytes do not depend on
+    what else is on the machine. TFDS holds TensorFlow as one lazily imported module; only that reference is
+    replaced, for the whole process while this lasts, and put back.
+    """
+    from tensorflow_datasets.core.utils import lazy_imports_utils
+
+    standin = types.SimpleNamespace(
+        io=types.SimpleNamespace(
+            gfile=types.SimpleNamespace(
+                GFile=open, exists=os.path.exists, listdir=os.listdir, remove=os.remove
+            )
+        ),
+        compat=types.SimpleNamespace(as_text=lambda text: text.decode() if isinstance(text, bytes) else text),
+        errors=types.SimpleNamespace(ResourceExhaustedError=type("ResourceExhaustedError", (Exception,), {})),
+        image=types.SimpleNamespace(encode_png=_encode_png),
+        executing_eagerly=lambda: True,
+        Tensor=type("Tensor", (), {}),
+        RaggedTensor=type("RaggedTensor", (), {}),
+    )
+    holder: dict[str, Any] = lazy_imports_utils.tensorflow.__dict__
+    before = holder.get("_module")
+    holder["_module"] = standin
+    try:
+        yield
+    finally:
+        if before is None:
+            del holder["_module"]
+        else:
+            holder["_module"] = before

@@ -1,0 +1,449 @@
+"""Prepared TFDS data sets on disk: found, decoded once into checked ``.npy`` files, and read back fast.
+
+Needs TFDS only to decode; the second read of a data set needs NumPy alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+OFFICIAL = ("mnist", "fashion_mnist", "cifar10", "cifar100", "malaria")
+"""Data sets that :func:`kdjax.data.prepare` makes from official raw files."""
+
+DEFAULT_SIZES = {"malaria": (32, 32)}
+"""Image sizes of data sets whose stored images differ in size, used when none is asked for."""
+
+PREPARATION_FILE = "kdjax_preparation.json"
+KEYS_FILE = "kdjax_keys.json"
+_CACHE = "kdjax_decoded"
+_MANIFEST = "manifest.json"
+_ARRAYS = ("images", "labels", "keys", "official")
+_CHUNK = 512
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
+
+
+class Arrays(NamedTuple):
+    """A decoded data set; the fields of :class:`kdjax.data.Source` after its name."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    keys: np.ndarray
+    official: np.ndarray
+    class_names: tuple[str, ...]
+
+
+# Finding.
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the nearest known name, or nothing."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def staging_of(name: str, data_dir: Path) -> Path:
+    """Returns the hidden directory in which a data set grows until it is finished."""
+    return data_dir / f".{name}.incomplete"
+
+
+def find_finished(name: str, data_dir: Path) -> Path | None:
+    """Returns the newest finished version directory of a TFDS data set, or None.
+
+    Args:
+      name: a TFDS name, ``"set"``, ``"set/config"`` or ``"set:version"``.
+      data_dir: root of the prepared data sets.
+
+    Raises:
+      ValueError: there are several configurations and the name gives none.
+    """
+    base, _, version = name.partition(":")
+    found = [*(data_dir / base).glob("*/dataset_info.json"), *(data_dir / base).glob("*/*/dataset_info.json")]
+    paths = [
+        file.parent for file in found if _version(file.parent.name) and version in ("", file.parent.name)
+    ]
+    configs = sorted({path.parent.name for path in paths})
+    if len(configs) > 1:
+        raise ValueError(
+            f"{name} in {data_dir} has several configurations: write {base}/NAME, NAME one of {configs}."
+        )
+    return max(paths, key=lambda path: _version(path.name), default=None)
+
+
+def _version(name: str) -> tuple[int, ...]:
+    parts = name.split(".")
+    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else ()
+
+
+def find(name: str, data_dir: Path) -> Path:
+    """Returns where a prepared data set lies, or says in one sentence what is wrong and what to run.
+
+    Raises:
+      ValueError: ``name`` is unknown, or the data set is missing or half-written.
+    """
+    path = find_finished(name, data_dir) if re.fullmatch(r"\w+(/[\w.+-]+)?(:[\d.]+)?", name) else None
+    if path is not None:
+        return path
+    base = name.partition(":")[0].partition("/")[0]
+    if base and ":" in name and (other := find_finished(name.partition(":")[0], data_dir)) is not None:
+        raise ValueError(f"{data_dir} holds version {other.name} of {base}, not {name}: ask for that one.")
+    _check_known(name, base)
+    command = (
+        f"python -m experiments.prepare_data --dataset={base} --raw_dir=RAW --data_dir={data_dir}"
+        if base in OFFICIAL
+        else f"tfds build {name} --data_dir={data_dir} --file_format=array_record"
+    )
+    if not data_dir.is_dir():
+        raise ValueError(f"data_dir {data_dir} does not exist; to prepare {name} there run `{command}`.")
+    if staging_of(base, data_dir).exists() or (data_dir / base).exists():
+        raise ValueError(
+            f"{name} in {data_dir} is half-written and cannot be read; prepare it again: `{command}`."
+        )
+    raise ValueError(f"data_dir {data_dir} holds no prepared {name}; run `{command}`.")
+
+
+def _check_known(name: str, base: str) -> None:
+    if base in OFFICIAL:
+        return
+    known = {"digits", *OFFICIAL}
+    with contextlib.suppress(ImportError):
+        import tensorflow_datasets as tfds
+
+        known.update(tfds.list_builders(with_community_datasets=False))
+    if base not in known:
+        raise ValueError(
+            f"unknown data set {name!r}; known are digits, {', '.join(OFFICIAL)}, any image-classification "
+            f"set of TFDS, a path ending in .npz, and folder:PATH.{did_you_mean(base, known)}"
+        )
+
+
+# Digests and locks.
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def update_digest(digest: Any, record: bytes) -> None:
+    """Adds one record, with its length so that no two sequences share a digest."""
+    digest.update(len(record).to_bytes(8, "little"))
+    digest.update(record)
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, wait: bool, task: str) -> Iterator[None]:
+    """Holds a lock file that the system releases when the process ends, however it ends.
+
+    Args:
+      path: the lock file; created if missing and left there.
+      wait: wait for another holder to finish, instead of raising.
+      task: what is being done, for the message.
+
+    Raises:
+      ValueError: another process holds the lock and ``wait`` is false.
+    """
+    import fcntl
+
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise ValueError(f"another process is {task} at this moment: wait for it, or stop it.") from error
+        except OSError as error:
+            if error.errno not in (
+                errno.ENOLCK,
+                errno.ENOSYS,
+                errno.EOPNOTSUPP,
+            ):  # network disks without locks
+                raise
+        yield
+
+
+def check_room(folder: Path, needed: int, task: str) -> None:
+    """Refuses to begin what the disk cannot hold.
+
+    Raises:
+      ValueError: fewer than ``needed`` bytes are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"not enough room in {folder}: {task} needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB "
+            "are free; make some or use another data_dir."
+        )
+
+
+def write_checked(file: Path, content: dict[str, Any]) -> None:
+    """Writes JSON that carries its own digest."""
+    sealed = {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+    file.write_text(json.dumps(sealed, indent=2) + "\n")
+
+
+def read_checked(file: Path) -> dict[str, Any] | None:
+    """Reads what :func:`write_checked` wrote, None if there is no file.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        noted = content.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: it does not parse ({type(error).__name__})") from error
+    if hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() != noted:
+        raise ValueError(f"{file} is damaged: it does not have the SHA-256 noted when it was written")
+    return content
+
+
+def progress(items: Any, description: str) -> Any:
+    """Wraps an iterable in a progress bar, shown on a terminal only."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=description, disable=None, leave=False, mininterval=0.5)
+
+
+# Reading.
+
+
+def read_preparation(path: Path) -> dict[str, Any] | None:
+    """Returns what :func:`kdjax.data.prepare` noted beside the records, or None if TFDS alone made them.
+
+    Raises:
+      ValueError: the notes are damaged.
+    """
+    advice = f"delete {path} and prepare the data set again."
+    try:
+        preparation = read_checked(path / PREPARATION_FILE)
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from error
+    if preparation is None and (path / KEYS_FILE).exists():
+        raise ValueError(f"{path / PREPARATION_FILE} is missing; {advice}")
+    return preparation
+
+
+def read(name: str, *, data_dir: Path, image_size: tuple[int, int] | None = None) -> Arrays:
+    """Returns a prepared TFDS data set as arrays, decoded on the first call and cached beside its records.
+
+    Args:
+      name: a TFDS name.
+      data_dir: root of the prepared data sets.
+      image_size: height and width to resize to; by default the stored size, or that in :data:`DEFAULT_SIZES`.
+
+    Raises:
+      ValueError: the data set is unknown, missing, half-written, damaged, or no image classification.
+    """
+    return _read(find(name, data_dir), name, image_size)
+
+
+def read_back(path: Path, name: str) -> None:
+    """Decodes a data set that was just written, checks it against the digests noted then, fills the cache."""
+    _read(path, name, None)
+
+
+def _read(path: Path, name: str, image_size: tuple[int, int] | None) -> Arrays:
+    size = image_size or DEFAULT_SIZES.get(name.partition(":")[0])
+    cache = path / _CACHE / ("native" if size is None else f"{size[0]}x{size[1]}")
+    arrays = _read_cache(cache, path)
+    if arrays is not None:
+        return arrays
+    try:
+        cache.parent.mkdir(exist_ok=True)
+        with lock(cache.with_suffix(".lock"), wait=True, task=f"decoding {name}"):
+            arrays = _read_cache(cache, path)  # perhaps another process has just finished it
+            if arrays is None:
+                arrays = _decode(path, size, cache.parent)
+                _write_cache(cache, path, arrays)
+        return arrays
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        warnings.warn(f"{path} cannot be written, so {name} is decoded anew on every load.", stacklevel=2)
+        return _decode(path, size, None)
+
+
+def _read_cache(cache: Path, path: Path) -> Arrays | None:
+    advice = f"delete {cache} and load again; it is then decoded anew from the records."
+    try:
+        manifest = read_checked(cache / _MANIFEST)
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from error
+    if manifest is None or manifest["dataset_info"] != file_sha256(path / "dataset_info.json"):
+        return None  # never decoded, or decoded from records that have since been replaced
+    arrays = {}
+    for array in _ARRAYS:
+        file = cache / f"{array}.npy"
+        if not file.exists() or file_sha256(file) != manifest["files"][array]:
+            raise ValueError(
+                f"{file} is damaged: its SHA-256 is not the one noted when it was written; {advice}"
+            )
+        arrays[array] = np.load(file, allow_pickle=False)
+    return Arrays(**arrays, class_names=tuple(manifest["class_names"]))
+
+
+def _write_cache(cache: Path, path: Path, arrays: Arrays) -> None:
+    """Writes the arrays, then the manifest, then renames: a cache is either whole or not there."""
+    growing = cache.with_suffix(".incomplete")
+    shutil.rmtree(growing, ignore_errors=True)
+    growing.mkdir()
+    try:
+        files = {}
+        for array in _ARRAYS:
+            np.save(growing / f"{array}.npy", getattr(arrays, array), allow_pickle=False)
+            files[array] = file_sha256(growing / f"{array}.npy")
+        info = file_sha256(path / "dataset_info.json")
+        manifest = {
+            "schema": 1,
+            "class_names": list(arrays.class_names),
+            "dataset_info": info,
+            "files": files,
+        }
+        write_checked(growing / _MANIFEST, manifest)
+        shutil.rmtree(cache, ignore_errors=True)
+        os.rename(growing, cache)
+    except OSError as error:
+        code = error.errno or errno.ENOSPC  # NumPy says only that fewer bytes than asked for were written
+        raise OSError(code, "could not write the decoded images", os.fspath(cache)) from error
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
+
+
+# Decoding.
+
+
+def _decode(path: Path, size: tuple[int, int] | None, cache: Path | None) -> Arrays:
+    import tensorflow_datasets as tfds
+
+    preparation = read_preparation(path) or {"files": {}}
+    for file, sha256 in preparation["files"].items():
+        if not (path / file).is_file() or file_sha256(path / file) != sha256:
+            raise ValueError(
+                f"{path / file} is missing or damaged; delete {path} and prepare the data set again."
+            )
+
+    builder: Any = tfds.builder_from_directory(os.fspath(path))
+    image_key, label_key = _supervised(builder.info)
+    shape = builder.info.features[image_key].shape
+    height, width = size or shape[:2]
+    if height is None or width is None:
+        raise ValueError(
+            f"images of {builder.info.name} differ in size: pass image_size=(height, width) to resize them."
+        )
+    splits = _official_splits(builder.info)
+    total = sum(builder.info.splits[split].num_examples for split in splits)
+    images = np.empty((total, height, width, shape[2]), np.uint8)
+    if cache is not None:
+        check_room(cache, images.nbytes, f"keeping {builder.info.name} decoded")
+    labels = np.empty(total, np.int32)
+    keys, official, start = [], np.empty(total, np.int8), 0
+    names = json.loads((path / KEYS_FILE).read_text()) if KEYS_FILE in preparation["files"] else {}
+    for split, flag in splits.items():
+        stop = start + builder.info.splits[split].num_examples
+        official[start:stop] = flag
+        keys += names[split] if names else [f"{split}/{i:06d}" for i in range(stop - start)]
+        for row, example in enumerate(_examples(builder, split, path), start):
+            images[row] = _pixels(
+                example.features.feature[image_key].bytes_list.value[0], height, width, shape[2]
+            )
+            labels[row] = example.features.feature[label_key].int64_list.value[0]
+        start = stop
+    if labels.min() < 0:
+        raise ValueError(
+            f"{builder.info.name} has examples without a label (-1), so it cannot be used as it is."
+        )
+    return Arrays(images, labels, np.array(keys), official, tuple(builder.info.features[label_key].names))
+
+
+def _supervised(info: Any) -> tuple[str, str]:
+    import tensorflow_datasets as tfds
+
+    features = dict(info.features.items())
+    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    keys = info.supervised_keys or (images + labels if len(images) == len(labels) == 1 else ())
+    if len(keys) != 2 or keys[0] not in images or keys[1] not in labels or not _is_plain(features[keys[0]]):
+        found = ", ".join(f"{key}: {type(feature).__name__}" for key, feature in features.items())
+        raise ValueError(
+            f"{info.name} is no image classification: one uint8 Image and one ClassLabel are needed, "
+            f"it has {found}."
+        )
+    return keys[0], keys[1]
+
+
+def _is_plain(image: Any) -> bool:
+    return image.np_dtype == np.uint8 and image.shape[-1] in _MODES
+
+
+def _official_splits(info: Any) -> dict[str, int]:
+    """Maps the splits to use to 0 (training), 1 (official test) or -1 (there is no official test split)."""
+    present = [split for split in ("train", "test", "validation") if split in info.splits]
+    if "train" not in present:
+        raise ValueError(f"{info.name} has no split 'train'; it has {', '.join(info.splits)}.")
+    if present == ["train"]:
+        return {"train": -1}
+    tests = "test" if "test" in present else "validation"
+    return {split: int(split == tests) for split in present}
+
+
+def _examples(builder: Any, split: str, path: Path) -> Iterator[Any]:
+    """Yields a split's stored examples as protocol messages, checked against the digest noted at preparation.
+
+    TFDS's own decoding of whole examples takes several times as long as the PNG inside them.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    parse: Any = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
+    advice = f"delete {path} and prepare the data set again."
+    digest = hashlib.sha256()
+    try:
+        for record in _records(builder, split, path):
+            update_digest(digest, record)
+            yield parse(record)
+    except RuntimeError as error:  # ArrayRecord's checksums, and shards that are gone
+        raise ValueError(
+            f"the records of {split} in {path} are missing or damaged ({error}); {advice}"
+        ) from error
+    preparation = read_preparation(path)
+    if preparation is not None and preparation["splits"][split]["records_sha256"] != digest.hexdigest():
+        raise ValueError(f"the records of {split} in {path} are not those that were prepared; {advice}")
+
+
+def _records(builder: Any, split: str, path: Path) -> Iterator[bytes]:
+    from tensorflow_datasets.core import decode
+
+    try:
+        source = builder.as_data_source(split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{path} is stored as {builder.info.file_format}, which cannot be read by index: prepare it with "
+            "file_format='array_record' in another data_dir."
+        ) from error
+    for start in progress(range(0, len(source), _CHUNK), f"Decoding {builder.info.name} {split}"):
+        yield from source.__getitems__(range(start, min(start + _CHUNK, len(source))))
+
+
+def _pixels(encoded: bytes, height: int, width: int, channels: int) -> np.ndarray:
+    from PIL import Image
+
+    mode = _MODES[channels]
+    with Image.open(io.BytesIO(encoded)) as image:
+        image = image if image.mode == mode else image.convert(mode)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        return np.asarray(image).reshape(height, width, channels)

@@ -1,0 +1,173 @@
+"""Networks that return logits and named features, and what a training loop needs of them.
+
+::
+
+    module = models.build("resnet20", num_classes=10)
+    params, model_state = models.init(module, (32, 32, 3), seed=0)
+    apply_fn = models.apply_fn(module)
+    outputs, model_state = apply_fn(params, model_state, images, train=True, key=key)
+    outputs.logits, outputs.features["stage2"], outputs.features["embedding"]
+
+Every network has the feature "embedding", the vector that its last layer maps to the logits, and "stage1", "stage2", ...,
+the maps (or hidden layers) on the way. Any other linen module whose ``__call__(x, *, train)`` returns
+:class:`kdjax.types.Outputs` works with :func:`init` and :func:`apply_fn` as well. The forms in which convolutions and
+pooling are computed are chosen in :mod:`kdjax.models.layers`.
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kdjax.models.cnn import DigitsCnn, KerasCnn, MalariaCnn
+from kdjax.models.mlp import Mlp
+from kdjax.models.resnet import ResNet
+from kdjax.types import ApplyFn, ModelState, Outputs, Params
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "keras_teacher": functools.partial(KerasCnn, widths=(256, 512)),
+    "keras_student": functools.partial(KerasCnn, widths=(16, 32)),
+    "malaria_teacher": functools.partial(MalariaCnn, widths=(4, 8), hidden=16),
+    "malaria_student": functools.partial(MalariaCnn, widths=(2, 4), hidden=8),
+    "hinton_teacher": functools.partial(Mlp, widths=(1200, 1200), dropout=0.5, input_dropout=0.2),
+    "hinton_student": functools.partial(Mlp, widths=(800, 800)),
+    "mlp": Mlp,
+    "digits_teacher": functools.partial(DigitsCnn, width=32, dropout=0.3),
+    "digits_student": functools.partial(DigitsCnn, width=4),
+    "resnet8": functools.partial(ResNet, depth=8),
+    "resnet14": functools.partial(ResNet, depth=14),
+    "resnet20": functools.partial(ResNet, depth=20),
+    "resnet32": functools.partial(ResNet, depth=32),
+    "resnet56": functools.partial(ResNet, depth=56),
+}
+"""Every network by name; the fields of its module are the overrides that :func:`build` takes."""
+
+
+def build(name: str, *, num_classes: int, **overrides: Any) -> nn.Module:
+    """Makes a network by name.
+
+    Args:
+      name: a key of :data:`MODELS`.
+      num_classes: number of logits.
+      **overrides: other values for the module's fields, such as ``width`` or ``dtype``.
+
+    Returns:
+      A linen module whose ``__call__(x, *, train)`` returns :class:`kdjax.types.Outputs`.
+
+    Raises:
+      ValueError: if there is no such network or field, or no class.
+    """
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(MODELS))}."
+        raise ValueError(f"there is no model {name!r}: {hint}")
+    if num_classes < 1:
+        raise ValueError(f"a model needs at least one class, got num_classes={num_classes}.")
+    constructor: Any = MODELS[name]
+    fields = [f.name for f in dataclasses.fields(getattr(constructor, "func", constructor))]
+    allowed = [f for f in fields if f not in ("num_classes", "parent", "name")]
+    for field in overrides:
+        if field not in allowed:
+            raise ValueError(f"the model {name!r} has no field {field!r}; it has {', '.join(allowed)}.")
+    return constructor(num_classes=num_classes, **overrides)
+
+
+def apply_fn(module: nn.Module) -> ApplyFn:
+    """A linen module as a pure function of parameters, state and inputs; see :class:`kdjax.types.ApplyFn`."""
+
+    def apply(
+        params: Params, model_state: ModelState, inputs: Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[Outputs, ModelState]:
+        variables = {"params": params, **model_state}
+        if not train:
+            return module.apply(variables, inputs, train=False), model_state
+        rngs = None if key is None else {"dropout": key}
+        try:
+            outputs, updated = module.apply(variables, inputs, train=True, rngs=rngs, mutable=list(model_state))
+        except flax.errors.InvalidRngError as error:
+            raise ValueError(
+                f"{type(module).__name__} has dropout, so training needs randomness: "
+                "call apply_fn(..., train=True, key=jax.random.key(step))."
+            ) from error
+        return outputs, updated
+
+    return apply
+
+
+def init(module: nn.Module, image_shape: Sequence[int], *, seed: int) -> tuple[Params, ModelState]:
+    """Draws parameters as linen's defaults do, with NumPy: compiling ``module.init`` takes longer than a short run.
+
+    Kernels are normal, truncated at two standard deviations, of variance 1 / fan-in (LeCun); biases and means are 0,
+    scales and variances 1. Other initialisers that a module names are *not* looked at. Each array has its own stream,
+    derived from the seed and its path, so a layer's numbers depend neither on other layers nor on platform or version.
+
+    Args:
+      module: whose ``__call__(x, *, train)`` is to be run.
+      image_shape: height, width and channels.
+      seed: any integer.
+
+    Returns:
+      Parameters (float32) and model state, ``{}`` where the network keeps none.
+
+    Raises:
+      ValueError: if the images do not fit the network, or an array has a name whose distribution is not known.
+    """
+    shape = tuple(image_shape)
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"image_shape needs to be (height, width, channels), all positive, got {shape}.")
+    abstract = jax.eval_shape(
+        functools.partial(module.init, train=False), jax.random.key(0), jnp.zeros((1, *shape), jnp.float32)
+    )
+    model_state = jax.tree.map_with_path(functools.partial(_initial, seed=seed), abstract)
+    return model_state.pop("params"), model_state
+
+
+def count_parameters(params: Params) -> int:
+    """Number of trainable numbers."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def _initial(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, *, seed: int) -> Float[Array, "..."]:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    last = name.rpartition("/")[2]
+    if last in ("bias", "mean"):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    if last in ("scale", "var"):
+        return jnp.ones(leaf.shape, leaf.dtype)
+    if last != "kernel":
+        raise ValueError(
+            f"init knows kernel, bias, scale, mean and var, but not {name!r}: "
+            "initialise this module with module.init(key, x, train=False)."
+        )
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
+    values = _truncated_normal(np.random.Philox(key=key), int(np.prod(leaf.shape)))
+    scale = np.sqrt(1 / np.prod(leaf.shape[:-1])) / TRUNCATED_STD
+    return jnp.asarray((scale * values).reshape(leaf.shape), leaf.dtype)
+
+
+TRUNCATED_STD = 0.87962566103423978
+"""Standard deviation of a standard normal variable that is cut off at -2 and 2."""
+
+
+def _truncated_normal(generator: np.random.Philox, count: int) -> np.ndarray:
+    """Standard normal numbers within [-2, 2], by rejection from raw bits.
+
+    NumPy promises the same raw bits in every version, which it does not for ``Generator.normal``.
+    """
+    kept, missing = [], count
+    while missing > 0:
+        raw = generator.random_raw(2 * (2 * missing + 16))  # six in ten are kept
+        place, height = ((raw >> np.uint64(11)) * 2.0**-53).reshape(2, -1)
+        place = 4 * place - 2
+        kept.append(place[height < np.exp(-(place**2) / 2)][:missing])
+        missing -= len(kept[-1])
+    return np.concatenate(kept) if kept else np.zeros(0)

@@ -1,0 +1,463 @@
+"""Convolution and pooling in the form that is fastest on the platform at hand: the one place where it is chosen.
+
+On a GPU or TPU these are XLA's own operations. On a CPU they are equal in value and in gradient and written so that XLA
+compiles them well. Three facts, measured on one core with jax 0.10 and 0.12, decide the forms:
+
+- XLA's weight gradient of a convolution, and its input gradient, are 10 to 80 times slower inside ``scan``, ``while`` or
+  ``cond`` than at top level, since the rewrite that makes them fast sees only the entry computation. A *forward*
+  convolution is as fast in a loop. So no form here leaves a gradient to XLA's convolution: the input gradient is a
+  forward convolution or a matmul, the weight gradient a matmul on patches. The same code serves in a loop and outside.
+- A buffer of patches beyond a few megabytes costs more in page faults than the matmul that reads it. So the batch is
+  walked in chunks of :data:`CHUNK_BYTES`.
+- The gradient of ``reduce_window`` (max-pooling) and grouped convolutions (depthwise) are an order of magnitude slower
+  than shifted slices.
+
+The gradients are reverse-mode rules. ``jax.jvp`` of a network does not pass them; ``jax.jvp`` or ``jax.linearize`` of its
+``jax.grad``, which Hessian-vector products need, does, as does reverse over reverse.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+CHUNK_BYTES = 4 * 2**20
+"""Size of the patches that one matmul reads. Between 1 and 4 MiB the time is flat, at 16 MiB it is up to 1.4 times."""
+
+NATIVE_CHANNELS = range(16, 65)
+"""Input channels for which XLA's forward convolution beats patches × matmul on a CPU."""
+
+Pair: TypeAlias = tuple[int, int]
+Pads: TypeAlias = tuple[Pair, Pair]
+
+
+def conv(
+    x: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "kernel_height kernel_width channels features"],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: str = "SAME",
+) -> Float[Array, "batch new_height new_width features"]:
+    """Convolution of images with a kernel, as ``lax.conv_general_dilated`` defines it.
+
+    Args:
+      x: images, channels last.
+      kernel: weights, ``HWIO``.
+      strides: step of the window, one number or one per axis.
+      padding: "SAME" or "VALID".
+
+    Raises:
+      ValueError: if the kernel does not fit into the image.
+    """
+    strides = _pair(strides)
+    return _conv(x, kernel, strides, _pads(x, _pair(kernel.shape[:2]), strides, padding))
+
+
+def depthwise_conv(
+    x: Float[Array, "batch height width channels"],
+    kernel: Float[Array, "kernel_height kernel_width 1 channels"],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: str = "SAME",
+) -> Float[Array, "batch new_height new_width channels"]:
+    """Convolution of every channel with its own kernel (``feature_group_count`` equal to the channels).
+
+    Args:
+      x: images, channels last.
+      kernel: weights, ``HWIO`` with one input channel.
+      strides: step of the window, one number or one per axis.
+      padding: "SAME" or "VALID".
+
+    Raises:
+      ValueError: if the kernel does not fit into the image.
+    """
+    strides = _pair(strides)
+    return _depthwise(x, kernel, strides, _pads(x, _pair(kernel.shape[:2]), strides, padding))
+
+
+def max_pool(
+    x: Float[Array, "batch height width channels"],
+    window_shape: int | Sequence[int],
+    *,
+    strides: int | Sequence[int] | None = None,
+    padding: str = "VALID",
+) -> Float[Array, "batch new_height new_width channels"]:
+    """Largest value in each window; the gradient goes to the first place, in reading order, that holds it.
+
+    Args:
+      x: images, channels last.
+      window_shape: one number or one per axis.
+      strides: step of the window; 1 if not given, as in ``flax.linen.max_pool``.
+      padding: "SAME" or "VALID"; padded places never win.
+
+    Raises:
+      ValueError: if the window does not fit into the image.
+    """
+    window, strides = _pair(window_shape), _pair(1 if strides is None else strides)
+    return _max_pool(x, window, strides, _pads(x, window, strides, padding))
+
+
+class Conv(nn.Module):
+    """Convolution with the parameters of ``flax.linen.Conv``: "kernel" (``HWIO``) and, if asked for, "bias".
+
+    Attributes:
+      features: output channels.
+      kernel_size: height and width of the window.
+      strides: step of the window, one number or one per axis.
+      padding: "SAME" or "VALID".
+      use_bias: whether to add a learnt number per output channel.
+      dtype: of the computation; parameters are float32.
+      kernel_init: initialiser of the kernel, used by ``module.init`` only.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: str = "SAME"
+    use_bias: bool = True
+    dtype: Any = None
+    kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
+        """Convolves."""
+        shape = (*_pair(self.kernel_size), x.shape[-1], self.features)
+        return _with_bias(self, x, shape, functools.partial(conv, strides=self.strides, padding=self.padding))
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution with the parameters of ``flax.linen.Conv`` of as many groups as channels.
+
+    Attributes:
+      kernel_size: height and width of the window.
+      strides: step of the window, one number or one per axis.
+      padding: "SAME" or "VALID".
+      use_bias: whether to add a learnt number per channel.
+      dtype: of the computation; parameters are float32.
+      kernel_init: initialiser of the kernel, used by ``module.init`` only.
+    """
+
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] = 1
+    padding: str = "SAME"
+    use_bias: bool = True
+    dtype: Any = None
+    kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w channels"]:
+        """Convolves each channel."""
+        shape = (*_pair(self.kernel_size), 1, x.shape[-1])
+        form = functools.partial(depthwise_conv, strides=self.strides, padding=self.padding)
+        return _with_bias(self, x, shape, form)
+
+
+def _with_bias(module: Any, x: Array, shape: tuple[int, ...], form: Callable[[Array, Array], Array]) -> Array:
+    kernel = module.param("kernel", module.kernel_init, shape, jnp.float32)
+    bias = module.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32) if module.use_bias else None
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=module.dtype)
+    y = form(x, kernel)
+    return y if bias is None else y + bias.reshape(1, 1, 1, -1)
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    first, second = (value, value) if isinstance(value, int) else value
+    return int(first), int(second)
+
+
+def _pads(x: Array, window: Pair, strides: Pair, padding: str) -> Pads:
+    """Zeros to add before and after, per axis, after checking that at least one window fits."""
+    if padding not in ("SAME", "VALID"):
+        raise ValueError(f"padding needs to be 'SAME' or 'VALID', got {padding!r}.")
+    height, width = x.shape[1:3]
+    if padding == "VALID" and (height < window[0] or width < window[1]):
+        raise ValueError(
+            f"a {window[0]}x{window[1]} window does not fit into the {height}x{width} map that reaches it: "
+            "give the network larger images, or choose a smaller one."
+        )
+    (top, bottom), (left, right) = lax.padtype_to_pads((height, width), window, strides, padding)
+    return (top, bottom), (left, right)
+
+
+def _new_shape(x: Array, window: Pair, strides: Pair, pads: Pads) -> Pair:
+    height, width = (
+        (size + sum(pad) - one) // step + 1
+        for size, pad, one, step in zip(x.shape[1:3], pads, window, strides, strict=True)
+    )
+    return height, width
+
+
+def _windows(x: Array, window: Pair, strides: Pair, pads: Pads, fill: float = 0.0) -> list[Array]:
+    """For each place in the window, in reading order, what all windows see there."""
+    batch, _, _, channels = x.shape
+    height, width = _new_shape(x, window, strides, pads)
+    x = lax.pad(x, jnp.asarray(fill, x.dtype), ((0, 0, 0), (*pads[0], 0), (*pads[1], 0), (0, 0, 0)))
+    return [
+        lax.slice(
+            x,
+            (0, i, j, 0),
+            (batch, i + (height - 1) * strides[0] + 1, j + (width - 1) * strides[1] + 1, channels),
+            (1, *strides, 1),
+        )
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+
+
+def _unwindow(parts: Iterator[Array], shape: tuple[int, ...], window: Pair, strides: Pair, pads: Pads) -> Array:
+    """Transpose of :func:`_windows`: puts each part back where it was seen and adds up."""
+    total = None
+    for place, part in enumerate(parts):
+        edges = []
+        for axis, start in enumerate(divmod(place, window[1])):
+            extent = (part.shape[axis + 1] - 1) * strides[axis] + 1
+            before = start - pads[axis][0]  # negative where the part reaches into the padding, which lax.pad crops
+            edges.append((before, shape[axis + 1] - before - extent, strides[axis] - 1))
+        spread = lax.pad(part, jnp.zeros((), part.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+        total = spread if total is None else total + spread
+    assert total is not None
+    return total
+
+
+def _num_chunks(batch: int, bytes_per_example: int) -> int:
+    """Fewest equal parts of a batch that stay within CHUNK_BYTES, or one example each."""
+    needed = -(-batch * bytes_per_example // CHUNK_BYTES)
+    return next((n for n in range(max(needed, 1), batch) if batch % n == 0), max(batch, 1))
+
+
+def _split(x: Array, chunks: int) -> Array:
+    return x.reshape(chunks, -1, *x.shape[1:])
+
+
+def _in_chunks(function: Callable[[Array], Array], x: Array, chunks: int) -> Array:
+    if chunks == 1:
+        return function(x)
+    y = lax.map(function, _split(x, chunks))
+    return y.reshape(-1, *y.shape[2:])
+
+
+def _patch_bytes(x: Array, window: Pair, strides: Pair, pads: Pads) -> int:
+    """Size of one example's patches; a 1x1 window sees the image itself, of which no copy is made."""
+    height, width = _new_shape(x, window, strides, pads)
+    return 0 if window == (1, 1) else height * width * window[0] * window[1] * x.shape[-1] * x.dtype.itemsize
+
+
+def _patches(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
+    """One row per window, in the order of a flattened ``HWI`` kernel."""
+    patches = jnp.concatenate(_windows(x, window, strides, pads), axis=-1)
+    return patches.reshape(-1, patches.shape[-1])
+
+
+# Convolution
+
+
+def _native_conv(x: Array, kernel: Array, strides: Pair, pads: Pads, groups: int = 1) -> Array:
+    return lax.conv_general_dilated(
+        x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+
+
+def _cpu_conv(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
+    window, features = _pair(kernel.shape[:2]), kernel.shape[-1]
+    if x.shape[-1] == 1:  # too thin for a matmul
+        places = zip(_windows(x, window, strides, pads), kernel.reshape(-1, 1, 1, 1, features), strict=True)
+        return functools.reduce(jnp.add, (seen * weight for seen, weight in places))
+    if x.shape[-1] in NATIVE_CHANNELS and window != (1, 1):
+        return _native_conv(x, kernel, strides, pads)
+    matrix = kernel.reshape(-1, features)
+
+    def some(x):
+        return (_patches(x, window, strides, pads) @ matrix).reshape(x.shape[0], *shape, features)
+
+    shape = _new_shape(x, window, strides, pads)
+    return _in_chunks(some, x, _num_chunks(x.shape[0], _patch_bytes(x, window, strides, pads)))
+
+
+def _cpu_conv_dx(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) -> Array:
+    (*window, channels, features) = kernel.shape
+    if strides == (1, 1):  # a convolution of dy with the kernel turned by half a turn
+        turned = jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))
+        (top, bottom), (left, right) = (
+            (size - 1 - pad[0], size - 1 - pad[1]) for size, pad in zip(window, pads, strict=True)
+        )
+        return _cpu_conv(dy, turned, (1, 1), ((top, bottom), (left, right)))
+    matrix = kernel.reshape(-1, features).T
+
+    def some(dy):
+        parts = (dy.reshape(-1, features) @ matrix).reshape(*dy.shape[:3], -1, channels)
+        seen = (parts[..., place, :] for place in range(parts.shape[3]))
+        return _unwindow(seen, (dy.shape[0], *x.shape[1:]), _pair(window), strides, pads)
+
+    size = _patch_bytes(x, _pair(window), strides, pads)
+    return _in_chunks(some, dy, _num_chunks(x.shape[0], size))
+
+
+def _cpu_conv_dw(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) -> Array:
+    window = _pair(kernel.shape[:2])
+
+    def some(x, dy):
+        patches = _patches(x, window, strides, pads)
+        return lax.dot(patches.T, dy.reshape(-1, dy.shape[-1]), preferred_element_type=jnp.float32)
+
+    chunks = _num_chunks(x.shape[0], _patch_bytes(x, window, strides, pads))
+    if chunks == 1:
+        total = some(x, dy)
+    else:
+        zeros = jnp.zeros((x.shape[-1] * window[0] * window[1], kernel.shape[-1]))
+        pieces = (_split(x, chunks), _split(dy, chunks))
+        total, _ = lax.scan(lambda total, piece: (total + some(*piece), None), zeros, pieces)
+    return total.reshape(kernel.shape).astype(kernel.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
+    static = {"strides": strides, "pads": pads}
+    return lax.platform_dependent(
+        x, kernel, cpu=functools.partial(_cpu_conv, **static), default=functools.partial(_native_conv, **static)
+    )
+
+
+def _conv_forward(x, kernel, strides, pads):
+    return _conv(x, kernel, strides, pads), (x, kernel)
+
+
+def _conv_backward(strides, pads, saved, dy):
+    x, kernel = saved
+    dx, dw = _native_gradients(functools.partial(_native_conv, strides=strides, pads=pads))
+    static = {"strides": strides, "pads": pads}
+    return (
+        lax.platform_dependent(x, kernel, dy, cpu=functools.partial(_cpu_conv_dx, **static), default=dx),
+        lax.platform_dependent(x, kernel, dy, cpu=functools.partial(_cpu_conv_dw, **static), default=dw),
+    )
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _native_gradients(function: Callable[[Array, Array], Array]) -> tuple[Callable[..., Array], ...]:
+    """XLA's own gradients of a bilinear function, with respect to its first and to its second argument."""
+
+    def dx(x, kernel, dy):
+        return jax.linear_transpose(lambda x: function(x, kernel), x)(dy)[0]
+
+    def dw(x, kernel, dy):
+        return jax.linear_transpose(lambda kernel: function(x, kernel), kernel)(dy)[0]
+
+    return dx, dw
+
+
+# Depthwise convolution
+
+
+def _cpu_depthwise(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
+    places = zip(
+        _windows(x, _pair(kernel.shape[:2]), strides, pads),
+        kernel.reshape(-1, 1, 1, 1, kernel.shape[-1]),
+        strict=True,
+    )
+    return functools.reduce(jnp.add, (seen * weight for seen, weight in places))
+
+
+def _cpu_depthwise_dx(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) -> Array:
+    parts = (dy * weight for weight in kernel.reshape(-1, 1, 1, 1, kernel.shape[-1]))
+    return _unwindow(parts, x.shape, _pair(kernel.shape[:2]), strides, pads)
+
+
+def _cpu_depthwise_dw(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) -> Array:
+    """Adds up products place by place over the batch, since XLA reduces over leading axes poorly."""
+    window = _pair(kernel.shape[:2])
+
+    def add(total, example):
+        x, dy = example
+        seen = jnp.concatenate(_windows(x[None], window, strides, pads))
+        return total + seen.astype(jnp.float32) * dy[None], None
+
+    total, _ = lax.scan(add, jnp.zeros((window[0] * window[1], *dy.shape[1:])), (x, dy))
+    return jnp.sum(total, axis=(1, 2)).reshape(kernel.shape).astype(kernel.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
+    static = {"strides": strides, "pads": pads}
+    native = functools.partial(_native_conv, groups=x.shape[-1], **static)
+    return lax.platform_dependent(x, kernel, cpu=functools.partial(_cpu_depthwise, **static), default=native)
+
+
+def _depthwise_forward(x, kernel, strides, pads):
+    return _depthwise(x, kernel, strides, pads), (x, kernel)
+
+
+def _depthwise_backward(strides, pads, saved, dy):
+    x, kernel = saved
+    static = {"strides": strides, "pads": pads}
+    dx, dw = _native_gradients(functools.partial(_native_conv, groups=x.shape[-1], **static))
+    return (
+        lax.platform_dependent(x, kernel, dy, cpu=functools.partial(_cpu_depthwise_dx, **static), default=dx),
+        lax.platform_dependent(x, kernel, dy, cpu=functools.partial(_cpu_depthwise_dw, **static), default=dw),
+    )
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+# Max-pooling
+
+
+def _native_max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
+    return lax.reduce_window(
+        x, np.array(-np.inf, x.dtype), lax.max, (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0))
+    )
+
+
+def _cpu_max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
+    return functools.reduce(jnp.maximum, _windows(x, window, strides, pads, -jnp.inf))
+
+
+def _first_hits(seen: list[Array], y: Array) -> Iterator[Array]:
+    """For each place in the window, where it is the first to hold the maximum."""
+    open_ = jnp.ones(y.shape, bool)
+    for values in seen:
+        hit = values == y
+        yield open_ & hit
+        open_ = open_ & ~hit
+
+
+def _cpu_max_pool_dx(
+    x: Array, y: Array, dy: Array, window: Pair, strides: Pair, pads: Pads
+) -> Array:
+    seen = _windows(x, window, strides, pads, -jnp.inf)
+    parts = (jnp.where(hit, dy, 0) for hit in _first_hits(seen, y))
+    return _unwindow(parts, x.shape, window, strides, pads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
+    static = {"window": window, "strides": strides, "pads": pads}
+    return lax.platform_dependent(
+        x, cpu=functools.partial(_cpu_max_pool, **static), default=functools.partial(_native_max_pool, **static)
+    )
+
+
+def _max_pool_forward(x, window, strides, pads):
+    y = _max_pool(x, window, strides, pads)
+    return y, (x, y)
+
+
+def _max_pool_backward(window, strides, pads, saved, dy):
+    static = {"window": window, "strides": strides, "pads": pads}
+
+    def native(x, y, dy):
+        del y
+        return jax.vjp(functools.partial(_native_max_pool, **static), x)[1](dy)[0]
+
+    fast = functools.partial(_cpu_max_pool_dx, **static)
+    return (lax.platform_dependent(*saved, dy, cpu=fast, default=native),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)

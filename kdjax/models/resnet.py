@@ -1,0 +1,94 @@
+"""Residual networks for 32x32 images."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kdjax.models.layers import Conv
+from kdjax.types import Outputs
+
+
+class ResNet(nn.Module):
+    """The CIFAR family: a stem and three stages of (depth - 2) / 6 basic blocks each.
+
+    A block that changes the map's size or channels has a projection on its shortcut (1x1 convolution and batch
+    normalisation), as in RepDistiller, whose parameter counts these are, for 3 input channels:
+
+    ====== ========== ===========
+    depth  10 classes 100 classes
+    ====== ========== ===========
+    8          78,042      83,892
+    14        175,258     181,108
+    20        272,474     278,324
+    32        466,906     472,756
+    56        855,770     861,620
+    ====== ========== ===========
+
+    Features: ``stage0`` (stem), ``stage1``, ``stage2``, ``stage3`` after their last ReLU; ``preactivation1`` to ``3``
+    the same before it; ``embedding`` (mean over the last map).
+
+    Attributes:
+      num_classes: number of logits.
+      depth: 6n + 2 layers.
+      channels: of the stem and the three stages; (32, 64, 128, 256) gives the family's "x4" members.
+      axis_name: of the mapped axis over which batch statistics are averaged; None keeps each device's own.
+      dtype: of the computation; parameters, batch statistics and logits are float32.
+
+    References:
+      He et al., `Deep Residual Learning <https://arxiv.org/abs/1512.03385>`_, 2016, section 4.2; Tian et al.,
+      `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020 (RepDistiller).
+    """
+
+    num_classes: int
+    depth: int = 20
+    channels: tuple[int, int, int, int] = (16, 16, 32, 64)
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.depth < 8 or (self.depth - 2) % 6:
+            raise ValueError(f"a ResNet for CIFAR has 6n + 2 layers, got {self.depth}: write 8, 14, 20, 32 or 56.")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
+        """Scores images; training normalises by the batch and updates "batch_stats"."""
+        features = {}
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype
+        )
+        conv = functools.partial(Conv, use_bias=False, dtype=self.dtype)
+        x = nn.relu(norm()(conv(self.channels[0], 3)(x)))
+        features["stage0"] = x
+        for stage, channels in enumerate(self.channels[1:], start=1):
+            before = x
+            for block in range((self.depth - 2) // 6):
+                strides = 2 if stage > 1 and block == 0 else 1
+                before = _Block(channels, strides, conv, norm, name=f"stage{stage}_block{block + 1}")(x)
+                x = nn.relu(before)
+            features[f"preactivation{stage}"], features[f"stage{stage}"] = before, x
+        features["embedding"] = x = jnp.mean(x, axis=(1, 2))
+        logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
+        return Outputs(logits.astype(jnp.float32), features)
+
+
+class _Block(nn.Module):
+    """Two convolutions and a shortcut, up to the sum; the caller applies the last ReLU."""
+
+    channels: int
+    strides: int
+    conv: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        y = nn.relu(self.norm()(self.conv(self.channels, 3, strides=self.strides)(x)))
+        y = self.norm()(self.conv(self.channels, 3)(y))
+        if x.shape != y.shape:
+            x = self.norm(name="shortcut_norm")(
+                self.conv(self.channels, 1, strides=self.strides, name="shortcut")(x)
+            )
+        return x + y

@@ -1,0 +1,228 @@
+"""One JSON file per experiment: what was asked, run and measured, on what, with every value of every seed.
+
+The schema (version 1) is flat enough to read by eye::
+
+    {"schema": 1, "name": "quickstart", "question": "Does ...?", "command": "python -m ...", "flags": {...},
+     "created": "2026-11-21T02:40:00+00:00", "commit": "3f2a...", "dirty": false, "versions": {"jax": "0.10.2", ...},
+     "hardware": {"backend": "cpu", "devices": 1, "cores": 2, ...}, "wall_clock_s": 61.2, "scaled_down": "...",
+     "seeds": [0, 1, 2], "arms": {"scratch": {"accuracy": [0.91, 0.92, 0.90]}, ...},
+     "curves": {"scratch": {"validation_accuracy": [[...], [...], [...]]}}, "comparisons": [...], "ratios": {...},
+     "notes": [...]}
+
+``arms`` maps an arm to its metrics and a metric to one number per seed (or per repeat, in a benchmark); an arm that ran
+on other seeds, such as a single teacher, has them under its name in ``arm_seeds``. ``ratios`` maps a peer to the median, low and high of how many times faster or smaller kdjax is. Fractions stay fractions;
+percent signs belong to the report.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+REQUIRED = {
+    "schema": int,
+    "name": str,
+    "question": str,
+    "command": str,
+    "flags": dict,
+    "created": str,
+    "commit": str,
+    "dirty": bool,
+    "versions": dict,
+    "hardware": dict,
+    "wall_clock_s": (int, float),
+    "scaled_down": str,
+    "seeds": list,
+    "arms": dict,
+}
+PACKAGES = ("kdjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+      ValueError: if the content holds NaN or infinity, which JSON has no word for.
+    """
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes text so that a reader sees the old file or the new one, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes bytes so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on beside the code's input: commit, versions, hardware.
+
+    ``commit`` is "unknown" outside a git checkout; ``dirty`` says that tracked source files differ from it.
+    """
+    import jax  # here, so that reading results needs no accelerator start-up
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "commit": commit or "unknown",
+        "dirty": bool(commit) and bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version()} | _versions(PACKAGES),
+        "hardware": {
+            "backend": jax.default_backend(),
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+            "processes": jax.process_count(),
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "memory_gib": round(memory / 2**30, 1),
+        },
+    }
+
+
+def make(
+    name: str,
+    *,
+    question: str,
+    flags: Mapping[str, Any],
+    seeds: Sequence[int],
+    arms: Mapping[str, Mapping[str, Sequence[float]]],
+    wall_clock_s: float,
+    scaled_down: str = "",
+    **optional: Any,
+) -> dict[str, Any]:
+    """Assembles and checks one experiment's result, with the command line and the environment of this process.
+
+    Args:
+      name: of the experiment, also the stem of its file.
+      question: what the experiment answers, in one sentence.
+      flags: every setting that decided the numbers.
+      seeds: one integer per repeat.
+      arms: arm → metric → one number per seed.
+      wall_clock_s: seconds that the whole run took.
+      scaled_down: what is smaller than in the study that it follows (data, epochs, width); empty if nothing is.
+      **optional: further fields of the schema, such as ``curves``, ``comparisons``, ``ratios`` or ``notes``.
+
+    Raises:
+      ValueError: if a metric has another number of values than there are seeds, or one is not finite.
+    """
+    content = {
+        "schema": SCHEMA,
+        "name": name,
+        "question": question,
+        "command": command_line(),
+        "flags": dict(flags),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **environment(),
+        "wall_clock_s": round(wall_clock_s, 1),
+        "scaled_down": scaled_down,
+        "seeds": list(seeds),
+        "arms": {a: {m: [float(v) for v in values] for m, values in metrics.items()} for a, metrics in arms.items()},
+        **optional,
+    }
+    check(content)
+    return content
+
+
+def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Checks a result made by :func:`make` and writes it atomically."""
+    check(content)
+    write_json(path, content)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads and checks one result file.
+
+    Raises:
+      ValueError: if the file is no JSON (truncated, foreign), or breaks the schema; it names the file and the field.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a result file: {error}. Run its experiment again.") from error
+    try:
+        check(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return content
+
+
+def check(content: Any) -> None:
+    """Checks a result against the schema.
+
+    Raises:
+      ValueError: naming the first field that is missing, of another type, of another length or not finite.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"a result is a JSON object, got {type(content).__name__}.")
+    for field, kind in REQUIRED.items():
+        if not isinstance(content.get(field), kind):
+            raise ValueError(f"a result needs the field {field!r}, got {content.get(field)!r}.")
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"this kdjax reads schema {SCHEMA}, the result has {content['schema']}; update kdjax.")
+    for arm, metrics in content["arms"].items():
+        for metric, values in metrics.items():
+            seeds = content.get("arm_seeds", {}).get(arm, content["seeds"])
+            if len(values) != len(seeds):
+                raise ValueError(f"{arm}/{metric} has {len(values)} values for {len(seeds)} seeds.")
+            if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+                raise ValueError(f"{arm}/{metric} holds a value that is no finite number: {values}.")
+
+
+def command_line() -> str:
+    """The command that started this process, with a module shown as ``python -m`` and no path of this machine."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
+    home = str(Path.home())
+    arguments = [a.replace(os.getcwd() + os.sep, "").replace(home, "~") for a in sys.argv[1:]]
+    return " ".join([program, *arguments])
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(*arguments: str) -> str:
+    """Output of a git command in this package's checkout, empty where there is none."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

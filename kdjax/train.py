@@ -1,0 +1,286 @@
+"""The train step, and the loop around it.
+
+The step is a function of a state and a batch and knows no loss, network or optimiser: it is handed an objective, an
+apply function and a transformation. Wrap it yourself (``jax.jit``), or let :func:`make_run` and
+:func:`kdjax.parallel.data_parallel` put data selection in front of it and devices around it. :func:`fit` repeats it
+until the epochs are done, and can be killed at any moment and started again without a bit of difference.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int, UInt32
+
+from kdjax import checkpoints
+from kdjax.data.batches import Feed
+from kdjax.types import ApplyFn, Batch, Metrics, ModelState, Params
+
+_DATA, _NETWORK = 0, 1  # what a step's key is folded with for either use
+
+
+class TrainState(NamedTuple):
+    """All that a run consists of; its randomness is ``step`` folded into ``seed``."""
+
+    step: Int[Array, ""]
+    params: Params
+    model_state: ModelState
+    opt_state: optax.OptState
+    seed: UInt32[Array, ""]
+
+
+Objective = Callable[[Any, Batch], Mapping[str, jax.Array]]
+"""``(outputs, batch) -> {name: scalar}``, weights included: the loss is the sum of the terms."""
+
+
+def init_state(
+    params: Params, model_state: ModelState, tx: optax.GradientTransformation, *, seed: int
+) -> TrainState:
+    """The state before the first step, as fresh arrays that may be donated."""
+    params, model_state = jax.tree.map(jnp.array, (params, dict(model_state)))
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params), jnp.asarray(seed, jnp.uint32))
+
+
+def make_train_step(
+    apply_fn: ApplyFn,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    *,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds ``(state, batch) -> (state, metrics)``; jit or pmap it yourself.
+
+    Args:
+      apply_fn: the student.
+      objective: the terms of the loss from the student's outputs and the batch.
+      tx: updates the parameters; receives optax's extra arguments ``value``, ``grad`` and ``value_fn``.
+      axis_name: of the mapped axis whose devices hold parts of the batch; gradients, metrics and statistics are
+        averaged over it.
+
+    Returns:
+      The step. Its metrics are the objective's terms, their sum ``loss``, and ``grad_norm``.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = _step_key(state, _NETWORK)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+
+        def loss(params):
+            outputs, model_state = apply_fn(params, state.model_state, batch["image"], train=True, key=key)
+            terms = objective(outputs, batch)
+            return sum(terms.values()), (terms, model_state)
+
+        (value, (terms, model_state)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        if axis_name is not None:
+            grads, value, terms, model_state = jax.lax.pmean((grads, value, terms, model_state), axis_name)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, value=value, grad=grads, value_fn=lambda params: loss(params)[0]
+        )
+        params = optax.apply_updates(state.params, updates)
+        metrics = {**terms, "loss": value, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, model_state, opt_state, state.seed), metrics
+
+    return train_step
+
+
+def make_run(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    make_batch: Callable[[Any, Array, jax.Array], Batch],
+) -> Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]:
+    """Puts the choice and augmentation of a batch in front of the step, for one or many steps in one dispatch.
+
+    Args:
+      train_step: as built by :func:`make_train_step`.
+      make_batch: ``(arrays, index, key) -> batch``: picks rows of the resident arrays and augments them.
+
+    Returns:
+      ``(state, arrays, index[batch, steps]) -> (state, metrics)`` with one metric per step.
+    """
+
+    def run(state, arrays, index):
+        def step(state, rows):
+            return train_step(state, make_batch(arrays, rows, _step_key(state, _DATA)))
+
+        if index.shape[1] == 1:  # no loop around a single step: XLA's CPU convolutions are slow inside one
+            state, metrics = step(state, index[:, 0])
+            return state, jax.tree.map(lambda m: m[None], metrics)
+        return jax.lax.scan(step, state, index.T)
+
+    return run
+
+
+def _step_key(state: TrainState, purpose: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.step), purpose)
+
+
+class Weights(NamedTuple):
+    """What is evaluated and exported: parameters and statistics, without the optimiser."""
+
+    params: Params
+    model_state: ModelState
+
+
+class Fitted(NamedTuple):
+    """Outcome of :func:`fit`."""
+
+    last: Weights
+    best: Weights
+    best_epoch: int
+    history: list[dict[str, float]]  # one record per epoch: mean training terms, and what was evaluated after it
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss became NaN or infinite; the message says when, and what to do."""
+
+
+class _Position(NamedTuple):
+    """The host's side of a run: everything beside the arrays that a resumed run continues from."""
+
+    history: list[dict[str, float]]
+    sums: dict[str, float]  # of the unfinished epoch's metrics
+    best_value: float | None
+    best_epoch: int
+
+
+def fit(
+    run: Callable[..., tuple[TrainState, Metrics]],
+    state: TrainState,
+    feed: Feed,
+    *,
+    epochs: int,
+    evaluate: Callable[[Params, ModelState], dict[str, float]] | None = None,
+    evaluate_every: int = 1,
+    monitor: str = "accuracy",
+    params_of: Callable[[TrainState], Params] = lambda state: state.params,
+    directory: Path | None = None,
+    save_every_s: float = 60.0,
+    progress: Callable[[int, Mapping[str, float]], None] = lambda steps, record: None,
+) -> Fitted:
+    """Trains for a number of epochs, keeping the last weights and the best by validation.
+
+    Metrics are read one dispatch late, so that the device never waits for the host.
+
+    Args:
+      run: ``(state, *feed.at(step)) -> (state, metrics)`` with metrics stacked over the steps of the dispatch. It may
+        donate the state.
+      state: to start from, if ``directory`` holds nothing newer.
+      feed: the arguments of every dispatch as a function of the step that it starts at.
+      epochs: to train in total, those before a resumption included.
+      evaluate: called with the parameters and statistics on the validation split; larger ``monitor`` is better.
+      evaluate_every: epochs between evaluations; the last epoch always has one.
+      monitor: the metric that chooses the best weights; the first of equals stays. Without ``evaluate`` the best
+        weights are the last.
+      params_of: the parameters to evaluate and keep, for instance an average kept by the optimiser.
+      directory: of this run's checkpoints; None keeps nothing on disk. A run killed at any moment and started again
+        with the same arguments ends bitwise equal to one that was not.
+      save_every_s: least seconds between two checkpoints; one is also written at the end and on SIGTERM.
+      progress: called after each dispatch with the number of its steps and the newest epoch's record.
+
+    Returns:
+      The last and the best weights, and one record per epoch.
+
+    Raises:
+      NonFiniteLoss: if a loss is NaN or infinite, before anything of it is saved.
+      SystemExit: with code 0, after saving, if the process received SIGTERM.
+    """
+    best = _copy(Weights(params_of(state), state.model_state))
+    position = _Position([], {}, None, 0)
+    if directory is not None:
+        state, best, position = _restored(directory, state, best, position)
+    step, last_save = int(state.step), time.monotonic()
+    pending: Metrics | None = None
+
+    def collect(position: _Position) -> _Position:
+        return position if pending is None else position._replace(sums=_add(position.sums, pending, before=step))
+
+    with _sigterm() as stop_requested:
+        while step < epochs * feed.steps_per_epoch:
+            state, metrics = run(state, *feed.at(step))
+            position = collect(position)
+            pending, steps = metrics, len(metrics["loss"])
+            step += steps
+            epoch, rest = divmod(step, feed.steps_per_epoch)
+            if rest == 0:
+                position, pending = collect(position), None
+                record = {"epoch": float(epoch), **{k: v / feed.steps_per_epoch for k, v in position.sums.items()}}
+                if evaluate is not None and (epoch % evaluate_every == 0 or epoch == epochs):
+                    weights = Weights(params_of(state), state.model_state)
+                    scores = evaluate(*weights)
+                    record |= {f"validation_{name}": value for name, value in scores.items()}
+                    if position.best_value is None or scores[monitor] > position.best_value:
+                        best, position = _copy(weights), position._replace(best_value=scores[monitor], best_epoch=epoch)
+                position = position._replace(history=[*position.history, record], sums={})
+            progress(steps, position.history[-1] if position.history else {})
+            stop = stop_requested(step)
+            due = stop or step == epochs * feed.steps_per_epoch or time.monotonic() - last_save > save_every_s
+            if directory is not None and due:
+                position, pending = collect(position), None
+                _save(directory, step, state, best, position)
+                last_save = time.monotonic()
+            if stop:
+                raise SystemExit(0)
+    last = Weights(params_of(state), state.model_state)
+    return Fitted(last, last if evaluate is None else best, position.best_epoch or epochs, position.history)
+
+
+def _add(sums: dict[str, float], metrics: Metrics, *, before: int) -> dict[str, float]:
+    """Adds one dispatch's metrics to the epoch's sums; ``before`` is the step after the last of them."""
+    values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
+    bad = np.flatnonzero(~np.isfinite(values["loss"]))
+    if bad.size:
+        at = before - len(values["loss"]) + int(bad[0])
+        terms = ", ".join(f"{name} {value[bad[0]]:.4g}" for name, value in sorted(values.items()))
+        raise NonFiniteLoss(
+            f"the loss is not finite at step {at} ({terms}); lower the learning rate, clip the gradients "
+            "(optax.clip_by_global_norm), or look for NaN in the inputs. Nothing after the last checkpoint was kept."
+        )
+    return {name: sums.get(name, 0.0) + math.fsum(value) for name, value in values.items()}
+
+
+def _copy(weights: Weights) -> Weights:
+    return jax.tree.map(jnp.copy, weights)  # since the state's own arrays may be donated to the next step
+
+
+def _save(directory: Path, step: int, state: TrainState, best: Weights, position: _Position) -> None:
+    checkpoints.save(directory, step, {"state": state, "best": best}, meta=position._asdict())
+
+
+def _restored(directory, state, best, position):
+    found = checkpoints.restore(directory, {"state": state, "best": best})
+    if found is None:
+        return state, best, position
+    return found.tree["state"], found.tree["best"], _Position(**found.meta)
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[int], bool]]:
+    """Yields a function that tells, after each dispatch, whether to save and stop.
+
+    With several processes JAX's own preemption service decides, so that all of them stop at the same step even if
+    only one was told to.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False  # only the main thread may handle signals; its own handler stays in charge
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: requested.set())
+    try:
+        yield lambda step: requested.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, previous)

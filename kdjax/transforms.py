@@ -1,0 +1,68 @@
+"""Optax transformations that distillation needs and optax lacks.
+
+Each is an ``optax.GradientTransformationExtraArgs``: it ignores extra arguments that are not its own, keeps its dtypes
+fixed, and its state records what one would want to plot or to evaluate.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kdjax.types import Params
+
+
+class ParameterEmaState(NamedTuple):
+    """State of :func:`parameter_ema`."""
+
+    count: jax.Array  # int32[], updates seen
+    ema: Params  # float32 average of the parameters, without the bias of its start
+
+
+def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps a moving average of the parameters beside them; passes the updates through unchanged.
+
+    Put it last in a chain, since it averages ``params + updates``. The weight of the newest parameters is
+    :math:`(1 - d) / (1 - d^n)` after n updates, which makes the average unbiased from the first update on (the start
+    is forgotten at once, and n equal parameters average to themselves). Read it back with
+    ``optax.tree.get(opt_state, "ema")``.
+
+    Args:
+      decay: d in [0, 1); .999 averages over about the last thousand updates.
+
+    Returns:
+      A transformation whose ``update`` needs ``params``.
+
+    Raises:
+      ValueError: if decay is outside [0, 1), or ``update`` is called without parameters.
+
+    References:
+      Polyak, Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992; the bias correction is that of
+      Kingma, Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015, section 3.
+
+    Examples:
+      >>> tx = optax.chain(optax.sgd(0.1), parameter_ema(0.9))
+      >>> state = tx.init(jnp.ones(3))
+      >>> updates, state = tx.update(jnp.ones(3), state, jnp.ones(3))
+      >>> optax.tree.get(state, "ema").round(2).tolist()
+      [0.8999999761581421, 0.8999999761581421, 0.8999999761581421]
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"parameter_ema needs a decay in [0, 1), got {decay}; .99 to .9999 are usual.")
+
+    def init(params: Params) -> ParameterEmaState:
+        # A copy, not a cast: a state that shares buffers with the parameters could not be donated with them.
+        return ParameterEmaState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError("parameter_ema needs the current parameters: call update(updates, state, params).")
+        count = optax.safe_increment(state.count)
+        weight = (1 - decay) / (1 - jnp.asarray(decay, jnp.float32) ** count)
+        new_params = optax.apply_updates(params, updates)
+        ema = jax.tree.map(lambda e, p: e + weight * (p.astype(jnp.float32) - e), state.ema, new_params)
+        return updates, ParameterEmaState(count, ema)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,48 @@
+"""The few shapes of data that pass between the stages: pytrees of arrays, nothing else."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import jax
+from jaxtyping import Array, Float, Int, PyTree
+
+Scalar: TypeAlias = float | int | Float[Array, ""] | Int[Array, ""]
+"""A number that may also be traced, so that a schedule can set it."""
+
+Params: TypeAlias = PyTree
+"""Trainable parameters, float32."""
+
+ModelState: TypeAlias = Mapping[str, Any]
+"""What a network keeps beside its parameters, such as batch statistics; ``{}`` where there is nothing."""
+
+Batch: TypeAlias = Mapping[str, Array]
+"""Arrays with one leading example axis: ``image``, ``label``, ``index``, and any teacher column."""
+
+Metrics: TypeAlias = dict[str, Array]
+"""Named scalars of one step."""
+
+
+class Outputs(NamedTuple):
+    """What a network returns: scores before the softmax, and the activations that a loss may ask for by name."""
+
+    logits: Float[Array, "batch classes"]
+    features: dict[str, Array]
+
+
+@runtime_checkable
+class ApplyFn(Protocol):
+    """A network as a pure function, whatever framework built it.
+
+    ``inputs`` are float images already normalised. In training mode ``key`` drives dropout and the second result
+    holds the updated statistics; in evaluation ``key`` may be None and the state comes back as it went in.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        model_state: ModelState,
+        inputs: Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
+    ) -> tuple[Any, ModelState]: ...

@@ -1,0 +1,28 @@
+"""What every test runs under: two simulated devices, checked shapes and types, no silent broadcasting."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# In the environment, so that the processes that tests start share the compiled programs too.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+import jax
+import jaxtyping
+
+# Not in the environment: an experiment that a test starts is to see the machine as it is.
+if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# is_pep484_tower: an int is welcome where a float is asked for.
+if importlib.util.find_spec("beartype"):
+    jaxtyping.install_import_hook(
+        "kdjax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    )

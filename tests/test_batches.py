@@ -1,0 +1,65 @@
+"""Batches as pure functions of seed and epoch."""
+
+import numpy as np
+import pytest
+
+from kdjax import data
+
+
+def test_an_epoch_draws_every_example_at_most_once():
+    ids = np.arange(100, 203)
+    index = data.epoch_index(ids, seed=0, epoch=0, batch_size=10)
+    assert index.shape == (10, 10)
+    assert len(set(index.ravel())) == 100
+    assert set(index.ravel()) <= set(ids)
+
+
+def test_epochs_and_seeds_have_other_orders_and_each_is_repeatable():
+    orders = {
+        (seed, epoch): data.epoch_index(np.arange(64), seed=seed, epoch=epoch, batch_size=8).tobytes()
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(set(orders.values())) == 4
+    assert orders[1, 1] == data.epoch_index(np.arange(64), seed=1, epoch=1, batch_size=8).tobytes()
+
+
+def test_every_example_takes_part_over_the_epochs():
+    drawn = np.concatenate([data.epoch_index(np.arange(19), seed=0, epoch=e, batch_size=8).ravel() for e in range(30)])
+    counts = np.bincount(drawn, minlength=19)
+    assert counts.min() > 15  # 25 expected
+
+
+def test_a_set_smaller_than_a_batch_fills_one():
+    index = data.epoch_index(np.array([5, 6, 7]), seed=0, epoch=0, batch_size=8)
+    assert index.shape == (1, 8)
+    assert set(index.ravel()) == {5, 6, 7}
+
+
+def test_evaluation_visits_everything_once_in_order():
+    index, valid = data.evaluation_index(np.arange(3, 20), batch_size=5)
+    assert index.shape == valid.shape == (4, 5)
+    np.testing.assert_array_equal(index[valid > 0], np.arange(3, 20))
+    assert valid.sum() == 17
+
+
+@pytest.mark.parametrize("function", [data.epoch_index, data.evaluation_index])
+def test_refuses_an_empty_split(function):
+    options = {"seed": 0, "epoch": 0} if function is data.epoch_index else {}
+    with pytest.raises(ValueError, match="at least one id"):
+        function(np.zeros(0, np.int64), batch_size=4, **options)
+
+
+def test_feed_is_a_function_of_the_step():
+    arrays = {"image": np.zeros(3)}
+    feed = data.resident_feed(arrays, np.arange(50), seed=1, batch_size=8, steps_per_dispatch=4)
+    assert feed.steps_per_epoch == 6
+    rows = data.epoch_index(np.arange(50), seed=1, epoch=2, batch_size=8)
+    resident, index = feed.at(12 + 4)  # third epoch, second dispatch: the two steps that are left
+    assert resident is arrays
+    np.testing.assert_array_equal(index, rows[4:6].T)
+
+
+def test_feed_takes_this_processes_rows():
+    feed = data.resident_feed({}, np.arange(32), seed=1, batch_size=8, rows_of=lambda rows: rows[4:])
+    np.testing.assert_array_equal(feed.at(0)[1], data.epoch_index(np.arange(32), seed=1, epoch=0, batch_size=8)[:1].T[4:])

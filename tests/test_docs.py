@@ -1,0 +1,127 @@
+"""What the documents say is run: Python blocks, docstring examples, commands and their flags, links."""
+
+import ast
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [path for name in ("README.md", "BUILD_NOTES.md") if (path := ROOT / name).exists()]
+
+# Flags that absl adds to every program.
+ABSL_FLAGS = {
+    "help",
+    "helpfull",
+    "helpshort",
+    "flagfile",
+    "undefok",
+    "verbosity",
+    "logtostderr",
+    "alsologtostderr",
+}
+
+
+def blocks(path: Path, language: str) -> list[tuple[str, int, str]]:
+    """Fenced blocks of a Markdown file: an id, the line of the first statement, the text."""
+    text = path.read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+    return [(f"{path.name}:{line}", line, code) for line, code in lines]
+
+
+PYTHON_BLOCKS = [block for path in DOCUMENTS for block in blocks(path, "python")]
+
+
+# Haiku and Equinox may warn of what they like; our own warnings are errors in the tests of the modules.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("name", "line", "code"), PYTHON_BLOCKS, ids=[name for name, _, _ in PYTHON_BLOCKS])
+def test_python_block_runs(name, line, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program = compile("\n" * (line - 1) + code, name, "exec")
+    try:
+        exec(program, {"__name__": "example"})
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package in {"", "kdjax", "experiments"}:
+            raise
+        pytest.skip(f"needs {package}, which is not installed")
+
+
+def docstring_examples() -> list[tuple[str, str, str, int]]:
+    """Docstrings of kdjax that hold ``>>>``: module, qualified name, text, line.
+
+    Read from the source, because ``doctest`` does not look into functions that the typing hook has wrapped.
+    """
+    found = []
+    for path in sorted((ROOT / "kdjax").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                text = ast.get_docstring(node) or ""
+                if ">>>" in text:
+                    found.append((module, getattr(node, "name", "module"), text, getattr(node, "lineno", 1)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "text", "line"),
+    [pytest.param(*example, id=f"{example[0]}.{example[1]}") for example in docstring_examples()],
+)
+def test_docstring_example_runs(module, name, text, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = dict(vars(importlib.import_module(module)))
+    example = doctest.DocTestParser().get_doctest(text, scope, f"{module}.{name}", module, line)
+    report: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    runner.run(example, out=report.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(report)
+
+
+def commands(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """Every ``python -m experiments.…`` of a document, over continued lines, with the names of its flags."""
+    text = re.sub(r"\\\n\s*", " ", path.read_text(encoding="utf-8"))
+    found = re.findall(r"python3? -m (experiments(?:\.\w+)+)([^\n`|]*)", text)
+    return [(module, tuple(re.findall(r"(?<!\S)--?([a-z]\w*)", arguments))) for module, arguments in found]
+
+
+def source_of(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def defined_flags(module: str, seen: set[str] | None = None) -> set[str]:
+    """Names of the absl flags of an experiment and of what it imports from ``experiments``, without running it."""
+    seen = set() if seen is None else seen
+    if module in seen or not source_of(module).exists():
+        return set()
+    seen.add(module)
+    names = set()
+    for node in ast.walk(ast.parse(source_of(module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1].startswith("DEFINE_"):
+            names |= {str(a.value) for a in node.args[:1] if isinstance(a, ast.Constant)}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("experiments"):
+            for name in [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]:
+                names |= defined_flags(str(name), seen)
+    return names
+
+
+COMMANDS = sorted({(path.name, *command) for path in DOCUMENTS for command in commands(path)})
+
+
+@pytest.mark.parametrize(("document", "module", "flags"), COMMANDS)
+def test_command_exists(document, module, flags):
+    assert source_of(module).exists(), f"{document} runs {module}, which is not there"
+    defined = defined_flags(module) | ABSL_FLAGS
+    unknown = {flag for flag in flags if flag not in defined and flag.removeprefix("no") not in defined}
+    assert unknown == set(), f"{document} gives {module} flags that it does not define"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^()\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    local = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:", target)]
+    assert [target for target in local if target and not (path.parent / target).exists()] == []

@@ -1,0 +1,104 @@
+"""Metrics against scikit-learn, and that neither padding nor sharding changes them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn_metrics
+
+from kdjax import data, evaluate, parallel
+from kdjax.types import Outputs
+
+CLASSES = 5
+
+
+def scores(n=203, seed=0):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, CLASSES, n).astype(np.int32)
+    logits = rng.normal(size=(n, CLASSES)).astype(np.float32)
+    logits[np.arange(n), label] += 1.0
+    return logits, label, rng.normal(size=(n, CLASSES)).astype(np.float32)
+
+
+def summary(logits, label, valid=None, teacher=None):
+    valid = np.ones(len(label), np.float32) if valid is None else valid
+    teacher = None if teacher is None else jnp.asarray(teacher)
+    sums = evaluate.metric_sums(jnp.asarray(logits), jnp.asarray(label), valid=jnp.asarray(valid), teacher_logits=teacher)
+    return evaluate.summarise(sums)
+
+
+def test_agrees_with_sklearn():
+    logits, label, _ = scores()
+    found, predicted = summary(logits, label), logits.argmax(1)
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    average = {"average": "macro", "zero_division": 0}
+    assert found["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(label, predicted))
+    assert found["loss"] == pytest.approx(sklearn_metrics.log_loss(label, probabilities), rel=1e-5)
+    assert found["precision"] == pytest.approx(sklearn_metrics.precision_score(label, predicted, **average))
+    assert found["recall"] == pytest.approx(sklearn_metrics.recall_score(label, predicted, **average))
+    assert found["f1"] == pytest.approx(sklearn_metrics.f1_score(label, predicted, **average))
+    assert found["worst_class_accuracy"] == pytest.approx(
+        sklearn_metrics.recall_score(label, predicted, average=None).min()
+    )
+
+
+def test_calibration_error_from_its_definition():
+    logits, label, _ = scores()
+    p = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(1, keepdims=True)
+    confidence, correct = p.max(1), p.argmax(1) == label
+    wanted = 0.0
+    for low in np.arange(evaluate.NUM_BINS) / evaluate.NUM_BINS:
+        inside = (confidence >= low) & (confidence < low + 1 / evaluate.NUM_BINS)
+        if inside.any():
+            wanted += inside.mean() * abs(confidence[inside].mean() - correct[inside].mean())
+    assert summary(logits, label)["ece"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_perfectly_confident_wrong_network_is_off_by_one():
+    logits = np.full((10, CLASSES), -1e4, np.float32)
+    logits[:, 1] = 1e4
+    assert summary(logits, np.zeros(10, np.int32))["ece"] == pytest.approx(1.0)
+
+
+def test_agreement_with_the_teacher():
+    logits, label, teacher = scores()
+    found = summary(logits, label, teacher=teacher)
+    p = np.exp(teacher.astype(np.float64)) / np.exp(teacher.astype(np.float64)).sum(1, keepdims=True)
+    q = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(1, keepdims=True)
+    assert found["agreement"] == pytest.approx((logits.argmax(1) == teacher.argmax(1)).mean())
+    assert found["teacher_kl"] == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-5)
+    assert summary(logits, label, teacher=logits)["teacher_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_masked_rows_do_not_count_even_if_they_hold_nan():
+    logits, label, teacher = scores()
+    valid = (np.arange(len(label)) % 3 > 0).astype(np.float32)
+    broken = np.where(valid[:, None] > 0, logits, np.nan)
+    kept = valid > 0
+    assert summary(broken, label, valid, teacher) == pytest.approx(
+        summary(logits[kept], label[kept], teacher=teacher[kept]), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("batch_size", [2, 50, 64, 300])
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_neither_batches_nor_devices_change_the_answer(batch_size, num_devices):
+    logits, label, teacher = scores()
+    ids = np.flatnonzero(np.arange(len(label)) % 4)
+    arrays = {"image": logits, "label": label, "teacher_logits": teacher}
+    devices = parallel.local_devices(num_devices)
+
+    def apply_fn(params, model_state, inputs, *, train, key=None):
+        assert not train
+        return Outputs(inputs * params, {}), model_state
+
+    run = evaluate.make_evaluator(
+        apply_fn, data.gather, parallel.replicate(arrays, devices), ids, batch_size=batch_size, devices=devices
+    )
+    found = evaluate.summarise(run(jnp.float32(1), {}))
+    assert found == pytest.approx(summary(logits[ids], label[ids], teacher=teacher[ids]), rel=1e-5)
+
+
+def test_refuses_to_summarise_nothing():
+    with pytest.raises(ValueError, match="at least one valid example"):
+        summary(*scores(4)[:2], valid=np.zeros(4, np.float32))

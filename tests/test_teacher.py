@@ -1,0 +1,552 @@
+"""Row i of a teacher's column is the teacher's answer to image i, or the column is refused."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax import teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {"name": "linear", "views": "centre"}
+
+
+def make_images(count=37, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 1), dtype=np.uint8)
+
+
+def make_variables(seed=1):
+    return {"w": np.random.default_rng(seed).normal(size=(16, 3)).astype(np.float32)}
+
+
+def fn(variables, images):
+    flat = images.reshape(len(images), -1).astype(jnp.float32) / 255
+    return {"logits": flat @ variables["w"], "sum": jnp.sum(images.astype(jnp.int32), axis=(1, 2, 3))}
+
+
+def view_fn(images, index, view):
+    """A shift that depends on the example and on the view; view 0 is the image itself."""
+
+    def one(image, i):
+        shift = jax.random.randint(jax.random.fold_in(jax.random.key(7), i), (), 1, 4)
+        return jnp.roll(image, view * shift, axis=0)
+
+    return jax.vmap(one)(images, index)
+
+
+def fill(directory, images=None, variables=None, **options):
+    images = make_images() if images is None else images
+    variables = make_variables() if variables is None else variables
+    return teacher.fill(
+        directory,
+        fn,
+        variables,
+        images,
+        **({"settings": SETTINGS, "batch_size": 6, "chunk_size": 8} | options),
+    )
+
+
+def header(**changes):
+    return teacher.describe(make_variables(), make_images(), settings=SETTINGS) | changes
+
+
+def computed(monkeypatch):
+    """The numbers of the chunks computed from here on."""
+    numbers, rows = [], teacher._Teacher.rows
+    record = lambda self, images, number: numbers.append(number) or rows(self, images, number)  # noqa: E731
+    monkeypatch.setattr(teacher._Teacher, "rows", record)
+    return numbers
+
+
+def chunk(directory, number):
+    return next(Path(directory).glob(f"chunk_{number:05d}-*.npz"))
+
+
+def run_script(body, *arguments):
+    preamble = "import sys; sys.path[:0] = ['tests', '.']\n"
+    return subprocess.Popen(
+        [sys.executable, "-c", preamble + textwrap.dedent(body), *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "chunk_size"), [(37, 6, 8), (1, 512, 4096), (3, 2, 1), (16, 4, 8), (17, 5, 100)]
+)
+def test_row_i_belongs_to_image_i(tmp_path, count, batch_size, chunk_size):
+    images, steps = make_images(count), []
+    columns = fill(
+        tmp_path,
+        images,
+        batch_size=batch_size,
+        chunk_size=chunk_size,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    assert columns.arrays["logits"].shape == (count, 1, 3)
+    np.testing.assert_array_equal(columns.arrays["sum"][:, 0], images.reshape(count, -1).sum(1))
+    expected = images.reshape(count, -1).astype(np.float64) / 255 @ make_variables()["w"]
+    np.testing.assert_allclose(columns.arrays["logits"][:, 0], expected, rtol=1e-5, atol=1e-5)
+    assert steps == [(min(n, count), count) for n in range(chunk_size, count + chunk_size, chunk_size)]
+    loaded = teacher.load(tmp_path, header=teacher.describe(make_variables(), images, settings=SETTINGS))
+    assert loaded.header == columns.header
+    jax.tree.map(np.testing.assert_array_equal, loaded.arrays, columns.arrays)
+
+
+def test_two_devices_say_what_one_says(tmp_path):
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    one = fill(tmp_path / "one", devices=jax.devices()[:1])
+    two = fill(tmp_path / "two", devices=jax.devices()[:2])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), one.arrays, two.arrays)
+
+
+def test_views_are_functions_of_index_and_view(tmp_path):
+    images = make_images()
+    columns = fill(tmp_path / "a", views=3, view_fn=view_fn)
+    again = fill(tmp_path / "b", views=3, view_fn=view_fn, batch_size=10, chunk_size=20)
+    index = np.arange(len(images), dtype=np.int32)
+    assert columns.arrays["logits"].shape == (37, 3, 3)
+    for view in range(3):
+        expected = fn(make_variables(), view_fn(images, index, view))["logits"]
+        for each in (columns, again):
+            np.testing.assert_allclose(each.arrays["logits"][:, view], expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(columns.arrays["logits"][:, 0] - columns.arrays["logits"][:, 1]).max() > 0.1
+    assert teacher.verify(columns, fn, make_variables(), images, view_fn=view_fn) > 0.9999
+    with pytest.raises(ValueError, match="not this teacher's output"):
+        teacher.verify(columns, fn, make_variables(), images)
+
+
+def test_take_gathers_in_a_jitted_step(tmp_path):
+    arrays = jax.device_put(fill(tmp_path, views=2, view_fn=view_fn).arrays)
+    index, view = jnp.array([5, 36, 0, 5]), jnp.array([0, 1, 1, 1])
+    taken = jax.jit(teacher.take)(arrays, index, view)
+    assert sorted(taken) == ["teacher_logits", "teacher_sum"]
+    np.testing.assert_array_equal(taken["teacher_logits"], np.asarray(arrays["logits"])[index, view])
+    first = jax.jit(teacher.take)(arrays, index)["teacher_sum"]
+    np.testing.assert_array_equal(first, np.asarray(arrays["sum"])[index, 0])
+
+
+def test_online_adds_constants():
+    images = jnp.asarray(make_images(4), jnp.float32)
+
+    def loss(variables, images):
+        batch = teacher.online(fn, variables, {"image": images, "label": jnp.zeros(4)})
+        assert sorted(batch) == ["image", "label", "teacher_logits", "teacher_sum"]
+        return jnp.sum(batch["teacher_logits"])
+
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(make_variables(), images)
+    np.testing.assert_allclose(value, fn(make_variables(), images)["logits"].sum(), rtol=1e-5)
+    assert all(not np.any(gradient) for gradient in jax.tree.leaves(gradients))
+
+
+def test_nothing_is_computed_twice(tmp_path, monkeypatch):
+    whole = fill(tmp_path)
+    numbers = computed(monkeypatch)
+    again = fill(tmp_path)
+    assert numbers == []
+    jax.tree.map(np.testing.assert_array_equal, whole.arrays, again.arrays)
+    chunk(tmp_path, 1).unlink()
+    truncated = chunk(tmp_path, 3)
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    (tmp_path / "chunk_00001-leftover.npz.tmp").write_bytes(b"half")
+    with pytest.raises(
+        ValueError, match=r"only 21 of 37 rows.*chunk_00003.*damaged.*run the same fill again"
+    ):
+        teacher.load(tmp_path, header=header())
+    with pytest.warns(UserWarning, match=r"computed again.*chunk_00003"):
+        repaired = fill(tmp_path, chunk_size=1000)  # what it was begun with stays
+    assert numbers == [1, 3]
+    jax.tree.map(np.testing.assert_array_equal, whole.arrays, repaired.arrays)
+    assert len(list(tmp_path.iterdir())) == 6  # five chunks and the header; no leftovers
+
+
+def test_one_compilation_whatever_the_tails(tmp_path):
+    traced = []
+
+    def counting(variables, images):
+        traced.append(images.shape)
+        return fn(variables, images)
+
+    images = make_images()
+    teacher.fill(
+        tmp_path,
+        counting,
+        make_variables(),
+        images,
+        settings={},
+        views=2,
+        view_fn=view_fn,
+        batch_size=6,
+        chunk_size=16,
+    )
+    assert len(traced) == 2  # the shapes of the columns, and the program
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"settings": {"name": "other", "views": "centre"}},
+            'with name="linear", and this run needs name="other"',
+        ),
+        ({"settings": SETTINGS | {"crop": 4}}, "with crop=null, and this run needs crop=4"),
+        ({"variables": make_variables(seed=2)}, r'with teacher="\w+\.\.\., and this run needs teacher="'),
+        ({"images": make_images(seed=2)}, "with images="),
+        ({"images": make_images()[::-1]}, "with images="),
+        ({"images": make_images()[:-1]}, "with examples=37, images=.* and this run needs examples=36"),
+        ({"views": 2, "view_fn": view_fn}, "with views=1, and this run needs views=2"),
+        (
+            {"dtype": "float16"},
+            'with dtype="float32", and this run needs dtype="float16": delete that directory',
+        ),
+    ],
+)
+def test_columns_made_from_something_else_are_refused(tmp_path, changes, message):
+    fill(tmp_path)
+    before = sorted(path.read_bytes() for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        fill(tmp_path, **changes)
+    assert sorted(path.read_bytes() for path in tmp_path.iterdir()) == before
+
+
+def test_load_checks_what_it_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"no teacher columns in .* run teacher\.fill"):
+        teacher.load(tmp_path, header=header())
+    fill(tmp_path)
+    teacher.load(tmp_path, header={"images": header()["images"]})
+    for wrong in ({"teacher": "another"}, {"unknown": 1}, header(name="other")):
+        with pytest.raises(ValueError, match="this run needs"):
+            teacher.load(tmp_path, header=wrong)
+    shutil.copy(chunk(tmp_path, 0), tmp_path / chunk(tmp_path, 0).name.replace("00000", "00001"))
+    chunk(tmp_path, 0).unlink()
+    with pytest.raises(ValueError, match="only 29 of 37 rows"):
+        teacher.load(tmp_path, header=header())
+
+
+def test_a_chunk_of_another_teacher_is_refused(tmp_path):
+    fill(tmp_path / "a")
+    fill(tmp_path / "b", variables=make_variables(seed=2))
+    chunk(tmp_path / "a", 2).unlink()
+    shutil.copy(chunk(tmp_path / "b", 2), tmp_path / "a")
+    with pytest.raises(ValueError, match="damaged or of other columns"):
+        teacher.load(tmp_path / "a", header=header())
+
+
+def test_a_flipped_bit_is_refused(tmp_path):
+    columns = fill(tmp_path / "good")
+    files = sorted((tmp_path / "good").iterdir())
+    offsets = [(path, offset) for path in files for offset in range(path.stat().st_size)]
+    chosen = random.Random(0)
+    # Half of them in the header, which is small.
+    in_header = [pair for pair in offsets if pair[0].name == "header.json"]
+    trials = chosen.sample(offsets, 50) + chosen.sample(in_header, 50)
+    refused = 0
+    for path, offset in trials:
+        shutil.copytree(tmp_path / "good", tmp_path / "bad")
+        victim = tmp_path / "bad" / path.name
+        data = bytearray(victim.read_bytes())
+        data[offset] ^= 1 << chosen.randrange(8)
+        victim.write_bytes(data)
+        try:
+            loaded = teacher.load(tmp_path / "bad", header=header())
+        except ValueError:
+            refused += 1
+        else:  # the change did not matter, such as one between two kinds of white space in JSON
+            assert loaded.header == columns.header
+            jax.tree.map(np.testing.assert_array_equal, loaded.arrays, columns.arrays)
+        shutil.rmtree(tmp_path / "bad")
+    assert refused >= 95
+
+
+def test_a_damaged_header_is_written_anew_and_good_chunks_stay(tmp_path, monkeypatch):
+    fill(tmp_path)
+    (tmp_path / "header.json").write_text("{")
+    numbers = computed(monkeypatch)
+    with pytest.warns(UserWarning, match=r"header\.json is damaged"):
+        fill(tmp_path)
+    assert numbers == []
+    (tmp_path / "header.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"header\.json is damaged|computed again"):
+        fill(tmp_path, variables=make_variables(seed=2))
+    assert numbers == [0, 1, 2, 3, 4]
+
+
+def test_float16_is_half_the_size_and_integers_stay(tmp_path):
+    columns = fill(tmp_path, dtype="float16")
+    assert (columns.arrays["logits"].dtype, columns.arrays["sum"].dtype) == (np.float16, np.int32)
+    assert teacher.verify(columns, fn, make_variables(), make_images()) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        (np.nan, {}, "logits at index 11, view 0, is nan: the teacher has diverged"),
+        (np.inf, {"dtype": "float16"}, "logits at index 11, view 0, is inf: the teacher has diverged"),
+        (1e5, {"dtype": "float16"}, "logits at index 11, view 0, is 100000.0: store it with dtype='float32'"),
+    ],
+)
+def test_numbers_that_cannot_be_used_name_their_index(tmp_path, value, options, message):
+    images = np.zeros((20, 4, 4, 1), np.uint8)
+    images[11] = 1
+
+    def bad(variables, images):
+        return {"logits": jnp.where(images[:, 0, 0] > 0, value, 1.0)}
+
+    with pytest.raises(ValueError, match=message):
+        teacher.fill(tmp_path, bad, {}, images, settings={}, chunk_size=8, batch_size=4, **options)
+    with pytest.raises(ValueError, match="only 8 of 20 rows"):
+        teacher.load(tmp_path, header={})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": 2}, "2 views need a view_fn"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"images": np.zeros((0, 4, 4, 1), np.uint8)}, "at least one"),
+        ({"settings": {"teacher": "x"}}, "rename them"),
+        ({"settings": {"x": np.zeros(2)}}, "plain JSON"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        fill(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fn_must_return_rows(tmp_path):
+    for bad in (lambda v, x: {"mean": jnp.mean(x)}, lambda v, x: {}):
+        with pytest.raises(ValueError, match="one row per image"):
+            teacher.fill(tmp_path, bad, {}, make_images(), settings={})
+    assert not list(tmp_path.iterdir())
+
+
+class TestVerify:
+    """Whatever the teacher, a shuffled column is caught, and rounding is not."""
+
+    COUNT = 200
+    LABELS = np.repeat(np.arange(5), 40)  # sorted by class, as a folder of class folders is
+
+    def rows(self, kind):
+        random_state = np.random.default_rng(3)
+        noise = random_state.normal(size=(self.COUNT, 5))
+        confident = 20 * np.eye(5)[self.LABELS]
+        return {
+            "ordinary": noise,
+            "confident": confident + noise,
+            "offset": 1000 + noise,
+            "offset and confident": 1000 + confident + noise,
+            "two classes": np.stack([noise[:, 0], -noise[:, 0]], 1) * 10,
+            "sparse": np.maximum(noise - 1, 0),
+            "tiny": noise * 1e-12,
+            "huge": noise * 1e12,
+            "maps": random_state.normal(size=(self.COUNT, 8, 8)),
+        }[kind].astype(np.float32)
+
+    KINDS = (
+        "ordinary",
+        "confident",
+        "offset",
+        "offset and confident",
+        "two classes",
+        "sparse",
+        "tiny",
+        "huge",
+        "maps",
+    )
+
+    def verify(self, stored, rows, seed=0, **options):
+        """The teacher is a table: image i's row is rows[i]."""
+        images = np.arange(self.COUNT, dtype=np.int32)[:, None]
+        columns = teacher.Columns(
+            {"layout": {"examples": self.COUNT, "views": 1}}, {"logits": stored[:, None]}
+        )
+        return teacher.verify(
+            columns, lambda v, x: {"logits": v[x[:, 0]]}, rows, images, seed=seed, **options
+        )
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_rounding_passes(self, kind):
+        rows = self.rows(kind)
+        noise = np.random.default_rng(0).normal(size=rows.shape)
+        # Rounding is relative to what is summed, not to an offset added at the end.
+        scale = np.std(rows, axis=0)
+        for size in (0, 1e-6, 1e-3, 1e-2):
+            for seed in range(5):
+                assert self.verify((rows + size * scale * noise).astype(np.float32), rows, seed) > 0.999
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_every_shuffle_is_caught(self, kind):
+        rows = self.rows(kind)
+        orders = [
+            np.roll(np.arange(self.COUNT), 1),
+            np.arange(self.COUNT)[::-1],
+            np.roll(np.arange(self.COUNT), 7),
+        ]
+        orders += [np.random.default_rng(seed).permutation(self.COUNT) for seed in range(10)]
+        for seed, order in enumerate(orders):
+            with pytest.raises(
+                ValueError, match=r"not this teacher's output.*index \d+, view 0.*another order"
+            ):
+                self.verify(rows[order], rows, seed)
+
+    def test_a_shuffle_within_classes_is_caught(self):
+        rows = self.rows("confident")
+        order = np.concatenate([np.random.default_rng(c).permutation(40) + 40 * c for c in range(5)])
+        cosine = (
+            np.sum(rows * rows[order], -1)
+            / np.linalg.norm(rows, axis=-1)
+            / np.linalg.norm(rows[order], axis=-1)
+        )
+        assert np.median(cosine) > 0.98  # by cosine alone it would be a close call
+        with pytest.raises(ValueError, match="not this teacher's output"):
+            self.verify(rows[order], rows)
+
+    def test_other_teachers_are_caught(self):
+        rows = self.rows("ordinary")
+        for other in (rows + 1, rows * 1.2, -rows, rows[:, ::-1], np.zeros_like(rows)):
+            with pytest.raises(ValueError, match="not this teacher's output"):
+                self.verify(other, rows)
+
+    def test_two_swapped_rows_are_found_if_all_are_looked_at(self):
+        rows = self.rows("ordinary")
+        order = np.arange(self.COUNT)
+        order[[3, 150]] = 150, 3
+        with pytest.raises(ValueError, match=r"index (3|150), view 0"):
+            self.verify(rows[order], rows, num_samples=self.COUNT)
+
+    def test_a_constant_teacher_is_no_false_alarm(self):
+        for value in (0.0, 3.0):
+            rows = np.full((self.COUNT, 5), value, np.float32)
+            assert self.verify(rows * (1 + 1e-6), rows) > 0.999
+
+    def test_another_number_of_images(self):
+        rows = self.rows("ordinary")
+        columns = teacher.Columns({"layout": {"examples": 7, "views": 1}}, {"logits": rows[:7, None]})
+        with pytest.raises(ValueError, match="7 rows and there are 8 images"):
+            teacher.verify(columns, lambda v, x: {}, {}, np.zeros((8, 1)))
+
+
+def test_a_shuffled_file_of_columns_is_caught(tmp_path):
+    columns, images = fill(tmp_path), make_images()
+    assert teacher.verify(columns, fn, make_variables(), images) > 0.9999
+    order = np.random.default_rng(0).permutation(len(images))
+    shuffled = columns._replace(arrays={name: array[order] for name, array in columns.arrays.items()})
+    with pytest.raises(ValueError, match="another order"):
+        teacher.verify(shuffled, fn, make_variables(), images)
+
+
+FILL_SLOWLY = """
+    import time
+    import test_teacher as t
+    def progress(done, total):
+        print(done, flush=True)
+        time.sleep(0.02)
+    t.fill(sys.argv[1], images=t.make_images(400), progress=progress)
+"""
+
+
+def test_sigkill_in_the_middle_costs_only_the_chunk_at_hand(tmp_path, monkeypatch):
+    images = make_images(400)
+    with run_script(FILL_SLOWLY, tmp_path / "killed") as process:
+        for line in process.stdout:
+            if int(line) >= 200:
+                break
+        process.send_signal(signal.SIGKILL)
+        announced = [200, *(int(line) for line in process.stdout)][-1]
+    with pytest.raises(ValueError, match=r"only \d+ of 400 rows"):
+        teacher.load(
+            tmp_path / "killed", header=teacher.describe(make_variables(), images, settings=SETTINGS)
+        )
+    numbers = computed(monkeypatch)
+    resumed = fill(tmp_path / "killed", images)
+    assert numbers[0] >= announced // 8
+    assert numbers == list(range(numbers[0], 50))
+    numbers.clear()
+    whole = fill(tmp_path / "whole", images)
+    jax.tree.map(np.testing.assert_array_equal, resumed.arrays, whole.arrays)
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+
+
+FULL_DISK = """
+    import resource
+    import test_teacher as t
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    try:
+        t.fill(sys.argv[1], images=t.make_images(400), chunk_size=200)
+    except OSError as error:
+        print("REFUSED:", error)
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    output, _ = run_script(FULL_DISK, tmp_path).communicate(timeout=60)
+    assert "REFUSED: could not write rows of the teacher's columns to" in output, output
+    assert "bytes (" in output
+    assert "Traceback" not in output
+    assert [path.name for path in tmp_path.iterdir()] == ["header.json"]
+    assert fill(tmp_path, make_images(400)).arrays["logits"].shape == (400, 1, 3)
+
+
+TWO_PROCESSES = """
+    directory, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    import jax
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(f"localhost:{port}", 2, process, heartbeat_timeout_seconds=10)
+    import jax.numpy as jnp, numpy as np
+    import test_teacher as t
+    from kdjax import teacher
+
+    mine, rows = [], teacher._Teacher.rows
+    teacher._Teacher.rows = lambda self, images, number: mine.append(number) or rows(self, images, number)
+    columns = t.fill(directory)
+    assert mine == [[0, 2, 4], [1, 3]][process], mine
+    images = t.make_images()
+    np.testing.assert_array_equal(columns.arrays["sum"][:, 0], images.reshape(37, -1).sum(1))
+
+    def bad(variables, images):  # only a chunk of process 1 has the image
+        return {"logits": jnp.where(images[:, 0, 0] > 0, jnp.nan, 1.0)}
+
+    images = np.zeros((20, 4, 4, 1), np.uint8)
+    images[11] = 1
+    try:
+        teacher.fill(directory + "_bad", bad, {}, images, settings={}, chunk_size=8)
+    except (ValueError, RuntimeError) as error:
+        assert ("index 11" if process else "another process failed") in str(error), error
+        print("PASSED")
+"""
+
+
+def test_two_processes_fill_together(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(run_script(TWO_PROCESSES, tmp_path / "run", port, process))
+            for process in (0, 1)
+        ]
+        for process in processes:
+            stack.callback(process.kill)
+        outputs = [process.communicate(timeout=90)[0] for process in processes]
+    assert all("PASSED" in output for output in outputs), "\n".join(outputs)[-4000:]
+    alone = fill(tmp_path / "alone")
+    loaded = teacher.load(tmp_path / "run", header=header())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), alone.arrays, loaded.arrays)

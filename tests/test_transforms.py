@@ -1,0 +1,112 @@
+"""Every transformation through one conformance table, and each against its own mathematics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import serialization
+
+from kdjax import transforms
+
+TRANSFORMS = {"parameter_ema": lambda: transforms.parameter_ema(0.9)}
+TARGET = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0)}
+
+
+def start(dtype):
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), TARGET)
+
+
+def loss_of(params):
+    return sum(jnp.sum((p.astype(jnp.float32) - t) ** 2) for p, t in zip(*map(jax.tree.leaves, (params, TARGET)), strict=True))
+
+
+def descend(tx, params, state, steps):
+    traces = []
+
+    @jax.jit
+    def step(params, state):
+        traces.append(1)
+        value, grads = jax.value_and_grad(loss_of)(params)
+        updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=loss_of, foreign="ignored")
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    assert len(traces) == 1
+    return params, state
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", TRANSFORMS)
+class TestConforms:
+    def test_in_a_chain(self, name, dtype):
+        tx, params = optax.chain(optax.sgd(0.1), TRANSFORMS[name]()), start(dtype)
+        state = tx.init(params)
+        specs = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), state)
+        final, final_state = descend(tx, params, state, 60)
+        assert loss_of(final) < 1e-2
+        assert all(p.dtype == dtype for p in jax.tree.leaves(final))
+        assert specs == jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), final_state)
+        packed = serialization.from_bytes(final_state, serialization.to_bytes(final_state))
+        jax.tree.map(np.testing.assert_array_equal, packed, final_state)
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+            lambda tx: optax.masked(tx, {"a": True, "b": True}),
+            lambda tx: optax.apply_if_finite(tx, 3),
+        ],
+        ids=["MultiSteps", "masked", "apply_if_finite"],
+    )
+    def test_wrapped(self, name, dtype, wrap):
+        tx, params = wrap(optax.chain(optax.sgd(0.1), TRANSFORMS[name]())), start(dtype)
+        final, _ = descend(tx, params, tx.init(params), 120)
+        assert loss_of(final) < 1e-2
+
+    def test_in_scan_and_pmap(self, name, dtype):
+        tx, params = optax.chain(optax.sgd(0.1), TRANSFORMS[name]()), start(dtype)
+
+        def body(carry, _):
+            params, state = carry
+            grads = jax.grad(loss_of)(params)
+            updates, state = tx.update(grads, state, params, value=loss_of(params), grad=grads, value_fn=loss_of)
+            return (optax.apply_updates(params, updates), state), None
+
+        def run(params):
+            return jax.lax.scan(body, (params, tx.init(params)), length=60)[0][0]
+
+        final = jax.jit(run)(params)
+        assert loss_of(final) < 1e-2
+        on_each = jax.pmap(run)(jax.tree.map(lambda p: jnp.stack([p, p]), params))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-5), on_each, final)
+
+
+class TestParameterEma:
+    def test_is_the_unbiased_weighted_mean(self):
+        decay, steps = 0.8, 7
+        tx, params = optax.chain(optax.sgd(0.1), transforms.parameter_ema(decay)), jnp.array([1.0, 2.0])
+        state, seen = tx.init(params), []
+        for i in range(steps):
+            updates, state = tx.update(jnp.array([1.0, -float(i)]), state, params)
+            params = optax.apply_updates(params, updates)
+            seen.append(np.asarray(params, np.float64))
+        share = decay ** np.arange(steps - 1, -1, -1)
+        wanted = (share[:, None] * np.array(seen)).sum(0) / share.sum()
+        np.testing.assert_allclose(optax.tree.get(state, "ema"), wanted, rtol=1e-5)
+
+    def test_passes_updates_through(self):
+        tx = transforms.parameter_ema(0.9)
+        updates, _ = tx.update(jnp.array([1.0, -2.0]), tx.init(jnp.zeros(2)), jnp.zeros(2))
+        np.testing.assert_array_equal(updates, [1.0, -2.0])
+
+    @pytest.mark.parametrize("decay", [-0.1, 1.0])
+    def test_refuses_a_decay_outside_its_range(self, decay):
+        with pytest.raises(ValueError, match=r"decay in \[0, 1\)"):
+            transforms.parameter_ema(decay)
+
+    def test_says_that_it_needs_parameters(self):
+        tx = transforms.parameter_ema(0.9)
+        with pytest.raises(ValueError, match="update\\(updates, state, params\\)"):
+            tx.update(jnp.zeros(2), tx.init(jnp.zeros(2)))
