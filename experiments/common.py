@@ -140,7 +140,7 @@ def _sample(ids: np.ndarray, count: int | None, flag: str) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------ training
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "adam": lambda recipe, rate: optax.adamw(rate, weight_decay=recipe.weight_decay),
     "sgd": lambda recipe, rate: optax.chain(
         optax.add_decayed_weights(recipe.weight_decay), optax.sgd(rate, momentum=recipe.momentum)
@@ -162,7 +162,7 @@ class Recipe(NamedTuple):
     epochs: int
     batch_size: int
     learning_rate: float
-    optimiser: str = "adam"
+    optimizer: str = "adam"
     schedule: str = "constant"
     weight_decay: float = 0.0
     momentum: float = 0.9
@@ -184,10 +184,10 @@ class Taught(NamedTuple):
     weights: train.Weights | None = None
 
 
-def make_optimiser(recipe: Recipe, *, steps: int) -> optax.GradientTransformation:
+def make_optimizer(recipe: Recipe, *, steps: int) -> optax.GradientTransformation:
     """The recipe's Optax chain for a run of ``steps`` batches."""
     updates = steps // recipe.accumulate
-    tx = OPTIMISERS[recipe.optimiser](recipe, SCHEDULES[recipe.schedule](recipe.learning_rate, updates))
+    tx = OPTIMIZERS[recipe.optimizer](recipe, SCHEDULES[recipe.schedule](recipe.learning_rate, updates))
     if recipe.ema:
         tx = optax.chain(tx, transforms.parameter_ema(recipe.ema))
     return optax.MultiSteps(tx, recipe.accumulate).gradient_transformation() if recipe.accumulate > 1 else tx
@@ -251,7 +251,7 @@ def make_trainer(
     resident = {"data": task.arrays, "columns": taught.columns, "teacher": taught.weights}
     resident = parallel.replicate(resident, task.devices)
     steps = max(len(task.split["train"]) // recipe.batch_size, 1) * recipe.epochs
-    tx = make_optimiser(recipe, steps=steps)
+    tx = make_optimizer(recipe, steps=steps)
     step = train.make_train_step(apply_fn, objective, tx, axis_name=parallel.AXIS)
     run = parallel.data_parallel(
         train.make_run(step, train_batch), replicated=2, devices=task.devices, donate_first=True
@@ -275,7 +275,13 @@ def make_trainer(
             steps_per_dispatch=recipe.steps_per_dispatch,
             rows_of=parallel.process_rows,
         )
-        with bar(label, total=steps) as progress:
+
+        with bar(label, total=steps, unit="step") as meter:
+
+            def progress(done: int, record: Mapping[str, float]) -> None:
+                meter.update(done)
+                meter.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k in ("loss", "validation_accuracy")})
+
             fitted = train.fit(
                 run,
                 state,
@@ -287,6 +293,8 @@ def make_trainer(
                 directory=directory / "checkpoints",
                 progress=progress,
             )
+        newest = fitted.history[-1]
+        say(f"{label}: loss {newest['loss']:.4g}, validation accuracy {newest['validation_accuracy']:.2%}")
         metrics = evaluate.summarise(sums_on["test"](*fitted.last))
         best = evaluate.summarise(sums_on["test"](*fitted.best))
         metrics |= {f"best_{name}": best[name] for name in ("accuracy", "loss")}
@@ -331,21 +339,16 @@ def check_disk(task: Task, workdir: Path, runs: Mapping[Any, int]) -> None:
 
 
 @contextlib.contextmanager
-def bar(label: str, *, total: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """A progress bar on a terminal; in a log, one line when it is done. Only the first process shows anything."""
-    shown = jax.process_index() == 0
-    with tqdm(total=total, desc=label, unit="step", disable=None if shown else True, leave=False) as meter:
-        newest: dict[str, float] = {}
+def bar(label: str, *, total: int, unit: str) -> Iterator[tqdm]:
+    """A progress bar on the terminal of the first process; nothing in a log."""
+    with tqdm(total=total, desc=label, unit=unit, disable=None if jax.process_index() == 0 else True, leave=False) as meter:
+        yield meter
 
-        def advance(steps: int, record: Mapping[str, float]) -> None:
-            newest.update(record)
-            meter.update(steps)
-            meter.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k in ("loss", "validation_accuracy")})
 
-        yield advance
-    if shown:
-        accuracy = newest.get("validation_accuracy", math.nan)
-        print(f"{label}: {total} steps, loss {newest.get('loss', math.nan):.4g}, validation accuracy {accuracy:.2%}")
+def say(text: str) -> None:
+    """Prints from the first process alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ teachers
@@ -469,7 +472,7 @@ def taught_by(
             return data.stored_view(images, index, view, **move)
 
     images = task.source.images
-    with tqdm(total=len(images), desc=label, unit="image", leave=False, disable=None) as meter:
+    with bar(label, total=len(images), unit="image") as meter:
         columns = teacher.fill(
             directory,
             answers,
@@ -486,6 +489,9 @@ def taught_by(
 
 
 # ----------------------------------------------------------------------------------------------- reporting
+
+
+TABLE = ("accuracy", "best_accuracy", "loss", "f1", "ece", "agreement")  # what the terminal shows of the metrics
 
 
 def conclude(
@@ -524,7 +530,7 @@ def conclude(
         arm_seeds={arm: list(s) for arm, s in arm_seeds.items() if list(s) != list(arm_seeds[baseline])},
         arms={arm: {m: [t.metrics[m] for t in runs] for m in runs[0].metrics} for arm, runs in arms.items()},
         curves={
-            arm: {m: [[r[m] for r in h] for h in runs] for m in ("loss", "validation_accuracy") if m in runs[0][-1]}
+            arm: {m: [[r.get(m) for r in h] for h in runs] for m in ("loss", "validation_accuracy") if m in runs[0][-1]}
             for arm, runs in histories.items()
             if runs[0]
         },
@@ -536,9 +542,10 @@ def conclude(
     if jax.process_index() == 0:
         results.write(workdir / "results.json", result)
         report.save_figure(workdir / "figure.png", result)
-        report.page(result, path=workdir / "report.html")
-        print("\n" + report.finding(result))
-        print(f"results.json, figure.png, report.html and checkpoints are in {workdir}/; open {workdir / 'report.html'}.")
+        report.page(result, path=workdir / "report.html", title=name)
+    say(f"\n{report.markdown_table(result, metrics=TABLE)}\n")
+    say(report.finding(result))
+    say(f"Checkpoints, results.json, figure.png and report.html are in {workdir}/.")
     return result
 
 

@@ -28,7 +28,7 @@ DATASET = flags.DEFINE_string("dataset", "digits", "digits, a TFDS name, a file.
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared TFDS data sets lie (python -m experiments.prepare_data).")
 TEACHER = flags.DEFINE_string("teacher", "digits_teacher", f"One of {', '.join(sorted(models.MODELS))}.")
 TEACHER_DIR = flags.DEFINE_string("teacher_dir", None, "Take up this trained teacher, such as runs/one/teacher/0.")
-STUDENT = flags.DEFINE_string("student", "digits_student", "Likewise.")
+STUDENT = flags.DEFINE_string("student", "digits_student", "Any name that --teacher takes.")
 NUM_TRAIN = flags.DEFINE_integer("num_train", None, "Training images that students see; all by default.", lower_bound=1)
 NUM_VALIDATION = flags.DEFINE_integer("num_validation", None, "Validation images; a tenth of the training split.")
 LABEL_NOISE = flags.DEFINE_float("label_noise", 0.0, "Share of training labels made wrong.", 0.0, 1.0)
@@ -53,7 +53,7 @@ TEACHER_EPOCHS = flags.DEFINE_integer("teacher_epochs", None, "Of each teacher; 
 TEACHER_SEEDS = flags.DEFINE_integer("teacher_seeds", 1, "Teachers; student seed s learns from number s mod this.", 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per step over all devices.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak.", lower_bound=0.0)
-OPTIMISER = flags.DEFINE_enum("optimiser", "adam", list(common.OPTIMISERS), "adam is AdamW; sgd has momentum .9.")
+OPTIMIZER = flags.DEFINE_enum("optimizer", "adam", list(common.OPTIMIZERS), "adam is AdamW; sgd has momentum .9.")
 SCHEDULE = flags.DEFINE_enum("schedule", "constant", list(common.SCHEDULES), "step: a tenth at 62.5, 75 and 87.5 %.")
 WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.0, "L2 under sgd, decoupled under adam.", lower_bound=0.0)
 EMA = flags.DEFINE_float("ema", 0.0, "Decay of averaged weights that are evaluated instead of the last.", 0.0, 1.0)
@@ -185,7 +185,7 @@ def the_recipe() -> common.Recipe:
         epochs=1 if SMOKE.value else EPOCHS.value,
         batch_size=BATCH_SIZE.value,
         learning_rate=LEARNING_RATE.value,
-        optimiser=OPTIMISER.value,
+        optimizer=OPTIMIZER.value,
         schedule=SCHEDULE.value,
         weight_decay=WEIGHT_DECAY.value,
         ema=EMA.value,

@@ -365,7 +365,7 @@ def _disagreement(
     if np.min(cosine) < min_cosine:
         worst = int(np.argmin(cosine))
         return (worst, f"the cosine is below {min_cosine}"), cosine
-    if False and error[worst] > max_error * max(spread, size / 10):
+    if error[worst] > max_error * max(spread, size / 10):
         return (
             worst,
             f"the row is off by {error[worst] / max(spread, size / 10):.2g} of the rows' spread",

@@ -1,6 +1,6 @@
 """The train step, and the loop around it.
 
-The step is a function of a state and a batch and knows no loss, network or optimiser: it is handed an objective, an
+The step is a function of a state and a batch and knows no loss, network or optimizer: it is handed an objective, an
 apply function and a transformation. Wrap it yourself (``jax.jit``), or let :func:`make_run` and
 :func:`kdjax.parallel.data_parallel` put data selection in front of it and devices around it. :func:`fit` repeats it
 until the epochs are done, and can be killed at any moment and started again without a bit of difference.
@@ -125,7 +125,7 @@ def _step_key(state: TrainState, purpose: int) -> jax.Array:
 
 
 class Weights(NamedTuple):
-    """What is evaluated and exported: parameters and statistics, without the optimiser."""
+    """What is evaluated and exported: parameters and statistics, without the optimizer."""
 
     params: Params
     model_state: ModelState
@@ -181,7 +181,7 @@ def fit(
       evaluate_every: epochs between evaluations; the last epoch always has one.
       monitor: the metric that chooses the best weights; the first of equals stays. Without ``evaluate`` the best
         weights are the last.
-      params_of: the parameters to evaluate and keep, for instance an average kept by the optimiser.
+      params_of: the parameters to evaluate and keep, for instance an average kept by the optimizer.
       directory: of this run's checkpoints; None keeps nothing on disk. A run killed at any moment and started again
         with the same arguments ends bitwise equal to one that was not.
       save_every_s: least seconds between two checkpoints; one is also written at the end and on SIGTERM.

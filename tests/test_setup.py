@@ -4,12 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(
+needs_make = pytest.mark.skipif(
     not all(map(shutil.which, ("bash", "awk", "make"))),
     reason="set-up is for systems with bash, awk and make",
 )
@@ -43,6 +46,7 @@ def make(clone: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     return done.returncode, "\n".join(said)
 
 
+@needs_make
 @pytest.mark.parametrize("target", ["demo", "test"])
 @pytest.mark.parametrize(
     ("answer", "sentence"),
@@ -61,12 +65,14 @@ def test_python_that_does_not_do(clone, target, answer, sentence):
     assert not (clone / ".venv").exists()
 
 
+@needs_make
 def test_python_that_is_not_there(clone):
     code, said = make(clone, "demo", "PYTHON=no-such-python")
     assert code != 0
     assert said.startswith("kdjax: PYTHON=no-such-python does not run")
 
 
+@needs_make
 def test_no_network_then_foreign_environment(clone):
     code, said = make(
         clone, "demo", f"PYTHON={sys.executable}",
@@ -84,6 +90,7 @@ def test_no_network_then_foreign_environment(clone):
     assert said.startswith("kdjax: .venv exists and was not made by make")
 
 
+@needs_make
 def test_second_time_is_instant_and_stale_is_noticed(clone):
     """An environment counts as ready only for the pyproject.toml and the extras that it was made for."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", clone / ".venv"], check=True)
@@ -105,3 +112,17 @@ def test_second_time_is_instant_and_stale_is_noticed(clone):
     with (clone / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     assert setup("experiments") != 0
+
+
+def test_tpu_pins_satisfy_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [
+        Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["experiments"]
+    ]
+    lines = (ROOT / "requirements-tpu.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    version = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    assert all(len(pin.specifier) == 1 and str(pin.specifier).startswith("==") for pin in pins)
+    on_tpu = [r for r in declared if not r.marker or r.marker.evaluate({"python_version": "3.12"})]
+    assert [str(r) for r in on_tpu if not r.specifier.contains(version[canonicalize_name(r.name)])] == []
+    assert any("tpu" in pin.extras for pin in pins)

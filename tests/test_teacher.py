@@ -232,8 +232,8 @@ def test_load_checks_what_it_is_told(tmp_path):
     for wrong in ({"teacher": "another"}, {"unknown": 1}, header(name="other")):
         with pytest.raises(ValueError, match="this run needs"):
             teacher.load(tmp_path, header=wrong)
+    chunk(tmp_path, 1).unlink()  # and another chunk in its place
     shutil.copy(chunk(tmp_path, 0), tmp_path / chunk(tmp_path, 0).name.replace("00000", "00001"))
-    chunk(tmp_path, 0).unlink()
     with pytest.raises(ValueError, match="only 29 of 37 rows"):
         teacher.load(tmp_path, header=header())
 
@@ -422,6 +422,22 @@ class TestVerify:
         for other in (rows + 1, rows * 1.2, -rows, rows[:, ::-1], np.zeros_like(rows)):
             with pytest.raises(ValueError, match="not this teacher's output"):
                 self.verify(other, rows)
+
+    def test_one_row_of_the_right_direction_and_the_wrong_length(self):
+        rows = self.rows("ordinary")
+        longer = rows.copy()
+        longer[np.argmax(np.linalg.norm(rows, axis=-1))] *= 1.2
+        with pytest.raises(ValueError, match=r"off by .* of the rows' spread"):
+            self.verify(longer, rows, num_samples=self.COUNT)
+
+    def test_limits_are_the_caller_s(self):
+        rows = self.rows("ordinary")
+        noisy = rows + 0.01 * np.random.default_rng(0).normal(size=rows.shape).astype(np.float32)
+        self.verify(noisy, rows)
+        with pytest.raises(ValueError, match=r"the cosine is below 0.99999 "):
+            self.verify(noisy, rows, min_cosine=0.99999)
+        with pytest.raises(ValueError, match="off by"):
+            self.verify(noisy, rows, max_error=0.001)
 
     def test_two_swapped_rows_are_found_if_all_are_looked_at(self):
         rows = self.rows("ordinary")

@@ -185,7 +185,7 @@ h3{font-size:1rem;margin:2rem 0 .5rem}
 /* A shadow at the right edge, covered by the table's own end, says that there is more to scroll to. */
 .scroll{overflow-x:auto;background:linear-gradient(var(--paper),var(--paper)) right/1.5rem 100% no-repeat local,
  linear-gradient(to left,var(--grid),transparent) right/.8rem 100% no-repeat scroll}
-table{border-collapse:collapse;min-width:100%;font-size:.95rem;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;min-width:min(100%,32rem);font-size:.95rem;font-variant-numeric:tabular-nums}
 th,td{padding:.5rem 0 .5rem 1.5rem;text-align:right;vertical-align:top;white-space:nowrap;font-weight:400}
 thead th{white-space:normal;text-wrap:balance;line-height:1.3}
 th:first-child{padding-left:0;text-align:left;position:sticky;left:0;background:var(--paper)}
