@@ -129,6 +129,13 @@ def make_task(
     return Task(source, split, arrays, mean, std, local, perturbed)
 
 
+def build(name: str, task: Task, **fields: Any) -> Any:
+    """The network ``name`` for this task's classes; a ValueError if it does not take this task's images."""
+    network = models.build(name, num_classes=task.source.num_classes, **fields)
+    models.init(network, task.source.images.shape[1:], seed=0)
+    return network
+
+
 def _sample(ids: np.ndarray, count: int | None, flag: str) -> np.ndarray:
     """``count`` of the ids, the same every time; a smaller sample is part of a larger one."""
     if count is None:
@@ -173,6 +180,7 @@ class Recipe(NamedTuple):
     mixup: float = 0.0
     evaluate_every: int = 1
     steps_per_dispatch: int = 1
+    save_every_s: float = 60.0
 
 
 class Taught(NamedTuple):
@@ -291,6 +299,7 @@ def make_trainer(
                 evaluate_every=recipe.evaluate_every,
                 params_of=params_of,
                 directory=directory / "checkpoints",
+                save_every_s=recipe.save_every_s,
                 progress=progress,
             )
         newest = fitted.history[-1]
@@ -442,11 +451,6 @@ def taught_by(
       directory: where the columns are stored.
       label: of the progress bar.
     """
-    if recipe.mixup and mode != "online":
-        raise ValueError(
-            f"mixup blends images, and no stored column knows the teacher's answer to a blend; use --teacher_mode=online "
-            f"in place of {mode}, or --mixup=0."
-        )
     own = {"mean": source.mean, "std": source.std}
     if mode == "online":
 
@@ -491,6 +495,7 @@ def taught_by(
 # ----------------------------------------------------------------------------------------------- reporting
 
 
+CURVES = {"loss": "training_loss", "validation_accuracy": "validation_accuracy"}
 TABLE = ("accuracy", "best_accuracy", "loss", "f1", "ece", "agreement")  # what the terminal shows of the metrics
 
 
@@ -530,7 +535,7 @@ def conclude(
         arm_seeds={arm: list(s) for arm, s in arm_seeds.items() if list(s) != list(arm_seeds[baseline])},
         arms={arm: {m: [t.metrics[m] for t in runs] for m in runs[0].metrics} for arm, runs in arms.items()},
         curves={
-            arm: {m: [[r.get(m) for r in h] for h in runs] for m in ("loss", "validation_accuracy") if m in runs[0][-1]}
+            arm: {name: [[record.get(m) for record in h] for h in runs] for m, name in CURVES.items()}
             for arm, runs in histories.items()
             if runs[0]
         },
@@ -559,7 +564,7 @@ def _comparisons(arms: Mapping[str, Sequence[Trained | Teacher]], baseline: str)
     return found
 
 
-def settings_of(values: flags.FlagValues, *, module: str, apart: Sequence[str]) -> dict[str, Any]:
-    """The flags that an experiment module defines and that decide its numbers, ``apart`` from those that do not."""
-    own = values.flags_by_module_dict().get(module, [])
-    return {flag.name: flag.value for flag in sorted(own, key=lambda f: f.name) if flag.name not in apart}
+def settings_of(module: Mapping[str, Any], *, apart: Sequence[str]) -> dict[str, Any]:
+    """The flags that an experiment defines and that decide its numbers; its ``globals()``, and those that do not."""
+    own = {holder.name: holder.value for holder in module.values() if isinstance(holder, flags.FlagHolder)}
+    return {name: value for name, value in sorted(own.items()) if name not in apart}

@@ -50,6 +50,7 @@ VIEWS = flags.DEFINE_integer("views", 8, "Stored views per image in the mode vie
 # The recipe.
 EPOCHS = flags.DEFINE_integer("epochs", 20, "Of each student.", lower_bound=1)
 TEACHER_EPOCHS = flags.DEFINE_integer("teacher_epochs", None, "Of each teacher; as the students by default.", 1)
+TEACHER_PADDING = flags.DEFINE_integer("teacher_padding", None, "Pixels of the teacher's random crop, if others.", 0)
 TEACHER_SEEDS = flags.DEFINE_integer("teacher_seeds", 1, "Teachers; student seed s learns from number s mod this.", 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per step over all devices.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak.", lower_bound=0.0)
@@ -69,6 +70,7 @@ SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "One run of each a
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
 DEVICES = flags.DEFINE_integer("devices", None, "Devices of this process to use; all by default.", lower_bound=1)
 STEPS_PER_DISPATCH = flags.DEFINE_integer("steps_per_dispatch", 16, "Steps that one call to the device runs.", 1)
+SAVE_EVERY = flags.DEFINE_float("save_every_s", 60.0, "Least seconds between two checkpoints of a run.", 0.0)
 POD = flags.DEFINE_bool("pod", False, "Join the processes of a TPU pod or cluster job first.")
 SCALED_DOWN = flags.DEFINE_string("scaled_down", "", "What is smaller than in the study followed; kept with the result.")
 SMOKE = flags.DEFINE_bool("smoke", False, "The same code in seconds: one epoch, two seeds, few images.")
@@ -96,7 +98,7 @@ def kd(outputs, batch):
 
 
 METHODS: dict[str, train.Objective] = {"scratch": scratch, "kd": kd}
-MACHINE = ("workdir", "data_dir", "devices", "steps_per_dispatch", "pod")  # what may change when a run is resumed
+MACHINE = ("workdir", "data_dir", "devices", "save_every_s", "pod")  # what may change when a run is resumed
 
 
 def main() -> None:
@@ -116,17 +118,20 @@ def main() -> None:
     )
     parallel.check_batch_size(recipe.batch_size, task.devices)
     dtype = jnp.dtype(DTYPE.value)
-    student = models.build(STUDENT.value, num_classes=task.source.num_classes, dtype=dtype)
-    settings = common.settings_of(flags.FLAGS, module=__name__, apart=MACHINE)
+    student = common.build(STUDENT.value, task, dtype=dtype)
+    settings = common.settings_of(globals(), apart=MACHINE)
     if TEACHER_DIR.value:
         teachers = [common.load_teacher(task, TEACHER_DIR.value, dtype=dtype)]
         workdir = common.claim_workdir(WORKDIR.value, settings)
     else:
-        network = models.build(TEACHER.value, num_classes=task.source.num_classes, dtype=dtype)
+        network = common.build(TEACHER.value, task, dtype=dtype)
         workdir = common.claim_workdir(WORKDIR.value, settings)
         common.check_disk(task, workdir, {student: len(METHOD.value) * len(seeds), network: TEACHER_SEEDS.value})
-        longer = recipe._replace(epochs=1 if SMOKE.value else TEACHER_EPOCHS.value or EPOCHS.value)
-        trainer = common.make_trainer(task, network, scratch, longer)
+        own = recipe._replace(
+            epochs=1 if SMOKE.value else TEACHER_EPOCHS.value or EPOCHS.value,
+            padding=PADDING.value if TEACHER_PADDING.value is None else TEACHER_PADDING.value,
+        )
+        trainer = common.make_trainer(task, network, scratch, own)
         teachers = [
             common.train_teacher(task, TEACHER.value, network, trainer, number, workdir / "teacher" / str(number))
             for number in range(TEACHER_SEEDS.value)
@@ -170,6 +175,11 @@ def checked_flags() -> list[int]:
             raise ValueError(f"--method={method} is none of {', '.join(METHODS)}.{hint}")
     if len(set(METHOD.value)) < len(METHOD.value):
         raise ValueError(f"--method={','.join(METHOD.value)} names an arm twice.")
+    if MIXUP.value and "kd" in METHOD.value and TEACHER_MODE.value != "online":
+        raise ValueError(
+            f"--mixup={MIXUP.value} blends images, and no stored column knows what the teacher says of a blend; "
+            f"use --teacher_mode=online in place of {TEACHER_MODE.value}, or --mixup=0."
+        )
     try:
         seeds = [int(seed) for seed in SEEDS.value]
     except ValueError as error:
@@ -195,6 +205,7 @@ def the_recipe() -> common.Recipe:
         mixup=MIXUP.value,
         evaluate_every=EVALUATE_EVERY.value,
         steps_per_dispatch=STEPS_PER_DISPATCH.value,
+        save_every_s=SAVE_EVERY.value,
     )
 
 

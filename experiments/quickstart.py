@@ -20,7 +20,7 @@ import optax
 from absl import flags
 
 from experiments import common
-from kdjax import losses, models, results
+from kdjax import losses, report, results
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
 OUTPUT = flags.DEFINE_string("output", None, "Also write the results to this file.")
@@ -50,7 +50,7 @@ def kd(outputs, batch):
 def main() -> None:
     """Teacher, columns, students, report."""
     start = time.monotonic()
-    settings = common.settings_of(flags.FLAGS, module=__name__, apart=("workdir", "output"))
+    settings = common.settings_of(globals(), apart=("workdir", "output"))
     workdir = common.claim_workdir(WORKDIR.value, settings)
     seeds = range(3 if SMOKE.value else 5)
     teacher_recipe, student_recipe = (
@@ -58,12 +58,12 @@ def main() -> None:
     )
 
     everything = common.make_task("digits", data_dir=None)
-    network = models.build("digits_teacher", num_classes=10)
+    network = common.build("digits_teacher", everything)
     trainer = common.make_trainer(everything, network, scratch, teacher_recipe)
     teacher = common.train_teacher(everything, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0")
 
     few = common.make_task("digits", data_dir=None, num_train=NUM_TRAIN.value)
-    student = models.build("digits_student", num_classes=10)
+    student = common.build("digits_student", few)
     taught = common.taught_by(few, teacher, student_recipe, mode="centre", views=1, directory=workdir / "columns")
     arms: dict = {"teacher": [teacher]}
     for arm, objective in (("scratch", scratch), ("kd", kd)):
@@ -81,7 +81,8 @@ def main() -> None:
         scaled_down="8x8 images; one teacher" + (", two epochs (smoke)" if SMOKE.value else ""),
     )
     if OUTPUT.value:
-        results.write(Path(OUTPUT.value), result)
+        results.write(OUTPUT.value, result)
+        report.save_figure(Path(OUTPUT.value).with_suffix(".png"), result)
 
 
 if __name__ == "__main__":

@@ -484,7 +484,7 @@ def _write_chunk(path: Any, header: dict[str, Any], number: int, chunk: dict[str
         path.mkdir(parents=True, exist_ok=True)
         checkpoints.write_bytes(path / name, data)
     for file in stale:
-        file.unlink()
+        file.unlink(missing_ok=True)  # a killed process's half of this very file was just written over
 
 
 def _join(header: dict[str, Any], chunks: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

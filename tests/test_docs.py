@@ -6,7 +6,12 @@ import importlib
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
+
+from kdjax import report, results, train
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [path for name in ("README.md", "BUILD_NOTES.md") if (path := ROOT / name).exists()]
@@ -41,13 +46,34 @@ PYTHON_BLOCKS = [block for path in DOCUMENTS for block in blocks(path, "python")
 def test_python_block_runs(name, line, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program = compile("\n" * (line - 1) + code, name, "exec")
+    scope: dict = {"__name__": "example"}
     try:
-        exec(program, {"__name__": "example"})
+        exec(program, scope)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package in {"", "kdjax", "experiments"}:
             raise
         pytest.skip(f"needs {package}, which is not installed")
+    if {"apply_fn", "params", "model_state"} <= scope.keys():
+        learns(scope["apply_fn"], scope["params"], scope["model_state"])
+
+
+def learns(apply_fn, params, model_state):
+    """What the document shows as an ``ApplyFn`` must train under kdjax's own step."""
+
+    def objective(outputs, batch):
+        hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
+        return {"hard": jnp.mean(hard)}
+
+    tx = optax.adam(1e-2)
+    step = jax.jit(train.make_train_step(apply_fn, objective, tx))
+    state = train.init_state(params, model_state, tx, seed=0)
+    batch = {"image": jax.random.normal(jax.random.key(0), (8, 8, 8, 1)), "label": jnp.arange(8) % 10}
+    losses = []
+    for _ in range(10):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def docstring_examples() -> list[tuple[str, str, str, int]]:
@@ -125,3 +151,10 @@ def test_links_lead_somewhere(path):
     targets = re.findall(r"\]\(([^()\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     local = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:", target)]
     assert [target for target in local if target and not (path.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_those_of_the_result_files(path):
+    text = path.read_text(encoding="utf-8")
+    filled = report.fill_tables(text, lambda name: results.read(ROOT / "experiments" / "results" / f"{name}.json"))
+    assert text == filled, "run python -m experiments.report --documents=README.md,BUILD_NOTES.md"

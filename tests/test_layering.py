@@ -14,8 +14,8 @@ EXPERIMENTS = ROOT / "experiments"
 
 LAYERS = [
     {"types", "checkpoints", "results"},
-    {"losses", "attributions", "curvature", "landscape", "saddles", "models", "data"},
-    {"transforms", "teacher", "train", "parallel", "evaluate", "significance"},
+    {"losses", "attributions", "curvature", "landscape", "saddles", "models", "data", "parallel"},
+    {"transforms", "teacher", "train", "evaluate", "significance"},
     {"robustness", "export", "report"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer} | {"__init__": len(LAYERS)}

@@ -186,7 +186,7 @@ def test_cells_keep_their_file_names(tmp_path, monkeypatch):
     check_loaded(source, written)
     assert set(source.official) == {-1}
     assert source.class_names == ("parasitized", "uninfected")
-    groups = sources.groups_of(source, r"C\d+(?:P\d+)?")
+    groups = sources.groups_of(source, sources.GROUP_PATTERNS["malaria"])
     assert sorted(set(groups)) == [f"C{100 + i}P{i}" for i in range(8)]
 
     pack(tmp_path / "raw", "malaria")

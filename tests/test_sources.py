@@ -94,7 +94,7 @@ def test_groups_of_malaria_names():
     keys = np.array(
         ["Uninfected/C100P61ThinF_IMG_1.png", "Parasitized/C1_thinF_IMG_2.png", "x/C47P8thinO.png"]
     )
-    groups = sources.groups_of(make_source(3, keys=keys), r"C\d+(?:P\d+)?")
+    groups = sources.groups_of(make_source(3, keys=keys), sources.GROUP_PATTERNS["malaria"])
     assert groups.tolist() == ["C100P61", "C1", "C47P8"]
     with pytest.raises(ValueError, match=r"matches nothing in the key 'train/000000'"):
         sources.groups_of(make_source(3), r"C\d+")

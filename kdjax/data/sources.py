@@ -14,6 +14,9 @@ from jaxtyping import Int, Int8, Int32, UInt8
 
 from kdjax.data import stored
 
+GROUP_PATTERNS = {"malaria": r"C\d+(?:P\d+)?"}
+"""For :func:`groups_of`: the part of a key that names the patient, of sets whose examples are not independent."""
+
 _NPZ_ARRAYS = ("images", "labels", "test_images", "test_labels", "names")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 _TEST_FOLDERS = ("test", "val", "validation")
@@ -243,9 +246,9 @@ def _read_images(paths: Sequence[Path], image_size: tuple[int, int] | None) -> n
 
 
 def groups_of(source: Source, pattern: str) -> np.ndarray:
-    r"""Returns the part of each key that names its group, for :func:`split_ids`.
+    """Returns the part of each key that names its group, for :func:`split_ids`.
 
-    The patients of the malaria set are ``groups_of(source, r"C\d+(?:P\d+)?")``.
+    The patients of the malaria set are ``groups_of(source, GROUP_PATTERNS["malaria"])``.
 
     Args:
       source: the data set.

@@ -8,8 +8,8 @@
     outputs, model_state = apply_fn(params, model_state, images, train=True, key=key)
     outputs.logits, outputs.features["stage2"], outputs.features["embedding"]
 
-Every network has the feature "embedding", the vector that its last layer maps to the logits, and "stage1", "stage2", ...,
-the maps (or hidden layers) on the way. Any other linen module whose ``__call__(x, *, train)`` returns
+Every network has the feature "embedding", the vector that its last layer maps to the logits, and "stage1", "stage2" and
+so on, the maps (or hidden layers) on the way. Any other linen module whose ``__call__(x, *, train)`` returns
 :class:`kdjax.types.Outputs` works with :func:`init` and :func:`apply_fn` as well. The forms in which convolutions and
 pooling are computed are chosen in :mod:`kdjax.models.layers`.
 """
@@ -92,7 +92,9 @@ def apply_fn(module: nn.Module) -> ApplyFn:
             return module.apply(variables, inputs, train=False), model_state
         rngs = None if key is None else {"dropout": key}
         try:
-            outputs, updated = module.apply(variables, inputs, train=True, rngs=rngs, mutable=list(model_state))
+            outputs, updated = module.apply(
+                variables, inputs, train=True, rngs=rngs, mutable=list(model_state)
+            )
         except flax.errors.InvalidRngError as error:
             raise ValueError(
                 f"{type(module).__name__} has dropout, so training needs randomness: "

@@ -3,7 +3,7 @@
 On a GPU or TPU these are XLA's own operations. On a CPU they are equal in value and in gradient and written so that XLA
 compiles them well. Three facts, measured on one core with jax 0.10 and 0.12, decide the forms:
 
-- XLA's weight gradient of a convolution, and its input gradient, are 10 to 80 times slower inside ``scan``, ``while`` or
+- XLA's gradients of a convolution, by weights and by input, are 10 to 80 times slower inside ``scan``, ``while`` or
   ``cond`` than at top level, since the rewrite that makes them fast sees only the entry computation. A *forward*
   convolution is as fast in a loop. So no form here leaves a gradient to XLA's convolution: the input gradient is a
   forward convolution or a matmul, the weight gradient a matmul on patches. The same code serves in a loop and outside.
@@ -12,8 +12,8 @@ compiles them well. Three facts, measured on one core with jax 0.10 and 0.12, de
 - The gradient of ``reduce_window`` (max-pooling) and grouped convolutions (depthwise) are an order of magnitude slower
   than shifted slices.
 
-The gradients are reverse-mode rules. ``jax.jvp`` of a network does not pass them; ``jax.jvp`` or ``jax.linearize`` of its
-``jax.grad``, which Hessian-vector products need, does, as does reverse over reverse.
+The gradients of convolutions are reverse-mode rules: ``jax.jvp`` of a network does not pass them, but ``jax.jvp`` or
+``jax.linearize`` of its ``jax.grad`` does, which Hessian-vector products need, and so does reverse over reverse.
 """
 
 import functools
@@ -160,7 +160,11 @@ class DepthwiseConv(nn.Module):
 
 def _with_bias(module: Any, x: Array, shape: tuple[int, ...], form: Callable[[Array, Array], Array]) -> Array:
     kernel = module.param("kernel", module.kernel_init, shape, jnp.float32)
-    bias = module.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32) if module.use_bias else None
+    bias = (
+        module.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32)
+        if module.use_bias
+        else None
+    )
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=module.dtype)
     y = form(x, kernel)
     return y if bias is None else y + bias.reshape(1, 1, 1, -1)
@@ -210,14 +214,18 @@ def _windows(x: Array, window: Pair, strides: Pair, pads: Pads, fill: float = 0.
     ]
 
 
-def _unwindow(parts: Iterator[Array], shape: tuple[int, ...], window: Pair, strides: Pair, pads: Pads) -> Array:
+def _unwindow(
+    parts: Iterator[Array], shape: tuple[int, ...], window: Pair, strides: Pair, pads: Pads
+) -> Array:
     """Transpose of :func:`_windows`: puts each part back where it was seen and adds up."""
     total = None
     for place, part in enumerate(parts):
         edges = []
         for axis, start in enumerate(divmod(place, window[1])):
             extent = (part.shape[axis + 1] - 1) * strides[axis] + 1
-            before = start - pads[axis][0]  # negative where the part reaches into the padding, which lax.pad crops
+            before = (
+                start - pads[axis][0]
+            )  # negative where the part reaches into the padding, which lax.pad crops
             edges.append((before, shape[axis + 1] - before - extent, strides[axis] - 1))
         spread = lax.pad(part, jnp.zeros((), part.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
         total = spread if total is None else total + spread
@@ -252,6 +260,14 @@ def _patches(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
     """One row per window, in the order of a flattened ``HWI`` kernel."""
     patches = jnp.concatenate(_windows(x, window, strides, pads), axis=-1)
     return patches.reshape(-1, patches.shape[-1])
+
+
+def _by_platform(
+    *arrays: Array, cpu: Callable[..., Array], default: Callable[..., Array], **static: Any
+) -> Array:
+    """The one choice of this module, made when the program is compiled for a platform."""
+    forms = {"cpu": functools.partial(cpu, **static), "default": functools.partial(default, **static)}
+    return lax.platform_dependent(*arrays, **forms)
 
 
 # Convolution
@@ -315,28 +331,25 @@ def _cpu_conv_dw(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) 
     return total.reshape(kernel.shape).astype(kernel.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
-    static = {"strides": strides, "pads": pads}
-    return lax.platform_dependent(
-        x, kernel, cpu=functools.partial(_cpu_conv, **static), default=functools.partial(_native_conv, **static)
-    )
+def _conv_here(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
+    return _by_platform(x, kernel, cpu=_cpu_conv, default=_native_conv, strides=strides, pads=pads)
 
 
 def _conv_forward(x, kernel, strides, pads):
-    return _conv(x, kernel, strides, pads), (x, kernel)
+    return _conv_here(x, kernel, strides, pads), (x, kernel)
 
 
 def _conv_backward(strides, pads, saved, dy):
-    x, kernel = saved
-    dx, dw = _native_gradients(functools.partial(_native_conv, strides=strides, pads=pads))
     static = {"strides": strides, "pads": pads}
+    dx, dw = _native_gradients(functools.partial(_native_conv, **static))
     return (
-        lax.platform_dependent(x, kernel, dy, cpu=functools.partial(_cpu_conv_dx, **static), default=dx),
-        lax.platform_dependent(x, kernel, dy, cpu=functools.partial(_cpu_conv_dw, **static), default=dw),
+        _by_platform(*saved, dy, cpu=functools.partial(_cpu_conv_dx, **static), default=dx),
+        _by_platform(*saved, dy, cpu=functools.partial(_cpu_conv_dw, **static), default=dw),
     )
 
 
+# The rules above must not call _conv itself, or its gradient could not be differentiated forwards.
+_conv = jax.custom_vjp(_conv_here, nondiff_argnums=(2, 3))
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
@@ -382,27 +395,28 @@ def _cpu_depthwise_dw(x: Array, kernel: Array, dy: Array, strides: Pair, pads: P
     return jnp.sum(total, axis=(1, 2)).reshape(kernel.shape).astype(kernel.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _depthwise(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
-    static = {"strides": strides, "pads": pads}
-    native = functools.partial(_native_conv, groups=x.shape[-1], **static)
-    return lax.platform_dependent(x, kernel, cpu=functools.partial(_cpu_depthwise, **static), default=native)
+def _native_depthwise(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
+    return _native_conv(x, kernel, strides, pads, groups=x.shape[-1])
+
+
+def _depthwise_here(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
+    return _by_platform(x, kernel, cpu=_cpu_depthwise, default=_native_depthwise, strides=strides, pads=pads)
 
 
 def _depthwise_forward(x, kernel, strides, pads):
-    return _depthwise(x, kernel, strides, pads), (x, kernel)
+    return _depthwise_here(x, kernel, strides, pads), (x, kernel)
 
 
 def _depthwise_backward(strides, pads, saved, dy):
-    x, kernel = saved
     static = {"strides": strides, "pads": pads}
-    dx, dw = _native_gradients(functools.partial(_native_conv, groups=x.shape[-1], **static))
+    dx, dw = _native_gradients(functools.partial(_native_depthwise, **static))
     return (
-        lax.platform_dependent(x, kernel, dy, cpu=functools.partial(_cpu_depthwise_dx, **static), default=dx),
-        lax.platform_dependent(x, kernel, dy, cpu=functools.partial(_cpu_depthwise_dw, **static), default=dw),
+        _by_platform(*saved, dy, cpu=functools.partial(_cpu_depthwise_dx, **static), default=dx),
+        _by_platform(*saved, dy, cpu=functools.partial(_cpu_depthwise_dw, **static), default=dw),
     )
 
 
+_depthwise = jax.custom_vjp(_depthwise_here, nondiff_argnums=(2, 3))
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
@@ -421,37 +435,31 @@ def _cpu_max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
     return functools.reduce(jnp.maximum, _windows(x, window, strides, pads, -jnp.inf))
 
 
-def _cpu_max_pool_dx(x: Array, y: Array, dy: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
+def _cpu_max_pool_tangent(x: Array, y: Array, dx: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
+    """The tangent at the first place that holds the maximum, of which reverse mode takes the transpose."""
     seen = _windows(x, window, strides, pads, -jnp.inf)
     first = jnp.full(y.shape, len(seen), jnp.int32 if len(seen) > 255 else jnp.uint8)
     for place in reversed(range(len(seen))):
         first = jnp.where(seen[place] == y, place, first).astype(first.dtype)
-    parts = (jnp.where(first == place, dy, 0) for place in range(len(seen)))
-    return _unwindow(parts, x.shape, window, strides, pads)
+    moved = _windows(dx, window, strides, pads)
+    return functools.reduce(jnp.add, (jnp.where(first == place, part, 0) for place, part in enumerate(moved)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
-    static = {"window": window, "strides": strides, "pads": pads}
-    return lax.platform_dependent(
-        x, cpu=functools.partial(_cpu_max_pool, **static), default=functools.partial(_native_max_pool, **static)
+    return _by_platform(
+        x, cpu=_cpu_max_pool, default=_native_max_pool, window=window, strides=strides, pads=pads
     )
 
 
-def _max_pool_forward(x, window, strides, pads):
-    y = _max_pool(x, window, strides, pads)
-    return y, (x, y)
-
-
-def _max_pool_backward(window, strides, pads, saved, dy):
+@_max_pool.defjvp
+def _max_pool_jvp(window, strides, pads, primals, tangents):
     static = {"window": window, "strides": strides, "pads": pads}
+    (x,), (dx,) = primals, tangents
+    y = _max_pool(x, **static)
 
-    def native(x, y, dy):
+    def native(x, y, dx):
         del y
-        return jax.vjp(functools.partial(_native_max_pool, **static), x)[1](dy)[0]
+        return jax.jvp(functools.partial(_native_max_pool, **static), (x,), (dx,))[1]
 
-    fast = functools.partial(_cpu_max_pool_dx, **static)
-    return (lax.platform_dependent(*saved, dy, cpu=fast, default=native),)
-
-
-_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+    return y, _by_platform(x, y, dx, cpu=functools.partial(_cpu_max_pool_tangent, **static), default=native)

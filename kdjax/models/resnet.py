@@ -50,7 +50,9 @@ class ResNet(nn.Module):
 
     def __post_init__(self) -> None:
         if self.depth < 8 or (self.depth - 2) % 6:
-            raise ValueError(f"a ResNet for CIFAR has 6n + 2 layers, got {self.depth}: write 8, 14, 20, 32 or 56.")
+            raise ValueError(
+                f"a ResNet for CIFAR has 6n + 2 layers, got {self.depth}: write 8, 14, 20, 32 or 56."
+            )
         super().__post_init__()
 
     @nn.compact
@@ -58,7 +60,11 @@ class ResNet(nn.Module):
         """Scores images; training normalises by the batch and updates "batch_stats"."""
         features = {}
         norm = functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=0.9, axis_name=self.axis_name, dtype=self.dtype
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=0.9,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
         )
         conv = functools.partial(Conv, use_bias=False, dtype=self.dtype)
         x = nn.relu(norm()(conv(self.channels[0], 3)(x)))

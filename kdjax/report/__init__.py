@@ -4,10 +4,12 @@ Every number here comes from a result of :mod:`kdjax.results`; nothing is typed 
 
 * :func:`finding`: what was found, in one sentence.
 * :func:`markdown_table`: arms by metrics, for a README.
+* :func:`fill_tables`: every marked table of a document, written anew.
 * :func:`panels`, :func:`svg`, :func:`save_figure`: every seed as a dot, training curves, ratios to peers.
 * :func:`load`, :func:`page`: result files into one page, readable on a phone, light and dark, without a network.
 """
 
+from kdjax.report.documents import fill_tables as fill_tables
 from kdjax.report.figures import Panel as Panel
 from kdjax.report.figures import curve_panel as curve_panel
 from kdjax.report.figures import dot_panel as dot_panel

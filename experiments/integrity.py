@@ -1,0 +1,318 @@
+r"""Does a damaged or half-written file ever come back as wrong numbers?
+
+    python -m experiments.integrity --output=experiments/results/integrity.json
+
+Takes a minute or two on two cores. A checkpoint of a student with its Adam state and a teacher's columns for the
+digits are written; then, again and again, one byte anywhere among their files is changed, or one file is cut short,
+and they are read. Each time the outcome is one of three: refused, with the file named; exact, bit for bit what was
+saved (a change to white space does no harm); or wrong. Columns are also shuffled in memory and given to
+`teacher.verify`. Processes that do nothing but save, or fill columns, are killed at random moments (SIGKILL), and what
+they left is restored or taken up again: exact, if it is whole and no older than the last save announced as done.
+For comparison, the same changes are made to what Orbax wrote, and Orbax alone reads it.
+
+Expect no wrong outcome in any arm but orbax_alone_flipped, where about a third are.
+"""
+
+import contextlib
+import io
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags, logging
+
+from experiments import common
+from kdjax import checkpoints, data, models, results, teacher
+
+OUTPUT = flags.DEFINE_string("output", None, "Write the counts to this file.")
+TRIALS = flags.DEFINE_integer("trials", 100, "Damaged reads per arm.", lower_bound=1)
+KILLS = flags.DEFINE_integer("kills", 20, "Killed processes per arm.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of the choice of bytes and moments.")
+SMOKE = flags.DEFINE_bool("smoke", False, "The same code in seconds: 3 trials, 1 kill.")
+
+ROW_CHUNK = 100
+
+
+class Subject(NamedTuple):
+    """Something on disk, and how to read it back: raises ValueError or returns whether it is exact."""
+
+    directory: Path
+    is_exact: Callable[[Path], bool]
+
+
+def no_outcomes() -> dict[str, int]:
+    """The three outcomes, none seen yet."""
+    return {"exact": 0, "refused": 0, "wrong": 0}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees agree in every bit."""
+    return checkpoints.digest_tree(a) == checkpoints.digest_tree(b)
+
+
+def student_state(seed: int) -> dict[str, Any]:
+    """A student as a run saves it, a different one for every seed."""
+    params, model_state = models.init(models.build("digits_student", num_classes=10), (8, 8, 1), seed=seed)
+    state = {"params": params, "model_state": model_state, "opt_state": optax.adam(1e-3).init(params)}
+    return state | {"step": jnp.int32(seed)}
+
+
+def a_checkpoint(directory: Path) -> Subject:
+    """One step of a run."""
+    state, meta = student_state(1), {"epoch": 1, "history": [0.5, 0.25]}
+    checkpoints.save(directory, 1, state, meta=meta)
+
+    def is_exact(path):
+        restored = checkpoints.restore(path, state)
+        return restored is not None and restored.meta == meta and same(restored.tree, state)
+
+    return Subject(directory, is_exact)
+
+
+def orbax_alone(directory: Path) -> Subject:
+    """The same state, written and read by Orbax without us."""
+    import orbax.checkpoint as ocp
+
+    state = student_state(1)
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(directory.absolute() / "state", state)
+    checkpointer.wait_until_finished()
+
+    def is_exact(path):
+        quiet = contextlib.redirect_stderr(io.StringIO())  # its threads print pages
+        try:
+            with quiet:
+                return same(checkpointer.restore(path.absolute() / "state", state), state)
+        except Exception as error:  # whatever it raises, it has not passed for the state
+            raise ValueError(str(error)) from error
+
+    return Subject(directory, is_exact)
+
+
+def answers(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+    """The teacher of the columns."""
+    apply_fn = models.apply_fn(models.build("digits_teacher", num_classes=10))
+    params, model_state = variables
+    outputs, _ = apply_fn(params, model_state, jnp.asarray(images, jnp.float32) / 255, train=False, key=None)
+    return {"logits": outputs.logits}
+
+
+def fill(directory: Path, progress: Callable[[int, int], None] | None = None) -> teacher.Columns:
+    """The columns of all digits."""
+    return teacher.fill(
+        directory, answers, digits_teacher(), data.load("digits").images, settings={}, batch_size=ROW_CHUNK,
+        chunk_size=ROW_CHUNK, progress=progress,
+    )  # fmt: skip
+
+
+def digits_teacher() -> tuple[Any, Any]:
+    """An untrained teacher: these trials are about bytes."""
+    return models.init(models.build("digits_teacher", num_classes=10), (8, 8, 1), seed=0)
+
+
+def some_columns(directory: Path) -> Subject:
+    """A directory of columns, read with everything about it asked for."""
+    columns = fill(directory)
+    header = teacher.describe(digits_teacher(), data.load("digits").images, settings={})
+
+    def is_exact(path):
+        loaded = teacher.load(path, header=header)
+        return loaded.header == columns.header and same(loaded.arrays, columns.arrays)
+
+    return Subject(directory, is_exact)
+
+
+def flipped(content: bytes, chosen: random.Random) -> bytes:
+    """One byte replaced by another."""
+    changed = bytearray(content)
+    changed[chosen.randrange(len(content))] ^= chosen.randrange(1, 256)
+    return bytes(changed)
+
+
+def cut(content: bytes, chosen: random.Random) -> bytes:
+    """The beginning alone, perhaps nothing."""
+    return content[: chosen.randrange(len(content))]
+
+
+def damaged(
+    subject: Subject, harm: Callable[[bytes, random.Random], bytes], trials: int, seed: int
+) -> dict[str, int]:
+    """Reads copies with one file harmed; every byte of every file is as likely to be hit."""
+    chosen = random.Random(seed)
+    if not subject.is_exact(subject.directory):
+        raise ValueError(
+            f"{subject.directory.name} is not exact even undamaged: its trials would mean nothing."
+        )
+    files = [path for path in sorted(subject.directory.rglob("*")) if path.is_file()]
+    counts = no_outcomes()
+    copy = subject.directory.with_name("copy")
+    for _ in range(trials):
+        (victim,) = chosen.choices(files, [path.stat().st_size for path in files])
+        shutil.copytree(subject.directory, copy)
+        harmed = copy / victim.relative_to(subject.directory)
+        harmed.write_bytes(harm(victim.read_bytes(), chosen))
+        try:
+            counts["exact" if subject.is_exact(copy) else "wrong"] += 1
+        except ValueError:
+            counts["refused"] += 1
+        shutil.rmtree(copy)
+    return counts
+
+
+def shuffled(directory: Path, trials: int, seed: int) -> dict[str, int]:
+    """Columns whose rows belong to other images, and whether a sample of 64 recomputed rows tells."""
+    columns, counts = fill(directory), no_outcomes()
+    for trial in range(trials):
+        order = np.random.default_rng([seed, trial]).permutation(len(columns.arrays["logits"]))
+        other = columns._replace(arrays={name: rows[order] for name, rows in columns.arrays.items()})
+        try:
+            teacher.verify(other, answers, digits_teacher(), data.load("digits").images, seed=trial)
+            counts["wrong"] += 1
+        except ValueError:
+            counts["refused"] += 1
+    return counts
+
+
+def killed(
+    task: str, left: Callable[[Path, int], bool], workdir: Path, kills: int, seed: int
+) -> dict[str, int]:
+    """Runs this module's ``task`` in processes that are killed at random moments, and looks at what each left.
+
+    Args:
+      task: a key of ``TASKS``; it prints how far it has got whenever it has got further.
+      left: whether what is in a directory, after that much was announced, is exact; ValueError if it is refused.
+      workdir: where the directories are made.
+      kills: how many processes.
+      seed: of the moments.
+    """
+    chosen, counts = random.Random(seed), no_outcomes()
+    for kill in range(kills):
+        directory = workdir / f"{task}_{kill}"
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.integrity",
+            f"--task={task}",
+            f"--directory={directory}",
+        ]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            announced = [process.stdout.readline() for _ in range(3)]
+            time.sleep(chosen.uniform(0, 0.3))
+            process.send_signal(signal.SIGKILL)
+            announced += process.stdout.readlines()
+        try:
+            counts["exact" if left(directory, int(announced[-1])) else "wrong"] += 1
+        except ValueError:
+            counts["refused"] += 1
+        shutil.rmtree(directory)
+    return counts
+
+
+TASK = flags.DEFINE_enum("task", None, ["save", "fill"], "Internal: what a process that will be killed does.")
+DIRECTORY = flags.DEFINE_string("directory", "", "Internal: where it does it.")
+
+
+def save_until_killed(directory: Path) -> None:
+    """Saves a different state as fast as it can, every other one in the background."""
+    for step in range(1, 10_000):
+        checkpoints.save(directory, step, student_state(step), meta={"step": step}, block=step % 2 == 0)
+        print(step - step % 2, flush=True)
+
+
+def fill_until_killed(directory: Path) -> None:
+    """Fills the columns, a little slower than it could."""
+
+    def progress(done: int, total: int) -> None:
+        print(done, flush=True)
+        time.sleep(0.02)
+
+    fill(directory, progress)
+
+
+TASKS = {"save": save_until_killed, "fill": fill_until_killed}
+
+
+def left_by_save(directory: Path, announced: int) -> bool:
+    """The newest step is whole, and no older than announced."""
+    restored = checkpoints.restore(directory, student_state(0))
+    if restored is None or restored.step < announced:
+        return False
+    return restored.meta == {"step": restored.step} and same(restored.tree, student_state(restored.step))
+
+
+def left_by_fill(directory: Path, announced: int) -> bool:
+    """Filling again computes no announced row and gives what an uninterrupted fill gives, file for file."""
+    before = {path.name: path.stat().st_mtime_ns for path in directory.glob("chunk_*.npz")}
+    fill(directory)
+    kept = all((directory / name).stat().st_mtime_ns == time_ns for name, time_ns in before.items())
+    whole = directory.with_name("whole")
+    if not whole.exists():
+        fill(whole)
+    contents = ({path.name: path.read_bytes() for path in where.iterdir()} for where in (directory, whole))
+    return kept and len(before) * ROW_CHUNK >= announced and next(contents) == next(contents)
+
+
+def measure(workdir: Path, trials: int, kills: int, seed: int) -> dict[str, dict[str, int]]:
+    """Arm → outcome → count."""
+    checkpoint, columns = (
+        a_checkpoint(workdir / "checkpoint" / "run"),
+        some_columns(workdir / "columns" / "digits"),
+    )
+    orbax = orbax_alone(workdir / "orbax" / "run")
+    return {
+        "checkpoint_flipped": damaged(checkpoint, flipped, trials, seed),
+        "checkpoint_cut": damaged(checkpoint, cut, trials, seed),
+        "columns_flipped": damaged(columns, flipped, trials, seed),
+        "columns_cut": damaged(columns, cut, trials, seed),
+        "columns_shuffled": shuffled(columns.directory, trials, seed),
+        "save_killed": killed("save", left_by_save, workdir, kills, seed),
+        "fill_killed": killed("fill", left_by_fill, workdir, kills, seed),
+        "orbax_alone_flipped": damaged(orbax, flipped, trials, seed),
+    }
+
+
+def main() -> None:
+    """All arms, one table."""
+    if TASK.value:
+        TASKS[TASK.value](Path(DIRECTORY.value))
+        return
+    start = time.monotonic()
+    logging.set_verbosity(logging.FATAL)  # the damage is intended, and Orbax has much to say of it
+    trials, kills = (3, 1) if SMOKE.value else (TRIALS.value, KILLS.value)
+    with tempfile.TemporaryDirectory() as workdir, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        counts = measure(Path(workdir), trials, kills, SEED.value)
+    for arm, outcome in counts.items():
+        common.say(f"{arm:20} " + "  ".join(f"{name} {number:3d}" for name, number in outcome.items()))
+    result = results.make(
+        "integrity",
+        question="Does a damaged or half-written checkpoint or teacher column ever come back as wrong numbers?",
+        flags={"trials": trials, "kills": kills, "seed": SEED.value, "smoke": SMOKE.value},
+        seeds=[SEED.value],
+        arms={arm: {name: [number] for name, number in outcome.items()} for arm, outcome in counts.items()},
+        wall_clock_s=time.monotonic() - start,
+    )
+    if OUTPUT.value:
+        results.write(OUTPUT.value, result)
+    wrong = [arm for arm, outcome in counts.items() if outcome["wrong"] and arm != "orbax_alone_flipped"]
+    if wrong:
+        raise ValueError(
+            f"wrong numbers came back unnoticed in {wrong}: this is a bug in kdjax, please report it."
+        )
+
+
+if __name__ == "__main__":
+    common.launch(main)

@@ -1,0 +1,191 @@
+"""Experiments as their users start them: from the command line, with good input and with bad."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import common, distill
+from kdjax import results
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(*arguments, **options):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", *map(str, arguments)], env=environment, **pipes, **options)
+
+
+def run(*arguments, **options):
+    process = start(*arguments, **options)
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+def flags_set(*arguments):
+    flags.FLAGS.unparse_flags()
+    for name in flags.FLAGS.flags_by_module_dict()["experiments.distill"]:
+        name.unparse()
+    flags.FLAGS(["distill", *map(str, arguments)])
+
+
+def small_run(workdir, *more):
+    return ("experiments.distill", "--smoke", "--batch_size=16", f"--workdir={workdir}", *more)
+
+
+class TestDistill:
+    def test_leaves_everything_and_is_read_back(self, tmp_path):
+        code, output, errors = run(*small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views"))
+        assert code == 0, errors
+        found = results.read(tmp_path / "run" / "results.json")
+        assert set(found["arms"]) == {"teacher", "scratch", "kd"}
+        assert {"accuracy", "best_accuracy", "f1", "ece", "agreement"} <= found["arms"]["kd"].keys()
+        assert found["seeds"] == [0, 1]
+        assert found["flags"]["ema"] == 0.9
+        for name in ("report.html", "figure.png", "teacher/0/network.json", "kd/1/summary.json", "columns/0/header.json"):
+            assert (tmp_path / "run" / name).stat().st_size > 0
+        assert "kd" in output.splitlines()[-2]
+        code, _, errors = run(*small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views"))
+        assert code == 0, errors
+        assert results.read(tmp_path / "run" / "results.json")["arms"] == found["arms"]
+
+        # Another command takes up the teacher; its answers are the same, so online kd sees the same teacher.
+        teacher_dir = tmp_path / "run" / "teacher" / "0"
+        online = ("--teacher_mode=online", "--mixup=0.5", "--method=kd", f"--teacher_dir={teacher_dir}")
+        code, _, errors = run(*small_run(tmp_path / "online", *online))
+        assert code == 0, errors
+        again = results.read(tmp_path / "online" / "results.json")
+        assert again["arms"]["teacher"]["accuracy"] == found["arms"]["teacher"]["accuracy"]
+
+    def test_killed_at_a_random_moment_it_ends_bitwise_equal(self, tmp_path):
+        code, _, errors = run(*small_run(tmp_path / "whole", "--save_every_s=0"))
+        assert code == 0, errors
+        rng, began = np.random.default_rng(), time.monotonic()
+        for _ in range(2):
+            process = start(*small_run(tmp_path / "killed", "--save_every_s=0"))
+            time.sleep(rng.uniform(1, 8))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        code, _, errors = run(*small_run(tmp_path / "killed", "--save_every_s=0"))
+        assert code == 0, errors
+        for summary in sorted((tmp_path / "whole").rglob("summary.json")):
+            other = tmp_path / "killed" / summary.relative_to(tmp_path / "whole")
+            assert json.loads(other.read_text()) == json.loads(summary.read_text()), time.monotonic() - began
+
+    def test_one_sentence_and_exit_code_2(self, tmp_path):
+        code, output, errors = run("experiments.distill", "--dataset=digitz", f"--workdir={tmp_path / 'x'}")
+        assert code == 2
+        assert output == ""
+        assert errors.count("\n") == 1
+        assert errors.startswith("error: ")
+        assert "digits" in errors
+        assert not (tmp_path / "x").exists()
+
+
+def bad_npz(path, classes):
+    images = np.zeros((60, 8, 8, 1), np.uint8)
+    np.savez(path, images=images, labels=np.arange(60) % classes)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--dataset=digitz"], "digitz.*digits"),
+        (["--student=resnet9"], "resnet9.*[Dd]id you mean"),
+        (["--teacher=kears_teacher"], "kears_teacher.*keras_teacher"),
+        (["--dataset=mnist", "--data_dir={tmp}/nowhere"], r"nowhere.*prepare_data"),
+        (["--dataset={tmp}/missing.npz"], r"missing\.npz"),
+        (["--batch_size=65"], "65 does not divide over 2 devices; use 64 or 66"),
+        (["--temperature=0"], "--temperature=0.0 must be above 0"),
+        (["--method=scratch,kdd"], "--method=kdd is none of .* Did you mean kd"),
+        (["--method=kd,kd"], "names an arm twice"),
+        (["--seeds=0,one"], "--seeds=0,one must be whole numbers"),
+        (["--seeds=1,1"], "must be different numbers"),
+        (["--num_train=5000"], "--num_train=5000 is not between 1 and the"),
+        (["--devices=3"], "3 devices were asked for, this process has 2"),
+        (["--mixup=0.2"], "--teacher_mode=online"),
+        (["--teacher_dir={tmp}"], "holds no finished teacher"),
+        (["--student=keras_student", "--dataset=folder:{tmp}/none"], "none"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch, arguments, said):
+    def work(*_, **__):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(common.train, "fit", work)
+    flags_set(f"--workdir={tmp_path / 'run'}", *(a.format(tmp=tmp_path) for a in arguments))
+    with pytest.raises(ValueError, match=said):
+        distill.main()
+
+
+@pytest.mark.parametrize("argument", ["--hard_weight=-0.1", "--soft_weight=-1", "--epochs=0", "--tempreture=3"])
+def test_absl_refuses_values_out_of_range_and_unknown_flags(tmp_path, argument):
+    with pytest.raises(flags.Error, match=argument.split("=")[0].strip("-")):
+        flags_set(f"--workdir={tmp_path}", argument)
+
+
+def test_a_teacher_of_other_classes_or_images_is_refused(tmp_path):
+    task = common.make_task("digits", data_dir=None)
+    description = {"model": "digits_teacher", "num_classes": 10, "image_shape": [8, 8, 1], "mean": [0.3], "std": [0.4]}
+    for change, said in (({"num_classes": 100}, "100 classes apart, digits has 10"), ({"image_shape": [28, 28, 1]}, "28")):
+        results.write_json(tmp_path / "network.json", description | change)
+        with pytest.raises(ValueError, match=said):
+            common.load_teacher(task, str(tmp_path))
+
+
+class TestWorkdir:
+    def test_is_taken_up_again_by_the_same_run_only(self, tmp_path):
+        settings = {"temperature": 3.0, "method": ("scratch", "kd")}
+        workdir = common.claim_workdir(str(tmp_path / "run"), settings)
+        assert common.claim_workdir(str(tmp_path / "run"), settings) == workdir
+        with pytest.raises(ValueError, match=r"holds another run \(temperature 3.0 there and 4.0 here\)"):
+            common.claim_workdir(str(workdir), settings | {"temperature": 4.0})
+
+    def test_of_something_else_is_left_alone(self, tmp_path):
+        (tmp_path / "thesis.tex").write_text("draft")
+        with pytest.raises(ValueError, match="files of something else"):
+            common.claim_workdir(str(tmp_path), {})
+        with pytest.raises(ValueError, match="is a file"):
+            common.claim_workdir(str(tmp_path / "thesis.tex"), {})
+        assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_a_disk_too_small_is_refused_before_any_work(self, tmp_path, monkeypatch):
+        task = common.make_task("digits", data_dir=None)
+        network = common.models.build("digits_teacher", num_classes=10)
+        monkeypatch.setattr(common.shutil, "disk_usage", lambda path: common.shutil._ntuple_diskusage(10**6, 10**6, 10**5))
+        with pytest.raises(ValueError, match=r"needs about \d+ MiB .*has 0 MiB left"):
+            common.check_disk(task, tmp_path, {network: 3})
+
+    def test_a_disk_that_fills_up_ends_in_a_sentence_and_can_go_on(self, tmp_path):
+        # No file may grow beyond 3,000 bytes: the operating system's error in the middle of a write is real.
+        limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
+        limited += "sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__')"
+        module, *arguments = small_run(tmp_path / "run")
+        done = subprocess.run(
+            [sys.executable, "-c", limited, module, *arguments],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+        code, _, errors = run(module, *arguments)
+        assert code == 0, errors
+
+
+def test_quickstart_smoke_in_a_path_with_spaces(tmp_path):
+    code, output, errors = run("experiments.quickstart", "--smoke", f"--workdir={tmp_path / 'a run'}")
+    assert code == 0, errors
+    assert "kd" in output
+    assert (tmp_path / "a run" / "report.html").exists()
