@@ -23,7 +23,19 @@ import optax
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from kdjax import checkpoints, data, evaluate, models, parallel, report, results, significance, teacher, train, transforms
+from kdjax import (
+    checkpoints,
+    data,
+    evaluate,
+    models,
+    parallel,
+    report,
+    results,
+    significance,
+    teacher,
+    train,
+    transforms,
+)
 
 # ---------------------------------------------------------------------------------------------- launching
 
@@ -38,12 +50,14 @@ def launch(main: Callable[[], None]) -> None:
             logging.set_verbosity(logging.WARNING)  # Orbax reports every save at the level of information
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-        if not jax.config.jax_compilation_cache_dir:
+        if not jax.config.values["jax_compilation_cache_dir"]:
             jax.config.update("jax_compilation_cache_dir", f"{cache}/kdjax/xla")
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         try:
             if len(argv) > 1:
-                raise ValueError(f"unexpected arguments {argv[1:]}: every option is a flag, as in --workdir=runs/one.")
+                raise ValueError(
+                    f"unexpected arguments {argv[1:]}: every option is a flag, as in --workdir=runs/one."
+                )
             main()
         except (ValueError, train.NonFiniteLoss) as error:
             _refuse(str(error))
@@ -76,7 +90,9 @@ def claim_workdir(path: str, settings: Mapping[str, Any]) -> Path:
         there = json.loads(record.read_text())
         other = [key for key in sorted(wanted.keys() | there.keys()) if wanted.get(key) != there.get(key)]
         if other:
-            differences = ", ".join(f"{key} {there.get(key)!r} there and {wanted.get(key)!r} here" for key in other[:4])
+            differences = ", ".join(
+                f"{key} {there.get(key)!r} there and {wanted.get(key)!r} here" for key in other[:4]
+            )
             raise ValueError(
                 f"--workdir={path} holds another run ({differences}); name another directory, or delete that one."
             )
@@ -114,7 +130,8 @@ def make_task(
 ) -> Task:
     """Loads a data set, keeps the examples that the run will use, and puts them on the devices."""
     source = data.load(dataset, data_dir=data_dir)
-    split = data.split_ids(source)
+    pattern = data.GROUP_PATTERNS.get(source.name)  # images of one patient never lie on both sides of a split
+    split = data.split_ids(source, groups=data.groups_of(source, pattern) if pattern else None)
     split["train"] = _sample(split["train"], num_train, "--num_train")
     split["validation"] = _sample(split["validation"], num_validation, "--num_validation")
     used = np.sort(np.concatenate(list(split.values())))
@@ -186,7 +203,7 @@ class Recipe(NamedTuple):
 class Taught(NamedTuple):
     """How a teacher reaches the student: by stored columns, or by running in the step on the student's own input."""
 
-    columns: Mapping[str, jax.Array] | None = None  # [examples, views, ...] each
+    columns: Mapping[str, np.ndarray] | None = None  # [examples, views, ...] each
     views: int = 1
     online: teacher.TeacherFn | None = None  # of normalised images
     weights: train.Weights | None = None
@@ -229,7 +246,9 @@ def make_batches(task: Task, recipe: Recipe, taught: Taught) -> tuple[Callable, 
             batch["image"] = data.crop_and_flip(batch["image"], keys, **move)
         batch = pixels(batch)
         if recipe.mixup:
-            batch["image"], batch["partner"], batch["share"] = data.mixup(batch["image"], key, alpha=recipe.mixup)
+            batch["image"], batch["partner"], batch["share"] = data.mixup(
+                batch["image"], key, alpha=recipe.mixup
+            )
         return with_teacher(resident, batch, view)
 
     def evaluation_batch(resident, index):
@@ -247,12 +266,13 @@ class Trained(NamedTuple):
 
 
 def make_trainer(
-    task: Task, module: Any, objective: train.Objective, recipe: Recipe, taught: Taught = Taught()
+    task: Task, module: Any, objective: train.Objective, recipe: Recipe, taught: Taught | None = None
 ) -> Callable[..., Trained]:
     """Builds ``(seed, directory, label) -> Trained``; its programs are compiled once for all seeds.
 
     The directory ends with ``checkpoints/`` and ``summary.json``; a run that has both is read back, not run again.
     """
+    taught = taught or Taught()
     apply_fn = models.apply_fn(module)
     parallel.check_batch_size(recipe.batch_size, task.devices)
     train_batch, evaluation_batch = make_batches(task, recipe, taught)
@@ -264,8 +284,12 @@ def make_trainer(
     run = parallel.data_parallel(
         train.make_run(step, train_batch), replicated=2, devices=task.devices, donate_first=True
     )
-    params_of = (lambda state: optax.tree.get(state.opt_state, "ema")) if recipe.ema else lambda state: state.params
-    sums_on = {name: _evaluator(task, apply_fn, evaluation_batch, resident, name) for name in ("validation", "test")}
+    params_of = (
+        (lambda state: optax.tree.get(state.opt_state, "ema")) if recipe.ema else lambda state: state.params
+    )
+    sums_on = {
+        name: _evaluator(task, apply_fn, evaluation_batch, resident, name) for name in ("validation", "test")
+    }
 
     def validate(params, model_state):
         scores = evaluate.summarise(sums_on["validation"](params, model_state))
@@ -288,7 +312,9 @@ def make_trainer(
 
             def progress(done: int, record: Mapping[str, float]) -> None:
                 meter.update(done)
-                meter.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k in ("loss", "validation_accuracy")})
+                meter.set_postfix(
+                    {k: f"{v:.4g}" for k, v in record.items() if k in ("loss", "validation_accuracy")}
+                )
 
             fitted = train.fit(
                 run,
@@ -337,7 +363,9 @@ def check_disk(task: Task, workdir: Path, runs: Mapping[Any, int]) -> None:
     the best parameters, and its final weights; one more is there while it is written.
     """
     shape = task.source.images.shape[1:]
-    parameters = sum(n * models.count_parameters(models.init(module, shape, seed=0)[0]) for module, n in runs.items())
+    parameters = sum(
+        n * models.count_parameters(models.init(module, shape, seed=0)[0]) for module, n in runs.items()
+    )
     needed = 4 * (13 * parameters + task.source.num_classes * len(task.source.images)) + 2**24
     free = shutil.disk_usage(workdir).free
     if free < needed:
@@ -350,7 +378,9 @@ def check_disk(task: Task, workdir: Path, runs: Mapping[Any, int]) -> None:
 @contextlib.contextmanager
 def bar(label: str, *, total: int, unit: str) -> Iterator[tqdm]:
     """A progress bar on the terminal of the first process; nothing in a log."""
-    with tqdm(total=total, desc=label, unit=unit, disable=None if jax.process_index() == 0 else True, leave=False) as meter:
+    with tqdm(
+        total=total, desc=label, unit=unit, disable=None if jax.process_index() == 0 else True, leave=False
+    ) as meter:
         yield meter
 
 
@@ -418,7 +448,7 @@ def load_teacher(task: Task, directory: str, **fields) -> Teacher:
     if there["num_classes"] != task.source.num_classes:
         raise ValueError(
             f"the teacher in {directory} tells {there['num_classes']} classes apart, {task.source.name} has "
-            f"{task.source.num_classes}; a soft-target loss needs the same classes, so train a teacher on this data set."
+            f"{task.source.num_classes}; soft targets need the same classes, so train a teacher on this data set."
         )
     shape = tuple(there["image_shape"])
     if shape != task.source.images.shape[1:]:
@@ -438,7 +468,14 @@ def load_teacher(task: Task, directory: str, **fields) -> Teacher:
 
 
 def taught_by(
-    task: Task, source: Teacher, recipe: Recipe, *, mode: str, views: int, directory: Path, label: str = "columns"
+    task: Task,
+    source: Teacher,
+    recipe: Recipe,
+    *,
+    mode: str,
+    views: int,
+    directory: Path,
+    label: str = "columns",
 ) -> Taught:
     """Makes a teacher's answers reach the student: filled columns, verified, or the teacher itself in the step.
 
@@ -467,16 +504,22 @@ def taught_by(
         return {"logits": outputs.logits}
 
     settings: dict[str, Any] = {"normalisation": [list(source.mean), list(source.std)]}
-    view_fn = None
+    view_fn: teacher.ViewFn | None = None
     if mode == "views":
         move = {"padding": recipe.padding, "flip": recipe.flip, "seed": VIEW_SEED}
         settings["stored_view"] = move
 
-        def view_fn(images, index, view):
+        def stored_view(images, index, view):
             return data.stored_view(images, index, view, **move)
+
+        view_fn = stored_view
 
     images = task.source.images
     with bar(label, total=len(images), unit="image") as meter:
+
+        def progress(done: int, total: int) -> None:
+            meter.update(done - meter.n)
+
         columns = teacher.fill(
             directory,
             answers,
@@ -486,7 +529,7 @@ def taught_by(
             views=views if view_fn else 1,
             view_fn=view_fn,
             devices=task.devices,
-            progress=lambda done, total: meter.update(done - meter.n),
+            progress=progress,
         )
     teacher.verify(columns, answers, source.weights, images, view_fn=view_fn)
     return Taught(columns=columns.arrays, views=views if view_fn else 1)
@@ -496,7 +539,14 @@ def taught_by(
 
 
 CURVES = {"loss": "training_loss", "validation_accuracy": "validation_accuracy"}
-TABLE = ("accuracy", "best_accuracy", "loss", "f1", "ece", "agreement")  # what the terminal shows of the metrics
+TABLE = (
+    "accuracy",
+    "best_accuracy",
+    "loss",
+    "f1",
+    "ece",
+    "agreement",
+)  # what the terminal shows of the metrics
 
 
 def conclude(
@@ -526,7 +576,10 @@ def conclude(
       scaled_down: what is smaller than in the study that the experiment follows.
       notes: for the reader of the report.
     """
-    histories = {arm: [t.fitted.history if isinstance(t, Trained) else t.history for t in runs] for arm, runs in arms.items()}
+    histories = {
+        arm: [t.fitted.history if isinstance(t, Trained) else t.history for t in runs]
+        for arm, runs in arms.items()
+    }
     result = results.make(
         name,
         question=question,

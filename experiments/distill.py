@@ -24,20 +24,36 @@ from experiments import common
 from kdjax import losses, models, parallel, train
 
 # What is learnt from, and by whom.
-DATASET = flags.DEFINE_string("dataset", "digits", "digits, a TFDS name, a file.npz, or folder:PATH of class folders.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared TFDS data sets lie (python -m experiments.prepare_data).")
+DATASET = flags.DEFINE_string(
+    "dataset", "digits", "digits, a TFDS name, a file.npz, or folder:PATH of class folders."
+)
+DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where prepared TFDS data sets lie (python -m experiments.prepare_data)."
+)
 TEACHER = flags.DEFINE_string("teacher", "digits_teacher", f"One of {', '.join(sorted(models.MODELS))}.")
-TEACHER_DIR = flags.DEFINE_string("teacher_dir", None, "Take up this trained teacher, such as runs/one/teacher/0.")
+TEACHER_DIR = flags.DEFINE_string(
+    "teacher_dir", None, "Take up this trained teacher, such as runs/one/teacher/0."
+)
 STUDENT = flags.DEFINE_string("student", "digits_student", "Any name that --teacher takes.")
-NUM_TRAIN = flags.DEFINE_integer("num_train", None, "Training images that students see; all by default.", lower_bound=1)
-NUM_VALIDATION = flags.DEFINE_integer("num_validation", None, "Validation images; a tenth of the training split.")
+NUM_TRAIN = flags.DEFINE_integer(
+    "num_train", None, "Training images that students see; all by default.", lower_bound=1
+)
+NUM_VALIDATION = flags.DEFINE_integer(
+    "num_validation", None, "Validation images; a tenth of the training split."
+)
 LABEL_NOISE = flags.DEFINE_float("label_noise", 0.0, "Share of training labels made wrong.", 0.0, 1.0)
 
 # The method.
-METHOD = flags.DEFINE_list("method", ["scratch", "kd"], "Arms to run, in order; the first is the baseline: scratch, kd.")
+METHOD = flags.DEFINE_list(
+    "method", ["scratch", "kd"], "Arms to run, in order; the first is the baseline: scratch, kd."
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 3.0, "Softening of both logits, above 0.")
-HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Weight of the labels' cross-entropy in kd.", lower_bound=0.0)
-SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.9, "Weight of the teacher's T²-scaled divergence.", lower_bound=0.0)
+HARD_WEIGHT = flags.DEFINE_float(
+    "hard_weight", 0.1, "Weight of the labels' cross-entropy in kd.", lower_bound=0.0
+)
+SOFT_WEIGHT = flags.DEFINE_float(
+    "soft_weight", 0.9, "Weight of the teacher's T²-scaled divergence.", lower_bound=0.0
+)
 TEACHER_MODE = flags.DEFINE_enum(
     "teacher_mode",
     "centre",
@@ -45,34 +61,58 @@ TEACHER_MODE = flags.DEFINE_enum(
     "What the teacher looks at: the unaugmented image (stored once), --views stored augmentations that the student is "
     "then shown, or online the very input of the student.",
 )
-VIEWS = flags.DEFINE_integer("views", 8, "Stored views per image in the mode views, the unaugmented one included.", 2)
+VIEWS = flags.DEFINE_integer(
+    "views", 8, "Stored views per image in the mode views, the unaugmented one included.", 2
+)
 
 # The recipe.
 EPOCHS = flags.DEFINE_integer("epochs", 20, "Of each student.", lower_bound=1)
-TEACHER_EPOCHS = flags.DEFINE_integer("teacher_epochs", None, "Of each teacher; as the students by default.", 1)
-TEACHER_PADDING = flags.DEFINE_integer("teacher_padding", None, "Pixels of the teacher's random crop, if others.", 0)
-TEACHER_SEEDS = flags.DEFINE_integer("teacher_seeds", 1, "Teachers; student seed s learns from number s mod this.", 1)
+TEACHER_EPOCHS = flags.DEFINE_integer(
+    "teacher_epochs", None, "Of each teacher; as the students by default.", 1
+)
+TEACHER_PADDING = flags.DEFINE_integer(
+    "teacher_padding", None, "Pixels of the teacher's random crop, if others.", 0
+)
+TEACHER_SEEDS = flags.DEFINE_integer(
+    "teacher_seeds", 1, "Teachers; student seed s learns from number s mod this.", 1
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per step over all devices.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak.", lower_bound=0.0)
-OPTIMIZER = flags.DEFINE_enum("optimizer", "adam", list(common.OPTIMIZERS), "adam is AdamW; sgd has momentum .9.")
-SCHEDULE = flags.DEFINE_enum("schedule", "constant", list(common.SCHEDULES), "step: a tenth at 62.5, 75 and 87.5 %.")
+OPTIMIZER = flags.DEFINE_enum(
+    "optimizer", "adam", list(common.OPTIMIZERS), "adam is AdamW; sgd has momentum .9."
+)
+SCHEDULE = flags.DEFINE_enum(
+    "schedule", "constant", list(common.SCHEDULES), "step: a tenth at 62.5, 75 and 87.5 %."
+)
 WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.0, "L2 under sgd, decoupled under adam.", lower_bound=0.0)
-EMA = flags.DEFINE_float("ema", 0.0, "Decay of averaged weights that are evaluated instead of the last.", 0.0, 1.0)
+EMA = flags.DEFINE_float(
+    "ema", 0.0, "Decay of averaged weights that are evaluated instead of the last.", 0.0, 1.0
+)
 ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "Batches per update.", lower_bound=1)
 PADDING = flags.DEFINE_integer("padding", 0, "Pixels of random crop; 4 for CIFAR.", lower_bound=0)
 FLIP = flags.DEFINE_bool("flip", False, "Mirror images at random; not for writing.")
-MIXUP = flags.DEFINE_float("mixup", 0.0, "Alpha of mixup, 0 for none; needs --teacher_mode=online for kd.", 0.0)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations; parameters are float32.")
+MIXUP = flags.DEFINE_float(
+    "mixup", 0.0, "Alpha of mixup, 0 for none; needs --teacher_mode=online for kd.", 0.0
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of activations; parameters are float32."
+)
 EVALUATE_EVERY = flags.DEFINE_integer("evaluate_every", 1, "Epochs between two validations.", lower_bound=1)
 
 # The machine.
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "One run of each arm per seed.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
-DEVICES = flags.DEFINE_integer("devices", None, "Devices of this process to use; all by default.", lower_bound=1)
-STEPS_PER_DISPATCH = flags.DEFINE_integer("steps_per_dispatch", 16, "Steps that one call to the device runs.", 1)
+DEVICES = flags.DEFINE_integer(
+    "devices", None, "Devices of this process to use; all by default.", lower_bound=1
+)
+STEPS_PER_DISPATCH = flags.DEFINE_integer(
+    "steps_per_dispatch", 16, "Steps that one call to the device runs.", 1
+)
 SAVE_EVERY = flags.DEFINE_float("save_every_s", 60.0, "Least seconds between two checkpoints of a run.", 0.0)
 POD = flags.DEFINE_bool("pod", False, "Join the processes of a TPU pod or cluster job first.")
-SCALED_DOWN = flags.DEFINE_string("scaled_down", "", "What is smaller than in the study followed; kept with the result.")
+SCALED_DOWN = flags.DEFINE_string(
+    "scaled_down", "", "What is smaller than in the study followed; kept with the result."
+)
 SMOKE = flags.DEFINE_bool("smoke", False, "The same code in seconds: one epoch, two seeds, few images.")
 
 
@@ -126,14 +166,18 @@ def main() -> None:
     else:
         network = common.build(TEACHER.value, task, dtype=dtype)
         workdir = common.claim_workdir(WORKDIR.value, settings)
-        common.check_disk(task, workdir, {student: len(METHOD.value) * len(seeds), network: TEACHER_SEEDS.value})
+        common.check_disk(
+            task, workdir, {student: len(METHOD.value) * len(seeds), network: TEACHER_SEEDS.value}
+        )
         own = recipe._replace(
             epochs=1 if SMOKE.value else TEACHER_EPOCHS.value or EPOCHS.value,
             padding=PADDING.value if TEACHER_PADDING.value is None else TEACHER_PADDING.value,
         )
         trainer = common.make_trainer(task, network, scratch, own)
         teachers = [
-            common.train_teacher(task, TEACHER.value, network, trainer, number, workdir / "teacher" / str(number))
+            common.train_teacher(
+                task, TEACHER.value, network, trainer, number, workdir / "teacher" / str(number)
+            )
             for number in range(TEACHER_SEEDS.value)
         ]
     arms: dict = {"teacher": teachers} | {method: [] for method in METHOD.value}
@@ -185,7 +229,9 @@ def checked_flags() -> list[int]:
     except ValueError as error:
         raise ValueError(f"--seeds={','.join(SEEDS.value)} must be whole numbers, such as 0,1,2.") from error
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"--seeds={','.join(SEEDS.value)} must be different numbers from 0 on, such as 0,1,2.")
+        raise ValueError(
+            f"--seeds={','.join(SEEDS.value)} must be different numbers from 0 on, such as 0,1,2."
+        )
     return seeds[:2] if SMOKE.value else seeds
 
 

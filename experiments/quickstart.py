@@ -27,7 +27,9 @@ OUTPUT = flags.DEFINE_string("output", None, "Also write the results to this fil
 NUM_TRAIN = flags.DEFINE_integer("num_train", 100, "Training images that the students see.", lower_bound=16)
 TEMPERATURE = flags.DEFINE_float("temperature", 4.0, "Softening of both logits.", lower_bound=1e-3)
 HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Weight of the labels in kd.", lower_bound=0.0)
-SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.9, "Weight of the teacher's answers in kd.", lower_bound=0.0)
+SOFT_WEIGHT = flags.DEFINE_float(
+    "soft_weight", 0.9, "Weight of the teacher's answers in kd.", lower_bound=0.0
+)
 SMOKE = flags.DEFINE_bool("smoke", False, "The same code in seconds: three seeds, two epochs.")
 
 TEACHER = common.Recipe(epochs=30, batch_size=64, learning_rate=2e-3, schedule="cosine", evaluate_every=5)
@@ -54,17 +56,22 @@ def main() -> None:
     workdir = common.claim_workdir(WORKDIR.value, settings)
     seeds = range(3 if SMOKE.value else 5)
     teacher_recipe, student_recipe = (
-        recipe._replace(epochs=2, evaluate_every=1) if SMOKE.value else recipe for recipe in (TEACHER, STUDENT)
+        recipe._replace(epochs=2, evaluate_every=1) if SMOKE.value else recipe
+        for recipe in (TEACHER, STUDENT)
     )
 
     everything = common.make_task("digits", data_dir=None)
     network = common.build("digits_teacher", everything)
     trainer = common.make_trainer(everything, network, scratch, teacher_recipe)
-    teacher = common.train_teacher(everything, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0")
+    teacher = common.train_teacher(
+        everything, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0"
+    )
 
     few = common.make_task("digits", data_dir=None, num_train=NUM_TRAIN.value)
     student = common.build("digits_student", few)
-    taught = common.taught_by(few, teacher, student_recipe, mode="centre", views=1, directory=workdir / "columns")
+    taught = common.taught_by(
+        few, teacher, student_recipe, mode="centre", views=1, directory=workdir / "columns"
+    )
     arms: dict = {"teacher": [teacher]}
     for arm, objective in (("scratch", scratch), ("kd", kd)):
         trainer = common.make_trainer(few, student, objective, student_recipe, taught)
@@ -72,7 +79,7 @@ def main() -> None:
     result = common.conclude(
         workdir,
         "quickstart",
-        question=f"Does a small network learn more of handwritten digits from a teacher than from {NUM_TRAIN.value} labels?",
+        question=f"Does a small network learn more of digits from a teacher than from {NUM_TRAIN.value} labels alone?",
         arms=arms,
         arm_seeds={"teacher": [0], "scratch": seeds, "kd": seeds},
         baseline="scratch",

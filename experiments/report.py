@@ -1,12 +1,12 @@
 r"""What have all experiments found? One page from every result file.
 
     python -m experiments.report --results=experiments/results --output=report.html
-
     python -m experiments.report --documents=README.md,BUILD_NOTES.md
 
 The second form also writes the tables of those documents anew, between <!-- results: NAME --> and <!-- end -->; a test
-fails where they differ from the files. Takes some seconds. The page needs no network and reads on a phone, light or dark. A file that is damaged, or written
-by another version, is named on the page and here; the others are still reported, and the exit code is then 1.
+fails where they differ from the files. Takes some seconds. The page needs no network and reads on a phone, light or
+dark. A file that is damaged, or written by another version, is named on the page and here; the others are still
+reported, and the exit code is then 1.
 """
 
 import sys
@@ -37,7 +37,9 @@ def main() -> None:
     report.page(found, path=OUTPUT.value, title=TITLE.value, problems=problems)
     for document in DOCUMENTS.value:
         text = Path(document).read_text(encoding="utf-8")
-        results.write_text(document, report.fill_tables(text, lambda name: results.read(root / f"{name}.json")))
+        results.write_text(
+            document, report.fill_tables(text, lambda name: results.read(root / f"{name}.json"))
+        )
     print(f"{OUTPUT.value}: {len(found)} of {len(paths)} results.")
     for problem in problems:
         print(f"not in it: {problem}", file=sys.stderr)

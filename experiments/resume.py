@@ -51,7 +51,8 @@ def command(workdir: Path) -> list[str]:
 def ending(workdir: Path) -> dict:
     """What must not change: every run's summary (digest of the weights, test metrics, history), the arms' numbers."""
     summaries = {
-        str(path.relative_to(workdir)): json.loads(path.read_text()) for path in sorted(workdir.rglob("summary.json"))
+        str(path.relative_to(workdir)): json.loads(path.read_text())
+        for path in sorted(workdir.rglob("summary.json"))
     }
     return {"summaries": summaries, "arms": results.read(workdir / "results.json")["arms"]}
 
@@ -89,7 +90,9 @@ def main() -> None:
             equal.append(int(ending(workdir) == whole))
             common.say(f"trial {trial}: killed {killed[-1]} times, {'equal' if equal[-1] else 'DIFFERENT'}")
     if not all(equal):
-        raise ValueError(f"{equal.count(0)} of {len(equal)} resumed runs differ: this is a bug in kdjax, please report it.")
+        raise ValueError(
+            f"{equal.count(0)} of {len(equal)} resumed runs differ: this is a bug in kdjax, please report it."
+        )
     result = results.make(
         "resume",
         question="Does a run that is killed at a random moment and started again end bitwise equal?",

@@ -93,7 +93,10 @@ def summarise(sums: Mapping[str, Any]) -> dict[str, float]:
         "ece": float(np.abs(total["bin_confidence"] - total["bin_correct"]).sum()) / count,
     }
     if "agree" in total:
-        metrics |= {"agreement": float(total["agree"]) / count, "teacher_kl": float(total["teacher_kl"]) / count}
+        metrics |= {
+            "agreement": float(total["agree"]) / count,
+            "teacher_kl": float(total["teacher_kl"]) / count,
+        }
     return metrics
 
 
@@ -145,6 +148,8 @@ def make_evaluator(
     def evaluate(params: Params, model_state: ModelState) -> dict[str, Any]:
         parts = [compiled(params, model_state, arrays, *row) for row in rows]
         # Added up on the host in float64: counts stay exact beyond the 2^24 that float32 can hold.
-        return jax.tree.map(lambda *values: np.sum([np.asarray(v, np.float64) for v in values], axis=0), *parts)
+        return jax.tree.map(
+            lambda *values: np.sum([np.asarray(v, np.float64) for v in values], axis=0), *parts
+        )
 
     return evaluate

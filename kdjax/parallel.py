@@ -96,13 +96,19 @@ def data_parallel(
         mesh = Mesh(np.asarray(devices), (AXIS,))
 
         def spread(*arguments):
-            specs = tuple(PartitionSpec() if i < replicated else PartitionSpec(AXIS) for i in range(len(arguments)))
-            mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+            specs = tuple(
+                PartitionSpec() if i < replicated else PartitionSpec(AXIS) for i in range(len(arguments))
+            )
+            mapped = jax.shard_map(
+                function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+            )
             return mapped(*arguments)
 
         return jax.jit(spread, donate_argnums=donate)
     if implementation != "pmap":
-        raise ValueError(f"data_parallel knows the implementations 'pmap' and 'shard_map', got {implementation!r}.")
+        raise ValueError(
+            f"data_parallel knows the implementations 'pmap' and 'shard_map', got {implementation!r}."
+        )
 
     compiled: dict[int, Callable[..., Any]] = {}  # one per number of arguments
 
@@ -110,7 +116,12 @@ def data_parallel(
         if len(arguments) not in compiled:
             axes = tuple(None if i < replicated else 0 for i in range(len(arguments)))
             compiled[len(arguments)] = jax.pmap(
-                function, axis_name=AXIS, in_axes=axes, out_axes=None, devices=_all(devices), donate_argnums=donate
+                function,
+                axis_name=AXIS,
+                in_axes=axes,
+                out_axes=None,
+                devices=_all(devices),
+                donate_argnums=donate,
             )
         cut = (x.reshape(len(devices), -1, *x.shape[1:]) for x in arguments[replicated:])
         return compiled[len(arguments)](*arguments[:replicated], *cut)

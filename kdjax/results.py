@@ -10,8 +10,9 @@ The schema (version 1) is flat enough to read by eye::
      "notes": [...]}
 
 ``arms`` maps an arm to its metrics and a metric to one number per seed (or per repeat, in a benchmark); an arm that ran
-on other seeds, such as a single teacher, has them under its name in ``arm_seeds``. ``ratios`` maps a peer to the median, low and high of how many times faster or smaller kdjax is. Fractions stay fractions;
-percent signs belong to the report.
+on other seeds, such as a single teacher, has them under its name in ``arm_seeds``. ``ratios`` maps a peer to the
+median, low and high of how many times faster or smaller kdjax is. Fractions stay fractions; percent signs belong to
+the report.
 """
 
 import datetime
@@ -137,7 +138,9 @@ def make(
         "wall_clock_s": round(wall_clock_s, 1),
         "scaled_down": scaled_down,
         "seeds": list(seeds),
-        "arms": {a: {m: [float(v) for v in values] for m, values in metrics.items()} for a, metrics in arms.items()},
+        "arms": {
+            a: {m: [float(v) for v in values] for m, values in metrics.items()} for a, metrics in arms.items()
+        },
         **optional,
     }
     check(content)
@@ -179,7 +182,9 @@ def check(content: Any) -> None:
         if not isinstance(content.get(field), kind):
             raise ValueError(f"a result needs the field {field!r}, got {content.get(field)!r}.")
     if content["schema"] != SCHEMA:
-        raise ValueError(f"this kdjax reads schema {SCHEMA}, the result has {content['schema']}; update kdjax.")
+        raise ValueError(
+            f"this kdjax reads schema {SCHEMA}, the result has {content['schema']}; update kdjax."
+        )
     for arm, metrics in content["arms"].items():
         for metric, values in metrics.items():
             seeds = content.get("arm_seeds", {}).get(arm, content["seeds"])
@@ -214,7 +219,9 @@ def _git(*arguments: str) -> str:
     if not (root / ".git").exists():
         return ""
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

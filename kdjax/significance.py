@@ -4,7 +4,7 @@ The statistics are scipy's. This module only decides which test is honest for wh
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,9 @@ def summarise(values: Values) -> Summary:
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"summarise needs a flat list of at least one number, got shape {array.shape}.")
-    return Summary(float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else float("nan"), array.size)
+    return Summary(
+        float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else float("nan"), array.size
+    )
 
 
 def welch(a: Values, b: Values, *, confidence: float = 0.95) -> Comparison:
@@ -58,10 +60,14 @@ def welch(a: Values, b: Values, *, confidence: float = 0.95) -> Comparison:
     from scipy import stats
 
     if min(len(a), len(b)) < 3:
-        raise ValueError(f"welch needs three repeats or more in each arm, got {len(a)} and {len(b)}; run more seeds.")
+        raise ValueError(
+            f"welch needs three repeats or more in each arm, got {len(a)} and {len(b)}; run more seeds."
+        )
     difference = float(np.mean(a) - np.mean(b))
     if np.ptp(a) == 0 and np.ptp(b) == 0:
         return Comparison(difference, difference, difference, float(difference == 0), (len(a), len(b)))
-    test = stats.ttest_ind(a, b, equal_var=False)
+    test: Any = stats.ttest_ind(a, b, equal_var=False)  # scipy's annotation lacks its fields
     interval = test.confidence_interval(confidence)
-    return Comparison(difference, float(interval.low), float(interval.high), float(test.pvalue), (len(a), len(b)))
+    return Comparison(
+        difference, float(interval.low), float(interval.high), float(test.pvalue), (len(a), len(b))
+    )

@@ -47,7 +47,9 @@ def init_state(
 ) -> TrainState:
     """The state before the first step, as fresh arrays that may be donated."""
     params, model_state = jax.tree.map(jnp.array, (params, dict(model_state)))
-    return TrainState(jnp.zeros((), jnp.int32), params, model_state, tx.init(params), jnp.asarray(seed, jnp.uint32))
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, model_state, tx.init(params), jnp.asarray(seed, jnp.uint32)
+    )
 
 
 def make_train_step(
@@ -85,7 +87,12 @@ def make_train_step(
         if axis_name is not None:
             grads, value, terms, model_state = jax.lax.pmean((grads, value, terms, model_state), axis_name)
         updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, value=value, grad=grads, value_fn=lambda params: loss(params)[0]
+            grads,
+            state.opt_state,
+            state.params,
+            value=value,
+            grad=grads,
+            value_fn=lambda params: loss(params)[0],
         )
         params = optax.apply_updates(state.params, updates)
         metrics = {**terms, "loss": value, "grad_norm": optax.tree.norm(grads)}
@@ -137,7 +144,9 @@ class Fitted(NamedTuple):
     last: Weights
     best: Weights
     best_epoch: int
-    history: list[dict[str, float]]  # one record per epoch: mean training terms, and what was evaluated after it
+    history: list[
+        dict[str, float]
+    ]  # one record per epoch: mean training terms, and what was evaluated after it
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -202,7 +211,9 @@ def fit(
     pending: Metrics | None = None
 
     def collect(position: _Position) -> _Position:
-        return position if pending is None else position._replace(sums=_add(position.sums, pending, before=step))
+        return (
+            position if pending is None else position._replace(sums=_add(position.sums, pending, before=step))
+        )
 
     with _sigterm() as stop_requested:
         while step < epochs * feed.steps_per_epoch:
@@ -213,13 +224,19 @@ def fit(
             epoch, rest = divmod(step, feed.steps_per_epoch)
             if rest == 0:
                 position, pending = collect(position), None
-                record = {"epoch": float(epoch), **{k: v / feed.steps_per_epoch for k, v in position.sums.items()}}
+                record = {
+                    "epoch": float(epoch),
+                    **{k: v / feed.steps_per_epoch for k, v in position.sums.items()},
+                }
                 if evaluate is not None and (epoch % evaluate_every == 0 or epoch == epochs):
                     weights = Weights(params_of(state), state.model_state)
                     scores = evaluate(*weights)
                     record |= {f"validation_{name}": value for name, value in scores.items()}
                     if position.best_value is None or scores[monitor] > position.best_value:
-                        best, position = _copy(weights), position._replace(best_value=scores[monitor], best_epoch=epoch)
+                        best, position = (
+                            _copy(weights),
+                            position._replace(best_value=scores[monitor], best_epoch=epoch),
+                        )
                 position = position._replace(history=[*position.history, record], sums={})
             progress(steps, position.history[-1] if position.history else {})
             stop = stop_requested(step)

@@ -53,13 +53,17 @@ def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
 
     def init(params: Params) -> ParameterEmaState:
         # A copy, not a cast: a state that shares buffers with the parameters could not be donated with them.
-        return ParameterEmaState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
+        return ParameterEmaState(
+            jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
+        )
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         if params is None:
-            raise ValueError("parameter_ema needs the current parameters: call update(updates, state, params).")
-        count = optax.safe_increment(state.count)
+            raise ValueError(
+                "parameter_ema needs the current parameters: call update(updates, state, params)."
+            )
+        count = jnp.asarray(optax.safe_increment(state.count))
         weight = (1 - decay) / (1 - jnp.asarray(decay, jnp.float32) ** count)
         new_params = optax.apply_updates(params, updates)
         ema = jax.tree.map(lambda e, p: e + weight * (p.astype(jnp.float32) - e), state.ema, new_params)

@@ -45,4 +45,6 @@ class ApplyFn(Protocol):
         *,
         train: bool,
         key: jax.Array | None = None,
-    ) -> tuple[Any, ModelState]: ...
+    ) -> tuple[Any, ModelState]:
+        """Returns the outputs, usually :class:`Outputs`, and the state after the call."""
+        ...

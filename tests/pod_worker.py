@@ -1,6 +1,6 @@
 """One process of a pod of CPUs: trains, saves, resumes and evaluates as ``test_parallel`` asks, and prints what it got.
 
-    python pod_worker.py PROCESS_ID NUM_PROCESSES PORT DIRECTORY STOP_AT
+python pod_worker.py PROCESS_ID NUM_PROCESSES PORT DIRECTORY STOP_AT
 """
 
 import json
@@ -23,7 +23,11 @@ def apply_fn(params, model_state, inputs, *, train, key=None):
 
 
 def objective(outputs, batch):
-    return {"hard": jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"]))}
+    return {
+        "hard": jnp.mean(
+            optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
+        )
+    }
 
 
 def main(directory: Path, *, stop_at: int) -> dict:
@@ -44,7 +48,9 @@ def main(directory: Path, *, stop_at: int) -> dict:
     state = parallel.replicate(train.init_state(params, {}, tx, seed=0), devices)
     ids = np.arange(40)
     feed = data.resident_feed(arrays, ids, seed=3, batch_size=8, rows_of=parallel.process_rows)
-    sums = evaluate.make_evaluator(apply_fn, data.gather, arrays, np.arange(40, 50), batch_size=4, devices=devices)
+    sums = evaluate.make_evaluator(
+        apply_fn, data.gather, arrays, np.arange(40, 50), batch_size=4, devices=devices
+    )
     done = 0
 
     def progress(steps, record):

@@ -25,7 +25,9 @@ def test_epochs_and_seeds_have_other_orders_and_each_is_repeatable():
 
 
 def test_every_example_takes_part_over_the_epochs():
-    drawn = np.concatenate([data.epoch_index(np.arange(19), seed=0, epoch=e, batch_size=8).ravel() for e in range(30)])
+    drawn = np.concatenate(
+        [data.epoch_index(np.arange(19), seed=0, epoch=e, batch_size=8).ravel() for e in range(30)]
+    )
     counts = np.bincount(drawn, minlength=19)
     assert counts.min() > 15  # 25 expected
 
@@ -62,4 +64,6 @@ def test_feed_is_a_function_of_the_step():
 
 def test_feed_takes_this_processes_rows():
     feed = data.resident_feed({}, np.arange(32), seed=1, batch_size=8, rows_of=lambda rows: rows[4:])
-    np.testing.assert_array_equal(feed.at(0)[1], data.epoch_index(np.arange(32), seed=1, epoch=0, batch_size=8)[:1].T[4:])
+    np.testing.assert_array_equal(
+        feed.at(0)[1], data.epoch_index(np.arange(32), seed=1, epoch=0, batch_size=8)[:1].T[4:]
+    )

@@ -156,5 +156,7 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_tables_are_those_of_the_result_files(path):
     text = path.read_text(encoding="utf-8")
-    filled = report.fill_tables(text, lambda name: results.read(ROOT / "experiments" / "results" / f"{name}.json"))
+    filled = report.fill_tables(
+        text, lambda name: results.read(ROOT / "experiments" / "results" / f"{name}.json")
+    )
     assert text == filled, "run python -m experiments.report --documents=README.md,BUILD_NOTES.md"

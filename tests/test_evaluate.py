@@ -1,6 +1,5 @@
 """Metrics against scikit-learn, and that neither padding nor sharding changes them."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +22,9 @@ def scores(n=203, seed=0):
 def summary(logits, label, valid=None, teacher=None):
     valid = np.ones(len(label), np.float32) if valid is None else valid
     teacher = None if teacher is None else jnp.asarray(teacher)
-    sums = evaluate.metric_sums(jnp.asarray(logits), jnp.asarray(label), valid=jnp.asarray(valid), teacher_logits=teacher)
+    sums = evaluate.metric_sums(
+        jnp.asarray(logits), jnp.asarray(label), valid=jnp.asarray(valid), teacher_logits=teacher
+    )
     return evaluate.summarise(sums)
 
 
@@ -93,7 +94,12 @@ def test_neither_batches_nor_devices_change_the_answer(batch_size, num_devices):
         return Outputs(inputs * params, {}), model_state
 
     run = evaluate.make_evaluator(
-        apply_fn, data.gather, parallel.replicate(arrays, devices), ids, batch_size=batch_size, devices=devices
+        apply_fn,
+        data.gather,
+        parallel.replicate(arrays, devices),
+        ids,
+        batch_size=batch_size,
+        devices=devices,
     )
     found = evaluate.summarise(run(jnp.float32(1), {}))
     assert found == pytest.approx(summary(logits[ids], label[ids], teacher=teacher[ids]), rel=1e-5)

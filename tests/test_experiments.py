@@ -43,17 +43,27 @@ def small_run(workdir, *more):
 
 class TestDistill:
     def test_leaves_everything_and_is_read_back(self, tmp_path):
-        code, output, errors = run(*small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views"))
+        code, output, errors = run(
+            *small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views")
+        )
         assert code == 0, errors
         found = results.read(tmp_path / "run" / "results.json")
         assert set(found["arms"]) == {"teacher", "scratch", "kd"}
         assert {"accuracy", "best_accuracy", "f1", "ece", "agreement"} <= found["arms"]["kd"].keys()
         assert found["seeds"] == [0, 1]
         assert found["flags"]["ema"] == 0.9
-        for name in ("report.html", "figure.png", "teacher/0/network.json", "kd/1/summary.json", "columns/0/header.json"):
+        for name in (
+            "report.html",
+            "figure.png",
+            "teacher/0/network.json",
+            "kd/1/summary.json",
+            "columns/0/header.json",
+        ):
             assert (tmp_path / "run" / name).stat().st_size > 0
         assert "kd" in output.splitlines()[-2]
-        code, _, errors = run(*small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views"))
+        code, _, errors = run(
+            *small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views")
+        )
         assert code == 0, errors
         assert results.read(tmp_path / "run" / "results.json")["arms"] == found["arms"]
 
@@ -127,7 +137,9 @@ def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch, arguments, 
         distill.main()
 
 
-@pytest.mark.parametrize("argument", ["--hard_weight=-0.1", "--soft_weight=-1", "--epochs=0", "--tempreture=3"])
+@pytest.mark.parametrize(
+    "argument", ["--hard_weight=-0.1", "--soft_weight=-1", "--epochs=0", "--tempreture=3"]
+)
 def test_absl_refuses_values_out_of_range_and_unknown_flags(tmp_path, argument):
     with pytest.raises(flags.Error, match=argument.split("=")[0].strip("-")):
         flags_set(f"--workdir={tmp_path}", argument)
@@ -135,8 +147,17 @@ def test_absl_refuses_values_out_of_range_and_unknown_flags(tmp_path, argument):
 
 def test_a_teacher_of_other_classes_or_images_is_refused(tmp_path):
     task = common.make_task("digits", data_dir=None)
-    description = {"model": "digits_teacher", "num_classes": 10, "image_shape": [8, 8, 1], "mean": [0.3], "std": [0.4]}
-    for change, said in (({"num_classes": 100}, "100 classes apart, digits has 10"), ({"image_shape": [28, 28, 1]}, "28")):
+    description = {
+        "model": "digits_teacher",
+        "num_classes": 10,
+        "image_shape": [8, 8, 1],
+        "mean": [0.3],
+        "std": [0.4],
+    }
+    for change, said in (
+        ({"num_classes": 100}, "100 classes apart, digits has 10"),
+        ({"image_shape": [28, 28, 1]}, "28"),
+    ):
         results.write_json(tmp_path / "network.json", description | change)
         with pytest.raises(ValueError, match=said):
             common.load_teacher(task, str(tmp_path))
@@ -161,7 +182,9 @@ class TestWorkdir:
     def test_a_disk_too_small_is_refused_before_any_work(self, tmp_path, monkeypatch):
         task = common.make_task("digits", data_dir=None)
         network = common.models.build("digits_teacher", num_classes=10)
-        monkeypatch.setattr(common.shutil, "disk_usage", lambda path: common.shutil._ntuple_diskusage(10**6, 10**6, 10**5))
+        monkeypatch.setattr(
+            common.shutil, "disk_usage", lambda path: common.shutil._ntuple_diskusage(10**6, 10**6, 10**5)
+        )
         with pytest.raises(ValueError, match=r"needs about \d+ MiB .*has 0 MiB left"):
             common.check_disk(task, tmp_path, {network: 3})
 

@@ -43,7 +43,9 @@ class TestSoftTargetKl:
 
         s, t = log_softmax(student), log_softmax(teacher)
         wanted = temperature**2 * (np.exp(t) * (t - s)).sum(-1)
-        np.testing.assert_allclose(kl(student, teacher, temperature), wanted, rtol=1e-4, atol=1e-4 * temperature**2)
+        np.testing.assert_allclose(
+            kl(student, teacher, temperature), wanted, rtol=1e-4, atol=1e-4 * temperature**2
+        )
 
     @settings(deadline=None, max_examples=30)
     @given(LOGITS, LOGITS, st.floats(-5, 5))
@@ -61,7 +63,9 @@ class TestSoftTargetKl:
         s, t = np.array([[1.0, 2.0, 3.0]], np.float32), np.array([[2.0, 1.0, -np.inf]], np.float32)
         p = np.exp(t.astype(np.float64)) / np.exp(t.astype(np.float64)).sum()
         log_q = s - np.log(np.exp(s.astype(np.float64)).sum())
-        np.testing.assert_allclose(kl(s, t), [(p[0, :2] * (np.log(p[0, :2]) - log_q[0, :2])).sum()], rtol=1e-5)
+        np.testing.assert_allclose(
+            kl(s, t), [(p[0, :2] * (np.log(p[0, :2]) - log_q[0, :2])).sum()], rtol=1e-5
+        )
 
     @given(LOGITS)
     @settings(deadline=None, max_examples=20)
@@ -75,7 +79,9 @@ class TestSoftTargetKl:
 
     def test_no_gradient_reaches_the_teacher(self):
         s, t = np.random.default_rng(0).normal(size=(2, 4, 6)).astype(np.float32)
-        gradient = jax.grad(lambda teacher: jnp.sum(losses.soft_target_kl(jnp.asarray(s), teacher)))(jnp.asarray(t))
+        gradient = jax.grad(lambda teacher: jnp.sum(losses.soft_target_kl(jnp.asarray(s), teacher)))(
+            jnp.asarray(t)
+        )
         np.testing.assert_array_equal(gradient, 0)
 
     @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

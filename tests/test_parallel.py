@@ -68,7 +68,9 @@ def test_errors_say_what_to_write_instead():
         parallel.data_parallel(len, replicated=0, devices=parallel.local_devices(), implementation="xmap")
 
 
-def pod(directory: Path, processes: int, *, devices: int, stop_at: int = -1) -> list[tuple[int, dict | None, str]]:
+def pod(
+    directory: Path, processes: int, *, devices: int, stop_at: int = -1
+) -> list[tuple[int, dict | None, str]]:
     """Runs ``pod_worker`` in that many processes; returns exit code, result and output of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -38,7 +38,10 @@ def test_says_what_the_numbers_depend_on():
     ("changes", "said"),
     [
         ({"arms": {"a": {"accuracy": [0.1, 0.2]}}}, "a/accuracy has 2 values for 3 seeds"),
-        ({"arms": {"a": {"accuracy": [0.1, 0.2, float("nan")]}}}, "a/accuracy holds a value that is no finite number"),
+        (
+            {"arms": {"a": {"accuracy": [0.1, 0.2, float("nan")]}}},
+            "a/accuracy holds a value that is no finite number",
+        ),
         ({"arms": {"a": {"accuracy": [0.1, 0.2, "0.3"]}}}, "no finite number"),
         ({"schema": 99}, "reads schema 1, the result has 99"),
         ({"question": None}, "needs the field 'question'"),
@@ -55,12 +58,16 @@ def test_refuses_what_breaks_the_schema(tmp_path, changes, said):
 
 
 def test_an_arm_may_have_seeds_of_its_own(tmp_path):
-    made = result(arms={"teacher": {"accuracy": [0.9]}, "a": {"accuracy": [0.1, 0.2, 0.3]}}, arm_seeds={"teacher": [0]})
+    made = result(
+        arms={"teacher": {"accuracy": [0.9]}, "a": {"accuracy": [0.1, 0.2, 0.3]}}, arm_seeds={"teacher": [0]}
+    )
     results.write(tmp_path / "x.json", made)
     assert results.read(tmp_path / "x.json") == made
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[1, 2]"])
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[1, 2]"]
+)
 def test_names_a_file_that_is_no_result(tmp_path, damage):
     path = tmp_path / "x.json"
     results.write(path, result())
@@ -72,7 +79,7 @@ def test_names_a_file_that_is_no_result(tmp_path, damage):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.json"
     results.write_json(path, {"a": 1})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="JSON"):
         results.write_json(path, {"a": float("inf")})
     with pytest.raises(TypeError):
         results.write_json(path, {"a": object()})

@@ -8,13 +8,16 @@ from kdjax import significance
 
 
 def test_welch_on_a_published_example():
-    # Welch's t from R's sleep data (Student 1908, unpaired): t = -1.8608, df = 17.776, p = .07939, interval -3.365..0.205.
+    # R's sleep data (Student 1908), unpaired: t = -1.8608, df = 17.776, p = .07939, interval -3.365 to 0.205.
     first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
     second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
     found = significance.welch(first, second)
     assert found.difference == pytest.approx(-1.58)
     assert found.p == pytest.approx(0.07939, abs=1e-5)
-    assert (found.low, found.high) == (pytest.approx(-3.3654832, abs=1e-6), pytest.approx(0.2054832, abs=1e-6))
+    assert (found.low, found.high) == (
+        pytest.approx(-3.3654832, abs=1e-6),
+        pytest.approx(0.2054832, abs=1e-6),
+    )
     assert found.n == (10, 10)
 
 

@@ -59,10 +59,15 @@ class TestStep:
         tx, params, batch = optax.sgd(0.5), weights(), batch_of()
         step = jax.jit(train.make_train_step(linear, cross_entropy, tx))
         state, metrics = step(train.init_state(params, {}, tx, seed=0), batch)
-        x, y = np.asarray(batch["image"], np.float64).reshape(8, -1), np.eye(CLASSES)[np.asarray(batch["label"])]
+        x, y = (
+            np.asarray(batch["image"], np.float64).reshape(8, -1),
+            np.eye(CLASSES)[np.asarray(batch["label"])],
+        )
         scores = x @ params["kernel"]
         p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-        np.testing.assert_allclose(state.params["kernel"], params["kernel"] - 0.5 * x.T @ (p - y) / 8, atol=1e-6)
+        np.testing.assert_allclose(
+            state.params["kernel"], params["kernel"] - 0.5 * x.T @ (p - y) / 8, atol=1e-6
+        )
         np.testing.assert_allclose(metrics["loss"], -np.log((p * y).sum(1)).mean(), rtol=1e-6)
         gradient = np.concatenate([(x.T @ (p - y) / 8).ravel(), (p - y).mean(0)])
         np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-5)
@@ -74,7 +79,9 @@ class TestStep:
             return {"hard": 0.25 * hard, "size": jnp.mean(outputs.logits**2)}
 
         tx = optax.sgd(0.1)
-        _, metrics = train.make_train_step(linear, objective, tx)(train.init_state(weights(), {}, tx, seed=0), batch_of())
+        _, metrics = train.make_train_step(linear, objective, tx)(
+            train.init_state(weights(), {}, tx, seed=0), batch_of()
+        )
         np.testing.assert_allclose(metrics["loss"], metrics["hard"] + metrics["size"], rtol=1e-6)
 
     def test_hands_optax_its_extra_arguments(self):
@@ -97,7 +104,10 @@ class TestStep:
         full, full_metrics = jax.jit(train.make_run(step, make_batch))(begin, arrays, index)
         sharded_step = train.make_train_step(with_statistics, cross_entropy, tx, axis_name=parallel.AXIS)
         run = parallel.data_parallel(
-            train.make_run(sharded_step, make_batch), replicated=2, devices=devices, implementation=implementation
+            train.make_run(sharded_step, make_batch),
+            replicated=2,
+            devices=devices,
+            implementation=implementation,
         )
         placed = parallel.replicate((begin, arrays), devices)
         parts, part_metrics = run(*placed, index)
@@ -121,7 +131,10 @@ class TestStep:
         one, _ = train.make_train_step(linear, cross_entropy, whole)(
             train.init_state(weights(), {}, whole, seed=0), batch_of(8)
         )
-        step, state = train.make_train_step(linear, cross_entropy, halves), train.init_state(weights(), {}, halves, seed=0)
+        step, state = (
+            train.make_train_step(linear, cross_entropy, halves),
+            train.init_state(weights(), {}, halves, seed=0),
+        )
         for part in (slice(0, 4), slice(4, 8)):
             state, _ = step(state, {name: x[part] for name, x in batch_of(8).items()})
         np.testing.assert_allclose(one.params["kernel"], state.params["kernel"], atol=1e-6)
@@ -145,7 +158,9 @@ class TestStep:
 def fitting(tmp_path=None, *, epochs=6, stop_after=None, monitor="accuracy", rate=0.05, **options):
     """A small run of `fit`; returns its outcome. `stop_after` sends SIGTERM after that many dispatches."""
     tx, arrays = optax.adam(rate), examples()
-    run = jax.jit(train.make_run(train.make_train_step(linear, cross_entropy, tx), make_batch), donate_argnums=0)
+    run = jax.jit(
+        train.make_run(train.make_train_step(linear, cross_entropy, tx), make_batch), donate_argnums=0
+    )
     feed = data.resident_feed(arrays, np.arange(40), seed=3, batch_size=8, steps_per_dispatch=2)
     calls = []
 
@@ -155,7 +170,9 @@ def fitting(tmp_path=None, *, epochs=6, stop_after=None, monitor="accuracy", rat
             os.kill(os.getpid(), signal.SIGTERM)
 
     def validate(params, model_state):
-        scores = np.asarray(arrays["image"][40:].reshape(8, -1) @ np.asarray(params["kernel"]) + np.asarray(params["bias"]))
+        scores = np.asarray(
+            arrays["image"][40:].reshape(8, -1) @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
+        )
         return {"accuracy": float((scores.argmax(1) == arrays["label"][40:]).mean())}
 
     fitted = train.fit(
@@ -238,7 +255,14 @@ class TestFit:
         order = data.epoch_index(np.arange(40), seed=3, epoch=0, batch_size=8)
         at = int(np.flatnonzero((order == 17).any(1))[0])
         with pytest.raises(train.NonFiniteLoss, match=f"not finite at step {at} .*learning rate"):
-            train.fit(run, train.init_state(weights(), {}, tx, seed=0), feed, epochs=2, directory=tmp_path, save_every_s=0)
+            train.fit(
+                run,
+                train.init_state(weights(), {}, tx, seed=0),
+                feed,
+                epochs=2,
+                directory=tmp_path,
+                save_every_s=0,
+            )
         state = train.init_state(weights(), {}, tx, seed=0)
         saved = train.checkpoints.restore(tmp_path, {"state": state, "best": train.Weights(state.params, {})})
         assert saved is None or np.isfinite(saved.tree["state"].params["kernel"]).all()

@@ -18,7 +18,10 @@ def start(dtype):
 
 
 def loss_of(params):
-    return sum(jnp.sum((p.astype(jnp.float32) - t) ** 2) for p, t in zip(*map(jax.tree.leaves, (params, TARGET)), strict=True))
+    return sum(
+        jnp.sum((p.astype(jnp.float32) - t) ** 2)
+        for p, t in zip(*map(jax.tree.leaves, (params, TARGET)), strict=True)
+    )
 
 
 def descend(tx, params, state, steps):
@@ -28,7 +31,9 @@ def descend(tx, params, state, steps):
     def step(params, state):
         traces.append(1)
         value, grads = jax.value_and_grad(loss_of)(params)
-        updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=loss_of, foreign="ignored")
+        updates, state = tx.update(
+            grads, state, params, value=value, grad=grads, value_fn=loss_of, foreign="ignored"
+        )
         return optax.apply_updates(params, updates), state
 
     for _ in range(steps):
@@ -71,7 +76,9 @@ class TestConforms:
         def body(carry, _):
             params, state = carry
             grads = jax.grad(loss_of)(params)
-            updates, state = tx.update(grads, state, params, value=loss_of(params), grad=grads, value_fn=loss_of)
+            updates, state = tx.update(
+                grads, state, params, value=loss_of(params), grad=grads, value_fn=loss_of
+            )
             return (optax.apply_updates(params, updates), state), None
 
         def run(params):

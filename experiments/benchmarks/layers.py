@@ -73,7 +73,9 @@ def layer_case(layer: str, shape: tuple[int, ...], kernel: tuple[int, ...], stri
     key, options = jax.random.key(0), {"strides": strides, "padding": padding}
     x = jax.random.normal(key, shape)
     if layer == "pool":
-        return (lambda x: x + 1e-6 * jax.grad(lambda x: jnp.sum(layers.max_pool(x, kernel, **options) ** 2))(x)), x
+        return (
+            lambda x: x + 1e-6 * jax.grad(lambda x: jnp.sum(layers.max_pool(x, kernel, **options) ** 2))(x)
+        ), x
     form = {"conv": layers.conv, "depthwise": layers.depthwise_conv}[layer]
 
     def run(carry):
@@ -96,7 +98,9 @@ def network_case(name: str, batch: int, shape: tuple[int, ...], classes: int, tr
 
         def loss(params):
             outputs, updated = apply(params, model_state, x, train=True, key=key)
-            return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, y)), updated
+            return jnp.mean(
+                optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, y)
+            ), updated
 
         gradients, model_state = jax.grad(loss, has_aux=True)(params)
         updates, opt_state = tx.update(gradients, opt_state, params)
@@ -134,12 +138,133 @@ def jax_arms(case: str) -> dict[str, tuple[Callable[[], Any], int]]:
 def torch_arm(case: str) -> dict[str, tuple[Callable[[], Any], int]]:
     """The same case in PyTorch, channels last; nothing where torch is not installed."""
     try:
-        from experiments.benchmarks import layers_torch
+        import torch
     except ImportError:
         return {}
-    if case in LAYERS:
-        return {"torch": (layers_torch.layer(*LAYERS[case]), 1)}
-    return {"torch": (layers_torch.network(*NETWORKS[case]), 1)}
+    torch.set_num_threads(THREADS.value)
+    return {"torch": (torch_layer(*LAYERS[case]) if case in LAYERS else torch_network(*NETWORKS[case]), 1)}
+
+
+def torch_layer(layer: str, shape: tuple[int, ...], kernel: tuple[int, ...], strides: int, padding: str):
+    """A call that runs a layer forward and backward in PyTorch."""
+    import torch
+    from torch.nn import functional as f
+
+    batch, height, width, channels = shape
+    last = {"memory_format": torch.channels_last}
+    x = torch.randn(batch, channels, height, width).to(**last).requires_grad_()
+    pads = torch_pads(height, width, kernel[:2], strides, padding)
+    groups = channels if layer == "depthwise" else 1
+    w = (
+        None
+        if layer == "pool"
+        else torch.randn(kernel[3], kernel[2], *kernel[:2]).to(**last).requires_grad_()
+    )
+
+    def run():
+        x.grad = None
+        if w is None:
+            y = f.max_pool2d(f.pad(x, pads, value=float("-inf")) if any(pads) else x, kernel, strides)
+        else:
+            w.grad = None
+            y = torch_conv(x, w, None, strides, pads, groups)
+        (y**2).mean().backward()
+
+    return run
+
+
+def torch_pads(height: int, width: int, window: tuple[int, ...], strides: int, padding: str) -> list[int]:
+    """What XLA's padding adds, in the order of ``torch.nn.functional.pad``."""
+    rows, columns = jax.lax.padtype_to_pads((height, width), window, (strides, strides), padding)
+    return [*columns, *rows]
+
+
+def torch_conv(x, weight, bias, strides, pads, groups=1):
+    """Convolution with XLA's padding: inside the operation where it is even, else added before."""
+    from torch.nn import functional as f
+
+    if pads[0] == pads[1] == pads[2] == pads[3]:
+        return f.conv2d(x, weight, bias, strides, pads[0], groups=groups)
+    return f.conv2d(f.pad(x, pads), weight, bias, strides, groups=groups)
+
+
+def torch_network(name: str, batch: int, shape: tuple[int, ...], classes: int, trains: bool):
+    """A call that takes a step of Adam, or only scores a batch, in PyTorch."""
+    import torch
+    from torch.nn import functional as f
+
+    params, _ = models.init(models.build(name, num_classes=classes), shape, seed=0)
+    leaves = [torch.nn.Parameter(torch_weight(leaf)) for leaf in jax.tree.leaves(params)]
+    weights = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    x = torch.randn(batch, shape[2], *shape[:2]).to(memory_format=torch.channels_last)
+    y = torch.arange(batch) % classes
+    forward = {"keras": torch_keras, "malaria": torch_malaria}.get(name.partition("_")[0], torch_resnet)
+    # on a CPU the fused form of Adam is PyTorch's fastest
+    adam = torch.optim.Adam(leaves, 1e-3, fused=True)
+
+    def step():
+        adam.zero_grad()
+        f.cross_entropy(forward(weights, x), y).backward()
+        adam.step()
+
+    def score():
+        with torch.no_grad():
+            forward(weights, x)
+
+    return step if trains else score
+
+
+def torch_weight(leaf: jax.Array):
+    """A kernel in PyTorch's order of axes, channels last in memory."""
+    import numpy as np
+    import torch
+
+    weight = torch.from_numpy(np.array(leaf))
+    if leaf.ndim == 4:
+        return weight.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+    return weight.T.contiguous() if leaf.ndim == 2 else weight
+
+
+def torch_keras(weights, x):
+    """The network of ``kdjax.models.cnn.KerasCnn``."""
+    from torch.nn import functional as f
+
+    x = torch_conv(x, weights["Conv_0"]["kernel"], weights["Conv_0"]["bias"], 2, [0, 1, 0, 1])
+    x = f.max_pool2d(f.pad(f.leaky_relu(x, 0.2), [0, 1, 0, 1], value=float("-inf")), 2, 1)
+    x = torch_conv(x, weights["Conv_1"]["kernel"], weights["Conv_1"]["bias"], 2, [0, 1, 0, 1])
+    return f.linear(x.flatten(1), weights["Dense_0"]["kernel"], weights["Dense_0"]["bias"])
+
+
+def torch_malaria(weights, x):
+    """The network of ``kdjax.models.cnn.MalariaCnn``, in training mode."""
+    from torch.nn import functional as f
+
+    for layer in ("Conv_0", "Conv_1"):
+        x = f.relu(torch_conv(x, weights[layer]["kernel"], weights[layer]["bias"], 1, [0] * 4))
+    x = f.dropout(f.max_pool2d(x, 2), 0.1).flatten(1)
+    x = f.dropout(f.relu(f.linear(x, weights["Dense_0"]["kernel"], weights["Dense_0"]["bias"])), 0.2)
+    return f.linear(x, weights["Dense_1"]["kernel"], weights["Dense_1"]["bias"])
+
+
+def torch_resnet(weights, x):
+    """The network of ``kdjax.models.resnet.ResNet``, in training mode."""
+    import torch
+    from torch.nn import functional as f
+
+    def normed(x, layers, conv, norm, strides=1):
+        kernel = layers[conv]["kernel"]
+        y = f.conv2d(x, kernel, None, strides, kernel.shape[-1] // 2)
+        channels = y.shape[1]
+        statistics = torch.zeros(channels), torch.ones(channels)
+        return f.batch_norm(y, *statistics, layers[norm]["scale"], layers[norm]["bias"], training=True)
+
+    x = f.relu(normed(x, weights, "Conv_0", "BatchNorm_0"))
+    for name in sorted(layer for layer in weights if layer.startswith("stage")):
+        block, strides = weights[name], 2 if name.endswith("block1") and not name.startswith("stage1") else 1
+        y = f.relu(normed(x, block, "Conv_0", "BatchNorm_0", strides))
+        y = normed(y, block, "Conv_1", "BatchNorm_1")
+        x = f.relu(y + (normed(x, block, "shortcut", "shortcut_norm", strides) if "shortcut" in block else x))
+    return f.linear(x.mean((2, 3)), weights["Dense_0"]["kernel"], weights["Dense_0"]["bias"])
 
 
 def measure(case: str, *, threads: int, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -169,7 +294,11 @@ def compare(case: str, times: dict[str, list[float]]) -> dict[str, dict[str, flo
             continue
         ours = times["kdjax in scan" if peer.endswith("in scan") else "kdjax"]
         ratios = [theirs / mine for theirs, mine in zip(times[peer], ours, strict=True)]
-        found[f"{case}: {peer}"] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+        found[f"{case}: {peer}"] = {
+            "median": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
+        }
     return found
 
 
@@ -177,6 +306,12 @@ def main(argv: list[str]) -> None:
     """Times every case and writes one result file."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every setting is a --flag.")
+    cores = sorted(os.sched_getaffinity(0))
+    if THREADS.value > len(cores):
+        raise app.UsageError(f"--threads={THREADS.value} needs as many cores, this process has {len(cores)}.")
+    os.sched_setaffinity(
+        0, cores[-THREADS.value :]
+    )  # before XLA counts the cores, which its first operation does
     start = time.perf_counter()
     wanted = [c for c in [*LAYERS, *NETWORKS] if not CASES.value or c.startswith(tuple(CASES.value))]
     arms, ratios = {}, {}
@@ -185,12 +320,20 @@ def main(argv: list[str]) -> None:
         arms |= {f"{case}: {form}": {"ms": values} for form, values in times.items()}
         found = compare(case, times)
         ratios |= found
-        said = ", ".join(f"{k.split(': ')[1]} {v['median']:.2f} [{v['low']:.2f}, {v['high']:.2f}]" for k, v in found.items())
+        said = ", ".join(
+            f"{k.split(': ')[1]} {v['median']:.2f} [{v['low']:.2f}, {v['high']:.2f}]"
+            for k, v in found.items()
+        )
         print(f"{case:24s} {min(times['kdjax']):8.3f} ms; {said}", flush=True)
     content = results.make(
         "layers",
         question="Are the CPU forms of convolution and pooling faster than XLA's own, and than PyTorch?",
-        flags={"threads": THREADS.value, "rounds": ROUNDS.value, "seconds": SECONDS.value, "cases": CASES.value},
+        flags={
+            "threads": THREADS.value,
+            "rounds": ROUNDS.value,
+            "seconds": SECONDS.value,
+            "cases": CASES.value,
+        },
         seeds=range(ROUNDS.value),
         arms=arms,
         ratios=ratios,
@@ -198,12 +341,6 @@ def main(argv: list[str]) -> None:
         notes=[f"Clock: {'CPU time' if THREADS.value == 1 else 'wall'}. Seeds are rounds, not draws."],
     )
     results.write(OUTPUT.value, content)
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Reads the flags, and gives up the cores beyond --threads before XLA or PyTorch counts them."""
-    rest = app._register_and_parse_flags_with_usage(argv=argv)
-    return rest
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from kdjax.data.batches import evaluation_index as evaluation_index
 from kdjax.data.batches import gather as gather
 from kdjax.data.batches import resident_feed as resident_feed
 from kdjax.data.prepare import prepare as prepare
+from kdjax.data.sources import GROUP_PATTERNS as GROUP_PATTERNS
 from kdjax.data.sources import Source as Source
 from kdjax.data.sources import digest as digest
 from kdjax.data.sources import groups_of as groups_of
 from kdjax.data.sources import load as load
 from kdjax.data.sources import split_ids as split_ids
-from kdjax.data.sources import with_label_noise as with_label_noise
 from kdjax.data.sources import take as take
+from kdjax.data.sources import with_label_noise as with_label_noise

@@ -18,7 +18,11 @@ def example_keys(key: Key[Array, ""], index: Int[Array, " batch"]) -> Key[Array,
 
 
 def crop_and_flip(
-    images: Shaped[Array, "batch height width channels"], keys: Key[Array, " batch"], *, padding: int, flip: bool
+    images: Shaped[Array, "batch height width channels"],
+    keys: Key[Array, " batch"],
+    *,
+    padding: int,
+    flip: bool,
 ) -> Shaped[Array, "batch height width channels"]:
     """The usual augmentation of small photographs: :func:`random_crop`, then :func:`random_flip` if ``flip``.
 

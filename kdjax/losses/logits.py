@@ -47,7 +47,9 @@ def soft_target_kl(
       0.0
     """
     if isinstance(temperature, (int, float)) and temperature <= 0:
-        raise ValueError(f"soft_target_kl needs a temperature above 0, got {temperature}; the field uses 1 to 20.")
+        raise ValueError(
+            f"soft_target_kl needs a temperature above 0, got {temperature}; the field uses 1 to 20."
+        )
     student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
     teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature)
     return temperature**2 * _divergence(teacher, student)

@@ -26,7 +26,9 @@ def fill_tables(text: str, read: Callable[[str], Result]) -> str:
 
     def place(match: re.Match[str]) -> str:
         begin, name, metrics, end = match.groups()
-        return f"{begin}{section(read(name), name=name, metrics=metrics.split(',') if metrics else None)}{end}"
+        return (
+            f"{begin}{section(read(name), name=name, metrics=metrics.split(',') if metrics else None)}{end}"
+        )
 
     return _PLACE.sub(place, text)
 
@@ -53,7 +55,9 @@ def ratio_table(result: Result) -> str:
 def provenance(result: Result, *, name: str) -> str:
     """Command, n, what was scaled down, machine and commit, in one line of small print."""
     machine, n = result["hardware"], len(result["seeds"])
-    where = f"{machine['cores']} cores of {machine['cpu']}" if machine["backend"] == "cpu" else machine["device"]
+    where = (
+        f"{machine['cores']} cores of {machine['cpu']}" if machine["backend"] == "cpu" else machine["device"]
+    )
     scaled = f"; {result['scaled_down']}" if result["scaled_down"] else ""
     dirty = " with uncommitted changes" if result["dirty"] else ""
     return (
