@@ -27,6 +27,7 @@ from kdjax import (
     checkpoints,
     data,
     evaluate,
+    files,
     models,
     parallel,
     report,
@@ -64,6 +65,8 @@ def launch(main: Callable[[], None]) -> None:
         except ImportError as error:
             _refuse(f"{error}. Install what the experiments need: pip install 'kdjax[experiments]'.")
         except OSError as error:
+            if error.errno is None:  # a full sentence already
+                _refuse(str(error))
             if error.errno in _FULL_DISK:
                 _refuse(f"the disk is full ({error}). Free some space and start the same command again.")
             _refuse(f"{error.strerror or error}: {error.filename or 'no file named'}.")
@@ -99,7 +102,7 @@ def claim_workdir(path: str, settings: Mapping[str, Any]) -> Path:
     elif workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"--workdir={path} holds files of something else; name an empty or a new directory.")
     else:
-        results.write_json(record, wanted)
+        files.write_json(record, wanted)
     return workdir
 
 
@@ -341,7 +344,7 @@ def make_trainer(
             "weights": checkpoints.digest_tree(fitted.last),
         }
         if jax.process_index() == 0:
-            results.write_json(directory / "summary.json", summary)
+            files.write_json(directory / "summary.json", summary)
         return Trained(fitted, metrics, time.monotonic() - start)
 
     return trainer
@@ -427,7 +430,7 @@ def train_teacher(
         "std": list(task.std),
     }
     if jax.process_index() == 0:
-        results.write_json(directory / "network.json", description)
+        files.write_json(directory / "network.json", description)
     fitted = trained.fitted
     return Teacher(models.apply_fn(module), fitted.last, task.mean, task.std, trained.metrics, fitted.history)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import common
-from kdjax import report, results
+from kdjax import files, report, results
 
 RESULTS = flags.DEFINE_string(
     "results", "experiments/results", "A result file, or a directory searched for *.json."
@@ -37,9 +37,7 @@ def main() -> None:
     report.page(found, path=OUTPUT.value, title=TITLE.value, problems=problems)
     for document in DOCUMENTS.value:
         text = Path(document).read_text(encoding="utf-8")
-        results.write_text(
-            document, report.fill_tables(text, lambda name: results.read(root / f"{name}.json"))
-        )
+        files.write_text(document, report.fill_tables(text, lambda name: results.read(root / f"{name}.json")))
     print(f"{OUTPUT.value}: {len(found)} of {len(paths)} results.")
     for problem in problems:
         print(f"not in it: {problem}", file=sys.stderr)

@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from kdjax import files
+
 _STEP = re.compile(r"step_(\d{8,})")
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -79,13 +81,13 @@ def save(
     if step < 0 or keep < 1:
         raise ValueError(f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}.")
     arrays = {name: np.array(value, copy=not block) for name, value in _host_arrays(tree).items()}
-    meta = json_ready(meta)
+    meta = files.json_ready(meta)
     if jax.process_count() > 1 and not _identical(json.dumps([step, meta]) + digest_tree(arrays)):
         raise ValueError(
             f"the state of step {step} differs between processes, so no single checkpoint describes the run: "
             "give every process the same seed and average gradients and statistics over all of them."
         )
-    job = functools.partial(_write, as_path(directory), step, arrays, meta, keep)
+    job = functools.partial(_write, files.as_path(directory), step, arrays, meta, keep)
     _pending = _start(job if jax.process_index() == 0 else lambda: None, background=not block)
     if block:
         wait()
@@ -117,7 +119,7 @@ def restore(directory: str | os.PathLike, target: PyTree, *, step: int | None = 
         are damaged; if ``step`` is not there.
     """
     wait()
-    path = as_path(directory)
+    path = files.as_path(directory)
     steps = _steps(path)
     if jax.process_count() > 1 and not _identical(json.dumps(steps)):
         raise ValueError(
@@ -145,83 +147,13 @@ def restore(directory: str | os.PathLike, target: PyTree, *, step: int | None = 
 
 def latest_step(directory: str | os.PathLike) -> int | None:
     """Returns the newest committed step, not yet verified, or None if there is none."""
-    return next(iter(_steps(as_path(directory))), None)
+    return next(iter(_steps(files.as_path(directory))), None)
 
 
 def digest_tree(tree: PyTree) -> str:
     """Returns one SHA-256 over the paths, dtypes, shapes and bytes of a tree, whatever the order of its dicts."""
     lines = sorted(f"{name} {_digest_array(value)}" for name, value in _host_arrays(tree).items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def write_json(path: Any, body: Any) -> None:
-    """Writes JSON with its own SHA-256, by rename, so that it is whole and any later change to it is noticed."""
-    body = json_ready(body)
-    sealed = {"sha256": digest_json(body), "body": body}
-    write_bytes(path, json.dumps(sealed, indent=1, sort_keys=True).encode())
-
-
-def read_json(path: Any) -> Any:
-    """Reads what :func:`write_json` wrote; ValueError if a byte of it has changed."""
-    try:
-        sealed = json.loads(as_path(path).read_bytes())
-        intact = sealed["sha256"] == digest_json(sealed["body"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        raise ValueError(f"{path} is damaged: its content does not match the digest inside it.")
-    return sealed["body"]
-
-
-def write_bytes(path: Any, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it: a reader sees all of it or none."""
-    path = as_path(path)
-    temporary = path.parent / f"{path.name}.tmp"
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def json_ready(value: Any) -> Any:
-    """Returns the value as JSON will give it back, or raises a ValueError."""
-    try:
-        return json.loads(json.dumps(value, sort_keys=True))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"meta and settings must be plain JSON (numbers, text, lists, dicts): {error}."
-        ) from None
-
-
-def digest_json(body: Any) -> str:
-    """Returns the SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def explained(doing: str, size: int) -> Iterator[None]:
-    """Turns a failed write into one sentence that says what was needed."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and "os_error_code" not in str(
-            error
-        ):  # tensorstore's word for an OSError
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise OSError(
-            f"could not {doing}, which needs about {size:,} bytes ({reason}): free some space or choose another "
-            "directory, then start the same command again; what was saved before is intact."
-        ) from error
-
-
-def as_path(directory: Any) -> Any:
-    """Returns a path that may also be a bucket (``gs://...``)."""
-    from etils import epath
-
-    return epath.Path(directory)
 
 
 def raise_together(error: BaseException | None, *, doing: str) -> None:
@@ -322,7 +254,7 @@ def _write(path: Any, step: int, arrays: dict[str, np.ndarray], meta: dict[str, 
     if _holds(final, described, meta):
         return
     size = sum(array.nbytes for array in arrays.values())
-    with _removed_on_failure(temporary), explained(f"save step {step} to {path}", size):
+    with _removed_on_failure(temporary), files.explained(f"save step {step} to {path}", size):
         path.mkdir(parents=True, exist_ok=True)
         for entry in path.iterdir():
             if entry.name.startswith("step_") and entry.suffix in (".tmp", ".old"):
@@ -339,7 +271,7 @@ def _write(path: Any, step: int, arrays: dict[str, np.ndarray], meta: dict[str, 
             "arrays": described,
             "files": _file_digests(temporary),
         }
-        write_json(temporary / _MANIFEST, body)
+        files.write_sealed(temporary / _MANIFEST, body)
         if final.exists():
             final.rename(old)
         temporary.rename(final)
@@ -402,7 +334,7 @@ def _file_digests(step_path: Any) -> dict[str, str]:
 def _checked_manifest(step_path: Any) -> dict[str, Any]:
     """The manifest, once every file it lists has been found unchanged."""
     try:
-        manifest = read_json(step_path / _MANIFEST)
+        manifest = files.read_sealed(step_path / _MANIFEST)
         if manifest["format"] != _FORMAT:
             raise ValueError(f"its format is {manifest['format']}, and this version reads {_FORMAT}.")
         for name, digest in manifest["files"].items():

@@ -27,6 +27,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdjax import files
+
 SCHEMA = 1
 REQUIRED = {
     "schema": int,
@@ -45,35 +47,6 @@ REQUIRED = {
     "arms": dict,
 }
 PACKAGES = ("kdjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part.
-
-    Raises:
-      ValueError: if the content holds NaN or infinity, which JSON has no word for.
-    """
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes text so that a reader sees the old file or the new one, never a part."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes bytes so that a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, Any]:
@@ -150,7 +123,7 @@ def make(
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Checks a result made by :func:`make` and writes it atomically."""
     check(content)
-    write_json(path, content)
+    files.write_json(path, content)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from kdjax import checkpoints
+from kdjax import checkpoints, files
 
 TeacherFn = Callable[[PyTree, Array], dict[str, Array]]
 ViewFn = Callable[[Array, Array, Array], Array]
@@ -105,8 +105,8 @@ def fill(
       OSError: if a chunk could not be written.
     """
     _check_arguments(images, views, view_fn, dtype, batch_size, chunk_size)
-    path = checkpoints.as_path(directory)
-    wanted = checkpoints.json_ready(describe(variables, images, settings=settings))
+    path = files.as_path(directory)
+    wanted = files.json_ready(describe(variables, images, settings=settings))
     layout = {"examples": len(images), "views": views, "dtype": dtype, "chunk_size": chunk_size}
     process, processes = jax.process_index(), jax.process_count()
     error, chunks, header = None, {}, {}
@@ -145,17 +145,19 @@ def load(directory: str | os.PathLike, *, header: Mapping[str, Any]) -> Columns:
     Raises:
       ValueError: if they are damaged, incomplete, absent, or made from something else.
     """
-    path = checkpoints.as_path(directory)
+    path = files.as_path(directory)
     if not (path / _HEADER).exists():
         raise ValueError(f"there are no teacher columns in {directory}: run teacher.fill on it first.")
-    stored = checkpoints.read_json(path / _HEADER)
-    header = checkpoints.json_ready(dict(header))
+    stored = files.read_sealed(path / _HEADER)
+    header = files.json_ready(dict(header))
     _compare(path, {name: stored["made_from"].get(name) for name in header}, header)
     return Columns(stored, _join(stored, _read_chunks(path, stored, _numbers(stored["layout"]), refuse=True)))
 
 
 def take(
-    arrays: Mapping[str, Array], index: Int[Array, "*batch"], view: int | Int[Array, "*batch"] = 0
+    arrays: Mapping[str, Array | np.ndarray],
+    index: Int[Array, "*batch"],
+    view: int | Int[Array, "*batch"] = 0,
 ) -> dict[str, Array]:
     """Gathers the rows of a batch, to be merged into it.
 
@@ -385,7 +387,7 @@ def _begin(
     header = None
     if (path / _HEADER).exists():
         try:
-            header = checkpoints.read_json(path / _HEADER)
+            header = files.read_sealed(path / _HEADER)
         except ValueError as error:
             warnings.warn(
                 f"{error} It is written anew, and chunks that do not fit it are recomputed.", stacklevel=3
@@ -397,9 +399,9 @@ def _begin(
     # The same on every process, so none needs to wait for the file.
     header = {"format": _FORMAT, "made_from": wanted, "layout": layout, "columns": specs()}
     if jax.process_index() == 0:
-        with checkpoints.explained(f"begin the teacher's columns in {path}", 4096):
+        with files.explained(f"begin the teacher's columns in {path}", 4096):
             path.mkdir(parents=True, exist_ok=True)
-            checkpoints.write_json(path / _HEADER, header)
+            files.write_sealed(path / _HEADER, header)
     return header
 
 
@@ -437,7 +439,7 @@ def _numbers(layout: Mapping[str, Any], *, process: int = 0, processes: int = 1)
 
 def _seal(header: Mapping[str, Any], number: int, data: bytes) -> str:
     """What ties a chunk to its header and its place; part of its file name."""
-    return hashlib.sha256(f"{checkpoints.digest_json(header)} {number} ".encode() + data).hexdigest()
+    return hashlib.sha256(f"{files.digest_json(header)} {number} ".encode() + data).hexdigest()
 
 
 def _files(path: Any, number: int) -> list[Any]:
@@ -480,9 +482,9 @@ def _write_chunk(path: Any, header: dict[str, Any], number: int, chunk: dict[str
     data = buffer.getvalue()
     name = f"chunk_{number:05d}-{_seal(header, number, data)}.npz"
     stale = [file for file in _files(path, number) if file.name != name]
-    with checkpoints.explained(f"write rows of the teacher's columns to {path}", len(data)):
+    with files.explained(f"write rows of the teacher's columns to {path}", len(data)):
         path.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_bytes(path / name, data)
+        files.write_bytes(path / name, data)
     for file in stale:
         file.unlink(missing_ok=True)  # a killed process's half of this very file was just written over
 

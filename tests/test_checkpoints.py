@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from kdjax import checkpoints
+from kdjax import checkpoints, files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -305,17 +305,17 @@ def test_digest_depends_on_everything_but_the_order_of_dicts():
 def test_sealed_json_notices_any_change(tmp_path):
     path = tmp_path / "x.json"
     body = {"a": [1, 2.5, None], "b": "text"}
-    checkpoints.write_json(path, body)
-    assert checkpoints.read_json(path) == body
+    files.write_sealed(path, body)
+    assert files.read_sealed(path) == body
     for damage in (b"", b"[]", b"null", path.read_bytes()[:-1], path.read_bytes().replace(b"2.5", b"2.6")):
         path.write_bytes(damage)
         with pytest.raises(ValueError, match=r"x\.json is damaged"):
-            checkpoints.read_json(path)
+            files.read_sealed(path)
 
 
 SAVE_FOREVER = """
     import sys, numpy as np
-    from kdjax import checkpoints
+    from kdjax import checkpoints, files
     for step in range(1, 10_000):
         tree = {"x": np.full(2000, step), "y": np.random.default_rng(step).normal(size=30_000)}
         checkpoints.save(sys.argv[1], step, tree, meta={"step": step}, block=len(sys.argv) < 3)
@@ -347,7 +347,7 @@ def test_sigkill_leaves_the_last_step_whole(tmp_path, background):
 
 FULL_DISK = """
     import resource, sys, numpy as np
-    from kdjax import checkpoints
+    from kdjax import checkpoints, files
     checkpoints.save(sys.argv[1], 1, {"x": np.arange(10.0)}, meta={})
     if sys.argv[2] == "late":  # the space was there when it was looked for
         checkpoints._reserve = lambda *_: None
@@ -380,7 +380,7 @@ TWO_PROCESSES = """
     import json, os, pathlib
     import jax.numpy as jnp, numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    from kdjax import checkpoints
+    from kdjax import checkpoints, files
 
     everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), PartitionSpec())
     spread = NamedSharding(everywhere.mesh, PartitionSpec("batch"))

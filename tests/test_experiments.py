@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 from experiments import common, distill
-from kdjax import results
+from kdjax import files, results
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -158,7 +158,7 @@ def test_a_teacher_of_other_classes_or_images_is_refused(tmp_path):
         ({"num_classes": 100}, "100 classes apart, digits has 10"),
         ({"image_shape": [28, 28, 1]}, "28"),
     ):
-        results.write_json(tmp_path / "network.json", description | change)
+        files.write_json(tmp_path / "network.json", description | change)
         with pytest.raises(ValueError, match=said):
             common.load_teacher(task, str(tmp_path))
 

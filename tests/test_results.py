@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kdjax import results
+from kdjax import files, results
 
 
 def result(**changes):
@@ -78,10 +78,10 @@ def test_names_a_file_that_is_no_result(tmp_path, damage):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.json"
-    results.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
-        results.write_json(path, {"a": float("inf")})
+        files.write_json(path, {"a": float("inf")})
     with pytest.raises(TypeError):
-        results.write_json(path, {"a": object()})
+        files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -296,7 +296,8 @@ class Keras:
         keras = self.keras
         model = self._network("student")
         if arm == KD:
-            soft = keras.distillation.LogitsDistillation(temperature=TEMPERATURE)
+            # Keras 3.15 takes its own default, the name "kl_divergence", for a function of logits: no softmax, no T².
+            soft = keras.distillation.LogitsDistillation(TEMPERATURE, loss=keras.losses.KLDivergence())
             model = keras.distillation.Distiller(
                 self._network("teacher"), model, soft, student_loss_weight=HARD_WEIGHT
             )

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from kdjax import results, significance
+from kdjax import files, significance
 from kdjax.report import words
 from kdjax.report.words import Result
 
@@ -192,7 +192,7 @@ def save_figure(path: str | os.PathLike[str], result: Result) -> None:
         figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize="small", color=LIGHT["muted"])
         buffer = io.BytesIO()
         figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or None, dpi=180)
-    results.write_bytes(path, buffer.getvalue())
+    files.write_bytes(path, buffer.getvalue())
 
 
 def svg(panel: Panel, *, key: str) -> str:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-from kdjax import results
+from kdjax import files
 from kdjax.report import figures, tables, words
 from kdjax.report.words import Result
 
@@ -53,7 +53,7 @@ def page(
         ]
         body.append(f"<nav><ol>{''.join(links)}</ol></nav>")
     body += [_section(result, f"r{i}", headed=len(found) > 1) for i, result in enumerate(found)]
-    results.write_text(path, _PAGE.format(title=_esc(title), style=_css(), body="\n".join(body)))
+    files.write_text(path, _PAGE.format(title=_esc(title), style=_css(), body="\n".join(body)))
 
 
 def _section(result: Result, key: str, *, headed: bool) -> str:
