@@ -207,43 +207,32 @@ def fit(
     position = _Position([], {}, None, 0)
     if directory is not None:
         state, best, position = _restored(directory, state, best, position)
-    step, last_save = int(state.step), time.monotonic()
-    pending: Metrics | None = None
-
-    def collect(position: _Position) -> _Position:
-        return (
-            position if pending is None else position._replace(sums=_add(position.sums, pending, before=step))
-        )
+    step, end, last_save = int(state.step), epochs * feed.steps_per_epoch, time.monotonic()
+    unread: tuple[int, Metrics] | None = None  # of the newest dispatch: the step after it, and its metrics
 
     with _sigterm() as stop_requested:
-        while step < epochs * feed.steps_per_epoch:
+        while step < end:
             state, metrics = run(state, *feed.at(step))
-            position = collect(position)
-            pending, steps = metrics, len(metrics["loss"])
-            step += steps
+            position, unread = _read(position, unread), (step + len(metrics["loss"]), metrics)
+            steps, step = unread[0] - step, unread[0]
             epoch, rest = divmod(step, feed.steps_per_epoch)
             if rest == 0:
-                position, pending = collect(position), None
-                record = {
-                    "epoch": float(epoch),
-                    **{k: v / feed.steps_per_epoch for k, v in position.sums.items()},
-                }
-                if evaluate is not None and (epoch % evaluate_every == 0 or epoch == epochs):
+                position, unread = _read(position, unread), None
+                record = {name: total / feed.steps_per_epoch for name, total in position.sums.items()}
+                if evaluate is not None and (epoch % evaluate_every == 0 or step == end):
                     weights = Weights(params_of(state), state.model_state)
                     scores = evaluate(*weights)
                     record |= {f"validation_{name}": value for name, value in scores.items()}
                     if position.best_value is None or scores[monitor] > position.best_value:
-                        best, position = (
-                            _copy(weights),
-                            position._replace(best_value=scores[monitor], best_epoch=epoch),
-                        )
-                position = position._replace(history=[*position.history, record], sums={})
+                        best = _copy(weights)
+                        position = position._replace(best_value=scores[monitor], best_epoch=epoch)
+                history = [*position.history, {"epoch": float(epoch), **record}]
+                position = position._replace(history=history, sums={})
             progress(steps, position.history[-1] if position.history else {})
             stop = stop_requested(step)
-            due = stop or step == epochs * feed.steps_per_epoch or time.monotonic() - last_save > save_every_s
-            if directory is not None and due:
-                position, pending = collect(position), None
-                _save(directory, step, state, best, position)
+            if directory is not None and (stop or step == end or time.monotonic() - last_save > save_every_s):
+                position, unread = _read(position, unread), None
+                checkpoints.save(directory, step, {"state": state, "best": best}, meta=position._asdict())
                 last_save = time.monotonic()
             if stop:
                 raise SystemExit(0)
@@ -251,26 +240,26 @@ def fit(
     return Fitted(last, last if evaluate is None else best, position.best_epoch or epochs, position.history)
 
 
-def _add(sums: dict[str, float], metrics: Metrics, *, before: int) -> dict[str, float]:
-    """Adds one dispatch's metrics to the epoch's sums; ``before`` is the step after the last of them."""
+def _read(position: _Position, unread: tuple[int, Metrics] | None) -> _Position:
+    """Adds a dispatch's metrics to the sums of its epoch; this is where the host waits for the device."""
+    if unread is None:
+        return position
+    step, metrics = unread
     values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
     bad = np.flatnonzero(~np.isfinite(values["loss"]))
     if bad.size:
-        at = before - len(values["loss"]) + int(bad[0])
+        at = step - len(values["loss"]) + int(bad[0])
         terms = ", ".join(f"{name} {value[bad[0]]:.4g}" for name, value in sorted(values.items()))
         raise NonFiniteLoss(
             f"the loss is not finite at step {at} ({terms}); lower the learning rate, clip the gradients "
             "(optax.clip_by_global_norm), or look for NaN in the inputs. Nothing after the last checkpoint was kept."
         )
-    return {name: sums.get(name, 0.0) + math.fsum(value) for name, value in values.items()}
+    sums = {name: position.sums.get(name, 0.0) + math.fsum(value) for name, value in values.items()}
+    return position._replace(sums=sums)
 
 
 def _copy(weights: Weights) -> Weights:
     return jax.tree.map(jnp.copy, weights)  # since the state's own arrays may be donated to the next step
-
-
-def _save(directory: Path, step: int, state: TrainState, best: Weights, position: _Position) -> None:
-    checkpoints.save(directory, step, {"state": state, "best": best}, meta=position._asdict())
 
 
 def _restored(directory, state, best, position):
