@@ -73,6 +73,7 @@ TEACHER_EPOCHS = flags.DEFINE_integer(
 TEACHER_PADDING = flags.DEFINE_integer(
     "teacher_padding", None, "Pixels of the teacher's random crop, if others.", 0
 )
+TEACHER_LEARNING_RATE = flags.DEFINE_float("teacher_learning_rate", None, "Of each teacher, if another.", 0.0)
 TEACHER_SEEDS = flags.DEFINE_integer(
     "teacher_seeds", 1, "Teachers; student seed s learns from number s mod this.", 1
 )
@@ -171,6 +172,7 @@ def main() -> None:
         )
         own = recipe._replace(
             epochs=1 if SMOKE.value else TEACHER_EPOCHS.value or EPOCHS.value,
+            learning_rate=TEACHER_LEARNING_RATE.value or LEARNING_RATE.value,
             padding=PADDING.value if TEACHER_PADDING.value is None else TEACHER_PADDING.value,
         )
         trainer = common.make_trainer(task, network, scratch, own)
