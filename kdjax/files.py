@@ -86,7 +86,8 @@ def explained(doing: str, size: int) -> Iterator[None]:
 
 
 def as_path(directory: Any) -> Any:
-    """Returns a path that may also be a bucket (``gs://...``)."""
+    """Returns an absolute path, which Orbax insists on; it may also be a bucket (``gs://...``)."""
     from etils import epath
 
-    return epath.Path(directory)
+    path = epath.Path(directory)
+    return path if "://" in str(directory) else path.absolute()

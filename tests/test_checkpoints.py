@@ -448,3 +448,12 @@ def test_two_processes_save_and_restore_together(tmp_path):
     assert all("PASSED" in output for output in outputs), "\n".join(outputs)[-4000:]
     manifest = json.loads((tmp_path / "run" / "step_00000002" / "manifest.json").read_text())
     assert manifest["body"]["meta"] == {"step": 2}
+
+
+def test_a_relative_directory_serves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = {"kernel": np.arange(6.0, dtype=np.float32)}
+    checkpoints.save("runs/one", 3, state, meta={})
+    restored = checkpoints.restore("runs/one", state)
+    assert restored is not None
+    np.testing.assert_array_equal(restored.tree["kernel"], state["kernel"])

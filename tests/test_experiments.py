@@ -209,8 +209,8 @@ class TestWorkdir:
         assert code == 0, errors
 
 
-def test_quickstart_smoke_in_a_path_with_spaces(tmp_path):
-    code, output, errors = run("experiments.quickstart", "--smoke", f"--workdir={tmp_path / 'a run'}")
+def test_quickstart_smoke_in_a_relative_path_with_spaces(tmp_path):
+    code, output, errors = run("experiments.quickstart", "--smoke", "--workdir=a run", cwd=tmp_path)
     assert code == 0, errors
     assert "kd" in output
     assert (tmp_path / "a run" / "report.html").exists()
