@@ -3,13 +3,13 @@ r"""Are the CPU forms of convolution and pooling faster than XLA's own, and than
     python -m experiments.benchmarks.layers --output=experiments/results/benchmarks/layers.json
     python -m experiments.benchmarks.layers --threads=2 --output=layers_2.json
 
-Takes about three minutes. Each case (a layer's forward and backward pass, a network's whole Adam step) is timed in
+Takes about two minutes. Each case (a layer's forward and backward pass, a network's whole Adam step) is timed in
 rounds, and in every round once in each form: kdjax's, XLA's own ("xla"), both again inside ``lax.scan``, and, where
 torch is installed, PyTorch in channels-last layout with the same number of threads. A ratio is the peer's time over
 kdjax's in the same round, above 1 where kdjax is faster; its low and high are those of all rounds. With one thread the
 clock is the process's CPU time, which a busy machine disturbs least; with more it is the wall clock.
 
-Expect every "torch" ratio of the Keras student above 1 and "xla in scan" of the Keras student around 10.
+Expect every "torch" ratio of the Keras student above 1 and "xla in scan" of it around 15.
 """
 
 import contextlib

@@ -98,8 +98,6 @@ class Peer(Protocol):
 class Kdjax:
     """The library as its experiments use it: resident arrays, columns filled once, ``train.fit``."""
 
-    EPOCHS = 9  # of which the first is not counted
-
     def __init__(self, work: Workload, threads: int):
         import jax
         import optax
@@ -206,11 +204,12 @@ class Kdjax:
             values.append(float(metrics["loss"][0]))
         return values
 
-    def measure(self, arm: str) -> dict[str, float]:
-        """See :class:`Peer`."""
+    def _epochs(self, arm: str, epochs: int) -> list[Clock]:
+        """Trains from the shared weights; returns the time at the end of each epoch."""
         from kdjax import data, train
 
-        run = self.runs.setdefault(arm, self._run(arm))
+        if arm not in self.runs:
+            self.runs[arm] = self._run(arm)
         feed = data.resident_feed(
             self.resident,
             np.arange(len(self.work.images)),
@@ -218,36 +217,38 @@ class Kdjax:
             batch_size=BATCH_SIZE,
             steps_per_dispatch=self.steps_per_dispatch,
         )
-        clocks, epochs = [], 2 if arm == ONLINE else self.EPOCHS
+        ends: list[Clock] = []
 
         def progress(steps, record):
-            if record and record["epoch"] == len(clocks) + 1:
-                clocks.append(Clock())
+            if record and record["epoch"] == len(ends) + 1:
+                ends.append(Clock())
 
-        train.fit(run, self._state(), feed, epochs=epochs, progress=progress)
-        wall, cpu = (b - a for a, b in zip(clocks[0].start, clocks[-1].start, strict=True))
-        return {
-            "wall": wall / ((epochs - 1) * self.work.steps),
-            "cpu": cpu / ((epochs - 1) * self.work.steps),
-        }
+        train.fit(self.runs[arm], self._state(), feed, epochs=epochs, progress=progress)
+        return ends
+
+    def measure(self, arm: str) -> dict[str, float]:
+        """See :class:`Peer`; the first epoch is not counted."""
+        epochs = 2 if arm == ONLINE else 10
+        first, *_, last = self._epochs(arm, epochs)
+        wall, cpu = (b - a for a, b in zip(first.start, last.start, strict=True))
+        steps = (epochs - 1) * self.work.steps
+        return {"wall": wall / steps, "cpu": cpu / steps}
 
     def settle(self) -> dict[str, Any]:
         """See :class:`Peer`."""
         first_chunk = self.fill()["first_chunk"]
         start = time.perf_counter()
-        self.measure(KD)
+        self._epochs(KD, 1)
         first = time.perf_counter() - start
-        found = {}
-        for number in (1, 5, 10, 30):
-            self.steps_per_dispatch = number
-            self.measure(KD)
-            found[number] = min(self.measure(KD)["wall"] for _ in range(3))
-        self.steps_per_dispatch = min(found, key=found.__getitem__)
-        fills = {}
-        for self.fill_batch in (16, 64, 512):
+        steps, fills = {}, {}
+        for self.steps_per_dispatch in (1, 10, 30):
+            steps[self.steps_per_dispatch] = min(self.measure(KD)["wall"] for _ in range(3))
+        self.steps_per_dispatch = min(steps, key=steps.__getitem__)
+        for self.fill_batch in (16, 32, 64):
             fills[self.fill_batch] = self.fill()["wall"]
         self.fill_batch = min(fills, key=fills.__getitem__)
-        self.measure(PLAIN), self.measure(ONLINE)
+        self.measure(PLAIN)
+        self.measure(ONLINE)
         settings = {"steps_per_dispatch": self.steps_per_dispatch, "fill_batch_size": self.fill_batch}
         return {"settings": settings, "first_epoch_s": first, "first_chunk_s": first_chunk}
 

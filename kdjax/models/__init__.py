@@ -89,7 +89,8 @@ def apply_fn(module: nn.Module) -> ApplyFn:
     ) -> tuple[Outputs, ModelState]:
         variables = {"params": params, **model_state}
         if not train:
-            return module.apply(variables, inputs, train=False), model_state
+            outputs: Any = module.apply(variables, inputs, train=False)
+            return outputs, model_state
         rngs = None if key is None else {"dropout": key}
         try:
             outputs, updated = module.apply(
