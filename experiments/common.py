@@ -101,9 +101,32 @@ def claim_workdir(path: str, settings: Mapping[str, Any]) -> Path:
             )
     elif workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"--workdir={path} holds files of something else; name an empty or a new directory.")
-    else:
+    elif jax.process_index() == 0:
         files.write_json(record, wanted)
+    _lock(workdir)
     return workdir
+
+
+_locks: list[Any] = []  # open until the process ends
+
+
+def _lock(workdir: Path) -> None:
+    """Holds the workdir for this process; a ValueError if another one is at work there."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    if jax.process_index() > 0:
+        return
+    handle = open(workdir / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise ValueError(
+            f"--workdir={workdir} is in use by another process; wait for it, or name another directory."
+        ) from None
+    _locks.append(handle)
 
 
 # --------------------------------------------------------------------------------------------------- data
@@ -129,7 +152,6 @@ def make_task(
     num_train: int | None = None,
     num_validation: int | None = None,
     label_noise: float = 0.0,
-    noise_seed: int = 0,
 ) -> Task:
     """Loads a data set, keeps the examples that the run will use, and puts them on the devices."""
     source = data.load(dataset, data_dir=data_dir)
@@ -150,8 +172,13 @@ def make_task(
 
 
 def build(name: str, task: Task, **fields: Any) -> Any:
-    """The network ``name`` for this task's classes; a ValueError if it does not take this task's images."""
+    """The network ``name`` for this task's classes; a ValueError if it does not take this task's images.
+
+    Batch normalisation takes its statistics over all devices, so that their number changes nothing.
+    """
     network = models.build(name, num_classes=task.source.num_classes, **fields)
+    if hasattr(network, "axis_name"):
+        network = network.clone(axis_name=parallel.AXIS)
     models.init(network, task.source.images.shape[1:], seed=0)
     return network
 
@@ -199,7 +226,7 @@ class Recipe(NamedTuple):
     flip: bool = False
     mixup: float = 0.0
     evaluate_every: int = 1
-    steps_per_dispatch: int = 1
+    steps_per_dispatch: int = 32
     save_every_s: float = 60.0
 
 
@@ -240,7 +267,8 @@ def make_batches(task: Task, recipe: Recipe, taught: Taught) -> tuple[Callable, 
 
     def train_batch(resident, index, key):
         batch = data.gather(resident["data"], index)
-        keys = data.example_keys(key, index)
+        example_key, mixup_key = jax.random.split(key)
+        keys = data.example_keys(example_key, index)
         view = jnp.zeros_like(index)
         if taught.views > 1:
             view = jax.vmap(lambda k: jax.random.randint(k, (), 0, taught.views))(keys)
@@ -250,7 +278,7 @@ def make_batches(task: Task, recipe: Recipe, taught: Taught) -> tuple[Callable, 
         batch = pixels(batch)
         if recipe.mixup:
             batch["image"], batch["partner"], batch["share"] = data.mixup(
-                batch["image"], key, alpha=recipe.mixup
+                batch["image"], mixup_key, alpha=recipe.mixup
             )
         return with_teacher(resident, batch, view)
 

@@ -21,7 +21,7 @@ import optax
 from absl import flags
 
 from experiments import common
-from kdjax import losses, models, parallel, train
+from kdjax import files, losses, models, parallel, train
 
 # What is learnt from, and by whom.
 DATASET = flags.DEFINE_string(
@@ -107,7 +107,7 @@ DEVICES = flags.DEFINE_integer(
     "devices", None, "Devices of this process to use; all by default.", lower_bound=1
 )
 STEPS_PER_DISPATCH = flags.DEFINE_integer(
-    "steps_per_dispatch", 16, "Steps that one call to the device runs.", 1
+    "steps_per_dispatch", 32, "Most steps that one call to the device runs.", 1
 )
 SAVE_EVERY = flags.DEFINE_float("save_every_s", 60.0, "Least seconds between two checkpoints of a run.", 0.0)
 POD = flags.DEFINE_bool("pod", False, "Join the processes of a TPU pod or cluster job first.")
@@ -182,6 +182,8 @@ def main() -> None:
             )
             for number in range(TEACHER_SEEDS.value)
         ]
+    if LABEL_NOISE.value:
+        files.write_json(workdir / "perturbed.json", task.source.keys[task.perturbed].tolist())
     arms: dict = {"teacher": teachers} | {method: [] for method in METHOD.value}
     for number, teacher in enumerate(teachers):
         taught = common.taught_by(

@@ -54,12 +54,24 @@ def test_refuses_an_empty_split(function):
 
 def test_feed_is_a_function_of_the_step():
     arrays = {"image": np.zeros(3)}
-    feed = data.resident_feed(arrays, np.arange(50), seed=1, batch_size=8, steps_per_dispatch=4)
-    assert feed.steps_per_epoch == 6
-    rows = data.epoch_index(np.arange(50), seed=1, epoch=2, batch_size=8)
-    resident, index = feed.at(12 + 4)  # third epoch, second dispatch: the two steps that are left
+    feed = data.resident_feed(arrays, np.arange(60), seed=1, batch_size=8, steps_per_dispatch=4)
+    assert feed.steps_per_epoch == 7
+    rows = data.epoch_index(np.arange(60), seed=1, epoch=2, batch_size=8)
+    resident, index = feed.at(14 + 4)  # third epoch, second dispatch: the three steps that are left
     assert resident is arrays
-    np.testing.assert_array_equal(index, rows[4:6].T)
+    np.testing.assert_array_equal(index, rows[4:7].T)
+
+
+@pytest.mark.parametrize(
+    ("most", "lengths"), [(1, [1] * 12), (4, [4] * 3), (5, [4] * 3), (100, [12]), (8, [6, 6])]
+)
+def test_dispatches_are_of_equal_length_where_an_epoch_allows_it(most, lengths):
+    feed = data.resident_feed({}, np.arange(24), seed=1, batch_size=2, steps_per_dispatch=most)
+    found, step = [], 0
+    while step < feed.steps_per_epoch:
+        found.append(feed.at(step)[1].shape[1])
+        step += found[-1]
+    assert found == lengths
 
 
 def test_feed_takes_this_processes_rows():

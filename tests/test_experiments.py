@@ -169,9 +169,30 @@ class TestWorkdir:
     def test_is_taken_up_again_by_the_same_run_only(self, tmp_path):
         settings = {"temperature": 3.0, "method": ("scratch", "kd")}
         workdir = common.claim_workdir(str(tmp_path / "run"), settings)
+        common._locks.pop().close()
         assert common.claim_workdir(str(tmp_path / "run"), settings) == workdir
+        common._locks.pop().close()
         with pytest.raises(ValueError, match=r"holds another run \(temperature 3.0 there and 4.0 here\)"):
             common.claim_workdir(str(workdir), settings | {"temperature": 4.0})
+
+    def test_in_use_by_another_process_is_refused(self, tmp_path):
+        holder = "import sys, time; from experiments import common; "
+        holder += f"common.claim_workdir({str(tmp_path / 'run')!r}, {{}}); print('held', flush=True); time.sleep(60)"
+        process = subprocess.Popen(
+            [sys.executable, "-c", holder],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match="in use by another process"):
+                common.claim_workdir(str(tmp_path / "run"), {})
+        finally:
+            process.kill()
+            process.communicate()
+        common.claim_workdir(str(tmp_path / "run"), {})  # the lock goes with the process
+        common._locks.pop().close()
 
     def test_of_something_else_is_left_alone(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("draft")

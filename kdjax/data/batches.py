@@ -101,13 +101,17 @@ def resident_feed(
       ids: to draw from: the training split.
       seed: of the order.
       batch_size: examples per step over all devices and hosts.
-      steps_per_dispatch: steps that one call runs; the last dispatch of an epoch may have fewer.
+      steps_per_dispatch: most steps that one call runs. Fewer are run where that cuts the epoch into equal parts, which
+        saves compiling a second program for the rest.
       rows_of: this process's part of a global batch, :func:`kdjax.parallel.process_rows` where there are several.
 
     Returns:
       A feed whose arguments are ``(arrays, int32[batch, steps])``.
     """
     steps_per_epoch = max(len(ids) // batch_size, 1)
+    most = min(steps_per_dispatch, steps_per_epoch)
+    equal = max(k for k in range(1, most + 1) if steps_per_epoch % k == 0)
+    steps = equal if 2 * equal >= most else most
 
     @functools.lru_cache(maxsize=1)
     def epoch(number: int) -> np.ndarray:
@@ -115,6 +119,6 @@ def resident_feed(
 
     def at(step: int) -> tuple[Any, ...]:
         number, start = divmod(step, steps_per_epoch)
-        return arrays, rows_of(epoch(number)[start : start + steps_per_dispatch].T)
+        return arrays, rows_of(epoch(number)[start : start + steps].T)
 
     return Feed(steps_per_epoch, at)
