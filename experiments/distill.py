@@ -70,6 +70,9 @@ EPOCHS = flags.DEFINE_integer("epochs", 20, "Of each student.", lower_bound=1)
 TEACHER_EPOCHS = flags.DEFINE_integer(
     "teacher_epochs", None, "Of each teacher; as the students by default.", 1
 )
+TEACHER_NUM_TRAIN = flags.DEFINE_integer(
+    "teacher_num_train", None, "Training images of teachers; 0 for all.", 0
+)
 TEACHER_PADDING = flags.DEFINE_integer(
     "teacher_padding", None, "Pixels of the teacher's random crop, if others.", 0
 )
@@ -149,14 +152,7 @@ def main() -> None:
     if POD.value:
         parallel.initialise()
     recipe = the_recipe()
-    task = common.make_task(
-        DATASET.value,
-        data_dir=DATA_DIR.value,
-        devices=DEVICES.value,
-        num_train=min(NUM_TRAIN.value or 256, 256) if SMOKE.value else NUM_TRAIN.value,
-        num_validation=NUM_VALIDATION.value,
-        label_noise=LABEL_NOISE.value,
-    )
+    task = the_task(NUM_TRAIN.value)
     parallel.check_batch_size(recipe.batch_size, task.devices)
     dtype = jnp.dtype(DTYPE.value)
     student = common.build(STUDENT.value, task, dtype=dtype)
@@ -175,10 +171,11 @@ def main() -> None:
             learning_rate=TEACHER_LEARNING_RATE.value or LEARNING_RATE.value,
             padding=PADDING.value if TEACHER_PADDING.value is None else TEACHER_PADDING.value,
         )
-        trainer = common.make_trainer(task, network, scratch, own)
+        wider = task if TEACHER_NUM_TRAIN.value is None else the_task(TEACHER_NUM_TRAIN.value or None)
+        trainer = common.make_trainer(wider, network, scratch, own)
         teachers = [
             common.train_teacher(
-                task, TEACHER.value, network, trainer, number, workdir / "teacher" / str(number)
+                wider, TEACHER.value, network, trainer, number, workdir / "teacher" / str(number)
             )
             for number in range(TEACHER_SEEDS.value)
         ]
@@ -237,6 +234,18 @@ def checked_flags() -> list[int]:
             f"--seeds={','.join(SEEDS.value)} must be different numbers from 0 on, such as 0,1,2."
         )
     return seeds[:2] if SMOKE.value else seeds
+
+
+def the_task(num_train: int | None) -> common.Task:
+    """The data set as the flags give it, with that many training images."""
+    return common.make_task(
+        DATASET.value,
+        data_dir=DATA_DIR.value,
+        devices=DEVICES.value,
+        num_train=min(num_train or 256, 256) if SMOKE.value else num_train,
+        num_validation=NUM_VALIDATION.value,
+        label_noise=LABEL_NOISE.value,
+    )
 
 
 def the_recipe() -> common.Recipe:
