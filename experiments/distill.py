@@ -1,12 +1,13 @@
 r"""Does a student learn more from a teacher than from the labels alone? The general launch.
 
     python -m experiments.distill --dataset=digits --workdir=runs/digits
-    python -m experiments.distill --dataset=mnist --data_dir=data --num_train=10000 \
-        --teacher=keras_teacher --student=keras_student --workdir=runs/mnist
+    python -m experiments.distill --dataset=mnist --data_dir=data --workdir=runs/mnist --num_train=10000 \
+        --teacher=keras_teacher --student=keras_student --teacher_num_train=0 --teacher_epochs=6 \
+        --teacher_learning_rate=5e-4 --schedule=cosine
 
 Trains the teacher (or takes one up with --teacher_dir), computes what it says of every image once, and trains the
-student by each --method over --seeds. The first command takes about a minute on two CPU cores, the second about half
-an hour. What to expect stands in BUILD_NOTES.md beside the command.
+student by each --method over --seeds. The first command takes about a minute on two CPU cores, the second about
+twenty. What to expect stands in BUILD_NOTES.md beside the command.
 
 The workdir receives every run's checkpoints, results.json (flags, versions, every number of every seed), figure.png
 and report.html. The same command started again continues where it was stopped, whatever stopped it.
