@@ -6,6 +6,59 @@ and writes the weights, so that what is minimised can be read where it is used::
     hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
     soft = losses.soft_target_kl(outputs.logits, batch["teacher_logits"], temperature=4.0)
     loss = hard_weight * jnp.mean(hard) + soft_weight * jnp.mean(soft)
+
+Losses over the relations within a batch return a scalar, and say so.
 """
 
+from kdjax.losses.features import activation_boundary as activation_boundary
+from kdjax.losses.features import attention_transfer as attention_transfer
+from kdjax.losses.features import factor_transfer as factor_transfer
+from kdjax.losses.features import hint as hint
+from kdjax.losses.features import mask_channels as mask_channels
+from kdjax.losses.features import mask_positions as mask_positions
+from kdjax.losses.features import masked_generation as masked_generation
+from kdjax.losses.features import neuron_selectivity as neuron_selectivity
+from kdjax.losses.features import overhaul as overhaul
+from kdjax.losses.features import overhaul_margin as overhaul_margin
+from kdjax.losses.features import review_hcl as review_hcl
+from kdjax.losses.features import solution_flow as solution_flow
+from kdjax.losses.features import variational_information as variational_information
+from kdjax.losses.logits import confidence_penalty as confidence_penalty
+from kdjax.losses.logits import decoupled_kl as decoupled_kl
+from kdjax.losses.logits import dist as dist
+from kdjax.losses.logits import jensen_shannon as jensen_shannon
+from kdjax.losses.logits import label_smoothing_cross_entropy as label_smoothing_cross_entropy
+from kdjax.losses.logits import logit_standardised_kl as logit_standardised_kl
+from kdjax.losses.logits import soft_target_cross_entropy as soft_target_cross_entropy
 from kdjax.losses.logits import soft_target_kl as soft_target_kl
+from kdjax.losses.logits import squared_logits as squared_logits
+from kdjax.losses.logits import teacher_free_kl as teacher_free_kl
+from kdjax.losses.logits import top_k_kl as top_k_kl
+from kdjax.losses.maps import attention_map as attention_map
+from kdjax.losses.maps import attribution_map as attribution_map
+from kdjax.losses.maps import gradient_match as gradient_match
+from kdjax.losses.maps import map_distance as map_distance
+from kdjax.losses.regression import best_hard_weight as best_hard_weight
+from kdjax.losses.regression import squared_error as squared_error
+from kdjax.losses.relations import CrdMemory as CrdMemory
+from kdjax.losses.relations import centred_kernel_alignment as centred_kernel_alignment
+from kdjax.losses.relations import contrastive_representation as contrastive_representation
+from kdjax.losses.relations import correlation_congruence as correlation_congruence
+from kdjax.losses.relations import correlation_distance as correlation_distance
+from kdjax.losses.relations import crd_candidates as crd_candidates
+from kdjax.losses.relations import info_nce as info_nce
+from kdjax.losses.relations import init_crd_memory as init_crd_memory
+from kdjax.losses.relations import pkt as pkt
+from kdjax.losses.relations import rkd_angle as rkd_angle
+from kdjax.losses.relations import rkd_distance as rkd_distance
+from kdjax.losses.relations import similarity_preserving as similarity_preserving
+from kdjax.losses.targets import average_logits as average_logits
+from kdjax.losses.targets import average_probabilities as average_probabilities
+from kdjax.losses.targets import confidence_weights as confidence_weights
+from kdjax.losses.targets import cutmix_targets as cutmix_targets
+from kdjax.losses.targets import dice as dice
+from kdjax.losses.targets import lovasz as lovasz
+from kdjax.losses.targets import mixup_targets as mixup_targets
+from kdjax.losses.targets import noisy_teacher as noisy_teacher
+from kdjax.losses.targets import privileged as privileged
+from kdjax.losses.targets import spread_top_k as spread_top_k

@@ -1,0 +1,179 @@
+"""Where a network looks: maps over the positions of an image, and distances between them.
+
+A map is flat, one non-negative number per position and row-major, whatever it was made from, so that
+``map_distance(attention_map(s), attention_map(t))`` and ``map_distance(attribution_map(g), attribution_map(h))`` read
+alike. Every function works on one example at a time and computes in float32; a zero map stays zero, with a zero
+gradient, instead of becoming NaN.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kdjax.types import Scalar
+
+
+def attention_map(
+    features: Float[Array, "*batch height width channels"], *, power: Scalar = 2.0
+) -> Float[Array, "*batch positions"]:
+    r"""Energy of a feature map at every position, scaled to unit 2-norm.
+
+    .. math:: q / \|q\|_2, \qquad q_i = \frac{1}{C} \sum_c |f_{ic}|^p
+
+    Features of different sizes are averaged to one size before their maps are taken, not after, since pooling does
+    not keep a norm.
+
+    Args:
+      features: activations, NHWC; signs do not matter.
+      power: exponent p ≥ 1. Larger values give more weight to the positions of the strongest activations.
+
+    Returns:
+      One map per example, of non-negative values, differentiable in the features of either network.
+
+    Raises:
+      ValueError: if the power is a Python number below 1, whose gradient at zero is infinite.
+
+    References:
+      Zagoruyko, Komodakis, `Paying More Attention to Attention <https://arxiv.org/abs/1612.03928>`_, 2017, section
+      3.1, as in the authors' code. Default there: p 2.
+    """
+    if isinstance(power, (int, float)) and power < 1:
+        raise ValueError(
+            f"attention_map needs a power of at least 1, got {power}; the field uses 1, 2 and 4."
+        )
+    energy = jnp.mean(jnp.abs(features.astype(jnp.float32)) ** power, axis=-1)
+    return _unit(energy.reshape(*energy.shape[:-2], -1))
+
+
+def attribution_map(
+    attributions: Float[Array, "*batch height width channels"], *, scale: str = "unit_norm"
+) -> Float[Array, "*batch positions"]:
+    r"""Importance of every position from signed attributions of every input value.
+
+    .. math:: m_i = \sum_c |a_{ic}|, \qquad \text{then } \frac{m}{\|m\|_2}
+              \text{ or } \frac{m - \min m}{\max m - \min m}
+
+    Args:
+      attributions: integrated gradients, input gradients, or the like; ``[..., None]`` if channels are already summed.
+      scale: ``"unit_norm"``, comparable with an :func:`attention_map`; or ``"min_max"``, from 0 to 1, what the
+        integrated-gradients studies overlay on images. A constant map has min–max values of zero.
+
+    Returns:
+      One map per example, of non-negative values.
+
+    Raises:
+      ValueError: if the scale has another name.
+
+    References:
+      Hernandez, Chang, Nordling, `Knowledge Distillation: Enhancing Neural Network Compression with Integrated
+      Gradients <https://arxiv.org/abs/2503.13008>`_, 2025. Default there: min–max.
+    """
+    if scale == "unit_norm":
+        return attention_map(attributions, power=1.0)
+    if scale != "min_max":
+        raise ValueError(f"attribution_map knows the scales 'unit_norm' and 'min_max', got {scale!r}.")
+    total = jnp.sum(jnp.abs(attributions.astype(jnp.float32)), axis=-1)
+    flat = total.reshape(*total.shape[:-2], -1)
+    low = jnp.min(flat, axis=-1, keepdims=True)
+    span = jnp.max(flat, axis=-1, keepdims=True) - low
+    return jnp.where(span > 0, (flat - low) / jnp.where(span > 0, span, 1), 0)
+
+
+def map_distance(
+    student_map: Float[Array, "*batch student_positions"],
+    teacher_map: Float[Array, "*batch teacher_positions"],
+) -> Float[Array, "*batch"]:
+    r"""Mean squared difference of two maps.
+
+    .. math:: \frac{1}{N} \sum_i (s_i - t_i)^2
+
+    Maps of different sizes must be square; the larger is average-pooled to the smaller. That keeps the values of
+    min–max maps comparable. The norm of unit-norm maps shrinks with the side: pool what they are made from instead.
+
+    Args:
+      student_map: from :func:`attention_map` or :func:`attribution_map`.
+      teacher_map: likewise; constant under differentiation.
+
+    Returns:
+      One non-negative value per example; zero where the maps agree. Reduce with ``jnp.mean``.
+
+    Raises:
+      ValueError: if the sizes differ and a map is not square.
+
+    References:
+      Zagoruyko, Komodakis, `Paying More Attention to Attention <https://arxiv.org/abs/1612.03928>`_, 2017, equation
+      2, with the mean of the authors' code. Default weight there: 1000 on the sum over layers.
+    """
+    student = student_map.astype(jnp.float32)
+    teacher = jax.lax.stop_gradient(teacher_map).astype(jnp.float32)
+    if student.shape[-1] != teacher.shape[-1]:
+        side = min(_side(student), _side(teacher))
+        student, teacher = _pooled(student, side), _pooled(teacher, side)
+    return jnp.mean((student - teacher) ** 2, axis=-1)
+
+
+def gradient_match(
+    student_gradient: Float[Array, "*batch height width channels"],
+    teacher_gradient: Float[Array, "*batch height width channels"],
+    *,
+    normalise: bool = True,
+) -> Float[Array, "*batch"]:
+    r"""Squared distance between what the two networks say of small changes of the input.
+
+    .. math:: \left\| \frac{g_s}{\|g_s\|_2} - \frac{g_t}{\|g_t\|_2} \right\|_2^2 = 2 - 2 \cos(g_s, g_t)
+              \qquad \text{or} \qquad \|g_s - g_t\|_2^2
+
+    The gradients are arrays: take the student's with ``jax.grad`` of one score summed over the batch, in inference
+    mode, inside the objective, so that this loss differentiates through it. The teacher's may be a stored column.
+
+    Args:
+      student_gradient: of a score with respect to the input, usually the one of the true or of the teacher's class.
+      teacher_gradient: of the teacher's same score; constant under differentiation.
+      normalise: compare directions, as Jacobian matching does; otherwise the values, as Sobolev training does.
+
+    Returns:
+      One non-negative value per example, at most 4 if normalised; zero where the gradients agree. A zero gradient
+      has no direction and is at squared distance 1 from any other. Reduce with ``jnp.mean``.
+
+    References:
+      Srinivas, Fleuret, `Knowledge Transfer with Jacobian Matching <https://arxiv.org/abs/1803.00443>`_, 2018,
+      sections 3 and 4. Czarnecki et al., `Sobolev Training for Neural Networks <https://arxiv.org/abs/1706.04859>`_,
+      2017, section 2. Both add it to a loss between the outputs.
+    """
+    student = student_gradient.astype(jnp.float32)
+    teacher = jax.lax.stop_gradient(teacher_gradient).astype(jnp.float32)
+    student, teacher = (g.reshape(*g.shape[:-3], -1) for g in (student, teacher))
+    if normalise:
+        student, teacher = _unit(student), _unit(teacher)
+    return jnp.sum((student - teacher) ** 2, axis=-1)
+
+
+def _unit(flat: Float[Array, "*batch positions"]) -> Float[Array, "*batch positions"]:
+    """Scaled to unit 2-norm; norms below 1e-12 count as 1e-12. No square root is taken, or differentiated, at zero."""
+    return flat * jax.lax.rsqrt(jnp.maximum(jnp.sum(flat**2, axis=-1, keepdims=True), 1e-24))
+
+
+def _side(flat: Float[Array, "*batch positions"]) -> int:
+    side = math.isqrt(flat.shape[-1])
+    if side * side != flat.shape[-1]:
+        raise ValueError(
+            f"map_distance can only resize square maps, got {flat.shape[-1]} positions; bring the features or "
+            "attributions to one height and width before their maps are taken."
+        )
+    return side
+
+
+def _pooled(flat: Float[Array, "*batch positions"], side: int) -> Float[Array, "*batch pooled"]:
+    """Average over ``side`` × ``side`` bins; bins overlap where the sizes do not divide."""
+    size = _side(flat)
+    if size == side:
+        return flat
+    start, end = np.arange(side) * size // side, -(-np.arange(1, side + 1) * size // side)
+    inside = (np.arange(size) >= start[:, None]) & (np.arange(size) < end[:, None])
+    bins = jnp.asarray(inside / inside.sum(1, keepdims=True), jnp.float32)
+    square = flat.reshape(*flat.shape[:-1], size, size)
+    pooled = jnp.einsum("...hw,ih,jw->...ij", square, bins, bins, precision="highest")
+    return pooled.reshape(*flat.shape[:-1], -1)

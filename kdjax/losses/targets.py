@@ -1,0 +1,379 @@
+"""What a student is to imitate, where that is more than one label or one teacher; and losses for dense outputs.
+
+The makers of targets return either **probabilities** (:func:`mixup_targets`, :func:`cutmix_targets`; for
+``optax.losses.softmax_cross_entropy``) or **scores** like a single teacher's (all that start from a teacher), which
+go where ``teacher_logits`` go. None lets a gradient through to the teacher. Then come three losses, one value per
+example each: :func:`privileged`, and :func:`dice` and :func:`lovasz` for a prediction at every place of an image.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from kdjax.losses.logits import _check_temperature, label_smoothing_cross_entropy, soft_target_cross_entropy
+from kdjax.types import Scalar
+
+
+def mixup_targets(
+    labels: Int[Array, " batch"],
+    partner: Int[Array, " batch"],
+    share: Float[Array, ""] | Float[Array, " batch"],
+    *,
+    num_classes: int,
+) -> Float[Array, "batch classes"]:
+    r"""Label probabilities of images that were blended in pairs.
+
+    .. math:: \lambda \, e_{y_i} + (1 - \lambda) \, e_{y_{\pi(i)}}
+
+    A teacher that sees the blends needs none of this: its scores are the soft target, and these serve the hard loss.
+
+    Args:
+      labels: of the unblended images, 0 to classes - 1.
+      partner: the place in the batch, π(i), of the image that each was blended with.
+      share: λ of the first image, one for the batch or one per example, as :func:`kdjax.data.mixup` returns it.
+      num_classes: length of a row.
+
+    Returns:
+      One row of probabilities per example.
+
+    References:
+      Zhang et al., `mixup: Beyond Empirical Risk Minimization <https://arxiv.org/abs/1710.09412>`_, 2018, section 2;
+      λ from Beta(α, α), α .1 to .4 on ImageNet, 1 on CIFAR.
+    """
+    share = jnp.broadcast_to(share, labels.shape)[:, None].astype(jnp.float32)
+    one_hot = jax.nn.one_hot(labels, num_classes)
+    return share * one_hot + (1 - share) * one_hot[partner]
+
+
+def cutmix_targets(
+    labels: Int[Array, " batch"],
+    partner: Int[Array, " batch"],
+    kept: Bool[Array, "*rows height width"],
+    *,
+    num_classes: int,
+) -> Float[Array, "batch classes"]:
+    r"""Label probabilities of images into which a piece of another was pasted.
+
+    .. math:: \lambda \, e_{y_i} + (1 - \lambda) \, e_{y_{\pi(i)}}, \quad \lambda = \text{share of positions kept}
+
+    The share is counted from the mask itself, so a box that was clipped at the border is accounted for.
+
+    Args:
+      labels: of the images before pasting, 0 to classes - 1.
+      partner: the place in the batch, π(i), of the image that each piece came from.
+      kept: true where the first image remains; one mask for the batch, or one per example.
+      num_classes: length of a row.
+
+    Returns:
+      One row of probabilities per example.
+
+    References:
+      Yun et al., `CutMix <https://arxiv.org/abs/1905.04899>`_, 2019, section 3.1; box area uniform, in half of the
+      batches on CIFAR.
+    """
+    share = jnp.mean(kept, axis=(-2, -1), dtype=jnp.float32)
+    return mixup_targets(labels, partner, share, num_classes=num_classes)
+
+
+def noisy_teacher(
+    teacher_logits: Float[Array, "*batch classes"],
+    key: Key[Array, ""],
+    *,
+    deviation: Scalar,
+    probability: Scalar = 1.0,
+) -> Float[Array, "*batch classes"]:
+    r"""A teacher's scores, each multiplied by a random factor near one for some of the examples.
+
+    .. math:: t' = (1 + \xi) \odot t, \quad \xi_k \sim \mathcal N(0, \sigma^2)
+
+    Drawn anew at every step it acts like many teachers that differ a little, and regularises the student.
+
+    Args:
+      teacher_logits: unnormalised scores of the teacher.
+      key: one for the batch and step.
+      deviation: σ of the factor, 0 or more; 0 changes nothing.
+      probability: with which an example is perturbed at all, 0 to 1.
+
+    Returns:
+      Scores to use as the teacher's, float32, constant under differentiation.
+
+    Raises:
+      ValueError: if a Python number is out of range.
+
+    References:
+      Sau, Balasubramanian, `Deep Model Compression: Distilling Knowledge from Noisy Teachers
+      <https://arxiv.org/abs/1610.09650>`_, 2016, section 3; σ and the share of examples are chosen on each set.
+    """
+    if isinstance(deviation, (int, float)) and deviation < 0:
+        raise ValueError(f"noisy_teacher needs a deviation of 0 or more, got {deviation}.")
+    if isinstance(probability, (int, float)) and not 0 <= probability <= 1:
+        raise ValueError(f"noisy_teacher needs a probability from 0 to 1, got {probability}.")
+    logits = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
+    noise_key, chosen_key = jax.random.split(key)
+    chosen = jax.random.bernoulli(chosen_key, probability, (*logits.shape[:-1], 1))
+    return logits + jnp.where(chosen, deviation * jax.random.normal(noise_key, logits.shape) * logits, 0)
+
+
+def average_logits(
+    teacher_logits: Float[Array, "teachers *batch classes"],
+    *,
+    weights: Float[Array, " teachers"] | Float[Array, "teachers *batch"] | None = None,
+) -> Float[Array, "*batch classes"]:
+    r"""Mean of the scores of several teachers: the geometric mean of what they predict.
+
+    .. math:: \sum_m w_m t_m, \quad \sum_m w_m = 1
+
+    A teacher that is sure against a class can veto it; :func:`average_probabilities` lets any one propose it.
+
+    Args:
+      teacher_logits: unnormalised scores, one teacher after the other along the first axis.
+      weights: of each teacher, for all examples or per example, scaled here to sum to one; equal if left out.
+
+    Returns:
+      Scores to use as the teacher's, float32, constant under differentiation.
+
+    References:
+      Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
+      2015, section 1, which names both means.
+    """
+    logits = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
+    return jnp.sum(jnp.exp(_log_weights(logits, weights)) * logits, axis=0)
+
+
+def average_probabilities(
+    teacher_logits: Float[Array, "teachers *batch classes"],
+    *,
+    weights: Float[Array, " teachers"] | Float[Array, "teachers *batch"] | None = None,
+    temperature: Scalar = 1.0,
+) -> Float[Array, "*batch classes"]:
+    r"""Mean of what several teachers predict, as scores whose softmax at the temperature is that mean.
+
+    .. math:: T \log \sum_m w_m \, \sigma(t_m / T), \quad \sum_m w_m = 1
+
+    With :func:`~kdjax.losses.logits.soft_target_kl` at the same temperature, the gradient is that of the weighted sum
+    of the divergences from each teacher: averaging first costs one divergence instead of one per teacher.
+
+    Args:
+      teacher_logits: unnormalised scores, one teacher after the other along the first axis.
+      weights: of each teacher, for all examples or per example, scaled here to sum to one; equal if left out.
+      temperature: T > 0, at which the predictions are averaged and at which the result is to be used.
+
+    Returns:
+      Scores to use as the teacher's, float32, constant under differentiation; at T 1 the log of the mean probability.
+
+    Raises:
+      ValueError: if the temperature is a Python number that is not positive.
+
+    References:
+      Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
+      2015, section 1; You et al., Learning from Multiple Teacher Networks, 2017, section 3.1.
+    """
+    _check_temperature("average_probabilities", temperature)
+    logits = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
+    log_p = jax.nn.log_softmax(logits / temperature)
+    return temperature * jax.nn.logsumexp(log_p + _log_weights(logits, weights), axis=0)
+
+
+def confidence_weights(
+    teacher_logits: Float[Array, "teachers *batch classes"], labels: Int[Array, "*batch"]
+) -> Float[Array, "teachers *batch"]:
+    r"""How far to trust each teacher on each example: the less, the larger its cross-entropy with the label.
+
+    .. math:: w_m = \frac{1}{M - 1} \left(1 - \frac{\exp \mathcal L_m}{\sum_j \exp \mathcal L_j}\right)
+
+    Args:
+      teacher_logits: unnormalised scores, one teacher after the other along the first axis.
+      labels: the right class of each example, 0 to classes - 1.
+
+    Returns:
+      Weights that sum to one over the teachers, between 0 and 1 / (M - 1), for :func:`average_probabilities` or
+      :func:`average_logits`; 1 for a single teacher.
+
+    References:
+      Zhang, Chen, Wang, `Confidence-Aware Multi-Teacher Knowledge Distillation <https://arxiv.org/abs/2201.00007>`_,
+      2022, section 2; the authors' code divides the weighted sum of divergences by M once more.
+    """
+    teachers = teacher_logits.shape[0]
+    if teachers == 1:
+        return jnp.ones((1, *labels.shape), jnp.float32)
+    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32))
+    right = jnp.broadcast_to(jax.nn.one_hot(labels, log_p.shape[-1], dtype=bool), log_p.shape)
+    return (1 - jax.nn.softmax(-jnp.sum(jnp.where(right, log_p, 0), axis=-1), axis=0)) / (teachers - 1)
+
+
+def spread_top_k(
+    teacher_probabilities: Float[Array, "*batch k"],
+    teacher_classes: Int[Array, "*batch k"],
+    *,
+    num_classes: int,
+    temperature: Scalar = 1.0,
+) -> Float[Array, "*batch classes"]:
+    """Scores of a teacher of which only the k largest probabilities were stored, the missing mass spread evenly.
+
+    :func:`~kdjax.losses.logits.top_k_kl` assumes less: it leaves open how the missing mass is shared.
+
+    Args:
+      teacher_probabilities: of the stored classes, from the teacher's softmax at the temperature.
+      teacher_classes: the class of each of them, all different within an example.
+      num_classes: length of a row, at least k.
+      temperature: at which they were taken and at which the result is to be used.
+
+    Returns:
+      Scores whose softmax at that temperature holds the stored probabilities and equal ones elsewhere; -inf where
+      nothing is left for a class. Float32, constant under differentiation.
+
+    Raises:
+      ValueError: if the temperature is a Python number that is not positive.
+    """
+    _check_temperature("spread_top_k", temperature)
+    stored = jax.lax.stop_gradient(teacher_probabilities).astype(jnp.float32)
+    residual = jnp.maximum(1 - jnp.sum(stored, axis=-1, keepdims=True), 0)
+    shape = (*stored.shape[:-1], num_classes)
+    even = jnp.broadcast_to(residual / max(num_classes - stored.shape[-1], 1), shape)
+    return temperature * jnp.log(jnp.put_along_axis(even, teacher_classes, stored, -1, inplace=False))
+
+
+def privileged(
+    student_logits: Float[Array, "*batch classes"],
+    teacher_logits: Float[Array, "*batch classes"],
+    labels: Int[Array, "*batch"],
+    *,
+    soft_weight: Scalar = 0.5,
+    temperature: Scalar = 1.0,
+) -> Float[Array, "*batch"]:
+    r"""Generalised distillation: labels, and the softened opinion of a teacher that saw more than the student does.
+
+    .. math:: (1 - \lambda) \, H(e_y, \sigma(s)) + \lambda \, H(\sigma(t / T), \sigma(s))
+
+    with H(p, q) the cross-entropy. The teacher was trained on privileged inputs (a sharper image, another modality,
+    notes made afterwards) that will not be there at test time. As in the paper only the teacher is softened and there
+    is no factor T²; where both are to be softened add ``label_smoothing_cross_entropy`` and ``soft_target_kl``.
+
+    Args:
+      student_logits: unnormalised scores of the student, from its own inputs.
+      teacher_logits: unnormalised scores of the teacher, from the privileged inputs; constant under differentiation.
+      labels: the right class of each example, 0 to classes - 1.
+      soft_weight: λ, the imitation parameter, from 0 (labels only) to 1 (teacher only).
+      temperature: T > 0, of the teacher's softmax.
+
+    Returns:
+      One value per example, in nats; not zero at student = teacher.
+
+    Raises:
+      ValueError: if a Python number is out of range.
+
+    References:
+      Lopez-Paz, Bottou, Schölkopf, Vapnik, `Unifying distillation and privileged information
+      <https://arxiv.org/abs/1511.03643>`_, 2016, section 4, equation 6. There λ 0 to 1 and T 1 to 50 are searched.
+    """
+    _check_temperature("privileged", temperature)
+    if isinstance(soft_weight, (int, float)) and not 0 <= soft_weight <= 1:
+        raise ValueError(f"privileged needs a soft_weight from 0 to 1, got {soft_weight}.")
+    hard = label_smoothing_cross_entropy(student_logits, labels, smoothing=0.0)
+    soft = soft_target_cross_entropy(student_logits, teacher_logits.astype(jnp.float32) / temperature)
+    return (1 - soft_weight) * hard + soft_weight * soft
+
+
+def dice(
+    student_logits: Float[Array, "*batch height width classes"],
+    target_probabilities: Float[Array, "*batch height width classes"],
+    *,
+    smoothing: Scalar = 1.0,
+) -> Float[Array, "*batch"]:
+    r"""One minus the soft Dice overlap of each class with its target, averaged over the classes.
+
+    .. math:: \frac1C \sum_c \left(1 - \frac{2 \sum_x p g + \varepsilon}{\sum_x p^2 + \sum_x g^2 + \varepsilon}\right)
+              = \frac1C \sum_c \frac{\sum_x (p - g)^2}{\sum_x p^2 + \sum_x g^2 + \varepsilon}
+
+    computed in the second form, which cannot cancel. With squares in the denominator it is zero for soft targets too,
+    just where the student equals them, so a teacher's softmax may stand for the labels.
+
+    Args:
+      student_logits: unnormalised scores at every position.
+      target_probabilities: one-hot labels, or a teacher's probabilities; constant under differentiation.
+      smoothing: ε > 0 in positions; it decides what a class that neither shows counts, and bounds the gradient.
+
+    Returns:
+      One value from 0 to 1 per example (image).
+
+    Raises:
+      ValueError: if the smoothing is a Python number that is not positive.
+
+    References:
+      Milletari, Navab, Ahmadi, `V-Net <https://arxiv.org/abs/1606.04797>`_, 2016, section 3.
+    """
+    if isinstance(smoothing, (int, float)) and smoothing <= 0:
+        raise ValueError(f"dice needs a smoothing above 0, got {smoothing}; 1 position is usual.")
+    p = jax.nn.softmax(student_logits.astype(jnp.float32))
+    g = jax.lax.stop_gradient(target_probabilities).astype(jnp.float32)
+    apart, total = (jnp.sum(x, axis=(-3, -2)) for x in (jnp.square(p - g), jnp.square(p) + jnp.square(g)))
+    return jnp.mean(apart / (total + smoothing), axis=-1)
+
+
+def lovasz(
+    student_logits: Float[Array, "*batch height width classes"], labels: Int[Array, "*batch height width"]
+) -> Float[Array, "*batch"]:
+    r"""Lovász-softmax: a convex surrogate of one minus the intersection over union, averaged over classes present.
+
+    .. math:: \frac{1}{|C_y|} \sum_{c \in C_y} \sum_i m^c_{(i)}
+              \left[J_c(\{(1), \dots, (i)\}) - J_c(\{(1), \dots, (i - 1)\})\right]
+
+    with errors m = 1 - p_c where the label is c and p_c elsewhere, in decreasing order (1), (2), …, and J_c(S) the
+    Jaccard loss of class c if just the positions S were wrong. At probabilities 0 and 1 it is the Jaccard loss itself.
+    A position whose label is outside 0 to classes - 1 (a void label) counts nothing.
+
+    The measure is not additive over images. This is its per-image form; for that of a whole batch join the batch into
+    the height: ``lovasz(s.reshape(1, -1, *s.shape[2:]), y.reshape(1, -1, y.shape[2]))``. To distil, take the teacher's
+    argmax as labels.
+
+    Args:
+      student_logits: unnormalised scores at every position.
+      labels: the class at every position.
+
+    Returns:
+      One value from 0 to 1 per example (image); zero where every position is predicted with certainty.
+
+    References:
+      Berman, Rannen Triki, Blaschko, `The Lovász-Softmax loss <https://arxiv.org/abs/1705.08790>`_, 2018, section 3,
+      equation 9 and algorithm 1.
+    """
+    shape = (*labels.shape[:-2], -1, student_logits.shape[-1])
+    p, truth = jax.nn.softmax(student_logits.astype(jnp.float32)), jax.nn.one_hot(labels, shape[-1])
+    p, truth = (jnp.swapaxes(x.reshape(shape), -1, -2) for x in (p, truth))
+    void = jnp.sum(truth, axis=-2, keepdims=True) == 0
+    error = jnp.where(truth > 0, 1 - p, jnp.where(void, 0, p))
+    order = _decreasing(error)
+    steps = _jaccard_steps(jnp.take_along_axis(truth, order, axis=-1))
+    weight = jnp.put_along_axis(jnp.zeros_like(truth), order, steps, -1, inplace=False)
+    present = jnp.any(truth > 0, axis=-1)
+    each = jnp.where(present, jnp.sum(error * weight, axis=-1), 0)
+    return jnp.sum(each, axis=-1) / jnp.maximum(jnp.sum(present, axis=-1), 1)
+
+
+def _decreasing(x: Float[Array, "*batch positions"]) -> Int[Array, "*batch positions"]:
+    """Order along the last axis, largest first, of numbers that are 0 or more.
+
+    Their bits, read as integers, are in the same order, and integers sort faster: they need no care for NaN.
+    """
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), jnp.int32)
+    return jnp.argsort(-bits, axis=-1, stable=False)
+
+
+def _jaccard_steps(truth: Float[Array, "*batch positions"]) -> Float[Array, "*batch positions"]:
+    """What each further wrong position adds to the Jaccard loss, the positions in the order given."""
+    size = jnp.sum(truth, axis=-1, keepdims=True)
+    hits, misses = jnp.cumsum(truth, axis=-1), jnp.cumsum(1 - truth, axis=-1)
+    loss = 1 - (size - hits) / (size + misses)
+    return jnp.diff(loss, axis=-1, prepend=jnp.zeros_like(size))
+
+
+def _log_weights(
+    logits: Float[Array, "teachers *batch classes"],
+    weights: Float[Array, " teachers"] | Float[Array, "teachers *batch"] | None,
+) -> Float[Array, "teachers ..."]:
+    """Logs of the teachers' weights, scaled to sum to one, with the axes of the logits."""
+    if weights is None:
+        weights = jnp.ones(logits.shape[:1])
+    weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
+    log_weights = jnp.log(weights / jnp.sum(weights, axis=0, keepdims=True))
+    return log_weights.reshape(weights.shape + (1,) * (logits.ndim - weights.ndim))

@@ -1,0 +1,159 @@
+"""Companions of a student: every parameter is trained by the loss it belongs to, and forms are the originals'."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax.losses import features
+from kdjax.models import companions
+
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4, 4, 3)), jnp.float32)
+TEACHER = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4, 4, 6)), jnp.float32)
+
+
+def student(params, images):
+    """The smallest network there is: a pointwise layer with 5 channels."""
+    return jax.nn.relu(images @ params["kernel"])
+
+
+def train_mode(module, params, *inputs):
+    outputs, _ = module.apply({"params": params}, *inputs, train=True, mutable=["batch_stats"])
+    return outputs
+
+
+def regressor(params, maps):
+    return features.hint(train_mode(companions.Regressor(6), params, maps), TEACHER)
+
+
+def connector(params, maps):
+    module = companions.Regressor(6, activation=lambda x: x)
+    return features.overhaul(train_mode(module, params, maps), TEACHER, margin=jnp.full(6, -0.5))
+
+
+def embedding(params, maps):
+    ours = companions.Embedding(8).apply({"params": params["student"]}, maps)
+    theirs = companions.Embedding(8).apply({"params": params["teacher"]}, TEACHER)
+    scores = ours @ theirs.T / 0.07  # contrastive: the own teacher's embedding against the other examples'
+    return -jnp.diagonal(jax.nn.log_softmax(scores))
+
+
+def vid_head(params, maps):
+    mean, log_scale = companions.VidHead(6).apply({"params": params}, maps)
+    return features.variational_information(mean, TEACHER, log_scale=log_scale)
+
+
+def translator(params, maps):
+    return features.factor_transfer(train_mode(companions.FactorTranslator(3), params, maps), TEACHER)
+
+
+def paraphraser(params, maps):
+    _, restored = companions.FactorParaphraser(3).apply({"params": params}, maps)
+    return features.hint(restored, TEACHER[..., :5])
+
+
+def generator(params, maps):
+    masked = features.mask_positions(jax.random.key(0), maps, fraction=0.5)
+    return features.masked_generation(companions.Generator(6).apply({"params": params}, masked), TEACHER)
+
+
+def review(params, maps):
+    deep = maps[:, ::2, ::2]
+    deep, mixture = train_mode(companions.ReviewFusion(6, hidden=4), params["deep"], deep)
+    shallow, _ = train_mode(companions.ReviewFusion(6, hidden=4), params["shallow"], maps, mixture)
+    return features.review_hcl(shallow, TEACHER) + features.review_hcl(deep, TEACHER[:, ::2, ::2])
+
+
+def init(module, *inputs, **keywords):
+    return module.init(jax.random.key(0), *inputs, **keywords)["params"]
+
+
+MAPS = jnp.ones((1, 4, 4, 5))
+OBJECTIVES = {
+    "regressor": (regressor, lambda: init(companions.Regressor(6), MAPS, train=False)),
+    "connector": (connector, lambda: init(companions.Regressor(6), MAPS, train=False)),
+    "embedding": (
+        embedding,
+        lambda: {
+            "student": init(companions.Embedding(8), MAPS),
+            "teacher": init(companions.Embedding(8), TEACHER),
+        },
+    ),
+    "vid_head": (vid_head, lambda: init(companions.VidHead(6), MAPS)),
+    "translator": (translator, lambda: init(companions.FactorTranslator(3), MAPS, train=False)),
+    "paraphraser": (paraphraser, lambda: init(companions.FactorParaphraser(3), MAPS)),
+    "generator": (generator, lambda: init(companions.Generator(6), MAPS)),
+    "review": (
+        review,
+        lambda: {
+            "deep": init(companions.ReviewFusion(6, hidden=4), MAPS, train=False),
+            "shallow": init(companions.ReviewFusion(6, hidden=4), MAPS, MAPS[..., :4], train=False),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_parameter_receives_a_gradient(name):
+    loss, start = OBJECTIVES[name]
+    kernel = np.random.default_rng(2).normal(size=(3, 5)).astype(np.float32)
+    params = {"student": {"kernel": jnp.asarray(kernel)}, "companion": start()}
+
+    @jax.jit
+    def gradients(params):
+        return jax.grad(lambda p: jnp.mean(loss(p["companion"], student(p["student"], IMAGES))))(params)
+
+    for path, leaf in jax.tree.leaves_with_path(gradients(params)):
+        assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
+        # A leaf that is only rounding away from zero is one that the loss does not train.
+        assert np.abs(leaf).max() > 1e-6, jax.tree_util.keystr(path)
+
+
+def test_embeddings_have_unit_length_and_a_zero_row_stays_zero():
+    module = companions.Embedding(8, dtype=jnp.bfloat16)
+    params = init(module, MAPS)
+    y = module.apply({"params": params}, jnp.concatenate([MAPS, 0 * MAPS]))
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.sum(y**2, axis=-1), [1, 0], atol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(module.apply({"params": params}, x)))(0 * MAPS)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_vid_head_has_three_convolutions_without_bias_and_starts_at_its_variance():
+    params = init(companions.VidHead(6, initial_variance=2.0), MAPS)
+    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(params))
+    assert shapes == [(1, 1, 5, 6), (1, 1, 6, 6), (1, 1, 6, 6), (6,)]
+    np.testing.assert_allclose(jax.nn.softplus(params["log_scale"]) + 1e-5, 2, rtol=1e-6)
+    with pytest.raises(ValueError, match="initial_variance above"):
+        companions.VidHead(6, initial_variance=1e-6)
+
+
+def test_paraphraser_keeps_size_and_returns_factors_and_reconstruction():
+    factors, restored = companions.FactorParaphraser(3).apply(
+        {"params": init(companions.FactorParaphraser(3), MAPS)}, MAPS
+    )
+    assert (factors.shape, restored.shape) == ((1, 4, 4, 3), MAPS.shape)
+
+
+def test_review_fusion_weighs_the_enlarged_mixture_by_position():
+    module = companions.ReviewFusion(6, hidden=4)
+    deeper = jnp.asarray(np.random.default_rng(3).normal(size=(1, 2, 2, 4)), jnp.float32)
+    variables = module.init(jax.random.key(0), MAPS, deeper, train=False)
+    params = variables["params"]
+    # With the attention's kernel at zero and its biases far out, one map passes and the other does not.
+    params["attention"] = {"kernel": 0 * params["attention"]["kernel"], "bias": jnp.array([-100.0, 100.0])}
+    _, mixture = module.apply(variables, MAPS, deeper, train=False)
+    np.testing.assert_allclose(mixture, deeper.repeat(2, axis=1).repeat(2, axis=2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "module", [companions.Regressor(6), companions.FactorTranslator(6), companions.ReviewFusion(6, hidden=4)]
+)
+def test_training_updates_the_statistics_and_evaluation_does_not(module):
+    variables = module.init(jax.random.key(0), MAPS, train=False)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=MAPS.shape), jnp.float32)
+    _, updated = module.apply(variables, x, train=True, mutable=["batch_stats"])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), variables["batch_stats"], updated["batch_stats"])
+    assert all(jax.tree.leaves(moved))
+    _, same = module.apply(variables, x, train=False, mutable=["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], same["batch_stats"])
