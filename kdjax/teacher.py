@@ -75,7 +75,7 @@ def fill(
     views: int = 1,
     view_fn: ViewFn | None = None,
     dtype: Literal["float32", "float16"] = "float32",
-    batch_size: int = 512,
+    batch_size: int | None = None,
     chunk_size: int = 4096,
     devices: Sequence[jax.Device] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -95,7 +95,8 @@ def fill(
       view_fn: ``view_fn(images, index, view) -> inputs``, pure in the example's index and the view's number (an int32
         scalar), traced; by default the images as they are.
       dtype: how floating columns are stored.
-      batch_size: rows per call of the teacher, rounded up to a multiple of the devices.
+      batch_size: rows per call of the teacher, rounded up to a multiple of the devices. By default 64 on a CPU, where
+        larger buffers are mapped anew on every call, and 512 elsewhere.
       chunk_size: rows per file. What a directory was begun with stays.
       devices: this process's devices to use; by default all of them.
       progress: called as ``progress(rows_done, rows)`` after every chunk.
@@ -104,6 +105,7 @@ def fill(
       ValueError: if the directory holds other columns, or the teacher returns a NaN or an infinity.
       OSError: if a chunk could not be written.
     """
+    batch_size = (64 if jax.default_backend() == "cpu" else 512) if batch_size is None else batch_size
     _check_arguments(images, views, view_fn, dtype, batch_size, chunk_size)
     path = files.as_path(directory)
     wanted = files.json_ready(describe(variables, images, settings=settings))
