@@ -2,7 +2,7 @@ r"""Does a small network learn more from a large one than from the labels alone,
 
     python -m experiments.quickstart
 
-The whole data flow on real data in about a minute on two CPU cores, without a download: scikit-learn's 1,797
+The whole data flow on real data in less than a minute on two CPU cores, without a download: scikit-learn's 1,797
 handwritten digits. A teacher is trained on the whole training split; what it says of every image is computed once,
 stored and verified; a much smaller student then learns from only --num_train of those images, from their labels alone
 (scratch) and with the teacher's softened answers beside them (kd), over five seeds, and is measured on a test split

@@ -12,6 +12,8 @@ from kdjax.report.words import Result
 
 _PLACE = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
+_RATIOS_IN_WORDS = 6
+
 
 def fill_tables(text: str, read: Callable[[str], Result]) -> str:
     """Writes every marked table of a document anew.
@@ -35,10 +37,13 @@ def fill_tables(text: str, read: Callable[[str], Result]) -> str:
 
 def section(result: Result, *, name: str, metrics: list[str] | None) -> str:
     """One result as Markdown: the finding, its table, and the line that says how it came about."""
-    parts = [words.finding(result)]
-    if result.get("ratios"):
+    ratios = result.get("ratios", {})
+    parts = (
+        [words.finding(result)] if len(ratios) <= _RATIOS_IN_WORDS else []
+    )  # else the table says it better
+    if ratios:
         parts.append(ratio_table(result))
-    if metrics or not result.get("ratios"):
+    if metrics or not ratios:
         parts.append(tables.markdown_table(result, metrics=metrics).rstrip())
     return "\n\n".join(["", *parts, provenance(result, name=name)])[1:] + "\n"
 
@@ -47,7 +52,7 @@ def ratio_table(result: Result) -> str:
     """Peers by how many times faster or smaller kdjax is."""
     lines = ["| compared with | times | low | high |", "| :-- | --: | --: | --: |"]
     for peer, ratio in result["ratios"].items():
-        values = " | ".join(f"{ratio[k]:.3g}" for k in ("median", "low", "high"))
+        values = " | ".join(f"{ratio[k]:#.3g}" for k in ("median", "low", "high"))
         lines.append(f"| {peer} | {values} |")
     return "\n".join(lines)
 
