@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 from absl import flags
 
 from experiments import common, distill
-from kdjax import files, results
+from experiments.common import launching
+from kdjax import files, results, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -133,7 +135,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch, arguments, 
     def work(*_, **__):
         raise AssertionError("training began")
 
-    monkeypatch.setattr(common.train, "fit", work)
+    monkeypatch.setattr(train, "fit", work)
     flags_set(f"--workdir={tmp_path / 'run'}", *(a.format(tmp=tmp_path) for a in arguments))
     with pytest.raises(ValueError, match=said):
         distill.main()
@@ -169,9 +171,9 @@ class TestWorkdir:
     def test_is_taken_up_again_by_the_same_run_only(self, tmp_path):
         settings = {"temperature": 3.0, "method": ("scratch", "kd")}
         workdir = common.claim_workdir(str(tmp_path / "run"), settings)
-        common._locks.pop().close()
+        launching._locks.pop().close()
         assert common.claim_workdir(str(tmp_path / "run"), settings) == workdir
-        common._locks.pop().close()
+        launching._locks.pop().close()
         with pytest.raises(ValueError, match=r"holds another run \(temperature 3.0 there and 4.0 here\)"):
             common.claim_workdir(str(workdir), settings | {"temperature": 4.0})
 
@@ -192,7 +194,7 @@ class TestWorkdir:
             process.kill()
             process.communicate()
         common.claim_workdir(str(tmp_path / "run"), {})  # the lock goes with the process
-        common._locks.pop().close()
+        launching._locks.pop().close()
 
     def test_of_something_else_is_left_alone(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("draft")
@@ -204,10 +206,8 @@ class TestWorkdir:
 
     def test_a_disk_too_small_is_refused_before_any_work(self, tmp_path, monkeypatch):
         task = common.make_task("digits", data_dir=None)
-        network = common.models.build("digits_teacher", num_classes=10)
-        monkeypatch.setattr(
-            common.shutil, "disk_usage", lambda path: common.shutil._ntuple_diskusage(10**6, 10**6, 10**5)
-        )
+        network = common.build("digits_teacher", task)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 10**5))
         with pytest.raises(ValueError, match=r"needs about \d+ MiB .*has 0 MiB left"):
             common.check_disk(task, tmp_path, {network: 3})
 

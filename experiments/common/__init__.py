@@ -1,0 +1,24 @@
+"""What every experiment does around its question; nothing here decides what is measured.
+
+No flags are defined here, so that any experiment may import it.
+"""
+
+from experiments.common.launching import claim_workdir as claim_workdir
+from experiments.common.launching import launch as launch
+from experiments.common.launching import say as say
+from experiments.common.launching import settings_of as settings_of
+from experiments.common.reporting import conclude as conclude
+from experiments.common.tasks import Task as Task
+from experiments.common.tasks import build as build
+from experiments.common.tasks import make_task as make_task
+from experiments.common.teachers import Teacher as Teacher
+from experiments.common.teachers import load_teacher as load_teacher
+from experiments.common.teachers import taught_by as taught_by
+from experiments.common.teachers import train_teacher as train_teacher
+from experiments.common.training import OPTIMIZERS as OPTIMIZERS
+from experiments.common.training import SCHEDULES as SCHEDULES
+from experiments.common.training import Recipe as Recipe
+from experiments.common.training import Taught as Taught
+from experiments.common.training import Trained as Trained
+from experiments.common.training import check_disk as check_disk
+from experiments.common.training import make_trainer as make_trainer

@@ -1,0 +1,126 @@
+"""Starting an experiment: flags, one sentence per error, a workdir of its own, and what is shown on the way."""
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from tqdm import tqdm
+
+from kdjax import files, train
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Parses the flags and runs ``main``; whatever is wrong with its input becomes one sentence and exit code 2."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax reports every save at the level of information
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+        if not jax.config.values["jax_compilation_cache_dir"]:
+            jax.config.update("jax_compilation_cache_dir", f"{cache}/kdjax/xla")
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        try:
+            if len(argv) > 1:
+                raise ValueError(
+                    f"unexpected arguments {argv[1:]}: every option is a flag, as in --workdir=runs/one."
+                )
+            main()
+        except (ValueError, train.NonFiniteLoss) as error:
+            _refuse(str(error))
+        except ImportError as error:
+            _refuse(f"{error}. Install what the experiments need: pip install 'kdjax[experiments]'.")
+        except OSError as error:
+            if error.errno is None:  # a full sentence already
+                _refuse(str(error))
+            if error.errno in _FULL_DISK:
+                _refuse(f"the disk is full ({error}). Free some space and start the same command again.")
+            _refuse(f"{error.strerror or error}: {error.filename or 'no file named'}.")
+
+    app.run(guarded)
+
+
+def _refuse(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def claim_workdir(path: str, settings: Mapping[str, Any]) -> Path:
+    """Makes the workdir this run's own, or takes it up again if an equal run was begun there.
+
+    Raises:
+      ValueError: if it holds a run with other settings, or files of something else.
+    """
+    workdir, record = Path(path), Path(path) / "run.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={path} is a file; name a directory.")
+    wanted = json.loads(json.dumps(settings))
+    if record.exists():
+        there = json.loads(record.read_text())
+        other = [key for key in sorted(wanted.keys() | there.keys()) if wanted.get(key) != there.get(key)]
+        if other:
+            differences = ", ".join(
+                f"{key} {there.get(key)!r} there and {wanted.get(key)!r} here" for key in other[:4]
+            )
+            raise ValueError(
+                f"--workdir={path} holds another run ({differences}); name another directory, or delete that one."
+            )
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(f"--workdir={path} holds files of something else; name an empty or a new directory.")
+    elif jax.process_index() == 0:
+        files.write_json(record, wanted)
+    _lock(workdir)
+    return workdir
+
+
+_locks: list[Any] = []  # open until the process ends
+
+
+def _lock(workdir: Path) -> None:
+    """Holds the workdir for this process; a ValueError if another one is at work there."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    if jax.process_index() > 0:
+        return
+    handle = open(workdir / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise ValueError(
+            f"--workdir={workdir} is in use by another process; wait for it, or name another directory."
+        ) from None
+    _locks.append(handle)
+
+
+def settings_of(module: Mapping[str, Any], *, apart: Sequence[str]) -> dict[str, Any]:
+    """The flags that an experiment defines and that decide its numbers; its ``globals()``, and those that do not."""
+    own = {holder.name: holder.value for holder in module.values() if isinstance(holder, flags.FlagHolder)}
+    return {name: value for name, value in sorted(own.items()) if name not in apart}
+
+
+@contextlib.contextmanager
+def bar(label: str, *, total: int, unit: str) -> Iterator[tqdm]:
+    """A progress bar on the terminal of the first process; nothing in a log."""
+    with tqdm(
+        total=total, desc=label, unit=unit, disable=None if jax.process_index() == 0 else True, leave=False
+    ) as meter:
+        yield meter
+
+
+def say(text: str) -> None:
+    """Prints from the first process alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)

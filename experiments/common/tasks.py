@@ -1,0 +1,68 @@
+"""What is learnt: a data set with the examples that one run uses, their split, and their arrays on the devices."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from kdjax import data, models, parallel
+
+
+class Task(NamedTuple):
+    """A data set as one run sees it: the examples it uses, their split, and their arrays on the devices."""
+
+    source: data.Source
+    split: dict[str, np.ndarray]
+    arrays: dict[str, jax.Array]  # image uint8, label int32, on every device
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    devices: list[jax.Device]
+    perturbed: np.ndarray  # ids of the training examples that were given a wrong label
+
+
+def make_task(
+    dataset: str,
+    *,
+    data_dir: str | None,
+    devices: int | None = None,
+    num_train: int | None = None,
+    num_validation: int | None = None,
+    label_noise: float = 0.0,
+) -> Task:
+    """Loads a data set, keeps the examples that the run will use, and puts them on the devices."""
+    source = data.load(dataset, data_dir=data_dir)
+    pattern = data.GROUP_PATTERNS.get(source.name)  # images of one patient never lie on both sides of a split
+    split = data.split_ids(source, groups=data.groups_of(source, pattern) if pattern else None)
+    split["train"] = _sample(split["train"], num_train, "--num_train")
+    split["validation"] = _sample(split["validation"], num_validation, "--num_validation")
+    used = np.sort(np.concatenate(list(split.values())))
+    source = data.take(source, used)
+    split = {name: np.searchsorted(used, ids) for name, ids in split.items()}
+    perturbed = np.zeros(0, np.int64)
+    if label_noise:
+        source, perturbed = data.with_label_noise(source, split["train"], fraction=label_noise, seed=0)
+    mean, std = data.channel_statistics(source.images[split["train"]])
+    local = parallel.local_devices(devices)
+    arrays = parallel.replicate({"image": source.images, "label": source.labels}, local)
+    return Task(source, split, arrays, mean, std, local, perturbed)
+
+
+def build(name: str, task: Task, **fields: Any) -> Any:
+    """The network ``name`` for this task's classes; a ValueError if it does not take this task's images.
+
+    Batch normalisation takes its statistics over all devices, so that their number changes nothing.
+    """
+    network = models.build(name, num_classes=task.source.num_classes, **fields)
+    if hasattr(network, "axis_name"):
+        network = network.clone(axis_name=parallel.AXIS)
+    models.init(network, task.source.images.shape[1:], seed=0)
+    return network
+
+
+def _sample(ids: np.ndarray, count: int | None, flag: str) -> np.ndarray:
+    """``count`` of the ids, the same every time; a smaller sample is part of a larger one."""
+    if count is None:
+        return ids
+    if not 1 <= count <= len(ids):
+        raise ValueError(f"{flag}={count} is not between 1 and the {len(ids)} examples of that split.")
+    return np.sort(np.random.default_rng(0).permutation(ids)[:count])

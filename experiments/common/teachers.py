@@ -1,0 +1,156 @@
+"""Teachers: trained or taken up again, and brought to the student by columns or in the step."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments.common.launching import bar
+from experiments.common.tasks import Task
+from experiments.common.training import VIEW_SEED, Recipe, Taught, Trained, make_batches, make_evaluator
+from kdjax import checkpoints, data, evaluate, files, models, parallel, teacher, train
+
+
+class Teacher(NamedTuple):
+    """A trained network with the normalisation it was trained under."""
+
+    apply_fn: Any
+    weights: train.Weights
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+
+
+def train_teacher(
+    task: Task, name: str, module: Any, trainer: Callable[..., Trained], seed: int, directory: Path
+) -> Teacher:
+    """Trains a teacher and leaves beside its weights what :func:`load_teacher` needs to take it up again.
+
+    Args:
+      task: what to learn.
+      name: of the network in ``models.MODELS``.
+      module: the network.
+      trainer: built by :func:`make_trainer` for it.
+      seed: of initialisation and order.
+      directory: of this teacher.
+    """
+    trained = trainer(seed, directory, f"teacher, seed {seed}")
+    description = {
+        "model": name,
+        "num_classes": task.source.num_classes,
+        "class_names": list(task.source.class_names),
+        "image_shape": list(task.source.images.shape[1:]),
+        "mean": list(task.mean),
+        "std": list(task.std),
+    }
+    if jax.process_index() == 0:
+        files.write_json(directory / "network.json", description)
+    fitted = trained.fitted
+    return Teacher(models.apply_fn(module), fitted.last, task.mean, task.std, trained.metrics, fitted.history)
+
+
+def load_teacher(task: Task, directory: str, **fields) -> Teacher:
+    """Takes up a teacher that an earlier run trained, and measures it on this task.
+
+    Raises:
+      ValueError: if there is none, or it tells other classes apart or takes other images than this task has.
+    """
+    path = Path(directory)
+    if not (path / "network.json").exists():
+        raise ValueError(
+            f"--teacher_dir={directory} holds no finished teacher (network.json is missing); name a directory such as "
+            "runs/one/teacher/0 of a run whose teacher is trained."
+        )
+    there = json.loads((path / "network.json").read_text())
+    if there["num_classes"] != task.source.num_classes:
+        raise ValueError(
+            f"the teacher in {directory} tells {there['num_classes']} classes apart, {task.source.name} has "
+            f"{task.source.num_classes}; soft targets need the same classes, so train a teacher on this data set."
+        )
+    shape = tuple(there["image_shape"])
+    if shape != task.source.images.shape[1:]:
+        raise ValueError(
+            f"the teacher in {directory} takes images of shape {shape}, {task.source.name} has "
+            f"{task.source.images.shape[1:]}; resize the data, or train a teacher on this data set."
+        )
+    module = models.build(there["model"], num_classes=there["num_classes"], **fields)
+    found = checkpoints.restore(path / "weights", train.Weights(*models.init(module, shape, seed=0)))
+    if found is None:
+        raise ValueError(f"--teacher_dir={directory} holds no weights; start the run that trained it again.")
+    apply_fn, weights = models.apply_fn(module), parallel.replicate(found.tree, task.devices)
+    mean, std = tuple(there["mean"]), tuple(there["std"])
+    _, evaluation_batch = make_batches(task._replace(mean=mean, std=std), Recipe(1, 1, 0.0), Taught())
+    sums = make_evaluator(task, apply_fn, evaluation_batch, {"data": task.arrays}, "test")(*weights)
+    return Teacher(apply_fn, weights, mean, std, evaluate.summarise(sums), [])
+
+
+def taught_by(
+    task: Task,
+    source: Teacher,
+    recipe: Recipe,
+    *,
+    mode: str,
+    views: int,
+    directory: Path,
+    label: str = "columns",
+) -> Taught:
+    """Makes a teacher's answers reach the student: filled columns, verified, or the teacher itself in the step.
+
+    Args:
+      task: the data set, whose every image the teacher is asked about.
+      source: the trained teacher.
+      recipe: of the student, for the augmentation of stored views.
+      mode: ``centre``, ``views`` or ``online``.
+      views: stored views per image in the mode ``views``.
+      directory: where the columns are stored.
+      label: of the progress bar.
+    """
+    own = {"mean": source.mean, "std": source.std}
+    if mode == "online":
+
+        def answer(weights, inputs):
+            # The student's normalisation undone and the teacher's applied, so that both see the same picture.
+            pixels = 255 * (inputs * jnp.float32(task.std) + jnp.float32(task.mean))
+            outputs, _ = source.apply_fn(*weights, data.normalise(pixels, **own), train=False)
+            return {"logits": outputs.logits}
+
+        return Taught(online=answer, weights=source.weights)
+
+    def answers(weights, images):
+        outputs, _ = source.apply_fn(*weights, data.normalise(images, **own), train=False)
+        return {"logits": outputs.logits}
+
+    settings: dict[str, Any] = {"normalisation": [list(source.mean), list(source.std)]}
+    view_fn: teacher.ViewFn | None = None
+    if mode == "views":
+        move = {"padding": recipe.padding, "flip": recipe.flip, "seed": VIEW_SEED}
+        settings["stored_view"] = move
+
+        def stored_view(images, index, view):
+            return data.stored_view(images, index, view, **move)
+
+        view_fn = stored_view
+
+    images = task.source.images
+    with bar(label, total=len(images), unit="image") as meter:
+
+        def progress(done: int, total: int) -> None:
+            meter.update(done - meter.n)
+
+        columns = teacher.fill(
+            directory,
+            answers,
+            source.weights,
+            images,
+            settings=settings,
+            views=views if view_fn else 1,
+            view_fn=view_fn,
+            devices=task.devices,
+            progress=progress,
+        )
+    teacher.verify(columns, answers, source.weights, images, view_fn=view_fn)
+    return Taught(columns=columns.arrays, views=views if view_fn else 1)

@@ -1,0 +1,231 @@
+"""How a network is trained, whatever it is trained on: a recipe, and the function of a seed that follows it."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.common.launching import bar, say
+from experiments.common.tasks import Task
+from kdjax import checkpoints, data, evaluate, files, models, parallel, teacher, train, transforms
+
+OPTIMIZERS = {
+    "adam": lambda recipe, rate: optax.adamw(rate, weight_decay=recipe.weight_decay),
+    "sgd": lambda recipe, rate: optax.chain(
+        optax.add_decayed_weights(recipe.weight_decay), optax.sgd(rate, momentum=recipe.momentum)
+    ),
+}
+SCHEDULES = {
+    "constant": lambda rate, steps: optax.constant_schedule(rate),
+    "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
+    # 150, 180 and 210 of 240 epochs: the schedule of the CRD benchmark, at any length
+    "step": lambda rate, steps: optax.piecewise_constant_schedule(
+        rate, {round(steps * part): 0.1 for part in (0.625, 0.75, 0.875)}
+    ),
+}
+
+
+class Recipe(NamedTuple):
+    """How a network is trained, whatever it is trained on."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    optimizer: str = "adam"
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    ema: float = 0.0  # decay of the averaged parameters that are evaluated; 0 evaluates the last ones
+    accumulate: int = 1  # batches per update
+    padding: int = 0  # pixels of the random crop
+    flip: bool = False
+    mixup: float = 0.0
+    evaluate_every: int = 1
+    steps_per_dispatch: int = 32
+    save_every_s: float = 60.0
+
+
+class Taught(NamedTuple):
+    """How a teacher reaches the student: by stored columns, or by running in the step on the student's own input."""
+
+    columns: Mapping[str, np.ndarray] | None = None  # [examples, views, ...] each
+    views: int = 1
+    online: teacher.TeacherFn | None = None  # of normalised images
+    weights: train.Weights | None = None
+
+
+def make_optimizer(recipe: Recipe, *, steps: int) -> optax.GradientTransformation:
+    """The recipe's Optax chain for a run of ``steps`` batches."""
+    updates = steps // recipe.accumulate
+    tx = OPTIMIZERS[recipe.optimizer](recipe, SCHEDULES[recipe.schedule](recipe.learning_rate, updates))
+    if recipe.ema:
+        tx = optax.chain(tx, transforms.parameter_ema(recipe.ema))
+    return optax.MultiSteps(tx, recipe.accumulate).gradient_transformation() if recipe.accumulate > 1 else tx
+
+
+VIEW_SEED = 20_231  # of the stored views; part of every column's header
+
+
+def make_batches(task: Task, recipe: Recipe, taught: Taught) -> tuple[Callable, Callable]:
+    """Builds what turns indices into batches inside the step: one function for training, one for evaluation."""
+    move = {"padding": recipe.padding, "flip": recipe.flip}
+
+    def pixels(batch):
+        return batch | {"image": data.normalise(batch["image"], mean=task.mean, std=task.std)}
+
+    def with_teacher(resident, batch, view):
+        if taught.columns is not None:
+            batch |= teacher.take(resident["columns"], batch["index"], view)
+        if taught.online is not None:
+            batch = teacher.online(taught.online, resident["teacher"], batch)
+        return batch
+
+    def train_batch(resident, index, key):
+        batch = data.gather(resident["data"], index)
+        example_key, mixup_key = jax.random.split(key)
+        keys = data.example_keys(example_key, index)
+        view = jnp.zeros_like(index)
+        if taught.views > 1:
+            view = jax.vmap(lambda k: jax.random.randint(k, (), 0, taught.views))(keys)
+            batch["image"] = data.stored_view(batch["image"], index, view, seed=VIEW_SEED, **move)
+        else:
+            batch["image"] = data.crop_and_flip(batch["image"], keys, **move)
+        batch = pixels(batch)
+        if recipe.mixup:
+            batch["image"], batch["partner"], batch["share"] = data.mixup(
+                batch["image"], mixup_key, alpha=recipe.mixup
+            )
+        return with_teacher(resident, batch, view)
+
+    def evaluation_batch(resident, index):
+        return with_teacher(resident, pixels(data.gather(resident["data"], index)), 0)
+
+    return train_batch, evaluation_batch
+
+
+class Trained(NamedTuple):
+    """One finished training run."""
+
+    fitted: train.Fitted
+    metrics: dict[str, float]  # on the test split: of the last epoch, and with the prefix best_ by validation
+    seconds: float
+
+
+def make_trainer(
+    task: Task, module: Any, objective: train.Objective, recipe: Recipe, taught: Taught | None = None
+) -> Callable[..., Trained]:
+    """Builds ``(seed, directory, label) -> Trained``; its programs are compiled once for all seeds.
+
+    The directory ends with ``checkpoints/`` and ``summary.json``; a run that has both is read back, not run again.
+    """
+    taught = taught or Taught()
+    apply_fn = models.apply_fn(module)
+    parallel.check_batch_size(recipe.batch_size, task.devices)
+    train_batch, evaluation_batch = make_batches(task, recipe, taught)
+    resident = {"data": task.arrays, "columns": taught.columns, "teacher": taught.weights}
+    resident = parallel.replicate(resident, task.devices)
+    steps = max(len(task.split["train"]) // recipe.batch_size, 1) * recipe.epochs
+    tx = make_optimizer(recipe, steps=steps)
+    step = train.make_train_step(apply_fn, objective, tx, axis_name=parallel.AXIS)
+    run = parallel.data_parallel(
+        train.make_run(step, train_batch), replicated=2, devices=task.devices, donate_first=True
+    )
+    params_of = (
+        (lambda state: optax.tree.get(state.opt_state, "ema")) if recipe.ema else lambda state: state.params
+    )
+    sums_on = {
+        name: make_evaluator(task, apply_fn, evaluation_batch, resident, name)
+        for name in ("validation", "test")
+    }
+
+    def validate(params, model_state):
+        scores = evaluate.summarise(sums_on["validation"](params, model_state))
+        return {name: scores[name] for name in ("accuracy", "loss")}
+
+    def trainer(seed: int, directory: Path, label: str) -> Trained:
+        start = time.monotonic()
+        params, model_state = models.init(module, task.source.images.shape[1:], seed=seed)
+        state = parallel.replicate(train.init_state(params, model_state, tx, seed=seed), task.devices)
+        feed = data.resident_feed(
+            resident,
+            task.split["train"],
+            seed=seed,
+            batch_size=recipe.batch_size,
+            steps_per_dispatch=recipe.steps_per_dispatch,
+            rows_of=parallel.process_rows,
+        )
+
+        with bar(label, total=steps, unit="step") as meter:
+
+            def progress(done: int, record: Mapping[str, float]) -> None:
+                meter.update(done)
+                meter.set_postfix(
+                    {k: f"{v:.4g}" for k, v in record.items() if k in ("loss", "validation_accuracy")}
+                )
+
+            fitted = train.fit(
+                run,
+                state,
+                feed,
+                epochs=recipe.epochs,
+                evaluate=validate,
+                evaluate_every=recipe.evaluate_every,
+                params_of=params_of,
+                directory=directory / "checkpoints",
+                save_every_s=recipe.save_every_s,
+                progress=progress,
+            )
+        newest = fitted.history[-1]
+        say(f"{label}: loss {newest['loss']:.4g}, validation accuracy {newest['validation_accuracy']:.2%}")
+        metrics = evaluate.summarise(sums_on["test"](*fitted.last))
+        best = evaluate.summarise(sums_on["test"](*fitted.best))
+        metrics |= {f"best_{name}": best[name] for name in ("accuracy", "loss")}
+        checkpoints.save(directory / "weights", steps, fitted.last, meta={})
+        summary = {
+            "metrics": metrics,
+            "best_epoch": fitted.best_epoch,
+            "history": fitted.history,
+            "weights": checkpoints.digest_tree(fitted.last),
+        }
+        if jax.process_index() == 0:
+            files.write_json(directory / "summary.json", summary)
+        return Trained(fitted, metrics, time.monotonic() - start)
+
+    return trainer
+
+
+def make_evaluator(
+    task: Task, apply_fn: Any, evaluation_batch: Callable, resident: Any, split: str
+) -> Callable:
+    """Sums over one split, in few, equal batches of at most about a thousand: little padding, bounded memory."""
+    ids, shards = task.split[split], len(task.devices) * jax.process_count()
+    size = math.ceil(len(ids) / math.ceil(len(ids) / 1000) / shards) * shards
+    return evaluate.make_evaluator(
+        apply_fn, evaluation_batch, resident, ids, batch_size=size, devices=task.devices
+    )
+
+
+def check_disk(task: Task, workdir: Path, runs: Mapping[Any, int]) -> None:
+    """Raises a ValueError if the disk has less room than the runs' checkpoints and columns will need.
+
+    ``runs`` maps a network to how many of it are trained. A run keeps two checkpoints of parameters, two moments and
+    the best parameters, and its final weights; one more is there while it is written.
+    """
+    shape = task.source.images.shape[1:]
+    parameters = sum(
+        n * models.count_parameters(models.init(module, shape, seed=0)[0]) for module, n in runs.items()
+    )
+    needed = 4 * (13 * parameters + task.source.num_classes * len(task.source.images)) + 2**24
+    free = shutil.disk_usage(workdir).free
+    if free < needed:
+        raise ValueError(
+            f"this run needs about {needed / 2**20:.0f} MiB in {workdir}, the disk has {free / 2**20:.0f} MiB left; "
+            "free some space, or name a --workdir on another disk."
+        )
