@@ -52,7 +52,7 @@ PACKAGES = ("kdjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nump
 def environment() -> dict[str, Any]:
     """What a number depends on beside the code's input: commit, versions, hardware.
 
-    ``commit`` is "unknown" outside a git checkout; ``dirty`` says that tracked source files differ from it.
+    ``commit`` is "unknown" outside a git checkout; ``dirty`` says that tracked files other than results differ from it.
     """
     import jax  # here, so that reading results needs no accelerator start-up
 
@@ -60,7 +60,8 @@ def environment() -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     return {
         "commit": commit or "unknown",
-        "dirty": bool(commit) and bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(commit)
+        and bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results")),
         "versions": {"python": platform.python_version()} | _versions(PACKAGES),
         "hardware": {
             "backend": jax.default_backend(),
