@@ -38,9 +38,9 @@ def fill_tables(text: str, read: Callable[[str], Result]) -> str:
 def section(result: Result, *, name: str, metrics: list[str] | None) -> str:
     """One result as Markdown: the finding, its table, and the line that says how it came about."""
     ratios = result.get("ratios", {})
-    parts = (
-        [words.finding(result)] if len(ratios) <= _RATIOS_IN_WORDS else []
-    )  # else the table says it better
+    # Means alone, and many ratios, are said better by their table.
+    in_words = len(ratios) <= _RATIOS_IN_WORDS if ratios else bool(result.get("comparisons"))
+    parts = [words.finding(result)] if in_words else []
     if ratios:
         parts.append(ratio_table(result))
     if metrics or not ratios:
@@ -61,7 +61,9 @@ def provenance(result: Result, *, name: str) -> str:
     """Command, n, what was scaled down, machine and commit, in one line of small print."""
     machine, n = result["hardware"], len(result["seeds"])
     where = (
-        f"{machine['cores']} cores of {machine['cpu']}" if machine["backend"] == "cpu" else machine["device"]
+        f"{machine['cores']} {'core' if machine['cores'] == 1 else 'cores'} of {machine['cpu']}"
+        if machine["backend"] == "cpu"
+        else machine["device"]
     )
     scaled = f"; {result['scaled_down']}" if result["scaled_down"] else ""
     dirty = " with uncommitted changes" if result["dirty"] else ""
