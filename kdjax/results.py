@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -174,7 +175,7 @@ def command_line() -> str:
     program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
     home = str(Path.home())
     arguments = [a.replace(os.getcwd() + os.sep, "").replace(home, "~") for a in sys.argv[1:]]
-    return " ".join([program, *arguments])
+    return f"{program} {shlex.join(arguments)}".rstrip()
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
