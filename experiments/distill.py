@@ -79,7 +79,7 @@ TEACHER_PADDING = flags.DEFINE_integer(
 )
 TEACHER_LEARNING_RATE = flags.DEFINE_float("teacher_learning_rate", None, "Of each teacher, if another.", 0.0)
 TEACHER_SEEDS = flags.DEFINE_integer(
-    "teacher_seeds", 1, "Teachers; student seed s learns from number s mod this.", 1
+    "teacher_seeds", 1, "Teachers; the students take turns among them.", 1
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per step over all devices.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak.", lower_bound=0.0)
