@@ -2,7 +2,7 @@ r"""Does a student learn more from a teacher than from the labels alone? The gen
 
     python -m experiments.distill --dataset=digits --workdir=runs/digits
     python -m experiments.distill --dataset=mnist --data_dir=data --workdir=runs/mnist --num_train=10000 \
-        --teacher=keras_teacher --student=keras_student --teacher_num_train=0 --teacher_epochs=6 \
+        --teacher=keras_teacher --student=keras_student --teacher_num_train=0 --teacher_epochs=8 \
         --teacher_learning_rate=5e-4 --schedule=cosine
 
 Trains the teacher (or takes one up with --teacher_dir), computes what it says of every image once, and trains the
@@ -78,9 +78,7 @@ TEACHER_PADDING = flags.DEFINE_integer(
     "teacher_padding", None, "Pixels of the teacher's random crop, if others.", 0
 )
 TEACHER_LEARNING_RATE = flags.DEFINE_float("teacher_learning_rate", None, "Of each teacher, if another.", 0.0)
-TEACHER_SEEDS = flags.DEFINE_integer(
-    "teacher_seeds", 1, "Teachers; the students take turns among them.", 1
-)
+TEACHER_SEEDS = flags.DEFINE_integer("teacher_seeds", 1, "Teachers; the students take turns among them.", 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per step over all devices.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak.", lower_bound=0.0)
 OPTIMIZER = flags.DEFINE_enum(
