@@ -5,24 +5,33 @@ r"""Does a student learn more from a teacher than from the labels alone? The gen
         --teacher=keras_teacher --student=keras_student --teacher_num_train=0 --teacher_epochs=8 \
         --teacher_learning_rate=5e-4 --schedule=cosine
 
+    python -m experiments.distill --dataset=digits --workdir=runs/methods \
+        --method=scratch,kd,rkd,decoupled_kl,contrastive_representation+kd
+
 Trains the teacher (or takes one up with --teacher_dir), computes what it says of every image once, and trains the
 student by each --method over --seeds. The first command takes about a minute on two CPU cores, the second about
 twenty. What to expect stands in BUILD_NOTES.md beside the command.
+
+--method takes every loss of the library that is for classifiers, with the weight that was published for it; the table
+is experiments/common/methods.py. Methods that compare maps need two networks with the same stages and a teacher that
+looks at the student's own pixels: --teacher_mode=online or views, or no augmentation.
 
 The workdir receives every run's checkpoints, results.json (flags, versions, every number of every seed), figure.png
 and report.html. The same command started again continues where it was stopped, whatever stopped it.
 """
 
-import difflib
+import math
 import time
+from collections.abc import Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from absl import flags
 
 from experiments import common
-from kdjax import files, losses, models, parallel, train
+from kdjax import files, models, parallel
 
 # What is learnt from, and by whom.
 DATASET = flags.DEFINE_string(
@@ -46,14 +55,20 @@ LABEL_NOISE = flags.DEFINE_float("label_noise", 0.0, "Share of training labels m
 
 # The method.
 METHOD = flags.DEFINE_list(
-    "method", ["scratch", "kd"], "Arms to run, in order; the first is the baseline: scratch, kd."
+    "method",
+    ["scratch", "kd"],
+    "Arms to run, in order; the first is the baseline. One of them is a name or several joined by +, as in hint+kd: "
+    f"{', '.join((*common.BASIC, *common.METHODS))}.",
+)
+WEIGHTS = flags.DEFINE_list(
+    "weights", [], "Weights of methods, if not those published, as in hint=50,dist=1."
 )
 TEMPERATURE = flags.DEFINE_float("temperature", 3.0, "Softening of both logits, above 0.")
 HARD_WEIGHT = flags.DEFINE_float(
-    "hard_weight", 0.1, "Weight of the labels' cross-entropy in kd.", lower_bound=0.0
+    "hard_weight", 0.1, "Weight of the labels' cross-entropy in kd alone.", lower_bound=0.0
 )
 SOFT_WEIGHT = flags.DEFINE_float(
-    "soft_weight", 0.9, "Weight of the teacher's T²-scaled divergence.", lower_bound=0.0
+    "soft_weight", 0.9, "Weight of the teacher's T²-scaled divergence in kd alone.", lower_bound=0.0
 )
 TEACHER_MODE = flags.DEFINE_enum(
     "teacher_mode",
@@ -134,13 +149,6 @@ def scratch(outputs, batch):
     return {"hard": hard_loss(outputs, batch)}
 
 
-def kd(outputs, batch):
-    """Hinton's distillation."""
-    soft = losses.soft_target_kl(outputs.logits, batch["teacher_logits"], temperature=TEMPERATURE.value)
-    return {"hard": HARD_WEIGHT.value * hard_loss(outputs, batch), "soft": SOFT_WEIGHT.value * jnp.mean(soft)}
-
-
-METHODS: dict[str, train.Objective] = {"scratch": scratch, "kd": kd}
 MACHINE = ("workdir", "data_dir", "devices", "save_every_s", "pod")  # what may change when a run is resumed
 
 
@@ -156,15 +164,18 @@ def main() -> None:
     dtype = jnp.dtype(DTYPE.value)
     student = common.build(STUDENT.value, task, dtype=dtype)
     settings = common.settings_of(globals(), apart=MACHINE)
+    runs = {student: len(METHOD.value) * len(seeds)}
     if TEACHER_DIR.value:
         teachers = [common.load_teacher(task, TEACHER_DIR.value, dtype=dtype)]
+        arms = the_arms(task, student, teachers[0].module)
         workdir = common.claim_workdir(WORKDIR.value, settings)
+        common.check_disk(task, workdir, runs, column_bytes=column_bytes(task, teachers[0].module, arms))
     else:
         network = common.build(TEACHER.value, task, dtype=dtype)
+        arms = the_arms(task, student, network)
         workdir = common.claim_workdir(WORKDIR.value, settings)
-        common.check_disk(
-            task, workdir, {student: len(METHOD.value) * len(seeds), network: TEACHER_SEEDS.value}
-        )
+        runs |= {network: TEACHER_SEEDS.value}
+        common.check_disk(task, workdir, runs, column_bytes=column_bytes(task, network, arms))
         own = recipe._replace(
             epochs=1 if SMOKE.value else TEACHER_EPOCHS.value or EPOCHS.value,
             learning_rate=TEACHER_LEARNING_RATE.value or LEARNING_RATE.value,
@@ -180,7 +191,8 @@ def main() -> None:
         ]
     if LABEL_NOISE.value:
         files.write_json(workdir / "perturbed.json", task.source.keys[task.perturbed].tolist())
-    arms: dict = {"teacher": teachers} | {method: [] for method in METHOD.value}
+    finished: dict = {"teacher": teachers} | {method: [] for method in METHOD.value}
+    features = sorted({name for arm in arms.values() for name in arm.features})
     for number, teacher in enumerate(teachers):
         taught = common.taught_by(
             task,
@@ -189,17 +201,18 @@ def main() -> None:
             mode=TEACHER_MODE.value,
             views=VIEWS.value,
             directory=workdir / "columns" / str(number),
+            features=features,
         )
-        for method in METHOD.value:
-            trainer = common.make_trainer(task, student, METHODS[method], recipe, taught)
+        for method, arm in arms.items():
+            trainer = common.make_trainer(task, student, arm.objective, recipe, taught, arm.companions)
             for seed in seeds[number :: len(teachers)]:
-                arms[method].append(trainer(seed, workdir / method / str(seed), f"{method}, seed {seed}"))
+                finished[method].append(trainer(seed, workdir / method / str(seed), f"{method}, seed {seed}"))
     order = [seed for number in range(len(teachers)) for seed in seeds[number :: len(teachers)]]
     common.conclude(
         workdir,
         "distill",
-        question=f"Does {STUDENT.value} learn more of {DATASET.value} from {TEACHER.value} than from the labels alone?",
-        arms=arms,
+        question=f"Does {STUDENT.value} learn more of {DATASET.value} from {teachers[0].name} than from labels alone?",
+        arms=finished,
         arm_seeds={"teacher": list(range(len(teachers)))} | dict.fromkeys(METHOD.value, order),
         baseline=METHOD.value[0],
         settings=settings,
@@ -212,14 +225,10 @@ def checked_flags() -> list[int]:
     """The seeds, once the flags that a flag's own range cannot check make sense."""
     if TEMPERATURE.value <= 0:
         raise ValueError(f"--temperature={TEMPERATURE.value} must be above 0; the field uses 1 to 20.")
-    for method in METHOD.value:
-        if method not in METHODS:
-            close = difflib.get_close_matches(method, METHODS, 1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"--method={method} is none of {', '.join(METHODS)}.{hint}")
+    common.check_methods(METHOD.value, weights=WEIGHTS.value, mixup=bool(MIXUP.value))
     if len(set(METHOD.value)) < len(METHOD.value):
         raise ValueError(f"--method={','.join(METHOD.value)} names an arm twice.")
-    if MIXUP.value and "kd" in METHOD.value and TEACHER_MODE.value != "online":
+    if MIXUP.value and METHOD.value != ["scratch"] and TEACHER_MODE.value != "online":
         raise ValueError(
             f"--mixup={MIXUP.value} blends images, and no stored column knows what the teacher says of a blend; "
             f"use --teacher_mode=online in place of {TEACHER_MODE.value}, or --mixup=0."
@@ -245,6 +254,55 @@ def the_task(num_train: int | None) -> common.Task:
         num_validation=NUM_VALIDATION.value,
         label_noise=LABEL_NOISE.value,
     )
+
+
+def the_arms(task: common.Task, student: nn.Module, teacher: nn.Module) -> dict[str, common.Arm]:
+    """Every --method, tried on the shapes of the two networks.
+
+    Raises:
+      ValueError: if one compares what the networks do not have, or maps that do not lie over each other.
+    """
+    views = [common.shown(network, task) for network in (student, teacher)]
+    steps = max(len(task.split["train"]) // BATCH_SIZE.value, 1) * the_recipe().epochs
+    weights = common.check_methods(METHOD.value, weights=WEIGHTS.value, mixup=bool(MIXUP.value))
+    arms = {
+        name: common.make_arm(
+            name,
+            student=views[0],
+            teacher=views[1],
+            steps=steps,
+            labels=task.source.labels[task.split["train"]],
+            hard=hard_loss,
+            weights=weights,
+            kd={
+                "hard_weight": HARD_WEIGHT.value,
+                "soft_weight": SOFT_WEIGHT.value,
+                "temperature": TEMPERATURE.value,
+            },
+        )
+        for name in METHOD.value
+    }
+    moves = PADDING.value or FLIP.value
+    for name, arm in arms.items():
+        if (
+            moves
+            and TEACHER_MODE.value == "centre"
+            and any(views[1].features[f].ndim == 4 for f in arm.features)
+        ):
+            raise ValueError(
+                f"--method={name} compares maps, and those stored of an unmoved image do not lie over a cropped or "
+                "mirrored one; use --teacher_mode=online or views, or --padding=0 --noflip."
+            )
+    return arms
+
+
+def column_bytes(task: common.Task, teacher: nn.Module, arms: Mapping[str, common.Arm]) -> int:
+    """What the teachers' stored columns will take."""
+    shapes = common.shown(teacher, task)
+    features = {name: shapes.features[name] for arm in arms.values() for name in arm.features}
+    numbers = shapes.logits.shape[-1] + sum(math.prod(x.shape[1:]) for x in features.values())
+    images = len(task.source.images) * {"centre": 1, "views": VIEWS.value, "online": 0}[TEACHER_MODE.value]
+    return (2 if features else 4) * numbers * images * (1 if TEACHER_DIR.value else TEACHER_SEEDS.value)
 
 
 def the_recipe() -> common.Recipe:

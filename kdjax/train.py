@@ -57,14 +57,19 @@ def make_train_step(
     objective: Objective,
     tx: optax.GradientTransformation,
     *,
+    companions: ApplyFn | None = None,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds ``(state, batch) -> (state, metrics)``; jit or pmap it yourself.
 
     Args:
       apply_fn: the student.
-      objective: the terms of the loss from the student's outputs and the batch.
+      objective: the terms of the loss from the student's outputs and the batch. ``batch["step"]``, which is added
+        here, counts the steps done, for weights that follow a schedule.
       tx: updates the parameters; receives optax's extra arguments ``value``, ``grad`` and ``value_fn``.
+      companions: further terms, that have parameters or a state of their own (:mod:`kdjax.models.companions`): called
+        with ``(outputs, batch)`` as inputs, it returns terms in place of outputs. The state's ``params`` and
+        ``model_state`` are then ``{"student": ..., "companions": ...}``; :func:`student_of` takes the student out.
       axis_name: of the mapped axis whose devices hold parts of the batch; gradients, metrics and statistics are
         averaged over it.
 
@@ -77,10 +82,27 @@ def make_train_step(
         key = _step_key(state, _NETWORK)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        batch = {**batch, "step": state.step}
 
         def loss(params):
-            outputs, model_state = apply_fn(params, state.model_state, batch["image"], train=True, key=key)
-            terms = objective(outputs, batch)
+            if companions is None:
+                outputs, model_state = apply_fn(
+                    params, state.model_state, batch["image"], train=True, key=key
+                )
+                terms = dict(objective(outputs, batch))
+            else:
+                model_state = dict(state.model_state)
+                outputs, model_state["student"] = apply_fn(
+                    params["student"], model_state["student"], batch["image"], train=True, key=key
+                )
+                more, model_state["companions"] = companions(
+                    params["companions"],
+                    model_state["companions"],
+                    (outputs, batch),
+                    train=True,
+                    key=jax.random.fold_in(key, 1),
+                )
+                terms = {**objective(outputs, batch), **more}
             return sum(terms.values()), (terms, model_state)
 
         (value, (terms, model_state)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
@@ -138,6 +160,16 @@ class Weights(NamedTuple):
     model_state: ModelState
 
 
+def weights_of(state: TrainState) -> Weights:
+    """The weights of a student that is trained alone."""
+    return Weights(state.params, state.model_state)
+
+
+def student_of(state: TrainState) -> Weights:
+    """The weights of a student that is trained with companions."""
+    return Weights(state.params["student"], state.model_state["student"])
+
+
 class Fitted(NamedTuple):
     """Outcome of :func:`fit`."""
 
@@ -171,7 +203,7 @@ def fit(
     evaluate: Callable[[Params, ModelState], dict[str, float]] | None = None,
     evaluate_every: int = 1,
     monitor: str = "accuracy",
-    params_of: Callable[[TrainState], Params] = lambda state: state.params,
+    weights_of: Callable[[TrainState], Weights] = weights_of,
     directory: Path | None = None,
     save_every_s: float = 60.0,
     progress: Callable[[int, Mapping[str, float]], None] = lambda steps, record: None,
@@ -190,7 +222,8 @@ def fit(
       evaluate_every: epochs between evaluations; the last epoch always has one.
       monitor: the metric that chooses the best weights; the first of equals stays. Without ``evaluate`` the best
         weights are the last.
-      params_of: the parameters to evaluate and keep, for instance an average kept by the optimizer.
+      weights_of: what of the state to evaluate and keep, such as :func:`student_of`, or an average that the optimizer
+        keeps.
       directory: of this run's checkpoints; None keeps nothing on disk. A run killed at any moment and started again
         with the same arguments ends bitwise equal to one that was not.
       save_every_s: least seconds between two checkpoints; one is also written at the end and on SIGTERM.
@@ -203,7 +236,7 @@ def fit(
       NonFiniteLoss: if a loss is NaN or infinite, before anything of it is saved.
       SystemExit: with code 0, after saving, if the process received SIGTERM.
     """
-    best = _copy(Weights(params_of(state), state.model_state))
+    best = _copy(weights_of(state))
     position = _Position([], {}, None, 0)
     if directory is not None:
         state, best, position = _restored(directory, state, best, position)
@@ -220,7 +253,7 @@ def fit(
                 position, unread = _read(position, unread), None
                 record = {name: total / feed.steps_per_epoch for name, total in position.sums.items()}
                 if evaluate is not None and (epoch % evaluate_every == 0 or step == end):
-                    weights = Weights(params_of(state), state.model_state)
+                    weights = weights_of(state)
                     scores = evaluate(*weights)
                     record |= {f"validation_{name}": value for name, value in scores.items()}
                     if position.best_value is None or scores[monitor] > position.best_value:
@@ -236,7 +269,7 @@ def fit(
                 last_save = time.monotonic()
             if stop:
                 raise SystemExit(0)
-    last = Weights(params_of(state), state.model_state)
+    last = weights_of(state)
     return Fitted(last, last if evaluate is None else best, position.best_epoch or epochs, position.history)
 
 

@@ -16,7 +16,8 @@ ModelState: TypeAlias = Mapping[str, Any]
 """What a network keeps beside its parameters, such as batch statistics; ``{}`` where there is nothing."""
 
 Batch: TypeAlias = Mapping[str, Array]
-"""Arrays with one leading example axis: ``image``, ``label``, ``index``, and any teacher column."""
+"""Arrays with one leading example axis: ``image``, ``label``, ``index``, and any teacher column. The train step adds
+``step``, a scalar."""
 
 Metrics: TypeAlias = dict[str, Array]
 """Named scalars of one step."""
@@ -33,15 +34,16 @@ class Outputs(NamedTuple):
 class ApplyFn(Protocol):
     """A network as a pure function, whatever framework built it.
 
-    ``inputs`` are float images already normalised. In training mode ``key`` drives dropout and the second result
-    holds the updated statistics; in evaluation ``key`` may be None and the state comes back as it went in.
+    ``inputs`` are float images already normalised, or whatever else it takes. In training mode ``key`` drives dropout
+    and the second result holds the updated statistics; in evaluation ``key`` may be None and the state comes back as it
+    went in.
     """
 
     def __call__(
         self,
         params: Params,
         model_state: ModelState,
-        inputs: Array,
+        inputs: PyTree,
         *,
         train: bool,
         key: jax.Array | None = None,

@@ -3,14 +3,20 @@
 No flags are defined here, so that any experiment may import it.
 """
 
+from experiments.common.arms import BASIC as BASIC
+from experiments.common.arms import Arm as Arm
+from experiments.common.arms import check_methods as check_methods
+from experiments.common.arms import make_arm as make_arm
 from experiments.common.launching import claim_workdir as claim_workdir
 from experiments.common.launching import launch as launch
 from experiments.common.launching import say as say
 from experiments.common.launching import settings_of as settings_of
+from experiments.common.methods import METHODS as METHODS
 from experiments.common.reporting import conclude as conclude
 from experiments.common.tasks import Task as Task
 from experiments.common.tasks import build as build
 from experiments.common.tasks import make_task as make_task
+from experiments.common.tasks import shown as shown
 from experiments.common.teachers import Teacher as Teacher
 from experiments.common.teachers import load_teacher as load_teacher
 from experiments.common.teachers import taught_by as taught_by

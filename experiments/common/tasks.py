@@ -3,9 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kdjax import data, models, parallel
+from kdjax.types import Outputs
 
 
 class Task(NamedTuple):
@@ -13,7 +15,7 @@ class Task(NamedTuple):
 
     source: data.Source
     split: dict[str, np.ndarray]
-    arrays: dict[str, jax.Array]  # image uint8, label int32, on every device
+    arrays: dict[str, jax.Array]  # image uint8, label and position int32, on every device
     mean: tuple[float, ...]
     std: tuple[float, ...]
     devices: list[jax.Device]
@@ -43,7 +45,12 @@ def make_task(
         source, perturbed = data.with_label_noise(source, split["train"], fraction=label_noise, seed=0)
     mean, std = data.channel_statistics(source.images[split["train"]])
     local = parallel.local_devices(devices)
-    arrays = parallel.replicate({"image": source.images, "label": source.labels}, local)
+    position = np.full(
+        len(source.images), -1, np.int32
+    )  # among the training examples: CRD's memory has a row for each
+    position[split["train"]] = np.arange(len(split["train"]))
+    arrays = {"image": source.images, "label": source.labels, "position": position}
+    arrays = parallel.replicate(arrays, local)
     return Task(source, split, arrays, mean, std, local, perturbed)
 
 
@@ -57,6 +64,12 @@ def build(name: str, task: Task, **fields: Any) -> Any:
         network = network.clone(axis_name=parallel.AXIS)
     models.init(network, task.source.images.shape[1:], seed=0)
     return network
+
+
+def shown(network: Any, task: Task) -> Outputs:
+    """Shapes of what a network returns of two images of this task; nothing is computed."""
+    images = jax.ShapeDtypeStruct((2, *task.source.images.shape[1:]), jnp.float32)
+    return jax.eval_shape(lambda x: network.init_with_output(jax.random.key(0), x, train=False)[0], images)
 
 
 def _sample(ids: np.ndarray, count: int | None, flag: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Teachers: trained or taken up again, and brought to the student by columns or in the step."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ from kdjax import checkpoints, data, evaluate, files, models, parallel, teacher,
 class Teacher(NamedTuple):
     """A trained network with the normalisation it was trained under."""
 
-    apply_fn: Any
+    name: str  # in models.MODELS
+    module: Any
     weights: train.Weights
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -50,7 +51,7 @@ def train_teacher(
     if jax.process_index() == 0:
         files.write_json(directory / "network.json", description)
     fitted = trained.fitted
-    return Teacher(models.apply_fn(module), fitted.last, task.mean, task.std, trained.metrics, fitted.history)
+    return Teacher(name, module, fitted.last, task.mean, task.std, trained.metrics, fitted.history)
 
 
 def load_teacher(task: Task, directory: str, **fields) -> Teacher:
@@ -85,7 +86,7 @@ def load_teacher(task: Task, directory: str, **fields) -> Teacher:
     mean, std = tuple(there["mean"]), tuple(there["std"])
     _, evaluation_batch = make_batches(task._replace(mean=mean, std=std), Recipe(1, 1, 0.0), Taught())
     sums = make_evaluator(task, apply_fn, evaluation_batch, {"data": task.arrays}, "test")(*weights)
-    return Teacher(apply_fn, weights, mean, std, evaluate.summarise(sums), [])
+    return Teacher(there["model"], module, weights, mean, std, evaluate.summarise(sums), [])
 
 
 def taught_by(
@@ -96,6 +97,7 @@ def taught_by(
     mode: str,
     views: int,
     directory: Path,
+    features: Sequence[str] = (),
     label: str = "columns",
 ) -> Taught:
     """Makes a teacher's answers reach the student: filled columns, verified, or the teacher itself in the step.
@@ -107,24 +109,32 @@ def taught_by(
       mode: ``centre``, ``views`` or ``online``.
       views: stored views per image in the mode ``views``.
       directory: where the columns are stored.
+      features: of the teacher that the student learns from beside the logits. Stored maps are float16.
       label: of the progress bar.
     """
     own = {"mean": source.mean, "std": source.std}
+    apply_fn = models.apply_fn(source.module)
+
+    def told(outputs):
+        return {"logits": outputs.logits} | {name: outputs.features[name] for name in features}
+
     if mode == "online":
 
-        def answer(weights, inputs):
+        def answer(weights: train.Weights, inputs):
             # The student's normalisation undone and the teacher's applied, so that both see the same picture.
             pixels = 255 * (inputs * jnp.float32(task.std) + jnp.float32(task.mean))
-            outputs, _ = source.apply_fn(*weights, data.normalise(pixels, **own), train=False)
-            return {"logits": outputs.logits}
+            outputs, _ = apply_fn(*weights, data.normalise(pixels, **own), train=False)
+            return told(outputs)
 
         return Taught(online=answer, weights=source.weights)
 
-    def answers(weights, images):
-        outputs, _ = source.apply_fn(*weights, data.normalise(images, **own), train=False)
-        return {"logits": outputs.logits}
+    def answers(weights: train.Weights, images):
+        outputs, _ = apply_fn(*weights, data.normalise(images, **own), train=False)
+        return told(outputs)
 
     settings: dict[str, Any] = {"normalisation": [list(source.mean), list(source.std)]}
+    if features:
+        settings["features"] = list(features)
     view_fn: teacher.ViewFn | None = None
     if mode == "views":
         move = {"padding": recipe.padding, "flip": recipe.flip, "seed": VIEW_SEED}
@@ -149,6 +159,7 @@ def taught_by(
             settings=settings,
             views=views if view_fn else 1,
             view_fn=view_fn,
+            dtype="float16" if features else "float32",
             devices=task.devices,
             progress=progress,
         )

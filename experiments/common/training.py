@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.common.arms import init_companions
 from experiments.common.launching import bar, say
-from experiments.common.tasks import Task
+from experiments.common.tasks import Task, shown
 from kdjax import checkpoints, data, evaluate, files, models, parallel, teacher, train, transforms
 
 OPTIMIZERS = {
@@ -119,11 +120,17 @@ class Trained(NamedTuple):
 
 
 def make_trainer(
-    task: Task, module: Any, objective: train.Objective, recipe: Recipe, taught: Taught | None = None
+    task: Task,
+    module: Any,
+    objective: train.Objective,
+    recipe: Recipe,
+    taught: Taught | None = None,
+    companions: Any = None,
 ) -> Callable[..., Trained]:
     """Builds ``(seed, directory, label) -> Trained``; its programs are compiled once for all seeds.
 
     The directory ends with ``checkpoints/`` and ``summary.json``; a run that has both is read back, not run again.
+    ``companions`` is a module of further terms, as :func:`experiments.common.arms.make_arm` makes it.
     """
     taught = taught or Taught()
     apply_fn = models.apply_fn(module)
@@ -133,13 +140,22 @@ def make_trainer(
     resident = parallel.replicate(resident, task.devices)
     steps = max(len(task.split["train"]) // recipe.batch_size, 1) * recipe.epochs
     tx = make_optimizer(recipe, steps=steps)
-    step = train.make_train_step(apply_fn, objective, tx, axis_name=parallel.AXIS)
+    step = train.make_train_step(
+        apply_fn,
+        objective,
+        tx,
+        companions=None if companions is None else models.apply_fn(companions),
+        axis_name=parallel.AXIS,
+    )
     run = parallel.data_parallel(
         train.make_run(step, train_batch), replicated=2, devices=task.devices, donate_first=True
     )
-    params_of = (
-        (lambda state: optax.tree.get(state.opt_state, "ema")) if recipe.ema else lambda state: state.params
-    )
+
+    def weights_of(state: train.TrainState) -> train.Weights:
+        if recipe.ema:
+            state = state._replace(params=optax.tree.get(state.opt_state, "ema"))
+        return train.weights_of(state) if companions is None else train.student_of(state)
+
     sums_on = {
         name: make_evaluator(task, apply_fn, evaluation_batch, resident, name)
         for name in ("validation", "test")
@@ -152,6 +168,11 @@ def make_trainer(
     def trainer(seed: int, directory: Path, label: str) -> Trained:
         start = time.monotonic()
         params, model_state = models.init(module, task.source.images.shape[1:], seed=seed)
+        if companions is not None:
+            batch = example_batch(train_batch, resident)
+            more, kept = init_companions(companions, shown(module, task), batch, seed=seed)
+            params = {"student": params, "companions": more}
+            model_state = {"student": model_state, "companions": kept}
         state = parallel.replicate(train.init_state(params, model_state, tx, seed=seed), task.devices)
         feed = data.resident_feed(
             resident,
@@ -177,7 +198,7 @@ def make_trainer(
                 epochs=recipe.epochs,
                 evaluate=validate,
                 evaluate_every=recipe.evaluate_every,
-                params_of=params_of,
+                weights_of=weights_of,
                 directory=directory / "checkpoints",
                 save_every_s=recipe.save_every_s,
                 progress=progress,
@@ -201,6 +222,14 @@ def make_trainer(
     return trainer
 
 
+def example_batch(train_batch: Callable, resident: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of two, as the train step sees it."""
+    index = jax.ShapeDtypeStruct((2,), jnp.int32)
+    return jax.eval_shape(train_batch, resident, index, jax.random.key(0)) | {
+        "step": jax.ShapeDtypeStruct((), jnp.int32)
+    }
+
+
 def make_evaluator(
     task: Task, apply_fn: Any, evaluation_batch: Callable, resident: Any, split: str
 ) -> Callable:
@@ -212,20 +241,21 @@ def make_evaluator(
     )
 
 
-def check_disk(task: Task, workdir: Path, runs: Mapping[Any, int]) -> None:
+def check_disk(task: Task, workdir: Path, runs: Mapping[Any, int], *, column_bytes: int) -> None:
     """Raises a ValueError if the disk has less room than the runs' checkpoints and columns will need.
 
     ``runs`` maps a network to how many of it are trained. A run keeps two checkpoints of parameters, two moments and
-    the best parameters, and its final weights; one more is there while it is written.
+    the best parameters, and its final weights; one more is there while it is written. ``column_bytes`` is what a
+    teacher's stored columns take.
     """
     shape = task.source.images.shape[1:]
     parameters = sum(
         n * models.count_parameters(models.init(module, shape, seed=0)[0]) for module, n in runs.items()
     )
-    needed = 4 * (13 * parameters + task.source.num_classes * len(task.source.images)) + 2**24
+    needed = 4 * 13 * parameters + column_bytes + 2**24
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise ValueError(
             f"this run needs about {needed / 2**20:.0f} MiB in {workdir}, the disk has {free / 2**20:.0f} MiB left; "
-            "free some space, or name a --workdir on another disk."
+            "free some space, or name a --workdir on another disk; --teacher_mode=online stores no columns."
         )

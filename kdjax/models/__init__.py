@@ -26,11 +26,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from kdjax.models.cnn import DigitsCnn, KerasCnn, MalariaCnn
 from kdjax.models.mlp import Mlp
 from kdjax.models.resnet import ResNet
+from kdjax.models.wideresnet import WideResNet
 from kdjax.types import ApplyFn, ModelState, Outputs, Params
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -48,6 +49,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": functools.partial(ResNet, depth=20),
     "resnet32": functools.partial(ResNet, depth=32),
     "resnet56": functools.partial(ResNet, depth=56),
+    "resnet8x4": functools.partial(ResNet, depth=8, channels=(32, 64, 128, 256)),
+    "resnet32x4": functools.partial(ResNet, depth=32, channels=(32, 64, 128, 256)),
+    "wrn_16_2": functools.partial(WideResNet, depth=16, width=2),
+    "wrn_40_1": functools.partial(WideResNet, depth=40, width=1),
+    "wrn_40_2": functools.partial(WideResNet, depth=40, width=2),
 }
 """Every network by name; the fields of its module are the overrides that :func:`build` takes."""
 
@@ -85,7 +91,7 @@ def apply_fn(module: nn.Module) -> ApplyFn:
     """A linen module as a pure function of parameters, state and inputs; see :class:`kdjax.types.ApplyFn`."""
 
     def apply(
-        params: Params, model_state: ModelState, inputs: Array, *, train: bool, key: jax.Array | None = None
+        params: Params, model_state: ModelState, inputs: PyTree, *, train: bool, key: jax.Array | None = None
     ) -> tuple[Outputs, ModelState]:
         variables = {"params": params, **model_state}
         if not train:
