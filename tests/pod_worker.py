@@ -60,7 +60,9 @@ def main(directory: Path, *, stop_at: int) -> dict:
         if done == stop_at and jax.process_index() == jax.process_count() - 1:
             os.kill(os.getpid(), signal.SIGTERM)  # one process alone is told to stop
         if 0 <= stop_at <= done:
-            time.sleep(1)  # the preemption service looks for the signal once a second; these steps take microseconds
+            time.sleep(
+                1
+            )  # the preemption service looks for the signal once a second; these steps take microseconds
 
     fitted = train.fit(
         run,

@@ -43,14 +43,17 @@ def small_run(workdir, *more):
     return ("experiments.distill", "--smoke", "--batch_size=16", f"--workdir={workdir}", *more)
 
 
+METHODS = "--method=scratch,kd,contrastive_representation+hint"  # with maps, learnt companions and a memory
+
+
 class TestDistill:
     def test_leaves_everything_and_is_read_back(self, tmp_path):
         code, output, errors = run(
-            *small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views")
+            *small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views", METHODS)
         )
         assert code == 0, errors
         found = results.read(tmp_path / "run" / "results.json")
-        assert set(found["arms"]) == {"teacher", "scratch", "kd"}
+        assert set(found["arms"]) == {"teacher", "scratch", "kd", "contrastive_representation+hint"}
         assert {"accuracy", "best_accuracy", "f1", "ece", "agreement"} <= found["arms"]["kd"].keys()
         assert found["seeds"] == [0, 1]
         assert found["flags"]["ema"] == 0.9
@@ -63,8 +66,10 @@ class TestDistill:
         ):
             assert (tmp_path / "run" / name).stat().st_size > 0
         assert "kd" in output.splitlines()[-2]
+        stored = np.load(next((tmp_path / "run" / "columns" / "0").glob("*.npz")))
+        assert {"teacher_logits", "teacher_stage2", "teacher_embedding"} == set(stored.files)
         code, _, errors = run(
-            *small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views")
+            *small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views", METHODS)
         )
         assert code == 0, errors
         assert results.read(tmp_path / "run" / "results.json")["arms"] == found["arms"]
@@ -120,13 +125,26 @@ def bad_npz(path, classes):
         (["--dataset={tmp}/missing.npz"], r"missing\.npz"),
         (["--batch_size=65"], "65 does not divide over 2 devices; use 64 or 66"),
         (["--temperature=0"], "--temperature=0.0 must be above 0"),
-        (["--method=scratch,kdd"], "--method=kdd there is no arm kdd; did you mean kd"),
+        (["--method=scratch,kdd"], "--method=kdd: there is no arm kdd; did you mean kd"),
         (["--method=kd,kd"], "names an arm twice"),
         (["--seeds=0,one"], "--seeds=0,one must be whole numbers"),
         (["--seeds=1,1"], "must be different numbers"),
         (["--num_train=5000"], "--num_train=5000 is not between 1 and the"),
         (["--devices=3"], "3 devices were asked for, this process has 2"),
         (["--mixup=0.2"], "--teacher_mode=online"),
+        (["--method=kd,scratch+hint"], "--method=scratch.hint: there is no arm scratch"),
+        (["--method=hint", "--weights=hint=big"], "--weights=hint=big must be NAME=NUMBER"),
+        (["--method=hint", "--weights=hnit=3"], "there is no method hnit"),
+        (
+            ["--method=attention_transfer", "--padding=1"],
+            "--method=attention_transfer compares maps.*online or views",
+        ),
+        (["--method=hint", "--student=mlp"], "--method=hint compares middle of both.*the student has none"),
+        (["--method=hint", "--student=resnet8"], "--method=hint cannot compare these networks"),
+        (
+            ["--method=decoupled_kl", "--mixup=0.2", "--teacher_mode=online"],
+            "--method=decoupled_kl reads one label per image",
+        ),
         (["--teacher_dir={tmp}"], "holds no finished teacher"),
         (["--student=keras_student", "--dataset=folder:{tmp}/none"], "none"),
     ],

@@ -268,6 +268,11 @@ def test_layers_say_what_does_not_fit():
         ("resnet20", 100, 278_324),  # RepDistiller's
         ("resnet32", 100, 472_756),
         ("resnet56", 100, 861_620),
+        ("resnet8x4", 100, 1_233_540),
+        ("resnet32x4", 100, 7_433_860),
+        ("wrn_16_2", 100, 703_284),
+        ("wrn_40_1", 100, 569_780),
+        ("wrn_40_2", 100, 2_255_156),
     ],
 )
 def test_parameter_counts(name, classes, count):
@@ -289,7 +294,16 @@ def test_resnet_parameters_by_arithmetic(depth):
     assert models.count_parameters(params) == count
 
 
-@pytest.mark.parametrize("name", [n for n in models.MODELS if n not in ("resnet32", "resnet56")])
+DEEP = (
+    "resnet32",
+    "resnet56",
+    "resnet32x4",
+    "wrn_40_1",
+    "wrn_40_2",
+)  # of the families that the others stand for
+
+
+@pytest.mark.parametrize("name", [n for n in models.MODELS if n not in DEEP])
 def test_every_model_runs_and_names_its_features(name):
     apply, params, state = small(name)
     x = normal(0, 2, *image_shape(name))
@@ -340,6 +354,32 @@ def test_resnet_features_and_block_by_hand():
     y = scale * conv(y, block["Conv_1"]["kernel"], strides=(1, 1))
     shortcut = scale * x[:, ::2, ::2] @ block["shortcut"]["kernel"][0, 0]
     np.testing.assert_allclose(features["preactivation2"], y + shortcut, rtol=1e-4, atol=1e-4)
+
+
+def test_wide_resnet_features_and_block_by_hand():
+    apply, params, state = small("wrn_16_2")
+    outputs, _ = apply(params, state, normal(0, 2, 32, 32, 3), train=False)
+    features, scale = outputs.features, 1 / np.sqrt(1 + 1e-5)  # fresh statistics: normalising only scales
+    for stage, shape in enumerate([(32, 32, 16), (32, 32, 32), (16, 16, 64), (8, 8, 128)]):
+        assert features[f"stage{stage}"].shape == (2, *shape)
+        if stage:
+            before = features[f"preactivation{stage}"]
+            np.testing.assert_allclose(before, scale * features[f"stage{stage}"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        features["embedding"], nn.relu(features["preactivation3"]).mean((1, 2)), rtol=1e-5, atol=1e-6
+    )
+    conv = functools.partial(native_conv, padding="SAME")
+    kernel = {name: leaf["kernel"] for name, leaf in params.items() if "kernel" in leaf}
+    x = nn.relu(
+        features["preactivation1"]
+    )  # the shortcut leaves from behind the first ReLU where channels change
+    y = nn.relu(scale * conv(x, kernel["stage2_block1_in"], strides=(2, 2)))
+    x = x[:, ::2, ::2] @ kernel["stage2_block1_shortcut"][0, 0] + conv(
+        y, kernel["stage2_block1_out"], strides=(1, 1)
+    )
+    y = nn.relu(scale * conv(nn.relu(scale * x), kernel["stage2_block2_in"], strides=(1, 1)))
+    x = x + conv(y, kernel["stage2_block2_out"], strides=(1, 1))
+    np.testing.assert_allclose(features["stage2"], x, rtol=1e-3, atol=1e-3)
 
 
 def test_batch_statistics_move_by_a_tenth_in_training_only():

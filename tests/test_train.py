@@ -155,6 +155,54 @@ class TestStep:
         assert len(set(draws)) == 4
 
 
+class TestCompanions:
+    """Terms with parameters and a state of their own, trained in one step with the student."""
+
+    @staticmethod
+    def scaled(params, model_state, inputs, *, train, key=None):
+        outputs, batch = inputs
+        term = jnp.mean((params["scale"] * outputs.logits - batch["teacher_logits"]) ** 2)
+        return {"scaled": term}, {"calls": model_state["calls"] + 1}
+
+    def state(self, tx):
+        params = {"student": weights(), "companions": {"scale": jnp.float32(0.5)}}
+        return train.init_state(params, {"student": {}, "companions": {"calls": jnp.int32(0)}}, tx, seed=0)
+
+    def test_student_and_companions_take_the_gradient_of_the_sum(self):
+        tx, batch = optax.sgd(0.1), batch_of(8) | {"teacher_logits": jnp.ones((8, 3))}
+        step = jax.jit(train.make_train_step(linear, cross_entropy, tx, companions=self.scaled))
+
+        def loss(params):
+            outputs, _ = linear(params["student"], {}, batch["image"], train=True)
+            more, _ = self.scaled(params["companions"], {"calls": 0}, (outputs, batch), train=True)
+            return sum(cross_entropy(outputs, batch).values()) + more["scaled"]
+
+        begin = self.state(tx)
+        after, metrics = step(begin, batch)
+        value, gradient = jax.value_and_grad(loss)(begin.params)
+        want = jax.tree.map(lambda p, g: p - 0.1 * g, begin.params, gradient)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.params, want)
+        np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+        assert after.model_state["companions"]["calls"] == 1
+        assert train.student_of(after).params is after.params["student"]
+
+    def test_a_weight_may_follow_the_step(self):
+        def objective(outputs, batch):
+            return {
+                "hard": jnp.where(batch["step"] < 2, 1.0, 0.0) * sum(cross_entropy(outputs, batch).values())
+            }
+
+        tx = optax.sgd(0.1)
+        step, state = jax.jit(train.make_train_step(linear, objective, tx)), None
+        state = train.init_state(weights(), {}, tx, seed=0)
+        found = []
+        for _ in range(4):
+            state, metrics = step(state, batch_of(8))
+            found.append(float(metrics["loss"]))
+        assert min(found[:2]) > 0
+        assert found[2:] == [0, 0]
+
+
 def fitting(tmp_path=None, *, epochs=6, stop_after=None, monitor="accuracy", rate=0.05, **options):
     """A small run of `fit`; returns its outcome. `stop_after` sends SIGTERM after that many dispatches."""
     tx, arrays = optax.adam(rate), examples()

@@ -67,7 +67,7 @@ def flow(student: Seen, teacher: Seen, batch: Batch) -> Float[Array, ""]:
 
 
 def boundary_weights(maps: Sequence[Array]) -> list[float]:
-    """Heo's weights of the layers: each half of the next, of a thousandth in all but the last's case."""
+    """Heo's weights of n maps, shallowest first: 2^(i + 1 - n) / 1000."""
     return [2.0 ** (i + 1 - len(maps)) / 1000 for i in range(len(maps))]
 
 
@@ -120,7 +120,7 @@ class FactorTransfer(nn.Module):
 
 
 class Boundaries(nn.Module):
-    """Maps before the ReLU through connectors, against the signs of the teacher's."""
+    """Maps before the ReLU, through connectors where channels differ, against the signs of the teacher's."""
 
     @nn.compact
     def __call__(self, student: Seen, teacher: Seen, batch: Batch, *, train: bool) -> Array:
@@ -128,8 +128,9 @@ class Boundaries(nn.Module):
         total = jnp.zeros(())
         weights = boundary_weights(teacher.features)
         for weight, s, t in zip(weights, student.features, teacher.features, strict=True):
-            connector = companions.Regressor(t.shape[-1], activation=lambda x: x, axis_name=AXIS)
-            total += 3 * weight * jnp.mean(losses.activation_boundary(connector(s, train=train), t))
+            if s.shape[-1] != t.shape[-1]:
+                s = companions.Regressor(t.shape[-1], activation=lambda x: x, axis_name=AXIS)(s, train=train)
+            total += 3 * weight * jnp.mean(losses.activation_boundary(s, t))
         return total
 
 
@@ -355,4 +356,24 @@ METHODS: dict[str, Method] = {
     ),
     "contrastive_representation": Method(0.8, Contrast, "CRD benchmark: .8", "embedding"),
 }
-"""Every loss by name; "scratch" and "kd", whose weights are flags, are the arms beside them."""
+"""Every loss that compares classifiers, by name; "scratch" and "kd", whose weights are flags, are arms beside them."""
+
+ELSEWHERE = {
+    "attention_map": "part of attention_transfer",
+    "attribution_map": "of attributions, which a batch does not hold",
+    "average_logits": "of several teachers at once; here each student has one",
+    "average_probabilities": "of several teachers at once",
+    "best_hard_weight": "for regression",
+    "confidence_weights": "of several teachers at once",
+    "cutmix_targets": "targets of an augmentation that distill does not have",
+    "dice": "for dense outputs",
+    "gradient_match": "of gradients in the input, which a batch does not hold",
+    "lovasz": "for dense outputs",
+    "map_distance": "part of attention_transfer",
+    "mask_positions": "what masked_generation does in detection",
+    "mixup_targets": "what --mixup does with the labels",
+    "overhaul_margin": "for a normalisation right before the ReLU; overhaul measures its margin here",
+    "spread_top_k": "the other reading of a stored top k; top_k_kl assumes less",
+    "squared_error": "for regression",
+}
+"""Why the library's other functions are not arms."""

@@ -29,6 +29,8 @@ def hint(
 ) -> Float[Array, "*batch"]:
     r"""Mean squared difference between a map of the student and the teacher's map that is its hint.
 
+    Known as FitNets.
+
     .. math:: \frac{1}{HWC} \sum_{p, c} (s_{pc} - t_{pc})^2
 
     Args:
@@ -38,6 +40,9 @@ def hint(
 
     Returns:
       One non-negative value per example, zero where the maps are equal. Reduce with ``jnp.mean``.
+
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory.
 
     References:
       Romero et al., `FitNets: Hints for Thin Deep Nets <https://arxiv.org/abs/1412.6550>`_, 2015, section 2.2, there
@@ -55,6 +60,8 @@ def attention_transfer(
 ) -> Float[Array, "*batch"]:
     r"""Mean squared difference of where the two networks look: their energies over the image, of unit norm.
 
+    Known as AT.
+
     .. math:: \frac{1}{P} \sum_p (Q^s_p - Q^t_p)^2, \quad
               Q_p = \frac{\sum_c |f_{pc}|^k}{\big\| \sum_c |f_{\cdot c}|^k \big\|_2}
 
@@ -71,6 +78,9 @@ def attention_transfer(
     Raises:
       ValueError: if the power is a Python number below 1.
 
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory. Pooling to a size that does not divide the larger takes O(B·P²·C) time.
+
     References:
       Zagoruyko, Komodakis, `Paying More Attention to Attention <https://arxiv.org/abs/1612.03928>`_, 2017, section 3.1,
       in the form of the authors' code, whose mean stands where equation 2 has the norm. Default there: k 2, weight
@@ -86,6 +96,8 @@ def factor_transfer(
     power: Scalar = 2.0,
 ) -> Float[Array, "*batch"]:
     r"""Mean absolute difference of the energies of two factors over the image, of unit norm.
+
+    Known as FT.
 
     .. math:: \frac{1}{P} \sum_p |Q^s_p - Q^t_p|
 
@@ -104,10 +116,14 @@ def factor_transfer(
     Raises:
       ValueError: if the power is a Python number below 1.
 
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory. Pooling to a size that does not divide the larger takes O(B·P²·C) time.
+
     References:
       Kim, Park, Kwak, `Paraphrasing Complex Network: Network Compression via Factor Transfer
-      <https://arxiv.org/abs/1802.04977>`_, 2018, section 3.2; in the form of Tian et al.,
-      `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020 (weight 200).
+      <https://arxiv.org/abs/1802.04977>`_, 2018; in the form of Tian et al., `Contrastive Representation Distillation
+      <https://arxiv.org/abs/1910.10699>`_, 2020 (weight 200). Weight in the authors' code for CIFAR-10, where the
+      whole factor has unit norm: 500.
     """
     student, teacher = _attention_maps(student_factors, teacher_factors, power)
     return jnp.mean(jnp.abs(student - teacher), axis=-1)
@@ -118,6 +134,8 @@ def neuron_selectivity(
     teacher_features: Float[Array, "*batch teacher_height teacher_width teacher_channels"],
 ) -> Float[Array, "*batch"]:
     r"""Squared maximum mean discrepancy between the two sets of channels, each a pattern over the image.
+
+    Known as NST.
 
     .. math:: \frac{1}{C_t^2} \sum_{ij} \langle t_i, t_j \rangle^2
               + \frac{1}{C_s^2} \sum_{ij} \langle s_i, s_j \rangle^2
@@ -135,6 +153,10 @@ def neuron_selectivity(
     Returns:
       One value per example, non-negative up to rounding, zero where the channels are equal in any order. Reduce with
       ``jnp.mean``.
+
+    Cost:
+      O(B·P·C·min(P, C)) time, O(B·P·C + B·min(P, C)²) memory, with the larger C. Pooling to a size that does
+      not divide the larger takes O(B·P²·C) time.
 
     References:
       Huang, Wang, `Like What You Like: Knowledge Distill via Neuron Selectivity Transfer
@@ -160,6 +182,8 @@ def solution_flow(
 ) -> Float[Array, "*batch"]:
     r"""Mean squared difference of the flow from one layer to a later one: the products of their channels.
 
+    Known as FSP.
+
     .. math:: \frac{1}{C_1 C_2} \sum_{ij} (G^s_{ij} - G^t_{ij})^2, \quad G_{ij} = \frac{1}{P} \sum_p a_{pi} b_{pj}
 
     Student and teacher need equal channels. Where a network's two maps differ in height or width, the larger is
@@ -172,6 +196,10 @@ def solution_flow(
 
     Returns:
       One non-negative value per example, zero where the flows are equal. Reduce with ``jnp.mean``.
+
+    Cost:
+      O(B·P·C²) time, O(B·P·C + B·C²) memory. Pooling to a size that does not divide the larger takes O(B·P²·C)
+      time.
 
     References:
       Yim et al., `A Gift from Knowledge Distillation
@@ -192,11 +220,14 @@ def activation_boundary(
 ) -> Float[Array, "*batch"]:
     r"""Squared hinge on which neurons fire: the student's are to be on the teacher's side of zero, by a margin.
 
+    Known as AB.
+
     .. math:: \sum_{p, c} \max(0, m + \epsilon_{pc} s_{pc})^2, \quad
               \epsilon_{pc} = -1 \text{ if } t_{pc} > 0 \text{ else } 1
 
     Args:
-      student_features: activations *before* the ReLU, brought to the teacher's channels.
+      student_features: activations *before* the ReLU, brought to the teacher's channels by
+        :class:`kdjax.models.companions.Regressor` without its ReLU.
       teacher_features: the teacher's activations before its ReLU, of which only the sign counts.
       margin: distance m >= 0 from zero beyond which a student's neuron is left alone.
 
@@ -206,10 +237,13 @@ def activation_boundary(
     Raises:
       ValueError: if the margin is a Python number below 0.
 
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory.
+
     References:
       Heo et al., `Knowledge Transfer via Distillation of Activation Boundaries <https://arxiv.org/abs/1811.03233>`_,
-      2019, section "Method". Default in the authors' code: m 1, a first stage of training with weight
-      3 / 1000 · 2^(i - n + 1) on layer i = 0, ..., n - 1.
+      2019. Default in the authors' code: m 1, a first stage of training with weight 3 / 1000 · 2^(i - n + 1) on layer
+      i = 0, ..., n - 1.
     """
     if isinstance(margin, (int, float)) and margin < 0:
         raise ValueError(f"activation_boundary needs a margin of at least 0, got {margin}; the paper's is 1.")
@@ -226,6 +260,8 @@ def overhaul(
 ) -> Float[Array, "*batch"]:
     r"""Squared difference before the ReLU, that does not ask for more than the teacher's ReLU lets through.
 
+    Known as OFD.
+
     .. math:: \sum_{p, c} (s_{pc} - \hat t_{pc})^2 \, [s_{pc} > \hat t_{pc} \text{ or } \hat t_{pc} > 0], \quad
               \hat t_{pc} = \max(t_{pc}, m_c)
 
@@ -239,9 +275,13 @@ def overhaul(
     Returns:
       One non-negative value per example, a sum over neurons, zero at equality. Reduce with ``jnp.mean``.
 
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory.
+
     References:
-      Heo et al., `A Comprehensive Overhaul of Feature Distillation <https://arxiv.org/abs/1904.01866>`_, 2019,
-      section 3. Default there: weight 1 / 1000 · 2^(i - n + 1) on layer i = 0, ..., n - 1.
+      Heo et al., `A Comprehensive Overhaul of Feature Distillation <https://arxiv.org/abs/1904.01866>`_, 2019.
+      Default in the authors' code: weight 1 / 1000 · 2^(i - n + 1) on layer i = 0, ..., n - 1 for CIFAR-100, a tenth of
+      it for ImageNet.
     """
     student, teacher = _float(student_features), _constant(teacher_features)
     teacher = jnp.maximum(teacher, _per_channel(_constant(margin), teacher))
@@ -252,6 +292,8 @@ def overhaul_margin(
     scale: Float[Array, " channels"], bias: Float[Array, " channels"]
 ) -> Float[Array, " channels"]:
     r"""What a channel's negative values are on average, from the batch normalisation that it comes out of.
+
+    Known as OFD.
 
     .. math:: m = \mathrm{E}[x \mid x < 0] = \beta - |\gamma| \, \frac{\phi(\beta / \gamma)}{\Phi(-\beta / |\gamma|)},
               \quad x \sim N(\beta, \gamma^2)
@@ -264,9 +306,11 @@ def overhaul_margin(
       The ``margin`` of :func:`overhaul`. As in the authors' code, a channel that is negative less than once in a
       thousand gets -3 \|γ\|.
 
+    Cost:
+      O(C) time, O(C) memory, once before training.
+
     References:
-      Heo et al., `A Comprehensive Overhaul of Feature Distillation <https://arxiv.org/abs/1904.01866>`_, 2019,
-      section 3 and the appendix.
+      Heo et al., `A Comprehensive Overhaul of Feature Distillation <https://arxiv.org/abs/1904.01866>`_, 2019.
     """
     bias, spread = _float(bias), jnp.maximum(jnp.abs(_float(scale)), 1e-12)
     mean = jnp.clip(bias / spread, -1e6, 1e6)
@@ -284,6 +328,8 @@ def review_hcl(
 ) -> Float[Array, "*batch"]:
     r"""Mean squared difference over a pyramid of ever coarser means (hierarchical context loss).
 
+    Known as ReviewKD.
+
     .. math:: \frac{\sum_{l=0}^{L} 2^{-l} \, \mathrm{MSE}(\mathrm{pool}_l(s), \mathrm{pool}_l(t))}
               {\sum_{l=0}^{L} 2^{-l}}
 
@@ -299,6 +345,9 @@ def review_hcl(
 
     Raises:
       ValueError: if a level is below 1.
+
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory.
 
     References:
       Chen et al., `Distilling Knowledge via Knowledge Review <https://arxiv.org/abs/2104.09044>`_, 2021, section 3.3.
@@ -323,6 +372,8 @@ def variational_information(
 ) -> Float[Array, "*batch"]:
     r"""Negative log-likelihood of the teacher's map under a Gaussian that the student predicts, less its constant.
 
+    Known as VID.
+
     .. math:: \frac{1}{HWC} \sum_{p, c} \frac12 \Big( \frac{(\mu_{pc} - t_{pc})^2}{\sigma_c^2} + \log \sigma_c^2 \Big),
               \quad \sigma_c^2 = \log(1 + e^{a_c}) + \epsilon
 
@@ -341,8 +392,11 @@ def variational_information(
     Raises:
       ValueError: if the smallest variance is a Python number that is not positive.
 
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory.
+
     References:
-      Ahn et al., `Variational Information Distillation <https://arxiv.org/abs/1904.05835>`_, 2019, section 2.
+      Ahn et al., `Variational Information Distillation <https://arxiv.org/abs/1904.05835>`_, 2019, equation 5.
       Default in Tian et al., `Contrastive Representation Distillation
       <https://arxiv.org/abs/1910.10699>`_, 2020: weight 1 for the sum over the middle maps.
     """
@@ -362,6 +416,8 @@ def masked_generation(
 ) -> Float[Array, "*batch"]:
     r"""Squared difference between the teacher's map and what was generated from a masked map of the student.
 
+    Known as MGD.
+
     .. math:: \sum_{p, c} (g_{pc} - t_{pc})^2
 
     ::
@@ -378,9 +434,13 @@ def masked_generation(
     Returns:
       One non-negative value per example, a sum over positions and channels. Reduce with ``jnp.mean``.
 
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory.
+
     References:
-      Yang et al., `Masked Generative Distillation <https://arxiv.org/abs/2205.01529>`_, 2022, section 3. Default
-      there: weight 7e-5 (ImageNet, masked channels); 2e-5 or 5e-7 (one- or two-stage detection, masked positions).
+      Yang et al., `Masked Generative Distillation <https://arxiv.org/abs/2205.01529>`_, 2022. Default in the authors'
+      code: weight 7e-5 (ImageNet, masked channels); 2e-5 (one-stage detection and segmentation) or 5e-7 (two-stage
+      detection), with masked positions.
     """
     return _sum(jnp.square(_float(generated_features) - _constant(teacher_features)))
 
@@ -401,9 +461,12 @@ def mask_positions(
     Raises:
       ValueError: if the fraction is a Python number outside [0, 1).
 
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory.
+
     References:
-      Yang et al., `Masked Generative Distillation <https://arxiv.org/abs/2205.01529>`_, 2022, section 3. Default
-      there: .65 or .45 in detection (one- or two-stage), .75 in segmentation.
+      Yang et al., `Masked Generative Distillation <https://arxiv.org/abs/2205.01529>`_, 2022. Default in the authors'
+      code: .65 or .45 in detection (one- or two-stage), .75 in segmentation.
     """
     return _mask(key, features, (*features.shape[:-1], 1), fraction)
 
@@ -424,9 +487,12 @@ def mask_channels(
     Raises:
       ValueError: if the fraction is a Python number outside [0, 1).
 
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory.
+
     References:
-      Yang et al., `Masked Generative Distillation <https://arxiv.org/abs/2205.01529>`_, 2022, section 4.1: .15, on the
-      last map of a classifier.
+      Yang et al., `Masked Generative Distillation <https://arxiv.org/abs/2205.01529>`_, 2022. Default in the authors'
+      code: .15, on the last map of a classifier.
     """
     return _mask(key, features, (*features.shape[:-3], 1, 1, features.shape[-1]), fraction)
 

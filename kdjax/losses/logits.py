@@ -23,6 +23,8 @@ def soft_target_kl(
 ) -> Float[Array, "*batch"]:
     r"""Divergence of the student from the teacher's softened predictions.
 
+    Known as KD.
+
     .. math:: T^2 \, \mathrm{KL}(\sigma(t / T) \,\|\, \sigma(s / T))
 
     Args:
@@ -36,6 +38,9 @@ def soft_target_kl(
 
     Raises:
       ValueError: if the temperature is a Python number that is not positive.
+
+    Cost:
+      O(B·C) time, O(B·C) memory.
 
     References:
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
@@ -62,6 +67,8 @@ def soft_target_cross_entropy(
 ) -> Float[Array, "*batch"]:
     r"""Cross-entropy of the student under the teacher's softened predictions.
 
+    Known as KD.
+
     .. math:: -T^2 \sum_k \sigma(t / T)_k \log \sigma(s / T)_k
 
     It is :func:`soft_target_kl` plus T² times the entropy of the teacher's softened predictions: the same gradient,
@@ -78,6 +85,9 @@ def soft_target_cross_entropy(
     Raises:
       ValueError: if the temperature is a Python number that is not positive.
 
+    Cost:
+      O(B·C) time, O(B·C) memory.
+
     References:
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
       2015, section 2, where this is the form of the soft loss. Default there: T 2.5 to 20, soft weight .9 or more.
@@ -92,6 +102,8 @@ def squared_logits(
 ) -> Float[Array, "*batch"]:
     r"""Mean over the classes of the squared difference of the logits.
 
+    Known as logit matching.
+
     .. math:: \frac{1}{C} \sum_k (s_k - t_k)^2
 
     Unlike the losses on probabilities it also asks for the teacher's common offset: adding a constant to all scores
@@ -103,6 +115,9 @@ def squared_logits(
 
     Returns:
       One non-negative value per example, in squared logits.
+
+    Cost:
+      O(B·C) time, O(B·C) memory.
 
     References:
       Ba, Caruana, `Do Deep Nets Really Need to be Deep? <https://arxiv.org/abs/1312.6184>`_, 2014, section 2.2;
@@ -124,6 +139,8 @@ def decoupled_kl(
 ) -> Float[Array, "*batch"]:
     r"""Decoupled distillation (DKD): how sure of the target, and how the rest is shared, weighted apart.
 
+    Known as DKD.
+
     .. math:: T^2 \left[\alpha \, \mathrm{KL}(b^t \,\|\, b^s) + \beta \, \mathrm{KL}(\hat p^t \,\|\, \hat p^s)\right]
 
     where :math:`b = (p_y, 1 - p_y)` is the softened prediction of target against rest and :math:`\hat p` the softmax
@@ -143,6 +160,9 @@ def decoupled_kl(
 
     Raises:
       ValueError: if the temperature is a Python number that is not positive.
+
+    Cost:
+      O(B·C) time, O(B·C) memory.
 
     References:
       Zhao et al., `Decoupled Knowledge Distillation <https://arxiv.org/abs/2203.08679>`_, 2022, section 3. Default
@@ -173,6 +193,8 @@ def dist(
 ) -> Float[Array, ""]:
     r"""Correlation with the teacher (DIST), over the classes of an example and over the examples of a class.
 
+    Known as DIST.
+
     .. math:: T^2 \left[\beta \Big(1 - \frac1B \sum_b \rho(p^s_{b\cdot}, p^t_{b\cdot})\Big)
               + \gamma \Big(1 - \frac1C \sum_c \rho(p^s_{\cdot c}, p^t_{\cdot c})\Big)\right],
               \quad \rho(a, b) = \frac{\langle a - \bar a, b - \bar b\rangle}
@@ -199,6 +221,9 @@ def dist(
     Raises:
       ValueError: if the temperature is a Python number that is not positive.
 
+    Cost:
+      O(B·C) time, O(B·C) memory.
+
     References:
       Huang et al., `Knowledge Distillation from A Stronger Teacher <https://arxiv.org/abs/2205.10536>`_, 2022,
       section 3. Default there: β and γ 2 (in the code 1 each and a weight of 2), T 4 on CIFAR-100, 1 on ImageNet.
@@ -220,12 +245,14 @@ def logit_standardised_kl(
 ) -> Float[Array, "*batch"]:
     r"""Divergence after each example's logits are brought to mean zero and deviation one.
 
+    Known as LSKD.
+
     .. math:: T^2 \, \mathrm{KL}(\sigma(\hat t / T) \,\|\, \sigma(\hat s / T)),
               \quad \hat z = \frac{z - \bar z}{10^{-7} + \mathrm{sd}(z)}
 
-    with the unbiased deviation over the classes. The student has to match the relations among the teacher's logits,
-    not their scale. T² is this library's convention; divide by it to compare with a formula without it. Logits that
-    are all equal become zeros and get no gradient.
+    with the unbiased deviation over the classes, as in the authors' code (their algorithm 1 divides by C). The student
+    has to match the relations among the teacher's logits, not their scale. T² is their algorithm's too; divide by it to
+    compare with a value without it. Logits that are all equal become zeros and get no gradient.
 
     Args:
       student_logits: unnormalised scores of the student.
@@ -239,9 +266,12 @@ def logit_standardised_kl(
     Raises:
       ValueError: if the temperature is a Python number that is not positive.
 
+    Cost:
+      O(B·C) time, O(B·C) memory.
+
     References:
       Sun et al., `Logit Standardization in Knowledge Distillation <https://arxiv.org/abs/2403.01427>`_, 2024,
-      section 3. Default there: T 2, soft weight 9, hard weight .1.
+      section 4.3. Default in the authors' code: T 2, for some pairs 3, soft weight 9, hard weight .1.
     """
     _check_temperature("logit_standardised_kl", temperature)
     student, teacher = map(_standardise, _float32(student_logits, teacher_logits))
@@ -250,6 +280,8 @@ def logit_standardised_kl(
 
 def confidence_penalty(student_logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
     r"""Negative entropy of the prediction: distillation from a teacher that knows nothing.
+
+    Known as confidence penalty.
 
     .. math:: -H(\sigma(s)) = \sum_k \sigma(s)_k \log \sigma(s)_k
 
@@ -260,6 +292,9 @@ def confidence_penalty(student_logits: Float[Array, "*batch classes"]) -> Float[
 
     Returns:
       One value per example, in nats, from -log C (uniform) to 0 (certain).
+
+    Cost:
+      O(B·C) time, O(B·C) memory.
 
     References:
       Pereyra et al., `Regularizing Neural Networks by Penalizing Confident Output Distributions
@@ -278,12 +313,15 @@ def teacher_free_kl(
 ) -> Float[Array, "*batch"]:
     r"""Distillation from a virtual teacher (Tf-KD) that is nearly sure of the label and shares the rest evenly.
 
+    Known as Tf-KD.
+
     .. math:: T^2 \, \mathrm{KL}(u_T \,\|\, \sigma(s / T)),
               \quad u = (a \text{ at } y, \tfrac{1 - a}{C - 1} \text{ elsewhere}),
               \quad u_T \propto u^{1 / T}
 
-    It is :func:`soft_target_kl` against the logits log u. The authors' code differs from this, their formula: it takes
-    the softmax of u / T, does not soften the student, and averages over classes too.
+    It is :func:`soft_target_kl` against the logits log u: the authors' formula, with the factor T², which they leave
+    out. Their code differs from it: it takes the softmax of u / T, does not soften the student, averages over classes
+    too, and multiplies by up to 100.
 
     Args:
       student_logits: unnormalised scores of the student.
@@ -297,10 +335,13 @@ def teacher_free_kl(
     Raises:
       ValueError: if a Python number is out of range: the temperature positive, the probability between 0 and 1.
 
+    Cost:
+      O(B·C) time, O(B·C) memory.
+
     References:
       Yuan et al., `Revisiting Knowledge Distillation via Label Smoothing Regularization
-      <https://arxiv.org/abs/1909.11723>`_, 2020, section 4. Default in the authors' code: a .99, T 20 or 40, soft
-      weight .1.
+      <https://arxiv.org/abs/1909.11723>`_, 2020, section 4, equations 8 and 9. Default there: a .99, and on ImageNet
+      T 20, soft weight .1; in the authors' code for CIFAR-100 T 10 to 40, soft weight .1 or .95, by network.
     """
     if isinstance(correct_probability, (int, float)) and not 0 < correct_probability < 1:
         raise ValueError(
@@ -323,6 +364,8 @@ def jensen_shannon(
 ) -> Float[Array, "*batch"]:
     r"""Jensen-Shannon divergence of the softened predictions: symmetric and bounded.
 
+    Known as JSD.
+
     .. math:: \frac{T^2}{2} \left[\mathrm{KL}(p^t \,\|\, m) + \mathrm{KL}(p^s \,\|\, m)\right],
               \quad m = \tfrac12 (p^s + p^t)
 
@@ -339,6 +382,9 @@ def jensen_shannon(
 
     Raises:
       ValueError: if the temperature is a Python number that is not positive.
+
+    Cost:
+      O(B·C) time, O(B·C) memory.
 
     References:
       Lin, Divergence measures based on the Shannon entropy, 1991, section 4; for distillation Agarwal et al.,
@@ -359,6 +405,8 @@ def top_k_kl(
     temperature: Scalar = 1.0,
 ) -> Float[Array, "*batch"]:
     r"""Divergence from a teacher of which only the k largest probabilities were stored.
+
+    Known as top-k KD.
 
     .. math:: T^2 \Big[\sum_{j \in K} p^t_j \log \frac{p^t_j}{p^s_j} + r^t \log \frac{r^t}{r^s}\Big],
               \quad r = 1 - \sum_{j \in K} p_j
@@ -382,6 +430,9 @@ def top_k_kl(
 
     Raises:
       ValueError: if the temperature is a Python number that is not positive, or k exceeds the number of classes.
+
+    Cost:
+      O(B·C) time, O(B·C) memory.
 
     References:
       Anshumann et al., `Sparse Logit Sampling <https://arxiv.org/abs/2503.16870>`_, 2025, on why a teacher cut to its
@@ -407,6 +458,8 @@ def label_smoothing_cross_entropy(
 ) -> Float[Array, "*batch"]:
     r"""Cross-entropy with labels of which a share ε is spread evenly over all classes, the right one among them.
 
+    Known as LSR.
+
     .. math:: -(1 - \varepsilon) \log \sigma(s)_y - \frac{\varepsilon}{C} \sum_k \log \sigma(s)_k
 
     A teacher trained with it tells a student less: it pulls together what the wrong classes would say.
@@ -421,6 +474,9 @@ def label_smoothing_cross_entropy(
 
     Raises:
       ValueError: if the smoothing is a Python number outside 0 to 1.
+
+    Cost:
+      O(B·C) time, O(B·C) memory.
 
     References:
       Szegedy et al., `Rethinking the Inception Architecture <https://arxiv.org/abs/1512.00567>`_, 2016, section 7,

@@ -21,6 +21,8 @@ def attention_map(
 ) -> Float[Array, "*batch positions"]:
     r"""Energy of a feature map at every position, scaled to unit 2-norm.
 
+    Known as AT.
+
     .. math:: q / \|q\|_2, \qquad q_i = \frac{1}{C} \sum_c |f_{ic}|^p
 
     Features of different sizes are averaged to one size before their maps are taken, not after, since pooling does
@@ -35,6 +37,9 @@ def attention_map(
 
     Raises:
       ValueError: if the power is a Python number below 1, whose gradient at zero is infinite.
+
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory.
 
     References:
       Zagoruyko, Komodakis, `Paying More Attention to Attention <https://arxiv.org/abs/1612.03928>`_, 2017, section
@@ -67,6 +72,9 @@ def attribution_map(
     Raises:
       ValueError: if the scale has another name.
 
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory.
+
     References:
       Hernandez, Chang, Nordling, `Knowledge Distillation: Enhancing Neural Network Compression with Integrated
       Gradients <https://arxiv.org/abs/2503.13008>`_, 2025. Default there: min–max.
@@ -88,6 +96,8 @@ def map_distance(
 ) -> Float[Array, "*batch"]:
     r"""Mean squared difference of two maps.
 
+    Known as AT.
+
     .. math:: \frac{1}{N} \sum_i (s_i - t_i)^2
 
     Maps of different sizes must be square; the larger is average-pooled to the smaller. That keeps the values of
@@ -102,6 +112,9 @@ def map_distance(
 
     Raises:
       ValueError: if the sizes differ and a map is not square.
+
+    Cost:
+      O(B·P) time, O(B·P) memory. Pooling takes O(B·P·√P) time.
 
     References:
       Zagoruyko, Komodakis, `Paying More Attention to Attention <https://arxiv.org/abs/1612.03928>`_, 2017, equation
@@ -123,6 +136,8 @@ def gradient_match(
 ) -> Float[Array, "*batch"]:
     r"""Squared distance between what the two networks say of small changes of the input.
 
+    Known as Jacobian matching.
+
     .. math:: \left\| \frac{g_s}{\|g_s\|_2} - \frac{g_t}{\|g_t\|_2} \right\|_2^2 = 2 - 2 \cos(g_s, g_t)
               \qquad \text{or} \qquad \|g_s - g_t\|_2^2
 
@@ -137,6 +152,10 @@ def gradient_match(
     Returns:
       One non-negative value per example, at most 4 if normalised; zero where the gradients agree. A zero gradient
       has no direction and is at squared distance 1 from any other. Reduce with ``jnp.mean``.
+
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory. Taking the gradients, and differentiating through the student's, costs far
+      more than this.
 
     References:
       Srinivas, Fleuret, `Knowledge Transfer with Jacobian Matching <https://arxiv.org/abs/1803.00443>`_, 2018,
@@ -171,6 +190,9 @@ def _pooled(flat: Float[Array, "*batch positions"], side: int) -> Float[Array, "
     size = _side(flat)
     if size == side:
         return flat
+    if size % side == 0:
+        cells = flat.reshape(*flat.shape[:-1], side, size // side, side, size // side)
+        return jnp.mean(cells, axis=(-3, -1)).reshape(*flat.shape[:-1], -1)
     start, end = np.arange(side) * size // side, -(-np.arange(1, side + 1) * size // side)
     inside = (np.arange(size) >= start[:, None]) & (np.arange(size) < end[:, None])
     bins = jnp.asarray(inside / inside.sum(1, keepdims=True), jnp.float32)

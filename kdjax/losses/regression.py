@@ -36,10 +36,13 @@ def squared_error(
     Returns:
       One value per example, the mean over its outputs.
 
+    Cost:
+      O(B·D) time, O(B·D) memory.
+
     References:
       Hao, A Study of Response-Based Knowledge Distillation and the Effects of Alpha on Model Accuracy, 2023, equation
       7.1; Safaryan, Peste, Alistarh, `Knowledge Distillation Performs Partial Variance Reduction
-      <https://arxiv.org/abs/2305.17581>`_, 2023, section 4. Default of the first for classifiers: a .1.
+      <https://arxiv.org/abs/2305.17581>`_, 2023. Default of the first for classifiers: a .1.
     """
     student, targets = student.astype(jnp.float32), targets.astype(jnp.float32)
     teacher = jax.lax.stop_gradient(teacher).astype(jnp.float32)
@@ -79,12 +82,15 @@ def best_hard_weight(
       a*, for :func:`squared_error`, not confined to 0 to 1; one half where labels and teacher always agree, since then
       it does not matter.
 
+    Cost:
+      O(1) time, O(1) memory.
+
     References:
-      The best linear combination of two estimates, as in Bates, Granger, The Combination of Forecasts, 1969; for a
+      Bates, Granger, The Combination of Forecasts, 1969, on the best linear combination of two estimates; for a
       student of its own teacher Das, Sanghavi, `Understanding Self-Distillation in the Presence of Label Noise
       <https://arxiv.org/abs/2301.13304>`_, 2023, section 3, with a best weight of the teacher above 1; for stochastic
       gradients Safaryan, Peste, Alistarh, `Knowledge Distillation Performs Partial Variance Reduction
-      <https://arxiv.org/abs/2305.17581>`_, 2023, section 4.
+      <https://arxiv.org/abs/2305.17581>`_, 2023.
     """
     label_error, teacher_error, covariance = map(jnp.float32, (label_error, teacher_error, covariance))
     apart = label_error + teacher_error - 2 * covariance

@@ -34,6 +34,8 @@ def rkd_distance(
 ) -> Float[Array, ""]:
     r"""Relational distillation of distances: pairs far apart for the teacher are to be far apart for the student.
 
+    Known as RKD-D.
+
     .. math:: \frac{1}{B^2} \sum_{ij} h\!\left(\frac{\|s_i - s_j\|}{\mu_s} - \frac{\|t_i - t_j\|}{\mu_t}\right), \qquad
               h(x) = \begin{cases} x^2/2 & |x| \le 1 \\ |x| - 1/2 & \text{otherwise} \end{cases}
 
@@ -49,13 +51,16 @@ def rkd_distance(
       One non-negative value for the batch; zero where distances are proportional. Rows closer than a thousandth of
       their distance from the centre of the batch count as equal: float32 inner products tell no more.
 
+    Cost:
+      O(B²·D) time, O(B² + B·D) memory.
+
     References:
       Park et al., `Relational Knowledge Distillation <https://arxiv.org/abs/1904.05068>`_, 2019, section 3.2.1, as in
       the authors' code. Default weight there: 25 on CIFAR-100 with 50 for :func:`rkd_angle`.
     """
     distances = []
     for rows in _batches(student, teacher, axis_name):
-        distance, _ = _distances(_gram(_centred(rows)))
+        distance, _ = _distances(_centred_gram(rows))
         mean = jnp.sum(distance) / max(len(rows) * (len(rows) - 1), 1)
         distances.append(distance / jnp.where(mean > 0, mean, 1))
     return jnp.mean(optax.losses.huber_loss(*distances))
@@ -68,6 +73,8 @@ def rkd_angle(
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
     r"""Relational distillation of angles: every triple of examples spans the same angle for both networks.
+
+    Known as RKD-A.
 
     .. math:: \frac{1}{B^3} \sum_{ijk} h(\cos\angle s_j s_i s_k - \cos\angle t_j t_i t_k)
 
@@ -84,12 +91,15 @@ def rkd_angle(
       One non-negative value for the batch; zero where angles agree. Angles at equal rows (see :func:`rkd_distance`)
       have cosine 0.
 
+    Cost:
+      O(B³ + B²·D) time, O(B² + B·D) memory, the triples of a few anchors at a time.
+
     References:
       Park et al., `Relational Knowledge Distillation <https://arxiv.org/abs/1904.05068>`_, 2019, section 3.2.2, as in
       the authors' code. Default weight there: 50 on CIFAR-100 with 25 for :func:`rkd_distance`.
     """
     student_rows, teacher_rows = _batches(student, teacher, axis_name)
-    s_gram, t_gram = _gram(_centred(student_rows)), _gram(_centred(teacher_rows))
+    s_gram, t_gram = _centred_gram(student_rows), _centred_gram(teacher_rows)
     s_inverse, t_inverse = _distances(s_gram)[1], _distances(t_gram)[1]
 
     def at_anchor(anchor):
@@ -115,6 +125,8 @@ def pkt(
 ) -> Float[Array, ""]:
     r"""Probabilistic knowledge transfer: who is near whom, as one distribution over the batch for each example.
 
+    Known as PKT.
+
     .. math:: \frac{1}{B^2} \sum_{ij} q_{ij} \log\frac{q_{ij} + \epsilon}{p_{ij} + \epsilon}, \qquad
               p_{ij} = \frac{\cos(s_i, s_j) + 1}{\sum_k (\cos(s_i, s_k) + 1)}
 
@@ -129,6 +141,9 @@ def pkt(
     Returns:
       One value for the batch, non-negative up to ε; zero where cosines agree. A zero row has cosine 0 with every
       row, itself included.
+
+    Cost:
+      O(B²·D) time, O(B² + B·D) memory.
 
     References:
       Passalis, Tefas, `Learning Deep Representations with Probabilistic Knowledge Transfer
@@ -147,6 +162,8 @@ def similarity_preserving(
 ) -> Float[Array, ""]:
     r"""Pairs that activate the teacher alike are to activate the student alike.
 
+    Known as SP.
+
     .. math:: \frac{1}{B^2} \left\| N(S S^\top) - N(T T^\top) \right\|_F^2
 
     with S and T one flattened example per row, and N scaling every row to unit 2-norm.
@@ -159,6 +176,9 @@ def similarity_preserving(
 
     Returns:
       One non-negative value for the batch; zero where similarities are proportional row by row.
+
+    Cost:
+      O(B²·D) time, O(B² + B·D) memory.
 
     References:
       Tung, Mori, `Similarity-Preserving Knowledge Distillation <https://arxiv.org/abs/1907.09682>`_, 2019, equations
@@ -176,6 +196,8 @@ def correlation_congruence(
 ) -> Float[Array, ""]:
     r"""Congruence of neighbours in the batch: deviations from the teacher are not to occur together.
 
+    Known as CC.
+
     .. math:: \frac{1}{B - 1} \sum_{i=1}^{B-1} \sum_d |\delta_{id}| \, |\delta_{i+1,d}|, \qquad \delta = s - t
 
     It depends on the order of the batch, being over consecutive examples: shuffle, as any training does.
@@ -188,6 +210,9 @@ def correlation_congruence(
 
     Returns:
       One non-negative value for the batch; zero where the embeddings agree, and for a batch of one.
+
+    Cost:
+      O(B·D) time, O(B·D) memory.
 
     References:
       Peng et al., `Correlation Congruence for Knowledge Distillation <https://arxiv.org/abs/1904.01802>`_, 2019, in
@@ -209,6 +234,8 @@ def correlation_distance(
 ) -> Float[Array, "*batch"]:
     r"""One minus the correlation, over the classes of an example, of what the two networks predict.
 
+    Known as R2KD.
+
     .. math:: 1 - \rho(\sigma(s / T), \sigma(t / T)) + w \, (1 - \rho(r(s), r(t))), \qquad
               r_c(z) = \sum_k \tanh\frac{z_c - z_k}{2 T_r}
 
@@ -229,6 +256,9 @@ def correlation_distance(
 
     Raises:
       ValueError: if a temperature is a Python number that is not positive.
+
+    Cost:
+      O(B·C) time, O(B·C) memory. With the rank-based distance O(B·C²) of both.
 
     References:
       Kim et al., `Robustness-Reinforced Knowledge Distillation with Correlation Distance and Network Pruning
@@ -254,10 +284,12 @@ def info_nce(
 ) -> Float[Array, ""]:
     r"""Each student embedding is to tell its own teacher embedding from those of the rest of the batch.
 
+    Known as InfoNCE.
+
     .. math:: -\frac{1}{B} \sum_i \log \frac{\exp(\cos(s_i, t_i) / \tau)}{\sum_j \exp(\cos(s_i, t_j) / \tau)}
 
     Args:
-      student: embeddings; scaled to unit norm here.
+      student: embeddings, usually of :class:`kdjax.models.companions.Embedding`; scaled to unit norm here.
       teacher: embeddings of the same width; constant under differentiation.
       temperature: τ > 0; small values attend to the hardest negatives.
       axis_name: gather the batch over this mapped axis. Without it, negatives come from a device's own examples: the
@@ -269,6 +301,9 @@ def info_nce(
 
     Raises:
       ValueError: if the temperature is a Python number that is not positive.
+
+    Cost:
+      O(B²·D) time, O(B² + B·D) memory.
 
     References:
       van den Oord, Li, Vinyals, `Representation Learning with Contrastive Predictive Coding
@@ -288,6 +323,8 @@ def centred_kernel_alignment(
 ) -> Float[Array, ""]:
     r"""One minus the linear centred kernel alignment (CKA) of two representations: a loss, not the similarity.
 
+    Known as CKA.
+
     .. math:: 1 - \frac{\langle K, L \rangle}{\|K\|_F \|L\|_F} =
               \frac{1}{2} \left\| \frac{K}{\|K\|_F} - \frac{L}{\|L\|_F} \right\|_F^2
 
@@ -304,11 +341,14 @@ def centred_kernel_alignment(
       One value from 0 to 1 for the batch; zero where the kernels are proportional. A batch of equal rows has no
       kernel and is at 1/2 from any that has.
 
+    Cost:
+      O(B²·D) time, O(B² + B·D) memory.
+
     References:
       Kornblith et al., `Similarity of Neural Network Representations Revisited <https://arxiv.org/abs/1905.00414>`_,
       2019, section 3, equation 1 with the linear kernel. A measure there; as a loss its weight is about 1.
     """
-    k, ell = (_unit(_gram(_centred(rows)).reshape(-1)) for rows in _batches(student, teacher, axis_name))
+    k, ell = (_unit(_centred_gram(rows).reshape(-1)) for rows in _batches(student, teacher, axis_name))
     return 0.5 * jnp.sum((k - ell) ** 2)
 
 
@@ -331,6 +371,9 @@ def init_crd_memory(key: jax.Array, *, examples: int, dims: int) -> CrdMemory:
 
     Raises:
       ValueError: if either is not positive.
+
+    Cost:
+      O(N·D) time, O(N·D) memory.
     """
     if examples < 1 or dims < 1:
         raise ValueError(
@@ -366,6 +409,9 @@ def crd_candidates(
 
     Raises:
       ValueError: if there is nothing to draw from.
+
+    Cost:
+      O(N + B·K) time, O(N + B·K) memory. With labels, a sort besides: O(N·log N) time.
     """
     if negatives < 1 or examples < 2:
         raise ValueError(
@@ -396,6 +442,8 @@ def contrastive_representation(
 ) -> tuple[Float[Array, " batch"], CrdMemory]:
     r"""Contrastive representation distillation (CRD): tell each example's embedding from those of many others.
 
+    Known as CRD.
+
     .. math:: \sum_{(v, M)} \left[ -\log\frac{P_0}{P_0 + c} - \sum_{k=1}^{K} \log\frac{K/n}{P_k + c} \right], \qquad
               P_k = \frac{e^{\langle v, M_k \rangle / \tau}}{Z}, \qquad c = \frac{K}{n} + 10^{-7}
 
@@ -404,7 +452,8 @@ def contrastive_representation(
     momentum · row + (1 - momentum) · embedding. Z is set once, by the first batch, to n times its mean exponential.
 
     Args:
-      student_embedding: unit rows, from a learnt projection of the student's features.
+      student_embedding: unit rows, from a learnt projection (:class:`kdjax.models.companions.Embedding`) of the
+        student's features.
       teacher_embedding: unit rows, from a learnt projection of the teacher's features. *Not* constant, since its
         projection learns from this loss: apply ``jax.lax.stop_gradient`` to the features before it.
       memory: as returned by the step before, or by :func:`init_crd_memory`.
@@ -422,6 +471,11 @@ def contrastive_representation(
 
     Raises:
       ValueError: if the temperature is a Python number that is not positive, or the momentum one outside [0, 1].
+
+    Cost:
+      O(B·K·D) time, O(B·K·D + N·D) memory. Up to N = 32 K all products with the memory are taken instead, in
+      O(B·N·D) time and O(B·N + N·D) memory. N·D is the next memory, which takes the place of the last where that is
+      donated to the step.
 
     References:
       Tian, Krishnan, Isola, `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020,
@@ -475,22 +529,34 @@ def _products(a: Float[Array, "rows dims"], b: Float[Array, "columns dims"]) -> 
     return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
 
 
+@jax.custom_jvp
 def _gram(rows: Float[Array, "batch dims"]) -> Float[Array, "batch batch"]:
     return _products(rows, rows)
 
 
-def _centred(rows: Float[Array, "batch dims"]) -> Float[Array, "batch dims"]:
-    """Deviations from the mean row; the same differences, without most of the cancellation in inner products.
+@_gram.defjvp
+def _gram_tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """Of the two products that it consists of one is the other's transpose; so the gradient takes one product too."""
+    half = _products(*tangents, *primals)
+    return _gram(*primals), half + half.T
 
-    The mean is a product, since XLA's CPU backend is slow at sums down a column.
+
+def _centred_gram(rows: Float[Array, "batch dims"]) -> Float[Array, "batch batch"]:
+    """Products of deviations from the mean row; the same differences, without most of the cancellation.
+
+    Zero, with a zero gradient, where the rows vary no more than rounding does. The mean is a product, since XLA's CPU
+    backend is slow at sums down a column.
     """
     mean = jnp.matmul(jnp.full((1, len(rows)), 1 / len(rows)), rows, precision=jax.lax.Precision.HIGHEST)
-    return _if_any(rows - mean, rows, axis=None)
+    products = _gram(rows - mean)
+    varies = jnp.trace(products)
+    size = varies + len(rows) * jnp.sum(mean**2)
+    return jnp.where(varies > 1e-11 * size, products, 0)
 
 
-def _if_any(deviation: Float[Array, "*shape"], x: Float[Array, "*shape"], *, axis: int | None) -> Array:
+def _varying(deviation: Float[Array, "*batch dims"], x: Float[Array, "*batch dims"]) -> Array:
     """The deviations of x, or zeros, with a zero gradient, where x varies no more than rounding does."""
-    varies, size = (jnp.sum(v**2, axis=axis, keepdims=True) for v in (deviation, x))
+    varies, size = (jnp.sum(v**2, axis=-1, keepdims=True) for v in (deviation, x))
     return jnp.where(varies > 1e-11 * size, deviation, 0)
 
 
@@ -534,7 +600,7 @@ def _one_minus_pearson(
     a: Float[Array, "*batch classes"], b: Float[Array, "*batch classes"]
 ) -> Float[Array, "*batch"]:
     """As half the squared distance of the standardised rows, exact at equality."""
-    a, b = (_unit(_if_any(x - jnp.mean(x, axis=-1, keepdims=True), x, axis=-1)) for x in (a, b))
+    a, b = (_unit(_varying(x - jnp.mean(x, axis=-1, keepdims=True), x)) for x in (a, b))
     return 0.5 * jnp.sum((a - b) ** 2, axis=-1)
 
 

@@ -6,6 +6,8 @@ go where ``teacher_logits`` go. None lets a gradient through to the teacher. The
 example each: :func:`privileged`, and :func:`dice` and :func:`lovasz` for a prediction at every place of an image.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -23,6 +25,8 @@ def mixup_targets(
 ) -> Float[Array, "batch classes"]:
     r"""Label probabilities of images that were blended in pairs.
 
+    Known as mixup.
+
     .. math:: \lambda \, e_{y_i} + (1 - \lambda) \, e_{y_{\pi(i)}}
 
     A teacher that sees the blends needs none of this: its scores are the soft target, and these serve the hard loss.
@@ -35,6 +39,9 @@ def mixup_targets(
 
     Returns:
       One row of probabilities per example.
+
+    Cost:
+      O(B·C) time, O(B·C) memory.
 
     References:
       Zhang et al., `mixup: Beyond Empirical Risk Minimization <https://arxiv.org/abs/1710.09412>`_, 2018, section 2;
@@ -54,6 +61,8 @@ def cutmix_targets(
 ) -> Float[Array, "batch classes"]:
     r"""Label probabilities of images into which a piece of another was pasted.
 
+    Known as CutMix.
+
     .. math:: \lambda \, e_{y_i} + (1 - \lambda) \, e_{y_{\pi(i)}}, \quad \lambda = \text{share of positions kept}
 
     The share is counted from the mask itself, so a box that was clipped at the border is accounted for.
@@ -66,6 +75,9 @@ def cutmix_targets(
 
     Returns:
       One row of probabilities per example.
+
+    Cost:
+      O(B·P + B·C) time, O(B·C) memory.
 
     References:
       Yun et al., `CutMix <https://arxiv.org/abs/1905.04899>`_, 2019, section 3.1; box area uniform, in half of the
@@ -84,6 +96,8 @@ def noisy_teacher(
 ) -> Float[Array, "*batch classes"]:
     r"""A teacher's scores, each multiplied by a random factor near one for some of the examples.
 
+    Known as noisy teachers.
+
     .. math:: t' = (1 + \xi) \odot t, \quad \xi_k \sim \mathcal N(0, \sigma^2)
 
     Drawn anew at every step it acts like many teachers that differ a little, and regularises the student.
@@ -100,9 +114,12 @@ def noisy_teacher(
     Raises:
       ValueError: if a Python number is out of range.
 
+    Cost:
+      O(B·C) time, O(B·C) memory.
+
     References:
       Sau, Balasubramanian, `Deep Model Compression: Distilling Knowledge from Noisy Teachers
-      <https://arxiv.org/abs/1610.09650>`_, 2016, section 3; σ and the share of examples are chosen on each set.
+      <https://arxiv.org/abs/1610.09650>`_, 2016, with σ and the share of examples as settings.
     """
     if isinstance(deviation, (int, float)) and deviation < 0:
         raise ValueError(f"noisy_teacher needs a deviation of 0 or more, got {deviation}.")
@@ -121,6 +138,8 @@ def average_logits(
 ) -> Float[Array, "*batch classes"]:
     r"""Mean of the scores of several teachers: the geometric mean of what they predict.
 
+    Known as ensemble KD.
+
     .. math:: \sum_m w_m t_m, \quad \sum_m w_m = 1
 
     A teacher that is sure against a class can veto it; :func:`average_probabilities` lets any one propose it.
@@ -131,6 +150,9 @@ def average_logits(
 
     Returns:
       Scores to use as the teacher's, float32, constant under differentiation.
+
+    Cost:
+      O(M·B·C) time, O(M·B·C) memory.
 
     References:
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
@@ -148,6 +170,8 @@ def average_probabilities(
 ) -> Float[Array, "*batch classes"]:
     r"""Mean of what several teachers predict, as scores whose softmax at the temperature is that mean.
 
+    Known as ensemble KD.
+
     .. math:: T \log \sum_m w_m \, \sigma(t_m / T), \quad \sum_m w_m = 1
 
     With :func:`~kdjax.losses.logits.soft_target_kl` at the same temperature, the gradient is that of the weighted sum
@@ -164,6 +188,9 @@ def average_probabilities(
     Raises:
       ValueError: if the temperature is a Python number that is not positive.
 
+    Cost:
+      O(M·B·C) time, O(M·B·C) memory.
+
     References:
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
       2015, section 1; You et al., Learning from Multiple Teacher Networks, 2017, section 3.1.
@@ -179,6 +206,8 @@ def confidence_weights(
 ) -> Float[Array, "teachers *batch"]:
     r"""How far to trust each teacher on each example: the less, the larger its cross-entropy with the label.
 
+    Known as CA-MKD.
+
     .. math:: w_m = \frac{1}{M - 1} \left(1 - \frac{\exp \mathcal L_m}{\sum_j \exp \mathcal L_j}\right)
 
     Args:
@@ -189,9 +218,13 @@ def confidence_weights(
       Weights that sum to one over the teachers, between 0 and 1 / (M - 1), for :func:`average_probabilities` or
       :func:`average_logits`; 1 for a single teacher.
 
+    Cost:
+      O(M·B·C) time, O(M·B·C) memory.
+
     References:
       Zhang, Chen, Wang, `Confidence-Aware Multi-Teacher Knowledge Distillation <https://arxiv.org/abs/2201.00007>`_,
-      2022, section 2; the authors' code divides the weighted sum of divergences by M once more.
+      2022, as in the authors' code, which divides the weighted sum of divergences by M once more. Default weight of
+      that sum there: 1.
     """
     teachers = teacher_logits.shape[0]
     if teachers == 1:
@@ -224,6 +257,9 @@ def spread_top_k(
 
     Raises:
       ValueError: if the temperature is a Python number that is not positive.
+
+    Cost:
+      O(B·C) time, O(B·C) memory.
     """
     _check_temperature("spread_top_k", temperature)
     stored = jax.lax.stop_gradient(teacher_probabilities).astype(jnp.float32)
@@ -243,11 +279,14 @@ def privileged(
 ) -> Float[Array, "*batch"]:
     r"""Generalised distillation: labels, and the softened opinion of a teacher that saw more than the student does.
 
+    Known as generalised distillation.
+
     .. math:: (1 - \lambda) \, H(e_y, \sigma(s)) + \lambda \, H(\sigma(t / T), \sigma(s))
 
     with H(p, q) the cross-entropy. The teacher was trained on privileged inputs (a sharper image, another modality,
     notes made afterwards) that will not be there at test time. As in the paper only the teacher is softened and there
-    is no factor T²; where both are to be softened add ``label_smoothing_cross_entropy`` and ``soft_target_kl``.
+    is no factor T² (the authors' code for MNIST has one); where both are to be softened add
+    ``label_smoothing_cross_entropy`` and ``soft_target_kl``.
 
     Args:
       student_logits: unnormalised scores of the student, from its own inputs.
@@ -262,9 +301,13 @@ def privileged(
     Raises:
       ValueError: if a Python number is out of range.
 
+    Cost:
+      O(B·C) time, O(B·C) memory.
+
     References:
       Lopez-Paz, Bottou, Schölkopf, Vapnik, `Unifying distillation and privileged information
-      <https://arxiv.org/abs/1511.03643>`_, 2016, section 4, equation 6. There λ 0 to 1 and T 1 to 50 are searched.
+      <https://arxiv.org/abs/1511.03643>`_, 2016, section 4, with the objective of section 2.
+      There λ 0 to 1 and T 1 to 50 are searched.
     """
     _check_temperature("privileged", temperature)
     if isinstance(soft_weight, (int, float)) and not 0 <= soft_weight <= 1:
@@ -281,6 +324,8 @@ def dice(
     smoothing: Scalar = 1.0,
 ) -> Float[Array, "*batch"]:
     r"""One minus the soft Dice overlap of each class with its target, averaged over the classes.
+
+    Known as Dice.
 
     .. math:: \frac1C \sum_c \left(1 - \frac{2 \sum_x p g + \varepsilon}{\sum_x p^2 + \sum_x g^2 + \varepsilon}\right)
               = \frac1C \sum_c \frac{\sum_x (p - g)^2}{\sum_x p^2 + \sum_x g^2 + \varepsilon}
@@ -299,6 +344,9 @@ def dice(
     Raises:
       ValueError: if the smoothing is a Python number that is not positive.
 
+    Cost:
+      O(B·P·C) time, O(B·P·C) memory.
+
     References:
       Milletari, Navab, Ahmadi, `V-Net <https://arxiv.org/abs/1606.04797>`_, 2016, section 3.
     """
@@ -306,14 +354,16 @@ def dice(
         raise ValueError(f"dice needs a smoothing above 0, got {smoothing}; 1 position is usual.")
     p = jax.nn.softmax(student_logits.astype(jnp.float32))
     g = jax.lax.stop_gradient(target_probabilities).astype(jnp.float32)
-    apart, total = (jnp.sum(x, axis=(-3, -2)) for x in (jnp.square(p - g), jnp.square(p) + jnp.square(g)))
-    return jnp.mean(apart / (total + smoothing), axis=-1)
+    apart, student, target = (jnp.sum(jnp.square(x), axis=(-3, -2)) for x in (p - g, p, g))
+    return jnp.mean(apart / (student + target + smoothing), axis=-1)
 
 
 def lovasz(
     student_logits: Float[Array, "*batch height width classes"], labels: Int[Array, "*batch height width"]
 ) -> Float[Array, "*batch"]:
     r"""Lovász-softmax: a convex surrogate of one minus the intersection over union, averaged over classes present.
+
+    Known as Lovász-softmax.
 
     .. math:: \frac{1}{|C_y|} \sum_{c \in C_y} \sum_i m^c_{(i)}
               \left[J_c(\{(1), \dots, (i)\}) - J_c(\{(1), \dots, (i - 1)\})\right]
@@ -333,6 +383,9 @@ def lovasz(
     Returns:
       One value from 0 to 1 per example (image); zero where every position is predicted with certainty.
 
+    Cost:
+      O(B·C·P·log P) time, O(B·P·C) memory.
+
     References:
       Berman, Rannen Triki, Blaschko, `The Lovász-Softmax loss <https://arxiv.org/abs/1705.08790>`_, 2018, section 3,
       equation 9 and algorithm 1.
@@ -342,29 +395,51 @@ def lovasz(
     p, truth = (jnp.swapaxes(x.reshape(shape), -1, -2) for x in (p, truth))
     void = jnp.sum(truth, axis=-2, keepdims=True) == 0
     error = jnp.where(truth > 0, 1 - p, jnp.where(void, 0, p))
-    order = _decreasing(error)
-    steps = _jaccard_steps(jnp.take_along_axis(truth, order, axis=-1))
-    weight = jnp.put_along_axis(jnp.zeros_like(truth), order, steps, -1, inplace=False)
+    constant = jax.lax.stop_gradient(error), truth
+    weight = jax.lax.platform_dependent(*constant, cpu=_searched_steps, default=_sorted_steps)
     present = jnp.any(truth > 0, axis=-1)
     each = jnp.where(present, jnp.sum(error * weight, axis=-1), 0)
     return jnp.sum(each, axis=-1) / jnp.maximum(jnp.sum(present, axis=-1), 1)
 
 
-def _decreasing(x: Float[Array, "*batch positions"]) -> Int[Array, "*batch positions"]:
-    """Order along the last axis, largest first, of numbers that are 0 or more.
+def _sorted_steps(
+    error: Float[Array, "*batch positions"], truth: Float[Array, "*batch positions"]
+) -> Float[Array, "*batch positions"]:
+    """What each position adds to the Jaccard loss if they go wrong one by one, in decreasing order of their errors.
 
-    Their bits, read as integers, are in the same order, and integers sort faster: they need no care for NaN.
+    The errors are 0 or more. Their bits, read as integers, are in the same order, and integers sort faster: they need
+    no care for NaN.
     """
-    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), jnp.int32)
-    return jnp.argsort(-bits, axis=-1, stable=False)
+    order = jnp.argsort(-jax.lax.bitcast_convert_type(error, jnp.int32), axis=-1, stable=False)
+    steps = jnp.diff(_jaccard_losses(jnp.take_along_axis(truth, order, axis=-1)), axis=-1)
+    return jnp.put_along_axis(jnp.zeros_like(truth), order, steps, -1, inplace=False)
 
 
-def _jaccard_steps(truth: Float[Array, "*batch positions"]) -> Float[Array, "*batch positions"]:
-    """What each further wrong position adds to the Jaccard loss, the positions in the order given."""
+def _searched_steps(
+    error: Float[Array, "*batch positions"], truth: Float[Array, "*batch positions"]
+) -> Float[Array, "*batch positions"]:
+    """The same in half the time on a CPU, which sorts numbers alone much faster than numbers with their places.
+
+    The truth rides in the last bit of the error. Where each position came to lie is searched for; equal ones share
+    their steps evenly.
+    """
+    bits = jax.lax.bitcast_convert_type(error, jnp.int32)
+    keys = -(bits & ~1 | truth.astype(jnp.int32)).reshape(-1, error.shape[-1])
+    ordered = jax.lax.sort(keys, is_stable=False)
+    loss = _jaccard_losses((ordered & 1).astype(jnp.float32))
+    first, last = (
+        jax.vmap(functools.partial(jnp.searchsorted, side=side))(ordered, keys) for side in ("left", "right")
+    )
+    above, below = (jnp.take_along_axis(loss, place, axis=-1) for place in (first, last))
+    return ((below - above) / (last - first)).reshape(error.shape)
+
+
+def _jaccard_losses(truth: Float[Array, "*batch positions"]) -> Float[Array, "*batch counts"]:
+    """The Jaccard loss if the first 0, 1, 2, … positions of those given were wrong."""
     size = jnp.sum(truth, axis=-1, keepdims=True)
-    hits, misses = jnp.cumsum(truth, axis=-1), jnp.cumsum(1 - truth, axis=-1)
-    loss = 1 - (size - hits) / (size + misses)
-    return jnp.diff(loss, axis=-1, prepend=jnp.zeros_like(size))
+    hits = jnp.cumsum(truth, axis=-1)
+    misses = 1 + jax.lax.broadcasted_iota(hits.dtype, hits.shape, hits.ndim - 1) - hits
+    return jnp.concatenate([jnp.zeros_like(size), 1 - (size - hits) / (size + misses)], axis=-1)
 
 
 def _log_weights(

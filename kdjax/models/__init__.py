@@ -32,7 +32,7 @@ from kdjax.models.cnn import DigitsCnn, KerasCnn, MalariaCnn
 from kdjax.models.mlp import Mlp
 from kdjax.models.resnet import ResNet
 from kdjax.models.wideresnet import WideResNet
-from kdjax.types import ApplyFn, ModelState, Outputs, Params
+from kdjax.types import ApplyFn, ModelState, Params
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "keras_teacher": functools.partial(KerasCnn, widths=(256, 512)),
@@ -92,7 +92,7 @@ def apply_fn(module: nn.Module) -> ApplyFn:
 
     def apply(
         params: Params, model_state: ModelState, inputs: PyTree, *, train: bool, key: jax.Array | None = None
-    ) -> tuple[Outputs, ModelState]:
+    ) -> tuple[Any, ModelState]:
         variables = {"params": params, **model_state}
         if not train:
             outputs: Any = module.apply(variables, inputs, train=False)

@@ -42,7 +42,7 @@ class Regressor(nn.Module):
     References:
       Romero et al., `FitNets <https://arxiv.org/abs/1412.6550>`_, 2015, section 2.2, in the form of Tian et al.,
       `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020; Heo et al., `A Comprehensive
-      Overhaul of Feature Distillation <https://arxiv.org/abs/1904.01866>`_, 2019, section 3.2.
+      Overhaul of Feature Distillation <https://arxiv.org/abs/1904.01866>`_, 2019.
     """
 
     features: int
@@ -139,7 +139,8 @@ class FactorTranslator(nn.Module):
       dtype: of the computation; parameters and batch statistics are float32.
 
     References:
-      Kim, Park, Kwak, `Paraphrasing Complex Network <https://arxiv.org/abs/1802.04977>`_, 2018, section 3.2.
+      Kim, Park, Kwak, `Paraphrasing Complex Network <https://arxiv.org/abs/1802.04977>`_, 2018, with the normalisation
+      of Tian et al., `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020.
     """
 
     features: int
@@ -169,7 +170,7 @@ class FactorParaphraser(nn.Module):
       dtype: of the computation; parameters are float32.
 
     References:
-      Kim, Park, Kwak, `Paraphrasing Complex Network <https://arxiv.org/abs/1802.04977>`_, 2018, section 3.1.
+      Kim, Park, Kwak, `Paraphrasing Complex Network <https://arxiv.org/abs/1802.04977>`_, 2018.
     """
 
     features: int
@@ -200,7 +201,7 @@ class Generator(nn.Module):
       dtype: of the computation; parameters are float32.
 
     References:
-      Yang et al., `Masked Generative Distillation <https://arxiv.org/abs/2205.01529>`_, 2022, section 3.
+      Yang et al., `Masked Generative Distillation <https://arxiv.org/abs/2205.01529>`_, 2022.
     """
 
     features: int
