@@ -331,3 +331,17 @@ class TestLovasz:
         void = jnp.concatenate([y, jnp.full((1, 1, 3), 255)], axis=1)
         np.testing.assert_allclose(targets.lovasz(more, void), targets.lovasz(s, y), rtol=1e-6)
         np.testing.assert_array_equal(targets.lovasz(s, jnp.full((1, 2, 3), -1)), [0])
+
+    @given(arrays.arrays(np.float32, (2, 12), elements=st.floats(0, 1, width=16)), st.integers(0, 2**12 - 1))
+    @settings(deadline=None, max_examples=20)
+    def test_every_backends_form_gives_one_loss(self, error, mask):
+        # CPUs search for the places of sorted numbers, others sort the places along; only one of them runs here
+        truth = jnp.asarray([[mask >> i & 1 for i in range(12)]] * 2, jnp.float32)
+        sorted_, searched = (
+            f(jnp.asarray(error), truth) for f in (targets._sorted_steps, targets._searched_steps)
+        )
+        np.testing.assert_allclose(jnp.sum(error * sorted_, -1), jnp.sum(error * searched, -1), atol=2e-6)
+        apart = jnp.asarray(np.argsort(np.argsort(error, axis=1), axis=1), jnp.float32)  # no two are equal
+        np.testing.assert_allclose(
+            targets._sorted_steps(apart, truth), targets._searched_steps(apart, truth), atol=1e-6
+        )
