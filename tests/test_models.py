@@ -1,6 +1,7 @@
 """Networks against linen and lax, which compute the same in the plain form, and against arithmetic."""
 
 import functools
+import re
 import hashlib
 import time
 
@@ -17,7 +18,7 @@ from kdjax import models
 from kdjax.models import layers
 from kdjax.types import Outputs
 
-SHAPES = {"malaria": (32, 32, 3), "digits": (8, 8, 1), "resnet": (32, 32, 3)}
+SHAPES = {"malaria": (32, 32, 3), "digits": (8, 8, 1), "resnet": (32, 32, 3), "wrn": (32, 32, 3)}
 SMALL = {
     "keras_teacher": {"widths": (8, 12)},
     "hinton_teacher": {"widths": (24, 20)},
@@ -27,7 +28,7 @@ few = settings(max_examples=4, deadline=None, derandomize=True)
 
 
 def image_shape(name):
-    return SHAPES.get(name.rstrip("0123456789").partition("_")[0], (28, 28, 1))
+    return SHAPES.get(re.match("[a-z]+", name)[0], (28, 28, 1))
 
 
 def normal(seed, *shape):
