@@ -80,7 +80,7 @@ def terms(arm, step=100, teacher=TEACHER, params=None, state=None, student=STUDE
 def begun(arm, teacher=TEACHER):
     if arm.companions is None:
         return None, None
-    return arms.init_companions(arm.companions, STUDENT, batch_at(0, arm.features, teacher), seed=0)
+    return arms.companion_initialiser(arm.companions, STUDENT, batch_at(0, arm.features, teacher))(0)
 
 
 def teacher_for(name):

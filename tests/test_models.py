@@ -1,8 +1,8 @@
 """Networks against linen and lax, which compute the same in the plain form, and against arithmetic."""
 
 import functools
-import re
 import hashlib
+import re
 import time
 
 import flax.linen as nn

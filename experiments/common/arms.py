@@ -57,21 +57,30 @@ class Arm(NamedTuple):
 
 
 class Terms(nn.Module):
-    """The terms of an arm that are modules, each with its weight, as one module."""
+    """The terms of an arm that are modules, each with its weight, as one module.
 
-    parts: tuple[tuple[str, Callable[..., nn.Module], Callable], ...]
+    Attributes:
+      parts: the methods.
+      labels: of the training examples, for the one that remembers them.
+      share: how much of its weight a term has, by its ``when`` and the step.
+    """
+
+    parts: tuple["_Part", ...]
+    labels: np.ndarray
+    share: Callable[[str, Array], Any]
 
     @nn.compact
     def __call__(self, inputs: tuple[Outputs, Batch], *, train: bool) -> dict[str, Array]:
         """Returns the weighted terms of ``(outputs, batch)``."""
         outputs, batch = inputs
         found = {}
-        for name, make, weigh in self.parts:
-            student, teacher, weight = weigh(outputs, batch)
-            value = make(name=name)(student, teacher, batch, train=train)
+        for part in self.parts:
+            make: Any = part.method.term
+            module = make(labels=self.labels, name=part.name) if make is Contrast else make(name=part.name)
+            value = module(*part.seen(outputs, batch), batch, train=train)
             if isinstance(value, tuple):  # what the companion alone learns from is not the student's affair
-                value, found[f"{name}_companion"] = value
-            found[name] = weight * value
+                value, found[f"{part.name}_companion"] = value
+            found[part.name] = part.weight * self.share(part.method.when, batch["step"]) * value
         return found
 
 
@@ -127,89 +136,102 @@ def make_arm(
       ValueError: if the two networks do not show what the method compares.
     """
     names = name.split("+")
-    parts = {part: METHODS[part] for part in names if part in METHODS}
-    has_first = any(method.when == "first" for method in parts.values())
+    parts = [_part(part, student, teacher, weights) for part in names if part in METHODS]
+    staged = any(part.method.when == "first" for part in parts)
     if len(names) > 1:
         hard_weight, soft_weight = 1.0, 1.0
     elif name == "kd":
         hard_weight, soft_weight = kd["hard_weight"], kd["soft_weight"]
     else:
-        hard_weight, soft_weight = parts[name].hard if parts else 1.0, 0.0
-
-    def scale(step, when):
-        if when == "warm_up":
-            return jnp.minimum((step + 1) / max(WARM_UP * steps, 1), 1.0)
-        alone_now = step < FIRST * steps
-        if when == "first":
-            return jnp.where(alone_now, 1.0, 0.0)
-        return jnp.where(alone_now, 0.0, 1.0) if has_first else 1.0
-
-    chosen = {part: _chosen(part, method, student, teacher) for part, method in parts.items()}
-
-    def seen(part, outputs, batch):
-        of_student, of_teacher = chosen[part]
-        return (
-            Seen(outputs.logits, tuple(outputs.features[name] for name in of_student)),
-            Seen(batch["teacher_logits"], tuple(batch[f"teacher_{name}"] for name in of_teacher)),
-            weights.get(part, parts[part].weight) * scale(batch["step"], parts[part].when),
-        )
+        hard_weight, soft_weight = parts[0].method.hard if parts else 1.0, 0.0
+    share = functools.partial(_share, steps=steps, staged=staged)
 
     def objective(outputs, batch):
-        terms = {"hard": hard_weight * scale(batch["step"], "always") * hard(outputs, batch)}
+        now = share("always", batch["step"])
+        terms = {"hard": hard_weight * now * hard(outputs, batch)}
         if "kd" in names:
             soft = losses.soft_target_kl(
                 outputs.logits, batch["teacher_logits"], temperature=kd["temperature"]
             )
-            terms["soft"] = soft_weight * scale(batch["step"], "always") * jnp.mean(soft)
-        for part, method in parts.items():
-            if not isinstance(method.term, type):
-                s, t, weight = seen(part, outputs, batch)
-                terms[part] = weight * method.term(s, t, batch)
+            terms["soft"] = soft_weight * now * jnp.mean(soft)
+        for part in parts:
+            if not isinstance(part.method.term, type):
+                weight = part.weight * share(part.method.when, batch["step"])
+                terms[part.name] = weight * part.method.term(*part.seen(outputs, batch), batch)
         return terms
 
-    modules = []
-    for part, method in parts.items():
-        if isinstance(method.term, type):
-            make = functools.partial(Contrast, labels=labels) if method.term is Contrast else method.term
-            modules.append((part, make, functools.partial(seen, part)))
-    features = tuple(sorted({name for _, of_teacher in chosen.values() for name in of_teacher}))
-    arm = Arm(objective, Terms(tuple(modules)) if modules else None, features)
+    modules = tuple(part for part in parts if isinstance(part.method.term, type))
+    features = tuple(sorted({name for part in parts for name in part.of_teacher}))
+    arm = Arm(objective, Terms(modules, labels, share) if modules else None, features)
     _try(name, arm, student, teacher)
     return arm
 
 
-def init_companions(
-    module: nn.Module, outputs: Any, batch: Mapping[str, Any], *, seed: int
-) -> tuple[Any, Any]:
-    """Parameters and state of an arm's companions.
+def companion_initialiser(
+    module: nn.Module, outputs: Any, batch: Mapping[str, Any]
+) -> Callable[[int], tuple[Any, Any]]:
+    """Builds ``seed -> (parameters, state)`` of an arm's companions; compiled once.
 
     Args:
       module: the arm's companions.
       outputs: shapes of what the student returns of a batch.
       batch: shapes of the batch.
-      seed: of the run.
     """
     zeros = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), (outputs, dict(batch)))
-    rngs: Any = dict(zip(("params", "dropout"), jax.random.split(jax.random.key(seed)), strict=True))
-    # Mapped over one device's worth, since companions reduce over the devices' axis.
-    init = jax.vmap(lambda inputs: module.init(rngs, inputs, train=True), axis_name=AXIS)
-    state = jax.tree.map(lambda x: x[0], dict(jax.jit(init)(zeros)))
-    return state.pop("params", {}), state
+
+    @jax.jit
+    def init(keys):
+        rngs: Any = {"params": keys[0], "dropout": keys[1]}
+        # Mapped over one device's worth, since companions reduce over the devices' axis.
+        variables = jax.vmap(lambda inputs: module.init(rngs, inputs, train=True), axis_name=AXIS)(zeros)
+        return jax.tree.map(lambda x: x[0], dict(variables))
+
+    def initialise(seed: int) -> tuple[Any, Any]:
+        state = dict(init(jax.random.split(jax.random.key(seed))))
+        return state.pop("params", {}), state
+
+    return initialise
 
 
-def _chosen(
-    name: str, method: Method, student: Outputs, teacher: Outputs
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the features that a method compares; a ValueError if a network has none, or their numbers differ."""
+class _Part(NamedTuple):
+    """A method within an arm, with the features of either network that it compares."""
+
+    name: str
+    method: Method
+    weight: float
+    of_student: tuple[str, ...]
+    of_teacher: tuple[str, ...]
+
+    def seen(self, outputs: Outputs, batch: Batch) -> tuple[Seen, Seen]:
+        """What it sees of the student and of the teacher."""
+        return (
+            Seen(outputs.logits, tuple(outputs.features[name] for name in self.of_student)),
+            Seen(batch["teacher_logits"], tuple(batch[f"teacher_{name}"] for name in self.of_teacher)),
+        )
+
+
+def _share(when: str, step: Array, *, steps: int, staged: bool) -> Array | float:
+    """How much of its weight a term has at a step; ``staged``: another of the arm has the first stage to itself."""
+    if when == "warm_up":
+        return jnp.minimum((step + 1) / max(WARM_UP * steps, 1), 1.0)
+    first = step < FIRST * steps
+    if when == "first":
+        return jnp.where(first, 1.0, 0.0)
+    return jnp.where(first, 0.0, 1.0) if staged else 1.0
+
+
+def _part(name: str, student: Outputs, teacher: Outputs, weights: Mapping[str, float]) -> _Part:
+    """A method and what it compares; a ValueError if a network does not have it, or their numbers differ."""
+    method = METHODS[name]
     kinds = (method.features, method.of_teacher or method.features)
-    found = tuple(CHOICES[kind](seen.features) for kind, seen in zip(kinds, (student, teacher), strict=True))
-    if method.features != "none" and (not all(found) or len(found[0]) != len(found[1])):
+    ours, theirs = (CHOICES[k](seen.features) for k, seen in zip(kinds, (student, teacher), strict=True))
+    if method.features != "none" and (not ours or len(ours) != len(theirs)):
         raise ValueError(
-            f"--method={name} compares {method.features.replace('_', ' ')} of both networks: the student has "
-            f"{', '.join(found[0]) or 'none'}, the teacher {', '.join(found[1]) or 'none'}. Choose networks of as many "
+            f"--method={name} compares {method.features} of both networks: the student has "
+            f"{', '.join(ours) or 'none'}, the teacher {', '.join(theirs) or 'none'}. Choose networks of as many "
             "stages, such as two of the resnet or wrn families, or a method on logits or embeddings."
         )
-    return found[0], found[1]
+    return _Part(name, method, weights.get(name, method.weight), ours, theirs)
 
 
 def _try(name: str, arm: Arm, student: Outputs, teacher: Outputs) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.common.arms import init_companions
+from experiments.common.arms import companion_initialiser
 from experiments.common.launching import bar, say
 from experiments.common.tasks import Task, shown
 from kdjax import checkpoints, data, evaluate, files, models, parallel, teacher, train, transforms
@@ -156,6 +156,9 @@ def make_trainer(
             state = state._replace(params=optax.tree.get(state.opt_state, "ema"))
         return train.weights_of(state) if companions is None else train.student_of(state)
 
+    if companions is not None:
+        batch = example_batch(train_batch, resident)
+        init_companions = companion_initialiser(companions, shown(module, task), batch)
     sums_on = {
         name: make_evaluator(task, apply_fn, evaluation_batch, resident, name)
         for name in ("validation", "test")
@@ -169,8 +172,7 @@ def make_trainer(
         start = time.monotonic()
         params, model_state = models.init(module, task.source.images.shape[1:], seed=seed)
         if companions is not None:
-            batch = example_batch(train_batch, resident)
-            more, kept = init_companions(companions, shown(module, task), batch, seed=seed)
+            more, kept = init_companions(seed)
             params = {"student": params, "companions": more}
             model_state = {"student": model_state, "companions": kept}
         state = parallel.replicate(train.init_state(params, model_state, tx, seed=seed), task.devices)
