@@ -1,5 +1,6 @@
 """How a network is trained, whatever it is trained on: a recipe, and the function of a seed that follows it."""
 
+import json
 import math
 import shutil
 import time
@@ -207,6 +208,11 @@ def make_trainer(
             )
         newest = fitted.history[-1]
         say(f"{label}: loss {newest['loss']:.4g}, validation accuracy {newest['validation_accuracy']:.2%}")
+        weights = checkpoints.digest_tree(fitted.last)
+        if (directory / "summary.json").exists():  # a finished run, whose every number stands there
+            summary = json.loads((directory / "summary.json").read_text())
+            if summary["weights"] == weights:
+                return Trained(fitted, summary["metrics"], time.monotonic() - start)
         metrics = evaluate.summarise(sums_on["test"](*fitted.last))
         best = evaluate.summarise(sums_on["test"](*fitted.best))
         metrics |= {f"best_{name}": best[name] for name in ("accuracy", "loss")}
@@ -215,7 +221,7 @@ def make_trainer(
             "metrics": metrics,
             "best_epoch": fitted.best_epoch,
             "history": fitted.history,
-            "weights": checkpoints.digest_tree(fitted.last),
+            "weights": weights,
         }
         if jax.process_index() == 0:
             files.write_json(directory / "summary.json", summary)
