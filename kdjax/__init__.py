@@ -10,6 +10,7 @@ A tour, in the order in which data flows:
 * :mod:`kdjax.train`: the step and the loop; :mod:`kdjax.parallel`: many devices, many hosts.
 * :mod:`kdjax.checkpoints`: a whole run on disk, verified when it is read back.
 * :mod:`kdjax.evaluate`: metrics as masked sums; :mod:`kdjax.significance`: what may be concluded from them.
+* :mod:`kdjax.robustness`: the same metrics under corrupted images, noisy weights and attacks.
 * :mod:`kdjax.results`, :mod:`kdjax.report`: one JSON per experiment; tables, figures and a page made from it.
 
 Importing ``kdjax`` brings ``losses`` and ``transforms``, which need only jax, optax, numpy and jaxtyping. The other

@@ -101,12 +101,35 @@ def summarise(sums: Mapping[str, Any]) -> dict[str, float]:
 
 
 def per_class(sums: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and F1 of each class, 0 where one is undefined: float64[classes] each."""
+    """Precision, recall and F1 of each class, 0 where one is undefined: float64[classes] each.
+
+    The recall of a class is its accuracy.
+    """
     confusion = np.asarray(sums["confusion"], np.float64)
     hits, truth, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     precision, recall = hits / np.maximum(predicted, 1), hits / np.maximum(truth, 1)
     f1 = 2 * hits / np.maximum(truth + predicted, 1)
     return precision, recall, f1
+
+
+def reliability(sums: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The bins of a reliability diagram, whose weighted gaps between the two curves add up to ``ece``.
+
+    Returns:
+      Per bin of confidence, from the lowest: ``confidence`` and ``accuracy``, means over the bin's examples and 0 where
+      there are none, and ``count``.
+
+    References:
+      Guo et al., `On Calibration of Modern Neural Networks <https://arxiv.org/abs/1706.04599>`_, 2017, section 2.
+    """
+    count = np.asarray(sums["bin_count"], np.float64)
+    confidence, correct = (np.asarray(sums[name], np.float64) for name in ("bin_confidence", "bin_correct"))
+    filled = np.maximum(count, 1)
+    return {
+        "confidence": (confidence / filled).tolist(),
+        "accuracy": (correct / filled).tolist(),
+        "count": count.tolist(),
+    }
 
 
 def make_evaluator(
@@ -117,20 +140,20 @@ def make_evaluator(
     *,
     batch_size: int,
     devices: Sequence[jax.Device],
-) -> Callable[[Params, ModelState], dict[str, Any]]:
+) -> Callable[..., dict[str, Any]]:
     """Builds a function of the weights that returns the total sums over ``ids``, computed on all devices.
 
     Args:
       apply_fn: the network; called with ``train=False``.
       make_batch: ``(arrays, index) -> batch`` without augmentation. A batch with ``teacher_logits`` is also
         compared with the teacher.
-      arrays: the resident data set.
+      arrays: the resident data set; a call may be given other arrays of the same shapes, as a third argument.
       ids: the examples to evaluate.
       batch_size: examples per call over all devices; changes memory and speed, not the answer.
       devices: of this process.
 
     Returns:
-      ``(params, model_state) -> sums``; pass them to :func:`summarise`.
+      ``(params, model_state, arrays=arrays) -> sums``; pass them to :func:`summarise`.
     """
     parallel.check_batch_size(batch_size, devices)
     index, valid = evaluation_index(ids, batch_size=batch_size)
@@ -145,7 +168,7 @@ def make_evaluator(
     compiled = parallel.data_parallel(sums_of, replicated=3, devices=devices)
     rows = [(parallel.process_rows(i), parallel.process_rows(v)) for i, v in zip(index, valid, strict=True)]
 
-    def evaluate(params: Params, model_state: ModelState) -> dict[str, Any]:
+    def evaluate(params: Params, model_state: ModelState, arrays: Any = arrays) -> dict[str, Any]:
         parts = [compiled(params, model_state, arrays, *row) for row in rows]
         # Added up on the host in float64: counts stay exact beyond the 2^24 that float32 can hold.
         return jax.tree.map(

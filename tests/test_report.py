@@ -507,3 +507,23 @@ def test_command_reports_a_directory(tmp_path):
     text = Reader((tmp_path / "all.html").read_text(encoding="utf-8")).all_text()
     for expected in ("cut.json", "kd beats scratch", "kdjax is ahead of keras"):
         assert expected in text
+
+
+def test_p_of_several_arms_are_corrected_by_holm():
+    weak = [0.955, 0.950, 0.962, 0.953, 0.957]
+    arms = {
+        name: {"accuracy": values} for name, values in {"scratch": SCRATCH, "kd": KD, "hint": weak}.items()
+    }
+    p = {
+        arm: stats.ttest_ind(arms[arm]["accuracy"], SCRATCH, equal_var=False).pvalue for arm in ("kd", "hint")
+    }
+    assert p["kd"] < p["hint"]
+    text = report.markdown_table(make(arms), metrics=["accuracy"])
+    for arm, wanted in {"kd": 2 * p["kd"], "hint": max(p["hint"], 2 * p["kd"])}.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {arm} "))
+        shown = re.search(r"p (=|<) (\.\d+)", row)
+        assert shown, row
+        if shown[1] == "=":
+            np.testing.assert_allclose(float(shown[2]), wanted, atol=6e-4 if wanted < 0.1 else 6e-3)
+        else:
+            assert wanted < float(shown[2])

@@ -1,17 +1,103 @@
-"""Statistics against a textbook and against scipy."""
+"""Statistics against published examples, against scipy and statsmodels, and against their own claims by simulation."""
+
+import gc
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
+from statsmodels.stats import weightstats
 
 from kdjax import significance
 
+TABLES = 2000
+
+# Hours of sleep gained by ten patients with each of two drugs: Student 1908, R's data set `sleep`.
+FIRST = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+SECOND = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+
+
+def monte_carlo(rate: float, n: int = TABLES) -> float:
+    """Three standard errors of a simulated rate."""
+    return 3 * (rate * (1 - rate) / n) ** 0.5
+
+
+def with_moments(mean: float, sd: float, n: int) -> np.ndarray:
+    """Numbers of exactly this mean and sample standard deviation."""
+    return mean + sd * stats.zscore(np.arange(n), ddof=1)
+
+
+def flags(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    """Flags of two students that agree and differ so often."""
+    counts = [both, only_a, only_b, neither]
+    return np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts)
+
+
+@pytest.fixture
+def quick_gc() -> Iterator[None]:
+    """Hides from statsmodels, which collects garbage in every Holm correction, the many objects of JAX."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+# One arm.
+
+
+def test_summary_uses_the_sample_deviation():
+    assert significance.summarise([1.0, 2.0, 4.0]) == (pytest.approx(7 / 3), pytest.approx(1.5275252), 3)
+    assert np.isnan(significance.summarise([1.0]).sd)
+    with pytest.raises(ValueError, match="at least one"):
+        significance.summarise([])
+
+
+def test_t_interval_on_a_published_example():
+    # R, t.test(extra ~ 1, sleep): mean 1.54, 95 percent interval 0.5955845 to 2.4844155.
+    found = significance.t_interval(FIRST + SECOND)
+    assert found == (pytest.approx(1.54), pytest.approx(0.5955845), pytest.approx(2.4844155), 20)
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_t_interval_covers_the_mean_as_often_as_it_says(confidence):
+    draws = np.random.default_rng(1).normal(3, 2, (TABLES, 5))
+    found = [significance.t_interval(draw, confidence=confidence) for draw in draws]
+    inside = np.mean([f.low <= 3 <= f.high for f in found])
+    assert abs(inside - confidence) <= monte_carlo(confidence)
+
+
+def test_bootstrap_interval_is_that_of_scipy_and_of_its_seed():
+    found = significance.bootstrap_interval(FIRST, statistic=np.median, confidence=0.9, seed=7)
+    same = stats.bootstrap((FIRST,), np.median, confidence_level=0.9, rng=np.random.default_rng(7))
+    assert found == (np.median(FIRST), *same.confidence_interval, 10)
+    assert found == significance.bootstrap_interval(FIRST, statistic=np.median, confidence=0.9, seed=7)
+    assert significance.bootstrap_interval(FIRST, seed=0) != significance.bootstrap_interval(FIRST, seed=1)
+
+
+@pytest.mark.parametrize(("n", "coverage"), [(5, 0.84), (60, 0.94)])
+def test_bootstrap_interval_is_for_many_values(n, coverage):
+    rng, inside = np.random.default_rng(2), []
+    for _ in range(1000):
+        found = significance.bootstrap_interval(rng.normal(size=n), resamples=499)
+        inside.append(found.low <= 0 <= found.high)
+    assert abs(np.mean(inside) - coverage) <= monte_carlo(coverage, 1000)
+
+
+def test_an_arm_that_never_varies_has_an_interval_without_width():
+    assert significance.t_interval([2.0, 2.0, 2.0]) == (2, 2, 2, 3)
+    assert significance.bootstrap_interval([2.0, 2.0, 2.0]) == (2, 2, 2, 3)
+
+
+def test_bootstrap_of_a_statistic_that_resamples_do_not_change():
+    with pytest.raises(ValueError, match="found no interval: the statistic is the same"):
+        significance.bootstrap_interval([0, 0, 0, 0, 0, 0, 0, 0, 0, 1], statistic=np.median)
+
+
+# Two arms.
+
 
 def test_welch_on_a_published_example():
-    # R's sleep data (Student 1908), unpaired: t = -1.8608, df = 17.776, p = .07939, interval -3.365 to 0.205.
-    first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
-    second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
-    found = significance.welch(first, second)
+    # R, t.test(extra ~ group, sleep): t = -1.8608, df = 17.776, p = .07939, interval -3.365 to 0.205.
+    found = significance.welch(FIRST, SECOND)
     assert found.difference == pytest.approx(-1.58)
     assert found.p == pytest.approx(0.07939, abs=1e-5)
     assert (found.low, found.high) == (
@@ -35,13 +121,313 @@ def test_arms_that_never_vary():
     assert significance.welch([2, 2, 2], [1, 1, 1])[:4] == (1, 1, 1, 0)
 
 
-def test_refuses_two_repeats():
-    with pytest.raises(ValueError, match="three repeats or more in each arm, got 2 and 5"):
-        significance.welch([1, 2], [1, 2, 3, 4, 5])
+def test_paired_on_a_published_example():
+    # R, t.test(Pair(extra[group == 1], extra[group == 2]) ~ 1, sleep): t = -4.0621, df = 9, p = .002833,
+    # interval -2.4598858 to -0.7001142.
+    a, b = (
+        dict(enumerate(FIRST)),
+        dict(reversed([*enumerate(SECOND)])),
+    )  # partners are found by key, not by place
+    found = significance.paired(a, b)
+    assert found.difference == pytest.approx(-1.58)
+    assert found.p == pytest.approx(0.002833, abs=5e-7)
+    assert (found.low, found.high) == (
+        pytest.approx(-2.4598858, abs=1e-7),
+        pytest.approx(-0.7001142, abs=1e-7),
+    )
+    assert found.n == (10, 10)
 
 
-def test_summary_uses_the_sample_deviation():
-    assert significance.summarise([1.0, 2.0, 4.0]) == (pytest.approx(7 / 3), pytest.approx(1.5275252), 3)
-    assert np.isnan(significance.summarise([1.0]).sd)
-    with pytest.raises(ValueError, match="at least one"):
-        significance.summarise([])
+def test_paired_refuses_runs_without_a_partner():
+    a, b = {0: 0.9, 1: 0.8, 2: 0.7, 3: 0.6}, {1: 0.8, 2: 0.7, 3: 0.6, 4: 0.5}
+    with pytest.raises(ValueError, match=r"0 only in the first and 4 only in the second.*write welch\(list"):
+        significance.paired(a, b)
+    with pytest.raises(ValueError, match="three repeats or more"):
+        significance.paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 3.0})
+    unchecked = getattr(
+        significance.paired, "__wrapped__", significance.paired
+    )  # tests check the types before it can
+    with pytest.raises(ValueError, match=r"got list and list.*write welch"):
+        unchecked([1.0, 2.0, 3.0], [2.0, 3.0, 5.0])
+
+
+def test_pairs_that_all_differ_alike():
+    a = {0: 0.9, 1: 0.7, 2: 0.5}
+    assert significance.paired(a, a) == (0, 0, 0, 1, (3, 3))
+    with pytest.raises(ValueError, match=r"the same difference of 0\.1 in all 3 pairs"):
+        significance.paired(a, {0: 0.8, 1: 0.6, 2: 0.4})  # the same but for rounding
+
+
+# Test examples.
+
+
+def test_mcnemar_on_published_examples():
+    # Airway hyper-responsiveness before and after a transplant: Fagerland, Lydersen and Laake 2013, table 1, whose
+    # equations 1 and 2 give 2 (1 + 8) / 2⁸ and 8 / 2⁸ less.
+    a, b = flags(1, 1, 7, 12)
+    found = significance.mcnemar(a, b, ids_a=range(21), ids_b=range(21))
+    assert found == (1, 7, pytest.approx(18 / 256), pytest.approx(10 / 256), 21)
+    # Approval of a prime minister in two surveys: Agresti, Categorical data analysis, 2002, table 10.1.
+    a, b = flags(794, 150, 86, 570)
+    found = significance.mcnemar(a, b, ids_a=range(1600), ids_b=range(1600))
+    assert found[:2] == (150, 86)
+    assert found.p == pytest.approx(stats.binomtest(86, 236).pvalue, rel=1e-9)
+
+
+def test_mcnemar_where_the_students_are_level():
+    a, b = flags(5, 2, 2, 1)
+    # Fagerland et al.: 1 less half the probability of two heads in four throws of a coin.
+    assert significance.mcnemar(a, b, ids_a=range(10), ids_b=range(10)) == (2, 2, 1, 1 - 6 / 16 / 2, 10)
+    assert significance.mcnemar(a, a, ids_a=range(10), ids_b=range(10)) == (0, 0, 1, 1, 10)
+
+
+def test_mcnemar_finds_partners_by_id():
+    a, b = flags(40, 9, 3, 8)
+    ids = np.array([f"image {i}" for i in range(60)])
+    order = np.random.default_rng(0).permutation(60)
+    direct = significance.mcnemar(a, b, ids_a=ids, ids_b=ids)
+    assert significance.mcnemar(a, b[order], ids_a=ids, ids_b=ids[order]) == direct
+
+
+def test_mcnemar_refuses_what_is_no_pair():
+    a, b = flags(3, 1, 1, 1)
+    with pytest.raises(
+        ValueError, match=r"5 only for the first and 6 only for the second.*Test both on one split"
+    ):
+        significance.mcnemar(a, b, ids_a=range(6), ids_b=[0, 1, 2, 3, 4, 6])
+    with pytest.raises(ValueError, match="3, 4, 5 only for the first and none only for the second"):
+        significance.mcnemar(a, b[:3], ids_a=range(6), ids_b=range(3))
+    with pytest.raises(ValueError, match="an id twice"):
+        significance.mcnemar(a, b, ids_a=[0, 0, 1, 2, 3, 4], ids_b=[0, 0, 1, 2, 3, 4])
+    with pytest.raises(ValueError, match=r"shapes \(6,\) and \(5,\)"):
+        significance.mcnemar(a, b, ids_a=range(5), ids_b=range(6))
+    with pytest.raises(ValueError, match="predicted == labels"):
+        significance.mcnemar(0.9 * a, b, ids_a=range(6), ids_b=range(6))
+
+
+def test_mid_p_is_of_its_level_and_exact_p_below():
+    rng, ids, found = np.random.default_rng(3), np.arange(100), []
+    for _ in range(TABLES):
+        # Students of equal accuracy that disagree on three images in ten.
+        counts = rng.multinomial(100, [0.6, 0.15, 0.15, 0.1])
+        found.append(significance.mcnemar(*flags(*counts), ids_a=ids, ids_b=ids))
+    mid, exact = np.mean([f.mid_p <= 0.05 for f in found]), np.mean([f.p <= 0.05 for f in found])
+    assert abs(mid - 0.05) <= 0.01
+    assert exact < mid
+    assert exact <= 0.05
+
+
+# As good as, no worse than.
+
+
+def test_equivalence_on_a_published_example():
+    # TOSTER's introduction takes bounds of ±0.5 for the sleep data and finds t = -1.272, df = 17.78, p = .89, against
+    # the lower, and -2.45, p = .012, against the upper; 90 % interval -3.0534 to -0.1066.
+    found = significance.equivalence(FIRST, SECOND, delta=0.5)
+    assert found.p == pytest.approx(stats.t.sf(-1.272, 17.776), abs=1e-4)
+    assert (found.low, found.high) == (pytest.approx(-3.0534, abs=1e-4), pytest.approx(-0.1066, abs=1e-4))
+    assert (found.difference, found.delta, found.n) == (pytest.approx(-1.58), 0.5, (10, 10))
+    upper = significance.non_inferiority(FIRST, SECOND, delta=0.5, higher_is_better=False)
+    assert upper.p == pytest.approx(stats.t.cdf(-2.45, 17.776), abs=1e-4)
+
+
+def test_non_inferiority_is_one_half_of_equivalence():
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        a, b = rng.normal(0, 1, 6), rng.normal(0.2, 2, 4)
+        p, (_, lower, _), (_, upper, _) = weightstats.ttost_ind(a, b, -0.7, 0.7, usevar="unequal")
+        higher = significance.non_inferiority(a, b, delta=0.7, higher_is_better=True)
+        less = significance.non_inferiority(a, b, delta=0.7, higher_is_better=False)
+        assert (higher.p, less.p) == (pytest.approx(lower), pytest.approx(upper))
+        assert significance.equivalence(a, b, delta=0.7).p == pytest.approx(p)
+
+
+def test_p_against_a_margin_agrees_with_the_interval():
+    rng, seen = np.random.default_rng(5), set()
+    for _ in range(200):
+        a, b = rng.normal(0, 1, (2, 5))
+        both = significance.equivalence(a, b, delta=1.2, alpha=0.1)
+        one = significance.non_inferiority(a, b, delta=1.2, alpha=0.1, higher_is_better=True)
+        assert (both.p <= 0.1) == (both.low >= -1.2 and both.high <= 1.2)
+        assert (one.p <= 0.1) == (one.low >= -1.2)
+        seen.add((both.p <= 0.1, one.p <= 0.1))
+    assert seen == {(True, True), (False, True), (False, False)}
+
+
+AT_THE_MARGIN = {
+    "equivalence": lambda a, b: significance.equivalence(a + 6, b, delta=6),
+    "lower is better": lambda a, b: significance.non_inferiority(a + 2, b, delta=2, higher_is_better=False),
+}
+
+
+@pytest.mark.parametrize("test", AT_THE_MARGIN.values(), ids=AT_THE_MARGIN)
+def test_at_the_margin_one_table_in_twenty_is_called_as_good(test):
+    draws = np.random.default_rng(6).normal(0, 1, (TABLES, 2, 5))
+    p = np.array([test(a, b).p for a, b in draws])
+    assert abs(np.mean(p <= 0.05) - 0.05) <= 0.01
+
+
+def test_margins_are_positive():
+    for delta in (0, -0.01, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="positive delta in the metric's unit"):
+            significance.equivalence(FIRST, SECOND, delta=delta)
+
+
+# Many arms.
+
+
+def test_holm_on_published_examples():
+    # The example of pingouin's documentation of `multicomp`, method "holm".
+    found = significance.holm({"a": 0.5, "b": 0.003, "c": 0.32, "d": 0.054, "e": 0.0003})
+    assert found == pytest.approx({"a": 0.64, "b": 0.012, "c": 0.64, "d": 0.162, "e": 0.0015})
+    assert list(found) == ["a", "b", "c", "d", "e"]
+    # Fifteen end points of a trial: Benjamini and Hochberg 1995, section 4, where procedures of this kind reject three.
+    p = [
+        0.0001,
+        0.0004,
+        0.0019,
+        0.0095,
+        0.0201,
+        0.0278,
+        0.0298,
+        0.0344,
+        0.0459,
+        0.324,
+        0.4262,
+        0.5719,
+        0.6528,
+        0.759,
+        1,
+    ]
+    adjusted = significance.holm({str(i): value for i, value in enumerate(p)})
+    assert [i for i, value in adjusted.items() if value <= 0.05] == ["0", "1", "2"]
+
+
+def test_holm_of_no_arms_and_of_what_is_no_p():
+    assert significance.holm({}) == {}
+    assert significance.holm({"kd": 0.04}) == {"kd": 0.04}
+    with pytest.raises(ValueError, match=r"between 0 and 1, got kd: 1\.5, fitnet: nan"):
+        significance.holm({"scratch": 0.5, "kd": 1.5, "fitnet": float("nan")})
+
+
+@pytest.mark.parametrize("sd", [1.0, 3.0])
+def test_welch_errs_in_one_table_of_twenty(sd):
+    rng = np.random.default_rng(7)
+    p = [significance.welch(rng.normal(0, 1, 5), rng.normal(0, sd, 5)).p for _ in range(TABLES)]
+    assert abs(np.mean(np.array(p) <= 0.05) - 0.05) <= 0.01
+
+
+@pytest.mark.usefixtures("quick_gc")
+@pytest.mark.parametrize("real", [0, 2, 4])
+def test_holm_errs_in_no_more_than_one_table_of_twenty(real):
+    # Five arms against one baseline, of which the first few really differ.
+    rng = np.random.default_rng(8)
+    arms = rng.normal(0, 1, (TABLES, 5, 5)) + 4 * (np.arange(5) < real)[:, None]
+    baseline = rng.normal(0, 1, (TABLES, 1, 5))
+    p = np.asarray(stats.ttest_ind(arms, baseline, axis=-1, equal_var=False).pvalue)
+    assert p[0, 0] == pytest.approx(significance.welch(arms[0, 0], baseline[0, 0]).p)
+    adjusted = np.array([[*significance.holm(dict(zip("abcde", row, strict=True))).values()] for row in p])
+    limit = 0.05 + monte_carlo(0.05)
+    assert np.mean((adjusted[:, real:] <= 0.05).any(1)) <= limit
+    assert np.mean((p[:, real:] <= 0.05).any(1)) > limit or real == 4  # what it is for
+    assert real == 0 or np.mean(adjusted[:, :real] <= 0.05) > 0.8
+
+
+# Sizes.
+
+
+def test_hedges_g_on_a_published_example():
+    # Borenstein, Hedges, Higgins and Rothstein, Introduction to meta-analysis, 2009, chapter 4: d = .5970, g = .5924.
+    a, b = with_moments(103, 5.5, 50), with_moments(100, 4.5, 50)
+    found = significance.hedges_g(a, b)
+    assert found.estimate == pytest.approx(0.5924, abs=1e-4)
+    assert found.n == 100
+    # The ends are the effects under which a t as large, or as small, has a probability of 2.5 %.
+    t = stats.ttest_ind(a, b).statistic
+    assert special.nctdtr(98, 5 * found.low, t) == pytest.approx(0.975, abs=1e-6)
+    assert special.nctdtr(98, 5 * found.high, t) == pytest.approx(0.025, abs=1e-6)
+
+
+@pytest.mark.parametrize("effect", [0.0, 1.5])
+def test_hedges_g_is_unbiased_and_its_interval_covers(effect):
+    rng = np.random.default_rng(9)
+    found = [significance.hedges_g(rng.normal(effect, 1, 5), rng.normal(0, 1, 5)) for _ in range(TABLES)]
+    g = np.array([f.estimate for f in found])
+    assert abs(g.mean() - effect) <= 3 * g.std() / TABLES**0.5
+    inside = np.mean([f.low <= effect <= f.high for f in found])
+    assert abs(inside - 0.95) <= monte_carlo(0.95)
+
+
+def test_seeds_needed_on_published_examples():
+    # Cohen 1988, table 2.4.1, two-sided .05, power .80: 64, 26 and 17 for d of .5, .8 and 1.
+    assert [significance.seeds_needed(1, d) for d in (0.5, 0.8, 1.0)] == [64, 26, 17]
+    # R's documentation, power.t.test(power = .90, delta = 1): n = 22.02110.
+    assert significance.seeds_needed(1, 1, power=0.9) == 23
+    # The unit does not matter, and three is the least that any test here accepts.
+    assert significance.seeds_needed(0.004, 0.002) == 64
+    assert significance.seeds_needed(0.001, 0.05) == 3
+
+
+def test_seeds_needed_are_the_fewest():
+    def power_of(n: int) -> float:
+        return float(stats.ncf.sf(stats.f.isf(alpha, 1, 2 * n - 2), 1, 2 * n - 2, n * delta**2 / 2))
+
+    for delta in (0.01, 0.1, 1.0, 2.5, 4.0):  # of an sd of one
+        for power, alpha in ((0.8, 0.05), (0.9, 0.01), (0.99, 0.001)):
+            n = significance.seeds_needed(1, delta, power=power, alpha=alpha)
+            assert power_of(n) >= power > power_of(n - 1)
+
+
+def test_so_many_seeds_find_the_difference_as_often_as_asked():
+    n, rng = significance.seeds_needed(1, 1.5), np.random.default_rng(10)
+    p = [significance.welch(rng.normal(1.5, 1, n), rng.normal(0, 1, n)).p for _ in range(TABLES)]
+    assert 0.8 - monte_carlo(0.8) <= np.mean(np.array(p) <= 0.05) <= 0.87
+
+
+def test_seeds_needed_refuses_what_has_no_answer():
+    for sd, delta in ((0, 1), (1, 0), (float("nan"), 1), (1, float("inf"))):
+        with pytest.raises(ValueError, match="positive sd and a positive delta"):
+            significance.seeds_needed(sd, delta)
+    with pytest.raises(ValueError, match="a power above alpha"):
+        significance.seeds_needed(1, 1, power=0.05)
+    with pytest.raises(ValueError, match="power is a fraction between 0 and 1, got 80"):
+        significance.seeds_needed(1, 1, power=80)
+
+
+# Misuse that all refuse alike.
+
+OF_TWO = {
+    "welch": significance.welch,
+    "equivalence": lambda a, b: significance.equivalence(a, b, delta=0.1),
+    "non_inferiority": lambda a, b: significance.non_inferiority(a, b, delta=0.1, higher_is_better=True),
+    "hedges_g": significance.hedges_g,
+}
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_refuses_two_repeats_and_what_is_not_finite(name):
+    with pytest.raises(ValueError, match=f"{name} needs three repeats or more in each arm, got 2 and 5"):
+        OF_TWO[name]([1, 2], [1, 2, 3, 4, 5])
+    with pytest.raises(ValueError, match=f"{name} needs finite numbers, got 1 that is not.*diverged"):
+        OF_TWO[name]([1, 2, 3], [1, 2, float("inf")])
+    with pytest.raises(ValueError, match=r"one number per repeat, got shape \(3, 1\) and \(3,\)"):
+        OF_TWO[name](np.ones((3, 1)), [1, 2, 3])
+
+
+@pytest.mark.parametrize("interval", [significance.t_interval, significance.bootstrap_interval])
+def test_intervals_refuse_them_too(interval):
+    with pytest.raises(ValueError, match="three repeats or more in each arm, got 2"):
+        interval([1, 2])
+    with pytest.raises(ValueError, match="got 2 that are not"):
+        interval([1, 2, 3, float("nan"), float("nan")])
+    with pytest.raises(
+        ValueError, match=r"confidence is a fraction between 0 and 1, got 95; five percent is 0\.05"
+    ):
+        interval([1, 2, 3], confidence=95)
+
+
+@pytest.mark.parametrize("name", ["equivalence", "non_inferiority", "hedges_g"])
+def test_no_spread_is_no_ground_to_judge_by(name):
+    with pytest.raises(ValueError, match=f"{name} found no spread in either arm"):
+        OF_TWO[name]([0.9, 0.9, 0.9], [0.85, 0.85, 0.85])
+    OF_TWO[name]([0.9, 0.9, 0.9], [0.84, 0.85, 0.86])  # one is enough

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kdjax.models.layers import Conv
+from kdjax.models.layers import Conv, batch_norm
 
 
 class Regressor(nn.Module):
@@ -56,7 +56,7 @@ class Regressor(nn.Module):
     ) -> Float[Array, "batch height width features"]:
         """Maps the student's features; training normalises by the batch and updates "batch_stats"."""
         x = Conv(self.features, 1, use_bias=False, dtype=self.dtype)(x)
-        return self.activation(_norm(self, train)()(x))
+        return self.activation(batch_norm(self, train=train)()(x))
 
 
 class Embedding(nn.Module):
@@ -154,7 +154,7 @@ class FactorTranslator(nn.Module):
         """Translates; training normalises by the batch and updates "batch_stats"."""
         for channels in (x.shape[-1], self.features, self.features):
             x = Conv(channels, 3, use_bias=False, dtype=self.dtype)(x)
-            x = nn.leaky_relu(_norm(self, train)()(x), 0.1)
+            x = nn.leaky_relu(batch_norm(self, train=train)()(x), 0.1)
         return x
 
 
@@ -254,7 +254,7 @@ class ReviewFusion(nn.Module):
           deeper: the mixture of the stage below; None at the deepest stage, which has no attention.
           train: normalise by the batch and update "batch_stats".
         """
-        norm = _norm(self, train)
+        norm = batch_norm(self, train=train)
         x = norm()(Conv(self.hidden, 1, use_bias=False, dtype=self.dtype, name="reduce")(x))
         if deeper is not None:
             enlarged = jax.image.resize(deeper, x.shape, method="nearest").astype(x.dtype)
@@ -262,13 +262,3 @@ class ReviewFusion(nn.Module):
             weights = nn.sigmoid(Conv(2, 1, dtype=self.dtype, name="attention")(both))
             x = x * weights[..., :1] + enlarged * weights[..., 1:]
         return norm()(Conv(self.features, 3, use_bias=False, dtype=self.dtype, name="expand")(x)), x
-
-
-def _norm(module: Any, train: bool) -> Callable[..., nn.Module]:
-    return functools.partial(
-        nn.BatchNorm,
-        use_running_average=not train,
-        momentum=0.9,
-        axis_name=module.axis_name,
-        dtype=module.dtype,
-    )

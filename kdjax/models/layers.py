@@ -163,6 +163,17 @@ class DepthwiseConv(nn.Module):
         return _with_bias(self, x, shape, form)
 
 
+def batch_norm(module: Any, *, train: bool) -> Callable[..., nn.Module]:
+    """Linen's BatchNorm in the network's ``dtype``, over its ``axis_name``, with statistics that move by a tenth."""
+    return functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,
+        axis_name=module.axis_name,
+        dtype=module.dtype,
+    )
+
+
 def _with_bias(module: Any, x: Array, shape: tuple[int, ...], form: Callable[[Array, Array], Array]) -> Array:
     kernel = module.param("kernel", module.kernel_init, shape, jnp.float32)
     bias = (

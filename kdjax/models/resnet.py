@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kdjax.models.layers import Conv
+from kdjax.models.layers import Conv, batch_norm
 from kdjax.types import Outputs
 
 
@@ -59,13 +59,7 @@ class ResNet(nn.Module):
     def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
         """Scores images; training normalises by the batch and updates "batch_stats"."""
         features = {}
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            axis_name=self.axis_name,
-            dtype=self.dtype,
-        )
+        norm = batch_norm(self, train=train)
         conv = functools.partial(Conv, use_bias=False, dtype=self.dtype)
         x = nn.relu(norm()(conv(self.channels[0], 3)(x)))
         features["stage0"] = x

@@ -107,7 +107,7 @@ def _legend(result: Result, rows: Sequence[Sequence[tables.Cell]]) -> str:
     said += ["↑ more is better, ↓ less is better."]
     if any(cell.small for cell in cells):
         said += [
-            f"p: Welch's test against {words.baseline_of(result)}, not corrected for the number of tests."
+            f"p: Welch's test against {words.baseline_of(result)}, with Holm's correction for the arms of a column."
         ]
         references = [arm for arm in result["arms"] if arm in words.REFERENCES]
         said += [f"The arm {arm} is a reference and is not tested." for arm in references]

@@ -24,8 +24,9 @@ def markdown_table(
 ) -> str:
     """Arms by metrics as a Markdown table: mean ± sd over n seeds, p of Welch's test against the baseline.
 
-    Fractions are printed as percent. The best mean of a column is bold only where Welch's p against the runner-up
-    is below .05. The teacher stands in the table but is neither tested nor bold.
+    The p of a column are corrected for their number by Holm's method. Fractions are printed as percent. The best mean
+    of a column is bold only where Welch's p against the runner-up is below .05. The teacher stands in the table but is
+    neither tested nor bold.
 
     Args:
       result: as read by :func:`kdjax.results.read`.
@@ -53,10 +54,11 @@ def table(
         if name is not None and name not in names:
             raise ValueError(f"{result['name']} has no {what} {name!r}; write one of {', '.join(names)}.")
     best = {metric: words.best_arm(result, metric) for metric in metrics}
+    tests = {metric: words.adjusted_p(result, metric, baseline) for metric in metrics}
     rows = []
     for arm, measured in result["arms"].items():
         n = max((len(values) for values in measured.values()), default=0)
-        cells = [_cell(result, arm, m, baseline)._replace(bold=best[m] == arm) for m in metrics]
+        cells = [_cell(result, arm, m, tests[m].get(arm))._replace(bold=best[m] == arm) for m in metrics]
         rows.append([Cell(arm), Cell(str(n)), *cells])
     return ["arm", "n", *map(_heading, metrics)], rows
 
@@ -67,7 +69,7 @@ def _heading(name: str) -> str:
     return words.axis_title(metric) + arrow
 
 
-def _cell(result: Result, arm: str, name: str, baseline: str | None) -> Cell:
+def _cell(result: Result, arm: str, name: str, p: float | None) -> Cell:
     if name not in result["arms"][arm]:
         return Cell("\N{EN DASH}")
     metric, decimals = words.metric_of(name), words.decimals_of(result, name)
@@ -77,8 +79,7 @@ def _cell(result: Result, arm: str, name: str, baseline: str | None) -> Cell:
     text = words.number(mean, decimals)
     if n > 1 and (decimals or np.ptp(values) > 0):
         text += f" ± {words.number(sd, decimals)}"
-    test = None if arm == baseline or arm in words.REFERENCES else words.welch(result, name, arm, baseline)
-    return Cell(text, "" if test is None else words.p_text(test.p))
+    return Cell(text, "" if p is None else words.p_text(p))
 
 
 def _markdown_cell(cell: Cell) -> str:

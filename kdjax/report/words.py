@@ -149,6 +149,13 @@ def welch(result: Result, metric: str | None, a: str, b: str | None) -> signific
     return significance.welch(*values)
 
 
+def adjusted_p(result: Result, metric: str, baseline: str | None) -> dict[str, float]:
+    """Welch's p of every arm that competes with the baseline on a metric, corrected by Holm for their number."""
+    arms = [arm for arm in _competitors(result, metric) if arm != baseline]
+    tests = {arm: welch(result, metric, arm, baseline) for arm in arms}
+    return significance.holm({arm: test.p for arm, test in tests.items() if test is not None})
+
+
 def measured(result: Result) -> list[str]:
     """All metrics of the arms, in order of appearance."""
     return list(dict.fromkeys(metric for metrics in result["arms"].values() for metric in metrics))

@@ -1,0 +1,36 @@
+"""How a network fares on corrupted images, with noisy weights, and under attack.
+
+::
+
+    assess = robustness.make_assessor(apply_fn, images, labels, mean=mean, std=std, batch_size=360, devices=devices)
+    assess(params, model_state, jax.random.key(0))  # {"clean": .98, "gaussian_noise/1": .97, ..., "pgd/8": .41}
+
+A corruption is a pure function ``(images, strength, keys) -> images`` of images in [0, 1] with any number of channels
+and any size; :data:`CORRUPTIONS` gives each one five strengths. ``CORRUPTIONS["contrast"](images, 3, key)`` is severity
+3. The constants of Gaussian noise, Gaussian blur, contrast and JPEG are those of CIFAR-10-C. Their lengths are in
+pixels of a 32x32 picture and are *not* scaled, so the same blur takes more from an 8x8 digit; a data set of larger
+pictures needs strengths of its own, ``dataclasses.replace(corruption, strengths=...)``.
+
+Randomness hangs on the key and the example's index, so that an image meets the same noise, in growing strength, at all
+severities, in every batch and on every device. Wrong labels in training are :func:`kdjax.data.with_label_noise`.
+
+References:
+  Hendrycks and Dietterich, `Benchmarking Neural Network Robustness to Common Corruptions and Perturbations
+  <https://arxiv.org/abs/1903.12261>`_, 2019, section 4; the constants are those of ``make_cifar_c.py`` in
+  https://github.com/hendrycks/robustness.
+"""
+
+from kdjax.robustness.assessor import make_assessor as make_assessor
+from kdjax.robustness.attacks import EPSILONS as EPSILONS
+from kdjax.robustness.attacks import WEIGHT_NOISE as WEIGHT_NOISE
+from kdjax.robustness.attacks import fgsm as fgsm
+from kdjax.robustness.attacks import perturb_weights as perturb_weights
+from kdjax.robustness.attacks import pgd as pgd
+from kdjax.robustness.corruptions import CORRUPTIONS as CORRUPTIONS
+from kdjax.robustness.corruptions import Corruption as Corruption
+from kdjax.robustness.corruptions import contrast as contrast
+from kdjax.robustness.corruptions import gaussian_blur as gaussian_blur
+from kdjax.robustness.corruptions import gaussian_noise as gaussian_noise
+from kdjax.robustness.corruptions import jpeg as jpeg
+from kdjax.robustness.corruptions import occlusion as occlusion
+from kdjax.robustness.corruptions import translation as translation

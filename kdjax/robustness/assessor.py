@@ -1,0 +1,249 @@
+"""All disturbances of one network, in few compiled programs."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from kdjax import data, evaluate, parallel
+from kdjax.robustness.attacks import EPSILONS, WEIGHT_NOISE, ascend, margin, offset, perturb_weights
+from kdjax.robustness.corruptions import CORRUPTIONS, Corruption, check_severities
+from kdjax.types import ApplyFn, ModelState, Params
+
+
+def make_assessor(
+    apply_fn: ApplyFn,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int,
+    devices: Sequence[jax.Device],
+    corruptions: Mapping[str, Corruption] = CORRUPTIONS,
+    severities: Sequence[int] = (1, 2, 3, 4, 5),
+    weight_noise: Sequence[float] = WEIGHT_NOISE,
+    draws: int = 5,
+    epsilons: Sequence[float] = EPSILONS,
+    pgd_steps: int = 20,
+    pgd_step_size: float = 0.25,
+    metrics: Sequence[str] = ("accuracy",),
+    progress: Callable[[int, int], None] | None = None,
+) -> Callable[[Params, ModelState, Array], dict[str, float]]:
+    """Builds a function of the weights that returns what is left of a network's metrics under each disturbance.
+
+    The network is compiled twice, once forward for all corruptions and weights, once with its gradient for all attacks,
+    and not again for other weights. A corrupted image is cut to 8 bits as in CIFAR-10-C, an attacked one is not.
+
+    Args:
+      apply_fn: the network; called with ``train=False``.
+      images: uint8[n, height, width, channels], the test split.
+      labels: int[n], true classes.
+      mean: of the normalisation that the network expects, per channel on the scale [0, 1].
+      std: likewise.
+      batch_size: examples per call over all devices; changes memory and speed, not the answer.
+      devices: of this process.
+      corruptions: by name; an empty mapping leaves them out.
+      severities: of every corruption.
+      weight_noise: deviations for :func:`perturb_weights`; an empty sequence leaves it out.
+      draws: of the weights, over which each metric is averaged; the same draws for every deviation.
+      epsilons: largest change of a pixel by an attack, in grey levels of 255; an empty sequence leaves attacks out.
+      pgd_steps: of :func:`pgd`.
+      pgd_step_size: of each, as a part of epsilon; 1/4 as Madry et al. on CIFAR-10.
+      metrics: which of those of :func:`kdjax.evaluate.summarise` to return.
+      progress: called as ``progress(done, total)`` after every pass over the images.
+
+    Returns:
+      ``(params, model_state, key) -> {name: value}`` with plain floats, accuracy under the names "clean",
+      "gaussian_noise/3" (severity), "mean_corruption" (over all of ``corruptions`` and ``severities``; the mean
+      corruption error of CIFAR-10-C has other corruptions and is relative to a baseline),
+      "weight_noise/0.1" (deviation), "fgsm/8" and "pgd/8" (grey levels), and another metric under the same name with
+      its own behind it, "gaussian_noise/3/ece".
+
+    Raises:
+      ValueError: if images, labels and normalisation do not fit together, or a setting is out of range.
+    """
+    _check_data(images, labels, mean, std)
+    _check_settings(severities, corruptions, weight_noise, draws, epsilons, pgd_steps, pgd_step_size)
+    resident = {"image": images, "label": np.asarray(labels, np.int32), "key": jax.random.key(0)}
+    resident = parallel.replicate(resident, devices)
+    size = {"ids": np.arange(len(images)), "batch_size": batch_size, "devices": devices}
+    scale = {"mean": mean, "std": std}
+    corrupted = {
+        (name, severity): changes
+        for name, corruption in corruptions.items()
+        for severity, changes in _corrupted(corruption, images, severities)
+    }
+    corrupted_sums = _corruption_evaluator(apply_fn, resident, corruptions, scale, size)
+    attacked_sums = _attack_evaluator(apply_fn, resident, scale, size)
+    perturb = jax.jit(perturb_weights)
+    attacks = (("fgsm", 1, 1.0, False), ("pgd", pgd_steps, pgd_step_size, True))
+
+    def passes(params, model_state, key) -> Iterator[tuple[str, dict[str, Any]]]:
+        image_key, weight_key = jax.random.split(key)
+        arrays = resident | parallel.replicate({"key": image_key}, devices)
+        yield "clean", corrupted_sums(params, model_state, arrays)
+        for (name, severity), changes in corrupted.items():
+            yield f"{name}/{severity}", corrupted_sums(params, model_state, arrays, name, changes)
+        for sigma, draw in itertools.product(weight_noise, range(draws)):
+            noisy = perturb(params, np.float32(sigma), jax.random.fold_in(weight_key, draw))
+            yield f"weight_noise/{sigma:g}", corrupted_sums(noisy, model_state, arrays)
+        for (name, steps, part, start), epsilon in itertools.product(attacks, epsilons):
+            how = _how(epsilon / 255, steps, part * epsilon / 255, start)
+            yield f"{name}/{epsilon:g}", attacked_sums(params, model_state, arrays | how)
+
+    total = 1 + len(corrupted) + len(weight_noise) * draws + 2 * len(epsilons)
+
+    def assess(params: Params, model_state: ModelState, key: Array) -> dict[str, float]:
+        found: dict[str, list[dict[str, float]]] = {}
+        for done, (name, sums) in enumerate(passes(params, model_state, key), 1):
+            found.setdefault(name, []).append(_chosen(evaluate.summarise(sums), metrics))
+            if progress is not None:
+                progress(done, total)
+        if corrupted:
+            found["mean_corruption"] = [found[f"{name}/{severity}"][0] for name, severity in corrupted]
+        return {
+            name if metric == "accuracy" else f"{name}/{metric}": math.fsum(s[metric] for s in scores)
+            / len(scores)
+            for name, scores in found.items()
+            for metric in metrics
+        }
+
+    return assess
+
+
+def _corruption_evaluator(
+    apply_fn: ApplyFn,
+    resident: dict[str, Any],
+    corruptions: Mapping[str, Corruption],
+    scale: dict[str, Any],
+    size: dict[str, Any],
+) -> Callable[..., dict[str, Any]]:
+    """Builds ``(params, model_state, arrays, name, changes) -> sums``: one program for all corruptions and none."""
+    names = [name for name, corruption in corruptions.items() if not corruption.on_host]
+    functions = [_unchanged, *(corruptions[name].function for name in names)]
+    number = {name: np.int32(i) for i, name in enumerate(names, 1)}
+    plain = {"function": np.int32(0), "strength": np.float32(0)}
+
+    def make_batch(arrays, index):
+        x, keys = _pixels(arrays, index)
+        x = jax.lax.switch(arrays["function"], functions, x, arrays["strength"], keys)
+        return {"image": data.normalise(_levels(x), **scale), "label": arrays["label"][index]}
+
+    sums_of = evaluate.make_evaluator(apply_fn, make_batch, resident | plain, **size)
+
+    def run(params, model_state, arrays, name="", changes: Mapping[str, Any] = plain):
+        if "image" in changes:
+            changes = parallel.replicate(changes, size["devices"])
+        how = plain | {"function": number.get(name, plain["function"])}
+        return sums_of(params, model_state, arrays | how | changes)
+
+    return run
+
+
+def _attack_evaluator(
+    apply_fn: ApplyFn, resident: dict[str, Any], scale: dict[str, Any], size: dict[str, Any]
+) -> Callable[..., dict[str, Any]]:
+    """Builds ``(params, model_state, arrays) -> sums`` where ``arrays`` hold what :func:`_how` returns."""
+
+    def make_batch(arrays, index):
+        x, keys = _pixels(arrays, index)
+        label = arrays["label"][index]
+        return {"image": {"x": x, "keys": keys, "label": label, **arrays["attack"]}, "label": label}
+
+    def attacked(params, model_state, inputs, *, train, key=None):
+        x, epsilon = inputs["x"], inputs["epsilon"]
+        loss = functools.partial(margin, apply_fn, params, model_state, label=inputs["label"], **scale)
+        first = x + inputs["start"] * epsilon * offset(inputs["keys"], x)
+        x = ascend(loss, x, first, epsilon=epsilon, steps=inputs["steps"], step_size=inputs["step_size"])
+        return apply_fn(params, model_state, data.normalise(255 * x, **scale), train=train)
+
+    return evaluate.make_evaluator(attacked, make_batch, resident | _how(0.0, 1, 0.0, False), **size)
+
+
+def _how(epsilon: float, steps: int, step_size: float, start: bool) -> dict[str, Any]:
+    """An attack as arguments of the program that runs every one; ``start`` says whether it starts at random."""
+    numbers = {"epsilon": np.float32(epsilon), "step_size": np.float32(step_size), "start": np.float32(start)}
+    return {"attack": numbers | {"steps": np.int32(steps)}}
+
+
+def _corrupted(
+    corruption: Corruption, images: np.ndarray, severities: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Per severity the strength, or the corrupted images themselves if that is the host's work."""
+    for severity in severities:
+        strength = corruption.strengths[severity - 1]
+        if corruption.on_host:
+            corrupted = corruption.function(jnp.asarray(images, jnp.float32) / 255, strength, None)
+            yield severity, {"image": np.asarray(_levels(corrupted)).astype(np.uint8)}
+        else:
+            yield severity, {"strength": np.float32(strength)}
+
+
+def _pixels(arrays: Mapping[str, Any], index: Array) -> tuple[Array, Array]:
+    """Images in [0, 1] and a key for each, which depends on its index and not on its batch."""
+    return arrays["image"][index].astype(jnp.float32) / 255, data.example_keys(arrays["key"], index)
+
+
+def _unchanged(images: Array, strength: Array, keys: Array) -> Array:
+    del strength, keys
+    return images
+
+
+def _levels(images: Array) -> Array:
+    """Images in [0, 1] as whole grey levels, cut and not rounded; a rounding error below one still reaches it."""
+    return jnp.floor(255 * images + 1e-3)
+
+
+def _chosen(scores: Mapping[str, float], metrics: Sequence[str]) -> dict[str, float]:
+    for metric in metrics:
+        if metric not in scores:
+            raise ValueError(f"there is no metric {metric!r}; there are {', '.join(scores)}.")
+    return {metric: scores[metric] for metric in metrics}
+
+
+def _check_data(
+    images: np.ndarray, labels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(
+            f"images must be uint8 of shape [n, height, width, channels], got {images.dtype} of shape {images.shape}."
+        )
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{len(images)} images need as many labels, got labels of shape {labels.shape}.")
+    if not len(mean) == len(std) == images.shape[-1]:
+        raise ValueError(
+            f"mean and std need one number for each of the {images.shape[-1]} channels, got {mean} and {std}."
+        )
+
+
+def _check_settings(
+    severities: Sequence[int],
+    corruptions: Mapping[str, Corruption],
+    weight_noise: Sequence[float],
+    draws: int,
+    epsilons: Sequence[float],
+    pgd_steps: int,
+    pgd_step_size: float,
+) -> None:
+    check_severities(severities, corruptions)
+    if corruptions and not severities:
+        raise ValueError("severities must name at least one; for no corruption pass corruptions={}.")
+    if any(sigma < 0 for sigma in weight_noise):
+        raise ValueError(f"weight_noise takes deviations of 0 or more, got {tuple(weight_noise)}.")
+    if draws < 1:
+        raise ValueError(f"draws must be 1 or more, got {draws}; for no weight noise pass weight_noise=().")
+    if any(not 0 <= epsilon <= 255 for epsilon in epsilons):
+        raise ValueError(
+            f"epsilons are grey levels between 0 and 255, got {tuple(epsilons)}; 8 is the usual one for CIFAR-10."
+        )
+    if pgd_steps < 1 or pgd_step_size <= 0:
+        raise ValueError(
+            f"pgd needs 1 step or more of a size above 0, got pgd_steps={pgd_steps}, pgd_step_size={pgd_step_size}."
+        )

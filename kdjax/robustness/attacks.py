@@ -1,0 +1,159 @@
+"""What is done to a network's weights, by chance, and to its images, on purpose.
+
+Attacks know the network and follow its gradient, taken in reverse mode, the one that kdjax's convolutions have. They
+measure this network only as far as that gradient is of use.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from kdjax import data
+from kdjax.types import ApplyFn, ModelState, Params, Scalar
+
+WEIGHT_NOISE = (0.02, 0.05, 0.1, 0.2, 0.4)
+"""Deviations for :func:`perturb_weights`, our own: from what hardly any network notices to what most do."""
+
+EPSILONS = (2.0, 4.0, 8.0, 16.0)
+"""Sizes of attacks in grey levels of 255; 8 is the usual one for CIFAR-10 (Madry et al. 2018, section 5)."""
+
+
+def perturb_weights(params: Params, sigma: Scalar, key: Key[Array, ""]) -> Params:
+    """Multiplies every parameter by ``1 + sigma * normal``, as the tolerances of analogue hardware would.
+
+    Args:
+      params: the parameters; statistics of BatchNorm are not among them and stay as they are.
+      sigma: relative standard deviation.
+      key: a draw; the same key gives the same directions at every ``sigma``.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    if not leaves:
+        return params
+    # One draw for all leaves, cut up: a draw of each would take half a second each to compile.
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    noise = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
+    noisy = [
+        (leaf * (1 + sigma * n.reshape(leaf.shape))).astype(leaf.dtype)
+        for leaf, n in zip(leaves, noise, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+def fgsm(
+    apply_fn: ApplyFn,
+    params: Params,
+    model_state: ModelState,
+    images: Float[Array, "batch height width channels"],
+    label: Int[Array, " batch"],
+    *,
+    epsilon: Scalar,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Float[Array, "batch height width channels"]:
+    """One step of ``epsilon`` along the sign of the loss's gradient, kept in [0, 1]: the fast gradient sign method.
+
+    Args:
+      apply_fn: the network; called with ``train=False``, so BatchNorm uses its stored statistics.
+      params: its parameters.
+      model_state: its statistics.
+      images: in [0, 1].
+      label: true classes, which the attack moves away from.
+      epsilon: largest change of a pixel, on the scale [0, 1].
+      mean: of the normalisation that the network expects, through which the gradient is taken.
+      std: likewise.
+
+    References:
+      Goodfellow et al., `Explaining and Harnessing Adversarial Examples <https://arxiv.org/abs/1412.6572>`_, 2015,
+      section 4.
+    """
+    loss = functools.partial(margin, apply_fn, params, model_state, label=label, mean=mean, std=std)
+    return ascend(loss, images, images, epsilon=epsilon, steps=1, step_size=epsilon)
+
+
+def pgd(
+    apply_fn: ApplyFn,
+    params: Params,
+    model_state: ModelState,
+    images: Float[Array, "batch height width channels"],
+    label: Int[Array, " batch"],
+    keys: Key[Array, " batch"],
+    *,
+    epsilon: Scalar,
+    steps: int | Int[Array, ""],
+    step_size: Scalar,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Float[Array, "batch height width channels"]:
+    """Steps along the sign of the loss's gradient from a random start, each projected back: projected gradient descent.
+
+    What is returned is the last step, within ``epsilon`` of the image in every pixel, and in [0, 1].
+
+    Args:
+      apply_fn: the network; called with ``train=False``, so BatchNorm uses its stored statistics.
+      params: its parameters.
+      model_state: its statistics.
+      images: in [0, 1].
+      label: true classes, which the attack moves away from.
+      keys: one per image, for its start, uniform within ``epsilon``.
+      epsilon: largest change of a pixel, on the scale [0, 1].
+      steps: how many.
+      step_size: of each, on the scale [0, 1].
+      mean: of the normalisation that the network expects, through which the gradient is taken.
+      std: likewise.
+
+    References:
+      Madry et al., `Towards Deep Learning Models Resistant to Adversarial Attacks
+      <https://arxiv.org/abs/1706.06083>`_, 2018, section 2.1; 20 steps of epsilon / 4 in section 5.
+    """
+    loss = functools.partial(margin, apply_fn, params, model_state, label=label, mean=mean, std=std)
+    start = images + epsilon * offset(keys, images)
+    return ascend(loss, images, start, epsilon=epsilon, steps=steps, step_size=step_size)
+
+
+def offset(keys: Key[Array, " batch"], images: Array) -> Array:
+    """Where an attack starts, per pixel and uniform in [-1, 1]: in units of its size."""
+    return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], minval=-1, maxval=1))(keys)
+
+
+def ascend(
+    loss: Callable[[Array], Array],
+    images: Array,
+    start: Array,
+    *,
+    epsilon: Scalar,
+    steps: int | Array,
+    step_size: Scalar,
+) -> Array:
+    """Climbs ``loss`` by signed steps from ``start``, within ``epsilon`` of ``images`` and in [0, 1]."""
+    lowest, highest = jnp.clip(images - epsilon, 0, 1), jnp.clip(images + epsilon, 0, 1)
+
+    def step(_, x):
+        return jnp.clip(x + step_size * jnp.sign(jax.grad(loss)(x)), lowest, highest)
+
+    return jax.lax.fori_loop(0, steps, step, jnp.clip(start, lowest, highest))
+
+
+def margin(
+    apply_fn: ApplyFn,
+    params: Params,
+    model_state: ModelState,
+    images: Array,
+    *,
+    label: Array,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Array:
+    """Sum over the batch of m, where the cross-entropy is log(1 + exp(m)).
+
+    It rises with m, so the signs of both gradients are the same; but that of the cross-entropy rounds off where the
+    network is sure, and an attack that follows it then finds nothing.
+    """
+    inputs = data.normalise(255 * images, mean=mean, std=std)
+    logits = apply_fn(params, model_state, inputs, train=False, key=None)[0].logits.astype(jnp.float32)
+    true = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)
+    others = jax.nn.logsumexp(jnp.where(true, -jnp.inf, logits), axis=-1)
+    return jnp.sum(others - jnp.sum(jnp.where(true, logits, 0), axis=-1))
