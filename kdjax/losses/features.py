@@ -422,7 +422,7 @@ def masked_generation(
 
     ::
 
-        aligned = features @ align                                    # to the teacher's channels, where they differ
+        aligned = features @ align  # to the teacher's channels, where they differ
         generated = generator.apply(variables, losses.mask_positions(key, aligned, fraction=0.5))
         loss = jnp.mean(losses.masked_generation(generated, teacher_features))
 
