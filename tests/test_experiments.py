@@ -140,7 +140,7 @@ def bad_npz(path, classes):
             "--method=attention_transfer compares maps.*online or views",
         ),
         (["--method=hint", "--student=mlp"], "--method=hint compares middle of both.*the student has none"),
-        (["--method=hint", "--student=resnet8"], "--method=hint cannot compare these networks"),
+        (["--method=hint", "--student=keras_student"], "--method=hint cannot compare these networks"),
         (
             ["--method=decoupled_kl", "--mixup=0.2", "--teacher_mode=online"],
             "--method=decoupled_kl reads one label per image",
@@ -227,7 +227,7 @@ class TestWorkdir:
         network = common.build("digits_teacher", task)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 10**5))
         with pytest.raises(ValueError, match=r"needs about \d+ MiB .*has 0 MiB left"):
-            common.check_disk(task, tmp_path, {network: 3})
+            common.check_disk(task, tmp_path, {network: 3}, column_bytes=10**6)
 
     def test_a_disk_that_fills_up_ends_in_a_sentence_and_can_go_on(self, tmp_path):
         # No file may grow beyond 3,000 bytes: the operating system's error in the middle of a write is real.
