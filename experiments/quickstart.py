@@ -76,6 +76,7 @@ def main() -> None:
     for arm, objective in (("scratch", scratch), ("kd", kd)):
         trainer = common.make_trainer(few, student, objective, student_recipe, taught)
         arms[arm] = [trainer(seed, workdir / arm / str(seed), f"{arm}, seed {seed}") for seed in seeds]
+    disturbed = common.robustness_of(few, arms, workdir / "robustness")
     result = common.conclude(
         workdir,
         "quickstart",
@@ -86,6 +87,8 @@ def main() -> None:
         settings=settings,
         wall_clock_s=time.monotonic() - start,
         scaled_down="8x8 images; one teacher" + (", two epochs (smoke)" if SMOKE.value else ""),
+        robustness=disturbed,
+        costs=common.costs_of(few, arms),
     )
     if OUTPUT.value:
         results.write(OUTPUT.value, result)

@@ -9,8 +9,11 @@ from flax import serialization
 
 from kdjax import transforms
 
-TRANSFORMS = {"parameter_ema": lambda: transforms.parameter_ema(0.9)}
-TARGET = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0)}
+TRANSFORMS = {
+    "parameter_ema": lambda: transforms.parameter_ema(0.9),
+    "max_norm": lambda: transforms.max_norm(10.0),
+}
+TARGET = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0), "c": jnp.array([[1.0, 2.0], [3.0, -4.0]])}
 
 
 def start(dtype):
@@ -60,7 +63,7 @@ class TestConforms:
         "wrap",
         [
             lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
-            lambda tx: optax.masked(tx, {"a": True, "b": True}),
+            lambda tx: optax.masked(tx, {"a": True, "b": True, "c": True}),
             lambda tx: optax.apply_if_finite(tx, 3),
         ],
         ids=["MultiSteps", "masked", "apply_if_finite"],
@@ -115,5 +118,44 @@ class TestParameterEma:
 
     def test_says_that_it_needs_parameters(self):
         tx = transforms.parameter_ema(0.9)
+        with pytest.raises(ValueError, match="update\\(updates, state, params\\)"):
+            tx.update(jnp.zeros(2), tx.init(jnp.zeros(2)))
+
+
+class TestMaxNorm:
+    def test_is_the_projection_of_each_unit(self):
+        rng = np.random.default_rng(0)
+        for shape in [(5, 7), (3, 3, 2, 7)]:
+            params = jnp.asarray(rng.normal(size=shape), jnp.float32)
+            updates = jnp.asarray(rng.normal(size=shape), jnp.float32)
+            tx = transforms.max_norm(2.5)
+            limited, _ = tx.update(updates, tx.init(params), params)
+            wanted = jax.vmap(lambda w: optax.projections.projection_l2_ball(w, 2.5), -1, -1)(
+                params + updates
+            )
+            np.testing.assert_allclose(params + limited, wanted, rtol=1e-5, atol=1e-6)
+
+    def test_leaves_units_inside_and_biases_bit_for_bit(self):
+        params = {"kernel": jnp.array([[3.0, 0.1], [4.0, 0.1]]), "bias": jnp.full(2, 9.0)}
+        updates = {"kernel": jnp.full((2, 2), 1 / 3), "bias": jnp.full(2, 1 / 3)}
+        tx = transforms.max_norm(1.0)
+        limited, _ = tx.update(updates, tx.init(params), params)
+        np.testing.assert_array_equal(limited["kernel"][:, 1], updates["kernel"][:, 1])
+        np.testing.assert_array_equal(limited["bias"], updates["bias"])
+        new = params["kernel"] + limited["kernel"]
+        np.testing.assert_allclose(jnp.linalg.norm(new[:, 0]), 1.0, rtol=1e-6)
+
+    def test_zero_weights_stay_finite(self):
+        tx = transforms.max_norm(1.0)
+        limited, _ = tx.update(jnp.zeros((2, 2)), tx.init(jnp.zeros((2, 2))), jnp.zeros((2, 2)))
+        np.testing.assert_array_equal(limited, 0)
+
+    @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+    def test_refuses_a_limit_that_is_none(self, limit):
+        with pytest.raises(ValueError, match="limit above 0"):
+            transforms.max_norm(limit)
+
+    def test_says_that_it_needs_parameters(self):
+        tx = transforms.max_norm(1.0)
         with pytest.raises(ValueError, match="update\\(updates, state, params\\)"):
             tx.update(jnp.zeros(2), tx.init(jnp.zeros(2)))

@@ -7,6 +7,8 @@ from experiments.common.arms import BASIC as BASIC
 from experiments.common.arms import Arm as Arm
 from experiments.common.arms import check_methods as check_methods
 from experiments.common.arms import make_arm as make_arm
+from experiments.common.assessing import costs_of as costs_of
+from experiments.common.assessing import robustness_of as robustness_of
 from experiments.common.launching import claim_workdir as claim_workdir
 from experiments.common.launching import launch as launch
 from experiments.common.launching import say as say

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.common.launching import say
 from experiments.common.teachers import Teacher
 from experiments.common.training import Trained
-from kdjax import report, results, significance
+from kdjax import evaluate, report, results, significance
 
 CURVES = {"loss": "training_loss", "validation_accuracy": "validation_accuracy"}
 TABLE = (
@@ -33,7 +34,9 @@ def conclude(
     wall_clock_s: float,
     settings: Mapping[str, Any],
     scaled_down: str,
+    metrics: Sequence[str] = TABLE,
     notes: Sequence[str] = (),
+    **optional: Any,
 ) -> dict[str, Any]:
     """Writes results.json, figure.png and report.html of finished arms, and says in the last lines what was found.
 
@@ -43,16 +46,15 @@ def conclude(
       question: that it answers.
       arms: arm → one finished training per seed.
       arm_seeds: arm → its seeds; those of the baseline are the result's.
-      baseline: the arm that the others are compared with, by Welch's test of test accuracy in the last epoch.
+      baseline: the arm that the others are compared with, by Welch's test of the first of ``metrics``.
       wall_clock_s: of the whole run.
       settings: every flag.
       scaled_down: what is smaller than in the study that the experiment follows.
+      metrics: what the terminal shows; the one that decides comes first.
       notes: for the reader of the report.
+      **optional: further fields of the result, such as ``robustness`` and ``costs``.
     """
-    histories = {
-        arm: [t.fitted.history if isinstance(t, Trained) else t.history for t in runs]
-        for arm, runs in arms.items()
-    }
+    totals = {arm: _total([run.sums for run in runs]) for arm, runs in arms.items()}
     result = results.make(
         name,
         question=question,
@@ -61,30 +63,40 @@ def conclude(
         arm_seeds={arm: list(s) for arm, s in arm_seeds.items() if list(s) != list(arm_seeds[baseline])},
         arms={arm: {m: [t.metrics[m] for t in runs] for m in runs[0].metrics} for arm, runs in arms.items()},
         curves={
-            arm: {name: [[record.get(m) for record in h] for h in runs] for m, name in CURVES.items()}
-            for arm, runs in histories.items()
-            if runs[0]
+            arm: {name: [[record.get(m) for record in t.history] for t in runs] for m, name in CURVES.items()}
+            for arm, runs in arms.items()
+            if runs[0].history
         },
-        comparisons=_comparisons(arms, baseline),
+        comparisons=_comparisons(arms, baseline, metrics[0]),
+        calibration={arm: evaluate.reliability(sums) for arm, sums in totals.items()},
+        confusion={arm: sums["confusion"].astype(int).tolist() for arm, sums in totals.items()},
         wall_clock_s=wall_clock_s,
         scaled_down=scaled_down,
         notes=list(notes),
+        **optional,
     )
     if jax.process_index() == 0:
         results.write(workdir / "results.json", result)
         report.save_figure(workdir / "figure.png", result)
         report.page(result, path=workdir / "report.html", title=name)
-    say(f"\n{report.markdown_table(result, metrics=TABLE)}\n")
+    say(f"\n{report.markdown_table(result, metrics=metrics)}\n")
     say(report.finding(result))
     say(f"Checkpoints, results.json, figure.png and report.html are in {workdir}/.")
     return result
 
 
-def _comparisons(arms: Mapping[str, Sequence[Trained | Teacher]], baseline: str) -> list[dict[str, Any]]:
+def _total(sums: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The sums of several runs of an arm as one."""
+    return {name: np.sum([np.asarray(run[name]) for run in sums], axis=0) for name in sums[0]}
+
+
+def _comparisons(
+    arms: Mapping[str, Sequence[Trained | Teacher]], baseline: str, metric: str
+) -> list[dict[str, Any]]:
     found = []
     for arm, runs in arms.items():
         if arm in (baseline, "teacher") or min(len(runs), len(arms[baseline])) < 3:
             continue
-        a, b = ([t.metrics["accuracy"] for t in arms[key]] for key in (arm, baseline))
-        found.append({"metric": "accuracy", "a": arm, "b": baseline, **significance.welch(a, b)._asdict()})
+        a, b = ([t.metrics[metric] for t in arms[key]] for key in (arm, baseline))
+        found.append({"metric": metric, "a": arm, "b": baseline, **significance.welch(a, b)._asdict()})
     return found

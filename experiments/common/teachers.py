@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.common.launching import bar
 from experiments.common.tasks import Task
@@ -23,6 +24,7 @@ class Teacher(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     metrics: dict[str, float]
+    sums: dict[str, np.ndarray]  # on the test split, from which the metrics follow
     history: list[dict[str, float]]
 
 
@@ -50,8 +52,9 @@ def train_teacher(
     }
     if jax.process_index() == 0:
         files.write_json(directory / "network.json", description)
-    fitted = trained.fitted
-    return Teacher(name, module, fitted.last, task.mean, task.std, trained.metrics, fitted.history)
+    return Teacher(
+        name, module, trained.weights, task.mean, task.std, trained.metrics, trained.sums, trained.history
+    )
 
 
 def load_teacher(task: Task, directory: str, **fields) -> Teacher:
@@ -86,7 +89,7 @@ def load_teacher(task: Task, directory: str, **fields) -> Teacher:
     mean, std = tuple(there["mean"]), tuple(there["std"])
     _, evaluation_batch = make_batches(task._replace(mean=mean, std=std), Recipe(1, 1, 0.0), Taught())
     sums = make_evaluator(task, apply_fn, evaluation_batch, {"data": task.arrays}, "test")(*weights)
-    return Teacher(there["model"], module, weights, mean, std, evaluate.summarise(sums), [])
+    return Teacher(there["model"], module, weights, mean, std, evaluate.summarise(sums), sums, [])
 
 
 def taught_by(

@@ -49,6 +49,7 @@ class Recipe(NamedTuple):
     padding: int = 0  # pixels of the random crop
     flip: bool = False
     mixup: float = 0.0
+    max_norm: float = 0.0  # of the incoming weights of a unit; 0 leaves them free
     evaluate_every: int = 1
     steps_per_dispatch: int = 32
     save_every_s: float = 60.0
@@ -67,6 +68,8 @@ def make_optimizer(recipe: Recipe, *, steps: int) -> optax.GradientTransformatio
     """The recipe's Optax chain for a run of ``steps`` batches."""
     updates = steps // recipe.accumulate
     tx = OPTIMIZERS[recipe.optimizer](recipe, SCHEDULES[recipe.schedule](recipe.learning_rate, updates))
+    if recipe.max_norm:
+        tx = optax.chain(tx, transforms.max_norm(recipe.max_norm))
     if recipe.ema:
         tx = optax.chain(tx, transforms.parameter_ema(recipe.ema))
     return optax.MultiSteps(tx, recipe.accumulate).gradient_transformation() if recipe.accumulate > 1 else tx
@@ -115,9 +118,21 @@ def make_batches(task: Task, recipe: Recipe, taught: Taught) -> tuple[Callable, 
 class Trained(NamedTuple):
     """One finished training run."""
 
+    module: Any
     fitted: train.Fitted
     metrics: dict[str, float]  # on the test split: of the last epoch, and with the prefix best_ by validation
+    sums: dict[str, np.ndarray]  # from which the metrics of the last epoch follow
     seconds: float
+
+    @property
+    def weights(self) -> train.Weights:
+        """Those of the last epoch."""
+        return self.fitted.last
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """One record per epoch."""
+        return self.fitted.history
 
 
 def make_trainer(
@@ -212,20 +227,23 @@ def make_trainer(
         if (directory / "summary.json").exists():  # a finished run, whose every number stands there
             summary = json.loads((directory / "summary.json").read_text())
             if summary["weights"] == weights:
-                return Trained(fitted, summary["metrics"], time.monotonic() - start)
-        metrics = evaluate.summarise(sums_on["test"](*fitted.last))
+                sums = {name: np.asarray(value) for name, value in summary["sums"].items()}
+                return Trained(module, fitted, summary["metrics"], sums, time.monotonic() - start)
+        sums = sums_on["test"](*fitted.last)
+        metrics = evaluate.summarise(sums)
         best = evaluate.summarise(sums_on["test"](*fitted.best))
         metrics |= {f"best_{name}": best[name] for name in ("accuracy", "loss")}
         checkpoints.save(directory / "weights", steps, fitted.last, meta={})
         summary = {
             "metrics": metrics,
+            "sums": {name: np.asarray(value).tolist() for name, value in sums.items()},
             "best_epoch": fitted.best_epoch,
             "history": fitted.history,
             "weights": weights,
         }
         if jax.process_index() == 0:
             files.write_json(directory / "summary.json", summary)
-        return Trained(fitted, metrics, time.monotonic() - start)
+        return Trained(module, fitted, metrics, sums, time.monotonic() - start)
 
     return trainer
 
@@ -241,12 +259,18 @@ def example_batch(train_batch: Callable, resident: Any) -> dict[str, jax.ShapeDt
 def make_evaluator(
     task: Task, apply_fn: Any, evaluation_batch: Callable, resident: Any, split: str
 ) -> Callable:
-    """Sums over one split, in few, equal batches of at most about a thousand: little padding, bounded memory."""
-    ids, shards = task.split[split], len(task.devices) * jax.process_count()
-    size = math.ceil(len(ids) / math.ceil(len(ids) / 1000) / shards) * shards
+    """Sums over one split."""
+    ids = task.split[split]
+    size = batch_size_for(task, len(ids))
     return evaluate.make_evaluator(
         apply_fn, evaluation_batch, resident, ids, batch_size=size, devices=task.devices
     )
+
+
+def batch_size_for(task: Task, num_examples: int) -> int:
+    """Size of few, equal batches of at most about a thousand: little padding, bounded memory."""
+    shards = len(task.devices) * jax.process_count()
+    return math.ceil(num_examples / math.ceil(num_examples / 1000) / shards) * shards
 
 
 def check_disk(task: Task, workdir: Path, runs: Mapping[Any, int], *, column_bytes: int) -> None:

@@ -1,0 +1,102 @@
+"""What else is known of finished networks beside their accuracy: how they fare when disturbed, and what they cost."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.common.launching import bar
+from experiments.common.tasks import Task
+from experiments.common.teachers import Teacher
+from experiments.common.training import Trained, batch_size_for
+from kdjax import checkpoints, files, models, robustness
+
+Arms = Mapping[str, Sequence[Trained | Teacher]]
+
+REPEATS, CALLS = 15, 20  # of a latency: repeats that are reported, each the mean of calls
+
+
+def robustness_of(
+    task: Task, arms: Arms, directory: Path, **options: Any
+) -> dict[str, dict[str, list[float]]]:
+    """Accuracy of every run of every arm under each disturbance of the test split.
+
+    Args:
+      task: whose test split it is.
+      arms: arm → finished runs; those of one network share their compiled programs.
+      directory: where each run's numbers are kept; they are not computed again for equal weights and options.
+      **options: of :func:`kdjax.robustness.make_assessor`, such as ``epsilons``.
+
+    Returns:
+      Arm → disturbance → one accuracy per run.
+    """
+    ids = task.split["test"]
+    assessors: dict[Any, Callable] = {}
+    found: dict[str, dict[str, list[float]]] = {}
+    with bar("disturbed networks", total=sum(map(len, arms.values())), unit="network") as meter:
+        for arm, runs in arms.items():
+            scores = []
+            for number, run in enumerate(runs):
+                mean, std = (run.mean, run.std) if isinstance(run, Teacher) else (task.mean, task.std)
+                key = (run.module, mean, std)
+                if key not in assessors:
+                    assessors[key] = robustness.make_assessor(
+                        models.apply_fn(run.module),
+                        task.source.images[ids],
+                        task.source.labels[ids],
+                        mean=mean,
+                        std=std,
+                        batch_size=batch_size_for(task, len(ids)),
+                        devices=task.devices,
+                        **options,
+                    )
+                made_from = {"weights": checkpoints.digest_tree(run.weights), "options": repr(options)}
+                path = directory / arm / f"{number}.json"
+                scores.append(_kept(path, made_from, lambda: assessors[key](*run.weights, jax.random.key(0))))
+                meter.update()
+            found[arm] = {name: [score[name] for score in scores] for name in scores[0]}
+    return found
+
+
+def _kept(path: Path, made_from: dict[str, str], compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Numbers that an earlier start of the run has kept, or new ones if they were made from something else."""
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if {name: there.get(name) for name in made_from} == made_from:
+            return there["scores"]
+    scores = compute()
+    if jax.process_index() == 0:
+        files.write_json(path, made_from | {"scores": scores})
+    return scores
+
+
+def costs_of(task: Task, arms: Arms) -> dict[str, dict[str, Any]]:
+    """Parameters of each arm's network, and milliseconds that one image takes it, compiled and warm, on one device."""
+    found, known = {}, {}
+    image = jnp.zeros((1, *task.source.images.shape[1:]), jnp.float32)
+    for arm, (run, *_) in arms.items():
+        if run.module not in known:
+            known[run.module] = {
+                "parameters": models.count_parameters(run.weights.params),
+                "latency_ms": _latency(run, image),
+            }
+        found[arm] = known[run.module]
+    return found
+
+
+def _latency(run: Trained | Teacher, image: jax.Array) -> list[float]:
+    apply_fn = models.apply_fn(run.module)
+    answer = jax.jit(lambda weights, image: apply_fn(*weights, image, train=False)[0].logits)
+    weights = jax.device_put(jax.device_get(run.weights), jax.local_devices()[0])
+    jax.block_until_ready(answer(weights, image))
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            answer(weights, image).block_until_ready()
+        times.append(round(1000 * (time.perf_counter() - start) / CALLS, 5))
+    return times
