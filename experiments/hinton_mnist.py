@@ -114,7 +114,7 @@ def main() -> None:
         question=f"Does a small network learn MNIST better from a teacher's soft targets at T = {TEMPERATURE.value:g}, "
         f"even a {OMITTED.value} that it never saw?",
         arms={arm: [counted(run) for run in runs] for arm, runs in arms.items()},
-        arm_seeds={arm: seeds for arm in arms},
+        arm_seeds=dict.fromkeys(arms, seeds),
         baseline="scratch",
         metrics=("errors", "errors_on_omitted", "bias_shift", "accuracy", "loss", "ece"),
         settings=settings,
@@ -144,7 +144,8 @@ def without(task: common.Task, digit: int) -> common.Task:
 def corrected(task: common.Task, run: common.Trained) -> common.Trained:
     """A student whose bias for the omitted digit is raised by what makes the fewest errors in validation."""
     labels = task.source.labels
-    shift = best_shift(logits_of(task, run, "validation"), labels[task.split["validation"]], OMITTED.value)
+    chosen_on = logits_of(task, run, "validation"), labels[task.split["validation"]]
+    shift = evaluate.best_shift(*chosen_on, OMITTED.value)
     logits = logits_of(task, run, "test")
     logits[:, OMITTED.value] += shift
     test = task.split["test"]
@@ -158,35 +159,6 @@ def corrected(task: common.Task, run: common.Trained) -> common.Trained:
     weights = train.Weights(params, run.weights.model_state)
     fitted = run.fitted._replace(last=weights, history=[])
     return run._replace(fitted=fitted, sums=sums, metrics=evaluate.summarise(sums) | {"bias_shift": shift})
-
-
-def best_shift(logits: np.ndarray, labels: np.ndarray, digit: int) -> float:
-    """What to add to a digit's logit for the fewest errors; the middle of the best range where it has two ends.
-
-    An image's answer turns into the digit where the shift exceeds the lead of its best other class: a gain for images
-    of the digit, a loss for those that were right. So the number of right answers is a sum of steps at the leads.
-
-    Args:
-      logits: float[n, classes].
-      labels: int[n], true classes.
-      digit: whose logit is shifted.
-
-    Raises:
-      ValueError: if there is no image of the digit.
-    """
-    if not (labels == digit).any():
-        raise ValueError(f"no bias can be chosen for the {digit}: the validation split holds no image of it.")
-    classes = np.delete(np.arange(logits.shape[1]), digit)
-    others = logits[:, classes].astype(np.float64)
-    lead = others.max(1) - logits[:, digit]
-    gain = np.where(labels == digit, 1, -(classes[others.argmax(1)] == labels).astype(int))
-    order = np.argsort(lead[gain != 0])
-    lead, gain = lead[gain != 0][order], gain[gain != 0][order]
-    ends = np.concatenate([[lead[0] - 1], lead, [lead[-1] + 1]])
-    right = np.concatenate([[0], np.cumsum(gain)])  # between two ends: those answered right, up to a constant
-    right = np.where(np.diff(ends) > 0, right, -np.inf)  # equal leads turn at once
-    best = int(np.argmax(right))
-    return float(ends[best] + ends[best + 1]) / 2
 
 
 def logits_of(task: common.Task, run: common.Trained, split: str) -> np.ndarray:

@@ -81,7 +81,7 @@ def max_norm(limit: float) -> optax.GradientTransformationExtraArgs:
     Units inside the ball are updated bit for bit as without it.
 
     Args:
-      limit: c, the largest L2 norm of a unit's incoming weights. The dropout paper allows a squared norm of 15 on MNIST.
+      limit: c, the largest L2 norm of a unit's incoming weights; the dropout paper allows a squared norm of 15.
 
     Returns:
       A transformation whose ``update`` needs ``params``, and which has no state.

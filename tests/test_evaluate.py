@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
 from kdjax import data, evaluate, parallel
@@ -108,3 +110,30 @@ def test_neither_batches_nor_devices_change_the_answer(batch_size, num_devices):
 def test_refuses_to_summarise_nothing():
     with pytest.raises(ValueError, match="at least one valid example"):
         summary(*scores(4)[:2], valid=np.zeros(4, np.float32))
+
+
+class TestBestShift:
+    @given(seed=st.integers(0, 2**32 - 1), ties=st.booleans())
+    @settings(deadline=None)
+    def test_no_other_shift_makes_fewer_errors(self, seed, ties):
+        rng = np.random.default_rng(seed)
+        logits = rng.normal(size=(30, 4)).astype(np.float32)
+        logits = np.round(logits) if ties else logits
+        label = np.append(rng.integers(0, 4, 29), 2)
+
+        def errors(shift):
+            moved = logits.astype(np.float64)
+            moved[:, 2] += shift
+            return int((moved.argmax(1) != label).sum())
+
+        best = errors(evaluate.best_shift(logits, label, 2))
+        assert best <= min(errors(shift) for shift in np.linspace(-9.01, 9.03, 500))
+
+    def test_is_the_middle_of_the_range(self):
+        # The example of class 1 turns at 2, that of class 0 is lost at 5.
+        logits = np.array([[2.0, 0.0], [5.0, 0.0]], np.float32)
+        assert evaluate.best_shift(logits, np.array([1, 0]), 1) == 3.5
+
+    def test_needs_an_example_of_the_class(self):
+        with pytest.raises(ValueError, match="examples of class 1"):
+            evaluate.best_shift(np.zeros((2, 2), np.float32), np.array([0, 0]), 1)

@@ -109,6 +109,26 @@ class TestDistill:
         assert not (tmp_path / "x").exists()
 
 
+def test_hinton_smoke_omits_the_digit_and_corrects_its_bias(tmp_path):
+    command = ("experiments.hinton_mnist", "--smoke", "--dataset=digits", f"--workdir={tmp_path / 'run'}")
+    code, output, errors = run(*command)
+    assert code == 0, errors
+    found = results.read(tmp_path / "run" / "results.json")
+    assert [arm for arm in found["arms"] if "no 3" in arm] == [
+        "scratch, no 3",
+        "kd, no 3",
+        "scratch, no 3, bias corrected",
+        "kd, no 3, bias corrected",
+    ]
+    threes = sum(found["confusion"]["teacher"][3])
+    assert found["arms"]["scratch, no 3"]["errors_on_omitted"] == [threes]  # labels alone cannot teach it
+    for arm, (shift,) in ((a, m["bias_shift"]) for a, m in found["arms"].items() if "bias_shift" in m):
+        matrix = np.array(found["confusion"][arm])
+        assert found["arms"][arm]["errors"] == [matrix.sum() - np.trace(matrix)]
+        assert np.isfinite(shift)
+    assert "errors" in output
+
+
 def bad_npz(path, classes):
     images = np.zeros((60, 8, 8, 1), np.uint8)
     np.savez(path, images=images, labels=np.arange(60) % classes)
@@ -253,3 +273,16 @@ def test_quickstart_smoke_in_a_relative_path_with_spaces(tmp_path):
     assert code == 0, errors
     assert "kd" in output
     assert (tmp_path / "a run" / "report.html").exists()
+    found = results.read(tmp_path / "a run" / "results.json")
+    for arm, metrics in found["arms"].items():
+        n = len(metrics["accuracy"])
+        disturbed = found["robustness"][arm]
+        assert all(len(values) == n for values in disturbed.values())
+        assert disturbed["clean"] == pytest.approx(metrics["accuracy"])
+        # Counts over the bins and over the confusion matrix are those of all its runs.
+        assert sum(found["calibration"][arm]["count"]) == np.sum(found["confusion"][arm]) == n * 369
+        hits = np.trace(np.array(found["confusion"][arm]))
+        assert hits / (n * 369) == pytest.approx(np.mean(metrics["accuracy"]))
+    assert found["costs"]["teacher"]["parameters"] == 29_066
+    assert found["costs"]["kd"]["parameters"] == 1_626
+    assert min(found["costs"]["kd"]["latency_ms"]) > 0

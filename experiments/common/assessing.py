@@ -1,5 +1,6 @@
 """What else is known of finished networks beside their accuracy: how they fare when disturbed, and what they cost."""
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +57,8 @@ def robustness_of(
                     )
                 made_from = {"weights": checkpoints.digest_tree(run.weights), "options": repr(options)}
                 path = directory / arm / f"{number}.json"
-                scores.append(_kept(path, made_from, lambda: assessors[key](*run.weights, jax.random.key(0))))
+                assess = functools.partial(assessors[key], *run.weights, jax.random.key(0))
+                scores.append(_kept(path, made_from, assess))
                 meter.update()
             found[arm] = {name: [score[name] for score in scores] for name in scores[0]}
     return found
