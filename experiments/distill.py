@@ -20,9 +20,12 @@ The workdir receives every run's checkpoints, results.json (flags, versions, eve
 and report.html. The same command started again continues where it was stopped, whatever stopped it.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,7 +34,7 @@ import optax
 from absl import flags
 
 from experiments import common
-from kdjax import files, models, parallel
+from kdjax import checkpoints, files, models, parallel
 
 # What is learnt from, and by whom.
 DATASET = flags.DEFINE_string(
@@ -116,10 +119,22 @@ DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Of activations; parameters are float32."
 )
 EVALUATE_EVERY = flags.DEFINE_integer("evaluate_every", 1, "Epochs between two validations.", lower_bound=1)
+SPLIT = flags.DEFINE_enum(
+    "split",
+    "test",
+    ["test", "validation"],
+    "Where the final numbers are measured; validation while settings are chosen, which leaves the test split unread.",
+)
 
 # The machine.
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "One run of each arm per seed.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
+SHARED_DIR = flags.DEFINE_string(
+    "shared_dir",
+    None,
+    "Where runs share teachers, and columns, that their flags make alike; the workdir if not given.",
+)
+TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Write every epoch's numbers to workdir/tensorboard.")
 DEVICES = flags.DEFINE_integer(
     "devices", None, "Devices of this process to use; all by default.", lower_bound=1
 )
@@ -149,10 +164,18 @@ def scratch(outputs, batch):
     return {"hard": hard_loss(outputs, batch)}
 
 
-MACHINE = ("workdir", "data_dir", "devices", "save_every_s", "pod")  # what may change when a run is resumed
+# what may change when a run is resumed
+MACHINE = ("workdir", "shared_dir", "data_dir", "devices", "save_every_s", "pod", "tensorboard")
 
 
-def main() -> None:
+def main() -> dict[str, Any]:
+    """The whole run, written for TensorBoard too if that is asked for; returns its result."""
+    board = common.tensorboard(Path(WORKDIR.value) / "tensorboard")
+    with board if TENSORBOARD.value else contextlib.nullcontext():
+        return run()
+
+
+def run() -> dict[str, Any]:
     """Checks the flags, then teachers, their columns, students, report."""
     start = time.monotonic()
     seeds = checked_flags()
@@ -166,7 +189,7 @@ def main() -> None:
     settings = common.settings_of(globals(), apart=MACHINE)
     runs = {student: len(METHOD.value) * len(seeds)}
     if TEACHER_DIR.value:
-        teachers = [common.load_teacher(task, TEACHER_DIR.value, dtype=dtype)]
+        teachers = [common.load_teacher(task, TEACHER_DIR.value, split=SPLIT.value, dtype=dtype)]
         arms = the_arms(task, student, teachers[0].module)
         workdir = common.claim_workdir(WORKDIR.value, settings)
         common.check_disk(task, workdir, runs, column_bytes=column_bytes(task, teachers[0].module, arms))
@@ -182,33 +205,37 @@ def main() -> None:
             padding=PADDING.value if TEACHER_PADDING.value is None else TEACHER_PADDING.value,
         )
         wider = task if TEACHER_NUM_TRAIN.value is None else the_task(TEACHER_NUM_TRAIN.value or None)
-        trainer = common.make_trainer(wider, network, scratch, own)
-        teachers = [
-            common.train_teacher(
-                wider, TEACHER.value, network, trainer, number, workdir / "teacher" / str(number)
-            )
-            for number in range(TEACHER_SEEDS.value)
-        ]
+        trainer = common.make_trainer(wider, network, scratch, own, split=SPLIT.value)
+        decides = {"teacher": TEACHER.value, "dtype": DTYPE.value, "recipe": own._replace(save_every_s=0)}
+        with common.shelf(SHARED_DIR.value, workdir / "teacher", wider, **decides) as home:
+            teachers = [
+                common.train_teacher(wider, TEACHER.value, network, trainer, number, home / str(number))
+                for number in range(TEACHER_SEEDS.value)
+            ]
     if LABEL_NOISE.value:
         files.write_json(workdir / "perturbed.json", task.source.keys[task.perturbed].tolist())
     finished: dict = {"teacher": teachers} | {method: [] for method in METHOD.value}
     features = sorted({name for arm in arms.values() for name in arm.features})
     for number, teacher in enumerate(teachers):
-        taught = common.taught_by(
-            task,
-            teacher,
-            recipe,
-            mode=TEACHER_MODE.value,
-            views=VIEWS.value,
-            directory=workdir / "columns" / str(number),
-            features=features,
-        )
+        asked: dict[str, Any] = {"mode": TEACHER_MODE.value, "views": VIEWS.value, "features": features}
+        decides = {
+            "weights": checkpoints.digest_tree(teacher.weights),
+            "moves": [recipe.padding, recipe.flip],
+        }
+        own_columns = workdir / "columns" / str(number)
+        with common.shelf(SHARED_DIR.value, own_columns, task, **decides, **asked) as home:
+            taught = common.taught_by(task, teacher, recipe, directory=home, **asked)
         for method, arm in arms.items():
-            trainer = common.make_trainer(task, student, arm.objective, recipe, taught, arm.companions)
+            trainer = common.make_trainer(
+                task, student, arm.objective, recipe, taught, arm.companions, split=SPLIT.value
+            )
             for seed in seeds[number :: len(teachers)]:
                 finished[method].append(trainer(seed, workdir / method / str(seed), f"{method}, seed {seed}"))
     order = [seed for number in range(len(teachers)) for seed in seeds[number :: len(teachers)]]
-    common.conclude(
+    unread = (
+        "Every number is of the validation split, which settings are chosen on; the test split was not read."
+    )
+    return common.conclude(
         workdir,
         "distill",
         question=f"Does {STUDENT.value} learn more of {DATASET.value} from {teachers[0].name} than from labels alone?",
@@ -218,6 +245,7 @@ def main() -> None:
         settings=settings,
         wall_clock_s=time.monotonic() - start,
         scaled_down=SCALED_DOWN.value,
+        notes=[unread] if SPLIT.value == "validation" else [],
     )
 
 

@@ -9,8 +9,11 @@ from experiments.common.arms import check_methods as check_methods
 from experiments.common.arms import make_arm as make_arm
 from experiments.common.assessing import costs_of as costs_of
 from experiments.common.assessing import robustness_of as robustness_of
+from experiments.common.launching import alone as alone
+from experiments.common.launching import bar as bar
 from experiments.common.launching import claim_workdir as claim_workdir
 from experiments.common.launching import launch as launch
+from experiments.common.launching import released as released
 from experiments.common.launching import say as say
 from experiments.common.launching import settings_of as settings_of
 from experiments.common.methods import METHODS as METHODS
@@ -30,3 +33,6 @@ from experiments.common.training import Taught as Taught
 from experiments.common.training import Trained as Trained
 from experiments.common.training import check_disk as check_disk
 from experiments.common.training import make_trainer as make_trainer
+from experiments.common.training import shelf as shelf
+from experiments.common.training import tensorboard as tensorboard
+from experiments.common.training import watched as watched

@@ -19,8 +19,16 @@ from kdjax import files, train
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def launch(main: Callable[[], None]) -> None:
-    """Parses the flags and runs ``main``; whatever is wrong with its input becomes one sentence and exit code 2."""
+def launch(main: Callable[[], Any], *, before: Callable[[Sequence[str]], None] = lambda argv: None) -> None:
+    """Parses the flags and runs ``main``; whatever is wrong with its input becomes one sentence and exit code 2.
+
+    ``before`` is called with the arguments before they are parsed, for a program whose flags depend on them.
+    """
+
+    def parse(argv: Sequence[str]) -> Any:
+        with _refusing():
+            before(argv)
+        return app.parse_flags_with_usage(list(argv))
 
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
@@ -30,24 +38,30 @@ def launch(main: Callable[[], None]) -> None:
         if not jax.config.values["jax_compilation_cache_dir"]:
             jax.config.update("jax_compilation_cache_dir", f"{cache}/kdjax/xla")
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        try:
+        with _refusing():
             if len(argv) > 1:
                 raise ValueError(
                     f"unexpected arguments {argv[1:]}: every option is a flag, as in --workdir=runs/one."
                 )
             main()
-        except (ValueError, train.NonFiniteLoss) as error:
-            _refuse(str(error))
-        except ImportError as error:
-            _refuse(f"{error}. Install what the experiments need: pip install 'kdjax[experiments]'.")
-        except OSError as error:
-            if error.errno is None:  # a full sentence already
-                _refuse(str(error))
-            if error.errno in _FULL_DISK:
-                _refuse(f"the disk is full ({error}). Free some space and start the same command again.")
-            _refuse(f"{error.strerror or error}: {error.filename or 'no file named'}.")
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, train.NonFiniteLoss) as error:
+        _refuse(str(error))
+    except ImportError as error:
+        _refuse(f"{error}. Install what the experiments need: pip install 'kdjax[experiments]'.")
+    except OSError as error:
+        if error.errno is None:  # a full sentence already
+            _refuse(str(error))
+        if error.errno in _FULL_DISK:
+            _refuse(f"the disk is full ({error}). Free some space and start the same command again.")
+        _refuse(f"{error.strerror or error}: {error.filename or 'no file named'}.")
 
 
 def _refuse(sentence: str) -> None:
@@ -103,6 +117,32 @@ def _lock(workdir: Path) -> None:
             f"--workdir={workdir} is in use by another process; wait for it, or name another directory."
         ) from None
     _locks.append(handle)
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """Gives back the workdirs that were claimed within: for a process that runs one experiment after another."""
+    held = len(_locks)
+    try:
+        yield
+    finally:
+        while len(_locks) > held:
+            _locks.pop().close()
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Waits until no other process is within; the lock on this file goes with the process that holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as handle:
+        try:
+            import fcntl
+
+            if jax.process_index() == 0:  # the other processes of a pod follow the first
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        except ImportError:  # Windows
+            pass
+        yield
 
 
 def settings_of(module: Mapping[str, Any], *, apart: Sequence[str]) -> dict[str, Any]:

@@ -57,8 +57,8 @@ def train_teacher(
     )
 
 
-def load_teacher(task: Task, directory: str, **fields) -> Teacher:
-    """Takes up a teacher that an earlier run trained, and measures it on this task.
+def load_teacher(task: Task, directory: str, *, split: str = "test", **fields) -> Teacher:
+    """Takes up a teacher that an earlier run trained, and measures it on a split of this task.
 
     Raises:
       ValueError: if there is none, or it tells other classes apart or takes other images than this task has.
@@ -88,7 +88,7 @@ def load_teacher(task: Task, directory: str, **fields) -> Teacher:
     apply_fn, weights = models.apply_fn(module), parallel.replicate(found.tree, task.devices)
     mean, std = tuple(there["mean"]), tuple(there["std"])
     _, evaluation_batch = make_batches(task._replace(mean=mean, std=std), Recipe(1, 1, 0.0), Taught())
-    sums = make_evaluator(task, apply_fn, evaluation_batch, {"data": task.arrays}, "test")(*weights)
+    sums = make_evaluator(task, apply_fn, evaluation_batch, {"data": task.arrays}, split)(*weights)
     return Teacher(there["model"], module, weights, mean, std, evaluate.summarise(sums), sums, [])
 
 

@@ -1,10 +1,11 @@
 """How a network is trained, whatever it is trained on: a recipe, and the function of a seed that follows it."""
 
+import contextlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 
 from experiments.common.arms import companion_initialiser
-from experiments.common.launching import bar, say
+from experiments.common.launching import alone, bar, say
 from experiments.common.tasks import Task, shown
 from kdjax import checkpoints, data, evaluate, files, models, parallel, teacher, train, transforms
 
@@ -115,12 +116,88 @@ def make_batches(task: Task, recipe: Recipe, taught: Taught) -> tuple[Callable, 
     return train_batch, evaluation_batch
 
 
+Watcher = Callable[[str, Mapping[str, float]], None]
+_watchers: list[Watcher] = []
+
+
+@contextlib.contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Calls ``watcher(label, record)`` after every epoch of every training within.
+
+    This is how a sweep stops what leads nowhere and how TensorBoard is fed, without trainers or experiments knowing of
+    them. What the watcher raises ends the training; its checkpoints stay. The record is the epoch's in the history and
+    its ``step``. A training that is continued, or was finished before, begins with the newest record that it had.
+    """
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+@contextlib.contextmanager
+def tensorboard(directory: Path) -> Iterator[None]:
+    """Writes what is trained within for TensorBoard: ``<arm>/<seed>`` under ``directory``, a point per epoch.
+
+    A training that is continued begins another file; its first entry voids what the files before it hold from its step
+    on (``purge_step``), so that no point is there twice.
+
+    Raises:
+      ValueError: if tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs tensorboardX: pip install 'kdjax[tensorboard]'.") from error
+    writers: dict[str, SummaryWriter] = {}  # of the training under way; at most one
+
+    def close() -> None:
+        while writers:
+            writers.popitem()[1].close()
+
+    def write(label: str, record: Mapping[str, float]) -> None:
+        if jax.process_index() > 0:
+            return
+        step = int(record["step"])
+        if label not in writers:
+            close()
+            arm, seed = label.rsplit(", seed ", 1)
+            writers[label] = SummaryWriter(str(directory / arm / seed), purge_step=step)
+        for name in sorted(record.keys() - {"epoch", "step"}):
+            tag = name.replace("validation_", "validation/") if "validation" in name else f"training/{name}"
+            writers[label].add_scalar(tag, record[name], step)
+        writers[label].flush()  # before the checkpoint of this epoch, so that none is missing after a kill
+
+    with watched(write):
+        try:
+            yield
+        finally:
+            close()
+
+
+@contextlib.contextmanager
+def shelf(store: str | None, own: Path, task: Task, **decides: Any) -> Iterator[Path]:
+    """The directory ``own``; or one in ``store`` that all runs share whose data and ``decides`` are equal.
+
+    It is held while it is filled, so that what two runs need at the same time is computed by one of them.
+    """
+    if store is None:
+        yield own
+        return
+    data_digest = checkpoints.digest_tree(
+        {"images": task.source.images, "labels": task.source.labels, "split": task.split}
+    )
+    directory = Path(store) / files.digest_json({"data": data_digest, **decides})[:16]
+    with alone(Path(store) / f"{directory.name}.lock"):
+        yield directory
+
+
 class Trained(NamedTuple):
     """One finished training run."""
 
     module: Any
     fitted: train.Fitted
-    metrics: dict[str, float]  # on the test split: of the last epoch, and with the prefix best_ by validation
+    metrics: dict[str, float]  # on the split that was asked for; best_...: of the epoch best in validation
     sums: dict[str, np.ndarray]  # from which the metrics of the last epoch follow
     seconds: float
 
@@ -142,11 +219,14 @@ def make_trainer(
     recipe: Recipe,
     taught: Taught | None = None,
     companions: Any = None,
+    *,
+    split: str = "test",
 ) -> Callable[..., Trained]:
     """Builds ``(seed, directory, label) -> Trained``; its programs are compiled once for all seeds.
 
     The directory ends with ``checkpoints/`` and ``summary.json``; a run that has both is read back, not run again.
-    ``companions`` is a module of further terms, as :func:`experiments.common.arms.make_arm` makes it.
+    ``companions`` is a module of further terms, as :func:`experiments.common.arms.make_arm` makes it. The final metrics
+    are measured on ``split``: with ``validation`` nothing is ever asked of the test split.
     """
     taught = taught or Taught()
     apply_fn = models.apply_fn(module)
@@ -177,7 +257,7 @@ def make_trainer(
         init_companions = companion_initialiser(companions, shown(module, task), batch)
     sums_on = {
         name: make_evaluator(task, apply_fn, evaluation_batch, resident, name)
-        for name in ("validation", "test")
+        for name in {"validation", split}
     }
 
     def validate(params, model_state):
@@ -201,6 +281,15 @@ def make_trainer(
             rows_of=parallel.process_rows,
         )
 
+        watched_epoch = 0.0
+
+        def watch(record: Mapping[str, float]) -> None:
+            nonlocal watched_epoch
+            if record and record["epoch"] > watched_epoch:
+                watched_epoch = record["epoch"]
+                for watcher in _watchers:
+                    watcher(label, {**record, "step": record["epoch"] * feed.steps_per_epoch})
+
         with bar(label, total=steps, unit="step") as meter:
 
             def progress(done: int, record: Mapping[str, float]) -> None:
@@ -208,6 +297,7 @@ def make_trainer(
                 meter.set_postfix(
                     {k: f"{v:.4g}" for k, v in record.items() if k in ("loss", "validation_accuracy")}
                 )
+                watch(record)
 
             fitted = train.fit(
                 run,
@@ -222,19 +312,21 @@ def make_trainer(
                 progress=progress,
             )
         newest = fitted.history[-1]
+        watch(newest)
         say(f"{label}: loss {newest['loss']:.4g}, validation accuracy {newest['validation_accuracy']:.2%}")
         weights = checkpoints.digest_tree(fitted.last)
         if (directory / "summary.json").exists():  # a finished run, whose every number stands there
             summary = json.loads((directory / "summary.json").read_text())
-            if summary["weights"] == weights:
+            if summary["weights"] == weights and summary["split"] == split:
                 sums = {name: np.asarray(value) for name, value in summary["sums"].items()}
                 return Trained(module, fitted, summary["metrics"], sums, time.monotonic() - start)
-        sums = sums_on["test"](*fitted.last)
+        sums = sums_on[split](*fitted.last)
         metrics = evaluate.summarise(sums)
-        best = evaluate.summarise(sums_on["test"](*fitted.best))
+        best = evaluate.summarise(sums_on[split](*fitted.best))
         metrics |= {f"best_{name}": best[name] for name in ("accuracy", "loss")}
         checkpoints.save(directory / "weights", steps, fitted.last, meta={})
         summary = {
+            "split": split,
             "metrics": metrics,
             "sums": {name: np.asarray(value).tolist() for name, value in sums.items()},
             "best_epoch": fitted.best_epoch,

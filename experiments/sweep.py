@@ -1,0 +1,340 @@
+r"""Which settings suit a method best, and how much of that is left on a test split that nothing was chosen on?
+
+    python -m experiments.sweep --experiment=distill --space=temperature=1:20:log,hard_weight=0:1 --num_trials=30 \
+        --workdir=runs/sweep --dataset=digits --num_train=100 --epochs=60 --batch_size=20 --teacher_num_train=0 \
+        --teacher_epochs=30 --method=scratch,kd
+
+Every flag but those of the sweep itself (--help) is the experiment's own (--helpfull) and means what it means there.
+--space varies flags by name=low:high, name=low:high:log or name=a|b|c. A trial is one run of the experiment with drawn
+values, of one arm (--arm; the last --method), measured on the validation split; Optuna's TPE draws, and a trial whose
+validation accuracy is below the median of the finished ones is pruned (--spared_epochs). What does best, by the mean
+of the last validation accuracy over --seeds, is then run beside the settings of the command line, both on --final_seeds
+that no trial had: only there is the test split read.
+
+Any experiment can be swept that has --workdir, --seeds and --split, whose trainings are called "ARM, seed N", and whose
+main() returns its result. Teachers and columns that trials have in common are computed once (--shared_dir). --workers
+runs trials side by side.
+
+The workdir receives trials/ and final/, a run each, Optuna's journal, results.json, figure.png and report.html. The
+same command started again continues: finished trials stay, interrupted ones go on from their own checkpoints.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optuna
+from absl import flags
+from optuna.trial import FrozenTrial, TrialState
+
+from experiments import common
+from experiments.common import reporting, spaces, trials, workers
+from kdjax import report, results, significance, train
+from kdjax.data.stored import did_you_mean
+
+EXPERIMENT = flags.DEFINE_string(
+    "experiment", "distill", "One of experiments/, or a module of yours: package.name."
+)
+SPACE = flags.DEFINE_list("space", [], "What is varied: name=low:high, name=low:high:log, name=a|b|c.")
+NUM_TRIALS = flags.DEFINE_integer("num_trials", 30, "Trials, pruned and failed ones included.", lower_bound=1)
+ARM = flags.DEFINE_string("arm", None, "What is tuned; the last --method by default.")
+FINAL_SEEDS = flags.DEFINE_list(
+    "final_seeds", [], "Of the comparison on the test split; as many as --seeds, from 100 on, by default."
+)
+RANDOM_TRIALS = flags.DEFINE_integer(
+    "random_trials", 10, "First trials, drawn without regard to others; none is pruned before so many.", 1
+)
+SPARED_EPOCHS = flags.DEFINE_integer(
+    "spared_epochs",
+    None,
+    "Epochs of its first seed that every trial is given; by default half of --epochs, since what is best in the end is "
+    "often slow at first: of the digits with a few labels, early curves are in the reverse order of the last.",
+    lower_bound=0,
+)
+SWEEP_SEED = flags.DEFINE_integer("sweep_seed", 0, "Of the draws.", lower_bound=0)
+WORKERS = flags.DEFINE_integer("workers", 1, "Processes that run trials side by side.", lower_bound=1)
+GPUS = flags.DEFINE_list("gpus", [], "One for each worker, as in 0,1; all see all by default.")
+
+METRIC = "accuracy"  # larger is better
+MACHINE = ("workers", "gpus")  # what may change when a sweep is resumed
+
+
+class Sweep(NamedTuple):
+    """What is swept."""
+
+    experiment: Any  # the module
+    space: spaces.Space
+    arm: str
+    workdir: Path
+    settings: dict[str, Any]
+
+    def study(self) -> optuna.Study:
+        """The trials, as every process sees them."""
+        spared = SPARED_EPOCHS.value
+        if spared is None:  # the first seed whole where no flag says how long it is
+            spared = -(-flags.FLAGS.epochs // 2) if "epochs" in flags.FLAGS else trials.SEED_STEPS
+        return trials.open_study(self.workdir, random_trials=RANDOM_TRIALS.value, spared_epochs=spared)
+
+
+def main() -> dict[str, Any] | None:
+    """Checks everything, runs the trials that are missing, and measures the best beside the default."""
+    start = time.monotonic()
+    sweep = checked_flags()
+    task = workers.my_task()
+    if task is not None:
+        workers.end_with_parent()
+        return conclude(sweep, start) if task == "conclude" else search(sweep, task)
+    if WORKERS.value > 1:
+        jax.config.update("jax_platforms", "cpu")  # the devices are for the workers
+    elif GPUS.value:
+        os.environ["CUDA_VISIBLE_DEVICES"] = GPUS.value[0]
+    common.claim_workdir(str(sweep.workdir), sweep.settings)
+    trials.mend_journal(sweep.workdir)
+    study = sweep.study()
+    left = trials.unfinished(study)
+    if WORKERS.value == 1:
+        search(sweep, left)
+        return conclude(sweep, start)
+    side_by_side(sweep, study, [left[k :: WORKERS.value] for k in range(WORKERS.value)])
+    missing = NUM_TRIALS.value - len(trials.ended(study))
+    if missing > 0:  # a worker was asked to stop, and saved
+        common.say(f"Stopped with {missing} of {NUM_TRIALS.value} trials to do; the same command continues.")
+        sys.exit(0)
+    workers.in_children("experiments.sweep", ["conclude"], gpus=GPUS.value)
+    return None
+
+
+# What is swept.
+
+
+def import_experiment(argv: Sequence[str]) -> None:
+    """Imports the experiment that the arguments name, before they are parsed: its flags must be there by then."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--experiment", "-experiment", default=EXPERIMENT.default)
+    load(parser.parse_known_args(list(argv[1:]))[0].experiment)
+
+
+def load(name: str) -> Any:
+    """The experiment's module."""
+    module = name if "." in name else f"experiments.{name}"
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        known = [path.stem for path in Path(__file__).parent.glob("[a-z]*.py")]
+        raise ValueError(f"--experiment={name}: there is no module {module}.{did_you_mean(name, known)}")
+    try:
+        return importlib.import_module(module)
+    except flags.DuplicateFlagError as error:
+        raise ValueError(f"--experiment={name} and the sweep have a flag in common: {error}") from error
+
+
+def flags_of(experiment: Any) -> set[str]:
+    """Names of the flags that an experiment defines."""
+    return {holder.name for holder in vars(experiment).values() if isinstance(holder, flags.FlagHolder)}
+
+
+def checked_flags() -> Sweep:
+    """What is swept, once all flags make sense together.
+
+    An experiment's own ``checked_flags``, if it has one, is asked about every bound and choice of the space.
+    """
+    name, given = EXPERIMENT.value, flags.FLAGS
+    experiment = load(name)
+    its, apart = flags_of(experiment), getattr(experiment, "MACHINE", ("workdir",))
+    if missing := [f"--{flag}" for flag in ("workdir", "seeds", "split") if flag not in its]:
+        raise ValueError(f"--experiment={name} has no {' and no '.join(missing)}, which a sweep sets.")
+    for flag, instead in (("split", "trials are measured on validation"), ("pod", "use --workers")):
+        if flag in its and not given[flag].using_default_value:
+            raise ValueError(f"--{flag} is not for a sweep: {instead}.")
+    if set(final_seeds()) & set(given.seeds):
+        raise ValueError(
+            f"--final_seeds={','.join(final_seeds())} and --seeds={','.join(given.seeds)} have some in common; what "
+            "was chosen on a seed looks too good on it."
+        )
+    if GPUS.value and len(GPUS.value) != WORKERS.value:
+        raise ValueError(
+            f"--gpus={','.join(GPUS.value)} must name one for each of --workers={WORKERS.value}."
+        )
+    check = getattr(experiment, "checked_flags", lambda: None)
+    check()
+    with spaces.flags_set({"seeds": ",".join(final_seeds())}):
+        check()
+    space = spaces.read(SPACE.value, its - {"workdir", "seeds", "split", "method", *apart})
+    spaces.check(space, check)
+    methods = list(given.method) if "method" in its else []
+    arm = ARM.value or (methods[-1] if methods else None)
+    if arm is None or (methods and arm not in methods):
+        raise ValueError(
+            f"--arm={arm} must be one of {', '.join(methods) or 'those that the experiment runs'}."
+        )
+    settings = common.settings_of(globals(), apart=MACHINE)
+    settings |= common.settings_of(vars(experiment), apart=apart)
+    return Sweep(experiment, space, arm, Path(given.workdir), settings)
+
+
+def final_seeds() -> list[str]:
+    """Of the comparison on the test split."""
+    return FINAL_SEEDS.value or [str(100 + k) for k in range(len(flags.FLAGS.seeds))]
+
+
+# Trials, and the end.
+
+
+def run(sweep: Sweep, name: str, values: Mapping[str, Any], *, others: bool = False) -> dict[str, Any]:
+    """Runs the experiment in ``workdir/name`` with these flags, and what it prints into a log beside that.
+
+    ``others`` says whether to run the arms too that are not tuned.
+    """
+    directory, its = sweep.workdir / name, flags_of(sweep.experiment)
+    more: dict[str, Any] = {"workdir": directory}
+    if "method" in its and not others:
+        more["method"] = sweep.arm
+    if "shared_dir" in its and flags.FLAGS.shared_dir is None:
+        more["shared_dir"] = sweep.workdir / "shared"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        spaces.flags_set({**values, **more}),
+        common.released(),
+        open(f"{directory}.log", "a") as log,
+        contextlib.redirect_stdout(log),
+    ):
+        try:
+            return sweep.experiment.main()
+        except train.NonFiniteLoss as error:
+            raise train.NonFiniteLoss(f"{name}: {error}") from error
+        finally:
+            jax.clear_caches()  # no run can use another's programs in memory, 11 MiB of the digits; those on disk stay
+
+
+def search(sweep: Sweep, unfinished: Sequence[int]) -> None:
+    """Runs trials until there are as many as were asked for, the unfinished ones first."""
+    study, first = sweep.study(), list(unfinished)
+
+    def next_trial() -> optuna.Trial | None:
+        return trials.next_trial(
+            study,
+            sweep.space,
+            num_trials=NUM_TRIALS.value,
+            random_trials=RANDOM_TRIALS.value,
+            seed=SWEEP_SEED.value,
+            unfinished=first,
+            lock=sweep.workdir / "next.lock",
+        )
+
+    while (trial := next_trial()) is not None:
+        attempt(sweep, study, trial)
+        common.say(trials.in_a_line(study.trials[trial.number]))
+
+
+def attempt(sweep: Sweep, study: optuna.Study, trial: optuna.Trial) -> None:
+    """Runs one trial to its end: finished, pruned, or failed by a loss that is not finite."""
+    values, start = spaces.draw(trial, sweep.space), time.monotonic()
+    known = study.trials[trial.number].intermediate_values
+    value, state = None, TrialState.COMPLETE
+    try:
+        with common.watched(trials.reporter(trial, sweep.arm, f"validation_{METRIC}", known)):
+            result = run(sweep, f"trials/{trial.number}", {**values, "split": "validation"})
+        if sweep.arm not in result["arms"]:
+            raise ValueError(f"the run has no --arm={sweep.arm}, but {', '.join(result['arms'])}.")
+        value = statistics.fmean(result["arms"][sweep.arm][METRIC])
+        trial.set_user_attr("seeds", result["seeds"])
+    except optuna.TrialPruned:
+        state = TrialState.PRUNED
+    except train.NonFiniteLoss as error:
+        state = TrialState.FAIL
+        trial.set_user_attr("reason", str(error))
+    except ValueError as error:
+        raise ValueError(f"trial {trial.number} ({spaces.in_words(values)}): {error}") from error
+    trial.set_user_attr("seconds", round(time.monotonic() - start, 1))
+    study.tell(trial, value, state)
+
+
+def side_by_side(sweep: Sweep, study: optuna.Study, tasks: Sequence[list[int]]) -> None:
+    """Lets a worker per task run trials, and shows on the terminal which are over."""
+    logs = [sweep.workdir / f"worker_{number}.log" for number in range(len(tasks))]
+    with common.bar("trials", total=NUM_TRIALS.value, unit="trial") as meter:
+        shown = trials.ended(study)
+        meter.update(len(shown))
+
+        def show() -> None:
+            for trial in trials.ended(study)[len(shown) :]:
+                common.say(trials.in_a_line(trial))
+                shown.append(trial)
+                meter.update()
+
+        workers.in_children("experiments.sweep", tasks, gpus=GPUS.value, logs=logs, meanwhile=show)
+        show()
+
+
+def conclude(sweep: Sweep, start: float) -> dict[str, Any]:
+    """Runs the best settings and the default ones on new seeds and the test split, and writes the result."""
+    study = sweep.study()
+    best = trials.best_of(study)
+    words = spaces.in_words(best.params)
+    common.say(
+        f"Best by validation is trial {best.number} ({words}); now it and the default on the test split."
+    )
+    final = {"split": "test", "seeds": ",".join(final_seeds())}
+    runs = {
+        "default": run(sweep, "final/default", final),
+        "chosen": run(sweep, "final/chosen", {**best.params, **final}, others=True),
+    }
+    arms = {name: found["arms"][sweep.arm] for name, found in runs.items()}
+    seeds = {name: found["seeds"] for name, found in runs.items()}
+    comparisons = []
+    if min(map(len, seeds.values())) >= 3:
+        test = significance.welch(arms["chosen"][METRIC], arms["default"][METRIC])
+        comparisons = [{"metric": METRIC, "a": "chosen", "b": "default", **test._asdict()}]
+    default = spaces.in_words({name: sweep.settings[name] for name in sweep.space})
+    result = results.make(
+        "sweep",
+        question=f"Is {sweep.arm} in {EXPERIMENT.value} better with settings chosen on validation than with {default}?",
+        flags=sweep.settings,
+        seeds=seeds["default"],
+        arm_seeds={} if seeds["chosen"] == seeds["default"] else {"chosen": seeds["chosen"]},
+        arms=arms,
+        curves={name: found["curves"][sweep.arm] for name, found in runs.items() if found.get("curves")},
+        comparisons=comparisons,
+        trials=[trials.as_record(trial) for trial in study.trials],
+        trials_metric=f"validation_{METRIC}",
+        notes=notes(study, best, seeds["default"]),
+        wall_clock_s=time.monotonic() - start,
+        scaled_down=runs["chosen"]["scaled_down"],
+    )
+    workdir = sweep.workdir
+    results.write(workdir / "results.json", result)
+    report.save_figure(workdir / "figure.png", result)
+    report.page(result, path=workdir / "report.html", title="sweep")
+    shown = [metric for metric in reporting.TABLE if metric in arms["default"]]
+    common.say(f"\n{report.markdown_table(result, metrics=shown)}\n")
+    common.say(report.finding(result))
+    common.say(f"results.json, figure.png and report.html are in {workdir}/, both runs in {workdir}/final/.")
+    return result
+
+
+def notes(study: optuna.Study, best: FrozenTrial, seeds: Sequence[int]) -> list[str]:
+    """How the choice was made, for the reader of the report."""
+    outcomes = [trials.OUTCOMES[trial.state] for trial in study.trials]
+    failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
+    return [
+        f"Selection was on validation alone: trial {best.number} ({spaces.in_words(best.params)}) has the largest mean "
+        f"{METRIC} there, {best.value or 0:.2%}, over seeds {', '.join(map(str, best.user_attrs['seeds']))}. The test "
+        f"split was read once, after that, with seeds {', '.join(map(str, seeds))}.",
+        f"{len(outcomes)} trials: {', '.join(f'{outcomes.count(o)} {o}' for o in trials.OUTCOMES.values())}.",
+        *(f"Trial {trial.number} failed: {trial.user_attrs['reason']}" for trial in failed),
+    ]
+
+
+if __name__ == "__main__":
+    common.launch(main, before=import_experiment)
