@@ -1,6 +1,6 @@
 """The end of an experiment: results.json, a figure, a page, and the last lines on the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ def conclude(
     settings: Mapping[str, Any],
     scaled_down: str,
     notes: Sequence[str] = (),
+    tested: Sequence[str] | None = None,
+    **optional: Any,
 ) -> dict[str, Any]:
     """Writes results.json, figure.png and report.html of finished arms, and says in the last lines what was found.
 
@@ -48,6 +50,8 @@ def conclude(
       settings: every flag.
       scaled_down: what is smaller than in the study that the experiment follows.
       notes: for the reader of the report.
+      tested: the arms to compare with the baseline; all by default.
+      **optional: further fields of the result.
     """
     histories = {
         arm: [t.fitted.history if isinstance(t, Trained) else t.history for t in runs]
@@ -65,10 +69,11 @@ def conclude(
             for arm, runs in histories.items()
             if runs[0]
         },
-        comparisons=_comparisons(arms, baseline),
+        comparisons=_comparisons(arms, baseline, arms if tested is None else tested),
         wall_clock_s=wall_clock_s,
         scaled_down=scaled_down,
         notes=list(notes),
+        **optional,
     )
     if jax.process_index() == 0:
         results.write(workdir / "results.json", result)
@@ -80,10 +85,12 @@ def conclude(
     return result
 
 
-def _comparisons(arms: Mapping[str, Sequence[Trained | Teacher]], baseline: str) -> list[dict[str, Any]]:
+def _comparisons(
+    arms: Mapping[str, Sequence[Trained | Teacher]], baseline: str, tested: Iterable[str]
+) -> list[dict[str, Any]]:
     found = []
-    for arm, runs in arms.items():
-        if arm in (baseline, "teacher") or min(len(runs), len(arms[baseline])) < 3:
+    for arm in tested:
+        if arm in (baseline, "teacher") or min(len(arms[arm]), len(arms[baseline])) < 3:
             continue
         a, b = ([t.metrics["accuracy"] for t in arms[key]] for key in (arm, baseline))
         found.append({"metric": "accuracy", "a": arm, "b": baseline, **significance.welch(a, b)._asdict()})

@@ -239,13 +239,13 @@ def example_batch(train_batch: Callable, resident: Any) -> dict[str, jax.ShapeDt
 
 
 def make_evaluator(
-    task: Task, apply_fn: Any, evaluation_batch: Callable, resident: Any, split: str
+    task: Task, apply_fn: Any, evaluation_batch: Callable, resident: Any, split: str, **options: Any
 ) -> Callable:
     """Sums over one split, in few, equal batches of at most about a thousand: little padding, bounded memory."""
     ids, shards = task.split[split], len(task.devices) * jax.process_count()
     size = math.ceil(len(ids) / math.ceil(len(ids) / 1000) / shards) * shards
     return evaluate.make_evaluator(
-        apply_fn, evaluation_batch, resident, ids, batch_size=size, devices=task.devices
+        apply_fn, evaluation_batch, resident, ids, batch_size=size, devices=task.devices, **options
     )
 
 
