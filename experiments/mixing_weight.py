@@ -9,7 +9,7 @@ r"""How much should a student believe its labels, and how much its teacher? Many
 The loss is a·hard + (1 − a)·T²·soft, as in Hao (2023), A Study of Response-Based Knowledge Distillation and the Effects
 of Alpha on Model Accuracy: hard is the cross-entropy with the labels, soft the divergence from the teacher's softened
 answers. The students of every a in --hard_weights and of every seed are trained at once, in one compiled program
-(:mod:`kdjax.many`): 55 of them unless told otherwise, in about ten seconds on two CPU cores for the digits.
+(:mod:`kdjax.many`): 55 of them unless told otherwise; for the digits, all takes less than a minute on two CPU cores.
 
 The best a is chosen on the validation split, in the last epoch, and only that one is tested against the largest a
 (labels alone) on the test split. --label_noise makes a share of the labels wrong, for the teacher too unless

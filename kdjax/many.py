@@ -45,7 +45,7 @@ def make_run(
       run: of one training, as built by :func:`kdjax.train.make_run`.
       form: "vmap" is the faster where a step is too small to fill the machine, needs memory for the activations of all
         trainings, and computes both branches of every ``lax.cond``. "map" needs the memory of one training, and each
-        comes out bitwise as alone.
+        comes out bitwise as alone if calls have more than one step.
 
     Returns:
       ``(states, arrays, index[batch, steps, trainings]) -> (states, metrics)`` with metrics ``[steps, trainings]``. The

@@ -8,8 +8,8 @@ that the experiments use, and at once by the two forms of kdjax.many. Every roun
 the time of one after the other over that of the form, above 1 where training at once is faster. What compiling adds to
 the first call stands apart; one after the other, it is paid once for all students.
 
-Expect vmap ahead for networks whose step takes tens of microseconds, where operations are too small to fill a core, and
-level with or behind the others for a network whose step takes a millisecond; map costs the time of one after the other.
+Expect vmap ahead by most where a network is small and a call has few steps, since calls are then what costs; level
+where steps are many, and behind where a step takes a millisecond. map is seldom ahead of vmap.
 """
 
 import statistics
@@ -157,7 +157,8 @@ def main() -> None:
             common.say(
                 f"{name}, {count}: "
                 + ", ".join(
-                    f"{way} {min(v):.1f} ms (+ {added[count][way] / 1e3:.1f} s)" for way, v in ways.items()
+                    f"{way} {min(v):.1f} ms (+ {max(added[count][way], 0) / 1e3:.1f} s)"
+                    for way, v in ways.items()
                 )
             )
     result = results.make(
