@@ -179,6 +179,7 @@ def make_evaluator(
     *,
     batch_size: int,
     devices: Sequence[jax.Device],
+    transform: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda sums_of: sums_of,
 ) -> Callable[..., dict[str, Any]]:
     """Builds a function of the weights that returns the total sums over ``ids``, computed on all devices.
 
@@ -190,6 +191,8 @@ def make_evaluator(
       ids: the examples to evaluate.
       batch_size: examples per call over all devices; changes memory and speed, not the answer.
       devices: of this process.
+      transform: of the function ``(params, model_state, arrays, index, valid) -> sums`` before it is compiled, such as
+        :func:`kdjax.many.over_weights`, which evaluates stacked weights at once.
 
     Returns:
       ``(params, model_state, arrays=arrays) -> sums``; pass them to :func:`summarise`.
@@ -204,7 +207,7 @@ def make_evaluator(
         sums = metric_sums(outputs.logits, batch["label"], valid=valid, teacher_logits=teacher_logits)
         return jax.lax.psum(sums, parallel.AXIS)
 
-    compiled = parallel.data_parallel(sums_of, replicated=3, devices=devices)
+    compiled = parallel.data_parallel(transform(sums_of), replicated=3, devices=devices)
     rows = [(parallel.process_rows(i), parallel.process_rows(v)) for i, v in zip(index, valid, strict=True)]
 
     def evaluate(params: Params, model_state: ModelState, arrays: Any = arrays) -> dict[str, Any]:

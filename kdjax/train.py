@@ -186,12 +186,15 @@ class NonFiniteLoss(FloatingPointError):
 
 
 class _Position(NamedTuple):
-    """The host's side of a run: everything beside the arrays that a resumed run continues from."""
+    """The host's side of a run: everything beside the arrays that a resumed run continues from.
+
+    Its numbers are lists with one per training where :mod:`kdjax.many` runs several at once.
+    """
 
     history: list[dict[str, float]]
-    sums: dict[str, float]  # of the unfinished epoch's metrics
-    best_value: float | None
-    best_epoch: int
+    sums: dict[str, Any]  # of the unfinished epoch's metrics
+    best_value: Any  # None before the first evaluation
+    best_epoch: Any
 
 
 def fit(
@@ -214,7 +217,8 @@ def fit(
 
     Args:
       run: ``(state, *feed.at(step)) -> (state, metrics)`` with metrics stacked over the steps of the dispatch. It may
-        donate the state.
+        donate the state. For several trainings at once, whose metrics are ``[steps, trainings]``, call
+        :func:`kdjax.many.fit` instead.
       state: to start from, if ``directory`` holds nothing newer.
       feed: the arguments of every dispatch as a function of the step that it starts at.
       epochs: to train in total, those before a resumption included.
@@ -240,7 +244,7 @@ def fit(
     position = _Position([], {}, None, 0)
     if directory is not None:
         state, best, position = _restored(directory, state, best, position)
-    step, end, last_save = int(state.step), epochs * feed.steps_per_epoch, time.monotonic()
+    step, end, last_save = int(np.ravel(state.step)[0]), epochs * feed.steps_per_epoch, time.monotonic()
     unread: tuple[int, Metrics] | None = None  # of the newest dispatch: the step after it, and its metrics
 
     with _sigterm() as stop_requested:
@@ -251,14 +255,15 @@ def fit(
             epoch, rest = divmod(step, feed.steps_per_epoch)
             if rest == 0:
                 position, unread = _read(position, unread), None
-                record = {name: total / feed.steps_per_epoch for name, total in position.sums.items()}
+                record = {
+                    name: _number(np.asarray(total) / feed.steps_per_epoch)
+                    for name, total in position.sums.items()
+                }
                 if evaluate is not None and (epoch % evaluate_every == 0 or step == end):
                     weights = weights_of(state)
                     scores = evaluate(*weights)
-                    record |= {f"validation_{name}": value for name, value in scores.items()}
-                    if position.best_value is None or scores[monitor] > position.best_value:
-                        best = _copy(weights)
-                        position = position._replace(best_value=scores[monitor], best_epoch=epoch)
+                    record |= {f"validation_{name}": _number(value) for name, value in scores.items()}
+                    position, best = _with_best(position, best, weights, scores[monitor], epoch)
                 history = [*position.history, {"epoch": float(epoch), **record}]
                 position = position._replace(history=history, sums={})
             progress(steps, position.history[-1] if position.history else {})
@@ -270,7 +275,8 @@ def fit(
             if stop:
                 raise SystemExit(0)
     last = weights_of(state)
-    return Fitted(last, last if evaluate is None else best, position.best_epoch or epochs, position.history)
+    best_epoch = epochs if evaluate is None else position.best_epoch
+    return Fitted(last, last if evaluate is None else best, best_epoch, position.history)
 
 
 def _read(position: _Position, unread: tuple[int, Metrics] | None) -> _Position:
@@ -279,16 +285,52 @@ def _read(position: _Position, unread: tuple[int, Metrics] | None) -> _Position:
         return position
     step, metrics = unread
     values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
-    bad = np.flatnonzero(~np.isfinite(values["loss"]))
-    if bad.size:
-        at = step - len(values["loss"]) + int(bad[0])
-        terms = ", ".join(f"{name} {value[bad[0]]:.4g}" for name, value in sorted(values.items()))
+    bad = ~np.isfinite(values["loss"])
+    if bad.any(axis=0).all():  # of several trainings none is left
+        first = tuple(np.argwhere(bad)[0])
+        at = step - len(bad) + int(first[0])
+        terms = ", ".join(f"{name} {value[first]:.4g}" for name, value in sorted(values.items()))
         raise NonFiniteLoss(
             f"the loss is not finite at step {at} ({terms}); lower the learning rate, clip the gradients "
             "(optax.clip_by_global_norm), or look for NaN in the inputs. Nothing after the last checkpoint was kept."
         )
-    sums = {name: position.sums.get(name, 0.0) + math.fsum(value) for name, value in values.items()}
+    sums = {
+        name: _number(np.add(position.sums.get(name, 0.0), _total(value))) for name, value in values.items()
+    }
     return position._replace(sums=sums)
+
+
+def _total(values: np.ndarray) -> Any:
+    if values.ndim == 1:
+        return math.fsum(values)
+    with np.errstate(invalid="ignore"):  # of a training that has diverged
+        return values.sum(axis=0)
+
+
+def _number(value: Any) -> Any:
+    """A float, or a list with one per training: what JSON can hold."""
+    return np.asarray(value).tolist()
+
+
+def _with_best(
+    position: _Position, best: Weights, weights: Weights, score: Any, epoch: int
+) -> tuple[_Position, Weights]:
+    """Takes over the weights if they are better; of several trainings, each by itself."""
+    score = np.asarray(score)
+    held = score if position.best_value is None else np.asarray(position.best_value)
+    better = np.full(score.shape, True) if position.best_value is None else score > held
+    if better.all():
+        best = _copy(weights)
+    elif better.any():
+
+        def choose(new, old):
+            return jnp.where(better.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+        best = jax.tree.map(choose, weights, best)
+    return position._replace(
+        best_value=_number(np.where(better, score, held)),
+        best_epoch=_number(np.where(better, epoch, position.best_epoch)),
+    ), best
 
 
 def _copy(weights: Weights) -> Weights:

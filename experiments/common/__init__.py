@@ -16,6 +16,7 @@ from experiments.common.launching import launch as launch
 from experiments.common.launching import released as released
 from experiments.common.launching import say as say
 from experiments.common.launching import settings_of as settings_of
+from experiments.common.many import train_many as train_many
 from experiments.common.methods import METHODS as METHODS
 from experiments.common.reporting import conclude as conclude
 from experiments.common.tasks import Task as Task

@@ -1,6 +1,6 @@
 """The end of an experiment: results.json, a figure, a page, and the last lines on the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def conclude(
     scaled_down: str,
     metrics: Sequence[str] = TABLE,
     notes: Sequence[str] = (),
+    tested: Sequence[str] | None = None,
     **optional: Any,
 ) -> dict[str, Any]:
     """Writes results.json, figure.png and report.html of finished arms, and says in the last lines what was found.
@@ -52,6 +53,7 @@ def conclude(
       scaled_down: what is smaller than in the study that the experiment follows.
       metrics: what the terminal shows; the one that decides comes first.
       notes: for the reader of the report.
+      tested: the arms to compare with the baseline; all by default.
       **optional: further fields of the result, such as ``robustness`` and ``costs``.
     """
     totals = {arm: _total([run.sums for run in runs]) for arm, runs in arms.items()}
@@ -67,7 +69,7 @@ def conclude(
             for arm, runs in arms.items()
             if runs[0].history
         },
-        comparisons=_comparisons(arms, baseline, metrics[0]),
+        comparisons=_comparisons(arms, baseline, metrics[0], arms if tested is None else tested),
         calibration={arm: evaluate.reliability(sums) for arm, sums in totals.items()},
         confusion={arm: sums["confusion"].astype(int).tolist() for arm, sums in totals.items()},
         wall_clock_s=wall_clock_s,
@@ -91,11 +93,11 @@ def _total(sums: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _comparisons(
-    arms: Mapping[str, Sequence[Trained | Teacher]], baseline: str, metric: str
+    arms: Mapping[str, Sequence[Trained | Teacher]], baseline: str, metric: str, tested: Iterable[str]
 ) -> list[dict[str, Any]]:
     found = []
-    for arm, runs in arms.items():
-        if arm in (baseline, "teacher") or min(len(runs), len(arms[baseline])) < 3:
+    for arm in tested:
+        if arm in (baseline, "teacher") or min(len(arms[arm]), len(arms[baseline])) < 3:
             continue
         a, b = ([t.metrics[metric] for t in arms[key]] for key in (arm, baseline))
         found.append({"metric": metric, "a": arm, "b": baseline, **significance.welch(a, b)._asdict()})

@@ -349,13 +349,13 @@ def example_batch(train_batch: Callable, resident: Any) -> dict[str, jax.ShapeDt
 
 
 def make_evaluator(
-    task: Task, apply_fn: Any, evaluation_batch: Callable, resident: Any, split: str
+    task: Task, apply_fn: Any, evaluation_batch: Callable, resident: Any, split: str, **options: Any
 ) -> Callable:
     """Sums over one split."""
     ids = task.split[split]
     size = batch_size_for(task, len(ids))
     return evaluate.make_evaluator(
-        apply_fn, evaluation_batch, resident, ids, batch_size=size, devices=task.devices
+        apply_fn, evaluation_batch, resident, ids, batch_size=size, devices=task.devices, **options
     )
 
 

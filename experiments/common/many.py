@@ -1,0 +1,129 @@
+"""Many students in one compiled program: what ``make_trainer`` does for one seed, for many seeds and settings."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from experiments.common.launching import bar
+from experiments.common.tasks import Task
+from experiments.common.training import Recipe, Taught, Trained, make_batches, make_evaluator, make_optimizer
+from kdjax import checkpoints, data, evaluate, files, many, models, parallel, train
+
+
+def train_many(
+    task: Task,
+    module: Any,
+    objective: train.Objective,
+    recipe: Recipe,
+    taught: Taught,
+    *,
+    seeds: Sequence[int],
+    settings: Mapping[str, Sequence[float]],
+    directory: Path,
+    label: str,
+    form: str = "vmap",
+) -> list[Trained]:
+    """Trains one student per entry of ``seeds``, all at once, and measures each on the test split.
+
+    Args:
+      task: what to learn.
+      module: the student.
+      objective: reads its settings as ``batch["settings"][name]``, a scalar.
+      recipe: of every student.
+      taught: how the teacher reaches them.
+      seeds: of initialisation and order; the same seed may stand here with several settings.
+      settings: name → one number per student.
+      directory: ends with ``checkpoints/``, ``weights/`` (stacked) and ``summary.json``.
+      label: of the progress bar.
+      form: of :func:`kdjax.many.make_run`.
+
+    Returns:
+      One outcome per student; one that diverged has a loss that is not finite (:func:`kdjax.many.diverged_at`).
+    """
+    start = time.monotonic()
+    apply_fn = models.apply_fn(module)
+    parallel.check_batch_size(recipe.batch_size, task.devices)
+    train_batch, evaluation_batch = make_batches(task, recipe, taught)
+    own = {name: np.asarray(values, np.float32) for name, values in settings.items()}
+    resident = {"data": task.arrays, "columns": taught.columns, "teacher": taught.weights, "settings": own}
+    resident = parallel.replicate(resident, task.devices)
+    steps = max(len(task.split["train"]) // recipe.batch_size, 1) * recipe.epochs
+    tx = make_optimizer(recipe, steps=steps)
+
+    def batch_with_settings(resident, index, key):
+        return train_batch(resident, index, key) | {"settings": resident["settings"]}
+
+    step = train.make_train_step(apply_fn, objective, tx, axis_name=parallel.AXIS)
+    run = parallel.data_parallel(
+        many.make_run(train.make_run(step, batch_with_settings), form=form),
+        replicated=2,
+        devices=task.devices,
+        donate_first=True,
+    )
+    sums_on = {
+        name: make_evaluator(task, apply_fn, evaluation_batch, resident, name, transform=many.over_weights)
+        for name in ("validation", "test")
+    }
+
+    def weights_of(states: train.TrainState) -> train.Weights:
+        averaged = optax.tree.get(states.opt_state, "ema") if recipe.ema else states.params
+        return train.Weights(averaged, states.model_state)
+
+    def scores(split: str, weights: train.Weights) -> list[dict[str, float]]:
+        return [evaluate.summarise(sums) for sums in many.unstack(sums_on[split](*weights))]
+
+    def validate(params, model_state):
+        found = scores("validation", train.Weights(params, model_state))
+        return {name: [one[name] for one in found] for name in ("accuracy", "loss")}
+
+    states, feeds = {}, {}
+    for seed in set(seeds):
+        weights = models.init(module, task.source.images.shape[1:], seed=seed)
+        states[seed] = train.init_state(*weights, tx, seed=seed)
+        feeds[seed] = data.resident_feed(
+            resident,
+            task.split["train"],
+            seed=seed,
+            batch_size=recipe.batch_size,
+            steps_per_dispatch=recipe.steps_per_dispatch,
+            rows_of=parallel.process_rows,
+        )
+    with bar(label, total=steps, unit="step") as meter:
+
+        def progress(done: int, record: Mapping[str, Any]) -> None:
+            meter.update(done)
+            shown = {k: np.nanmean(v) for k, v in record.items() if k in ("loss", "validation_accuracy")}
+            meter.set_postfix({f"mean {k}": f"{v:.4g}" for k, v in shown.items()})
+
+        fitted = many.fit(
+            run,
+            parallel.replicate(many.stack([states[seed] for seed in seeds]), task.devices),
+            many.feed([feeds[seed] for seed in seeds]),
+            epochs=recipe.epochs,
+            evaluate=validate,
+            evaluate_every=recipe.evaluate_every,
+            weights_of=weights_of,
+            directory=directory / "checkpoints",
+            save_every_s=recipe.save_every_s,
+            progress=progress,
+        )
+    last, best = (many.stack([getattr(one, which) for one in fitted]) for which in ("last", "best"))
+    metrics = [
+        of_last | {f"best_{name}": of_best[name] for name in ("accuracy", "loss")}
+        for of_last, of_best in zip(scores("test", last), scores("test", best), strict=True)
+    ]
+    checkpoints.save(directory / "weights", steps, last, meta={})
+    summary = [
+        {"seed": seed, "settings": {name: float(values[k]) for name, values in settings.items()}}
+        | {"metrics": metrics[k], "best_epoch": fitted[k].best_epoch, "history": fitted[k].history}
+        for k, seed in enumerate(seeds)
+    ]
+    if jax.process_index() == 0:
+        files.write_json(directory / "summary.json", summary)
+    seconds = (time.monotonic() - start) / len(seeds)
+    return [Trained(one, scored, seconds) for one, scored in zip(fitted, metrics, strict=True)]

@@ -1,0 +1,373 @@
+"""Many trainings in one program against the same trainings one by one."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import flags
+
+from experiments import mixing_weight
+from kdjax import data, evaluate, many, models, parallel, results, train
+from kdjax.types import Outputs
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS, WEIGHTS = (3, 4, 3), (1.0, 1.0, 0.25)
+NOISE = 0.3
+
+
+def noisy_linear(params, model_state, inputs, *, train, key=None):
+    """A linear classifier that adds noise to its inputs and counts its calls."""
+    flat = inputs.reshape(len(inputs), -1)
+    if train:
+        flat = flat + NOISE * jax.random.normal(key, flat.shape)
+        model_state = {"calls": model_state["calls"] + 1}
+    return Outputs(flat @ params["kernel"] + params["bias"][None], {}), model_state
+
+
+def weighted(outputs, batch):
+    value = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
+    return {"hard": batch["settings"]["hard_weight"] * jnp.mean(value)}
+
+
+def make_batch(arrays, index, key=None):
+    batch = data.gather(arrays["data"], index)
+    return batch | {"settings": arrays["settings"]} if key is not None else batch
+
+
+def examples(n=48):
+    rng = np.random.default_rng(1)
+    label = rng.integers(0, 3, n).astype(np.int32)
+    image = (rng.normal(size=(n, 2, 2, 1)) + label[:, None, None, None]).astype(np.float32)
+    return {"image": image, "label": label}
+
+
+def linear_weights(seed):
+    kernel = np.random.default_rng(seed).normal(size=(4, 3)).astype(np.float32)
+    return {"kernel": kernel, "bias": np.zeros(3, np.float32)}, {"calls": np.zeros((), np.float32)}
+
+
+TX = optax.adam(0.05)
+
+
+def begin(seeds=SEEDS):
+    return many.stack([train.init_state(*linear_weights(seed), TX, seed=seed) for seed in seeds])
+
+
+def one_run(axis_name=None, objective=weighted):
+    return train.make_run(train.make_train_step(noisy_linear, objective, TX, axis_name=axis_name), make_batch)
+
+
+def the_arrays(weights=WEIGHTS):
+    return {"data": examples(), "settings": {"hard_weight": jnp.asarray(weights, jnp.float32)}}
+
+
+def the_feed(arrays, seeds=SEEDS):
+    ids = np.arange(40)
+    return many.feed(
+        [data.resident_feed(arrays, ids, seed=s, batch_size=10, steps_per_dispatch=2) for s in seeds]
+    )
+
+
+def validate(params, model_state):
+    images = examples()["image"][40:].reshape(8, -1)
+    scores = (
+        np.einsum("ni,kic->knc", images, np.asarray(params["kernel"])) + np.asarray(params["bias"])[:, None]
+    )
+    return {"accuracy": (scores.argmax(2) == examples()["label"][None, 40:]).mean(1)}
+
+
+@functools.cache
+def compiled(form):
+    run = one_run() if form == "alone" else many.make_run(one_run(), form=form)
+    return jax.jit(run, donate_argnums=0)
+
+
+def fitting(directory=None, *, form="vmap", epochs=4, stop_after=None, weights=WEIGHTS, **options):
+    run, calls = compiled(form), []
+
+    def progress(steps, record):
+        calls.append(steps)
+        if len(calls) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"evaluate": validate, "progress": progress, "directory": directory} | options
+    return many.fit(run, begin(), the_feed(the_arrays(weights)), epochs=epochs, **options), calls
+
+
+def alone(k, *, epochs=4):
+    """The training ``k`` by itself, through the ordinary functions."""
+    arrays = {"data": examples(), "settings": {"hard_weight": jnp.float32(WEIGHTS[k])}}
+    params, model_state = linear_weights(SEEDS[k])
+    return train.fit(
+        compiled("alone"),
+        train.init_state(params, model_state, TX, seed=SEEDS[k]),
+        data.resident_feed(arrays, np.arange(40), seed=SEEDS[k], batch_size=10, steps_per_dispatch=2),
+        epochs=epochs,
+        evaluate=lambda params, state: {
+            "accuracy": float(
+                validate(*jax.tree.map(lambda x: np.asarray(x)[None], (params, state)))["accuracy"][0]
+            )
+        },
+    )
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, (a.last, a.best), (b.last, b.best))
+    assert (a.history, a.best_epoch) == (b.history, b.best_epoch)
+
+
+class TestEachIsAsAlone:
+    @pytest.mark.parametrize("form", ["map", "vmap"])
+    def test_a_whole_fit(self, form):
+        together, _ = fitting(form=form)
+        for k, fitted in enumerate(together):
+            want = alone(k)
+            if form == "map":  # bitwise, from noise to best epoch
+                assert_same(fitted, want)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+                (fitted.last, fitted.best, fitted.history, fitted.best_epoch),
+                (want.last, want.best, want.history, want.best_epoch),
+            )
+            assert fitted.last.model_state["calls"] == 16
+
+    @pytest.mark.parametrize("form", ["map", "vmap"])
+    def test_a_network_with_convolutions(self, form):
+        module, tx, shape = models.build("digits_student", num_classes=3), optax.sgd(0.1), (8, 8, 1)
+        rng = np.random.default_rng(0)
+        image = rng.normal(size=(12, *shape)).astype(np.float32)
+        stored = {"image": image, "label": np.arange(12, dtype=np.int32) % 3}
+        step = train.make_train_step(models.apply_fn(module), weighted, tx)
+        run = train.make_run(step, make_batch)
+        states = [train.init_state(*models.init(module, shape, seed=s), tx, seed=s) for s in SEEDS]
+        index = rng.integers(0, 12, (6, 2, 3)).astype(np.int32)
+        arrays = {"data": stored, "settings": {"hard_weight": jnp.asarray(WEIGHTS)}}
+        after, metrics = jax.jit(many.make_run(run, form=form))(many.stack(states), arrays, index)
+        assert metrics["loss"].shape == (2, 3)
+        for k, state in enumerate(many.unstack(after)):
+            own = {"data": stored, "settings": {"hard_weight": jnp.float32(WEIGHTS[k])}}
+            want, losses = jax.jit(run)(states[k], own, index[:, :, k])
+            tolerance = {"rtol": 0, "atol": 0} if form == "map" else {"rtol": 1e-4, "atol": 1e-6}
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), state, want)  # noqa: B023
+            np.testing.assert_allclose(metrics["loss"][:, k], losses["loss"], **tolerance)
+
+    @pytest.mark.parametrize("form", ["map", "vmap"])
+    def test_on_two_devices(self, form):
+        devices = parallel.local_devices()
+        assert len(devices) == 2, "the test needs two (simulated) devices"
+
+        def still(params, model_state, inputs, *, train, key=None):  # noise would differ by device
+            return noisy_linear(params, model_state, inputs, train=False)
+
+        arrays, index = the_arrays(), the_feed(None).at(0)[1]
+
+        def built(axis_name):
+            step = train.make_train_step(still, weighted, TX, axis_name=axis_name)
+            return many.make_run(train.make_run(step, make_batch), form=form)
+
+        spread = parallel.data_parallel(built(parallel.AXIS), replicated=2, devices=devices)
+        halves = spread(*parallel.replicate((begin(), arrays), devices), index)
+        whole = jax.jit(built(None))(begin(), arrays, index)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), halves, whole)
+
+    def test_seeds_and_settings_reach_each_training(self):
+        together, _ = fitting(epochs=1)
+        kernels = [fitted.last.params["kernel"] for fitted in together]
+        assert not any(np.array_equal(kernels[a], kernels[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+        # The same seed has the same first loss but for its weight, and Adam's first step does not see the weight.
+        _, metrics = compiled("vmap")(begin(), *the_feed(the_arrays()).at(0))
+        np.testing.assert_allclose(metrics["loss"][0, 2], 0.25 * metrics["loss"][0, 0], rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"][0, 2], 0.25 * metrics["grad_norm"][0, 0], rtol=1e-5)
+
+    def test_without_settings_only_seeds_differ(self):
+        def plain(outputs, batch):
+            return weighted(outputs, batch | {"settings": {"hard_weight": 1.0}})
+
+        arrays = {"data": examples()}
+        _, metrics = many.make_run(one_run(objective=plain))(begin(), *the_feed(arrays).at(0))
+        np.testing.assert_array_equal(metrics["loss"][:, 0], metrics["loss"][:, 2])
+        assert metrics["loss"][0, 0] != metrics["loss"][0, 1]
+
+
+@pytest.mark.parametrize("form", ["map", "vmap"])
+def test_evaluating_at_once_counts_what_each_alone_counts(form):
+    arrays, ids = the_arrays(), np.arange(29)
+    options = {"batch_size": 16, "devices": parallel.local_devices()}
+    apart = evaluate.make_evaluator(noisy_linear, make_batch, arrays, ids, **options)
+    at_once = evaluate.make_evaluator(
+        noisy_linear, make_batch, arrays, ids, transform=lambda f: many.over_weights(f, form=form), **options
+    )
+    states = begin()
+    for sums, weights in zip(
+        many.unstack(at_once(states.params, states.model_state)),
+        many.unstack(train.weights_of(states)),
+        strict=True,
+    ):
+        want = apart(*weights)
+        np.testing.assert_array_equal(sums["confusion"], want["confusion"])
+        assert evaluate.summarise(sums) == pytest.approx(evaluate.summarise(want), rel=1e-5)
+
+
+class TestDivergence:
+    @pytest.mark.parametrize("form", ["map", "vmap"])
+    def test_one_is_named_and_the_others_are_not_touched(self, form):
+        healthy, _ = fitting(form=form)
+        with pytest.warns(UserWarning, match=r"1 of 3 trainings diverged.*: 1 in epoch 1\."):
+            found, _ = fitting(form=form, weights=(1.0, float("nan"), 0.25))
+        assert [many.diverged_at(fitted) for fitted in found] == [None, 1, None]
+        for k in (0, 2):
+            assert_same(found[k], healthy[k])
+
+    def test_none_left_is_an_error(self):
+        with pytest.raises(train.NonFiniteLoss, match=r"not finite at step 0 .*learning rate"):
+            fitting(weights=(float("nan"),) * 3)
+
+
+class TestResuming:
+    @pytest.mark.parametrize("stop_after", [1, 3, 7])
+    def test_sigterm_saves_and_the_resumed_run_ends_bitwise_equal(self, tmp_path, stop_after):
+        whole, _ = fitting()
+        with pytest.raises(SystemExit) as stopped:
+            fitting(tmp_path, stop_after=stop_after)
+        assert stopped.value.code == 0
+        resumed, calls = fitting(tmp_path)
+        assert 0 < sum(calls) < 16, "the resumed run began again from the start"
+        for a, b in zip(whole, resumed, strict=True):
+            assert_same(a, b)
+
+    def test_each_keeps_its_own_first_best(self):
+        script = iter([[0.2, 0.9, 0.1], [0.7, 0.9, 0.2], [0.7, 0.3, 0.3], [0.1, 0.2, 0.4]])
+        seen = []
+
+        def scripted(params, model_state):
+            seen.append(np.array(params["kernel"]))
+            return {"accuracy": next(script)}
+
+        found, _ = fitting(evaluate=scripted)
+        assert [fitted.best_epoch for fitted in found] == [2, 1, 4]
+        for k, fitted in enumerate(found):
+            np.testing.assert_array_equal(fitted.best.params["kernel"], seen[fitted.best_epoch - 1][k])
+            np.testing.assert_array_equal(fitted.last.params["kernel"], seen[3][k])
+
+    def test_without_evaluation_the_best_is_the_last(self):
+        found, _ = fitting(evaluate=None, epochs=2)
+        assert [fitted.best_epoch for fitted in found] == [2, 2, 2]
+        assert [record["epoch"] for record in found[1].history] == [1, 2]
+
+
+class TestRefusals:
+    def test_an_unknown_form(self):
+        for build in (many.make_run, many.over_weights):
+            with pytest.raises(ValueError, match="forms vmap, map, got 'pmap'"):
+                build(one_run(), form="pmap")
+
+    def test_settings_of_another_number(self):
+        with pytest.raises(
+            ValueError, match=r"'hard_weight' needs one value for each of 3 trainings.*\(2,\)"
+        ):
+            many.make_run(one_run())(begin(), *the_feed(the_arrays((1.0, 0.5))).at(0))
+
+    def test_the_index_of_one_training(self):
+        with pytest.raises(ValueError, match=r"\[batch, steps, 3\], got shape \(8, 2\)"):
+            many.make_run(one_run())(begin(), the_arrays(), jnp.zeros((8, 2), jnp.int32))
+
+    def test_epochs_of_different_lengths(self):
+        feeds = [data.resident_feed(None, np.arange(n), seed=0, batch_size=8) for n in (16, 40)]
+        with pytest.raises(ValueError, match=r"one length, got 2 feeds of \[2, 5\] steps"):
+            many.feed(feeds)
+        with pytest.raises(ValueError, match="got 0 feeds"):
+            many.feed([])
+
+    def test_nothing_to_stack(self):
+        with pytest.raises(ValueError, match="at least one tree"):
+            many.stack([])
+
+
+class TestMixingWeight:
+    def test_leaves_everything_and_is_read_back(self, tmp_path):
+        command = [sys.executable, "-m", "experiments.mixing_weight", "--smoke", "--hard_weights=0,0.5,1"]
+        command += [
+            f"--workdir={tmp_path / 'run'}",
+            "--label_noise=0.1",
+            f"--output={tmp_path / 'kept.json'}",
+        ]
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        found = results.read(tmp_path / "kept.json")
+        assert set(found["arms"]) == {"teacher", "a = 0", "a = 0.5", "a = 1"}
+        assert found["seeds"] == [0, 1, 2]
+        (swept,) = found["swept"]
+        assert (swept["name"], swept["values"]) == ("hard_weight", [0, 0.5, 1])
+        accuracy = swept["arms"]["student"]["accuracy"]
+        assert accuracy == [found["arms"][f"a = {a}"]["accuracy"] for a in ("0", "0.5", "1")]
+        assert "validation split chooses a = " in found["notes"][0]
+        assert found["notes"][0] in done.stdout
+        assert len(json.loads((tmp_path / "run" / "perturbed.json").read_text())) == 10
+        for name in ("report.html", "figure.png", "students/summary.json", "teacher/0/network.json"):
+            assert (tmp_path / "run" / name).stat().st_size > 0
+        assert {len(json.loads((tmp_path / "run" / "students" / "summary.json").read_text()))} == {9}
+
+    def test_the_weight_is_chosen_on_validation_and_ties_go_to_the_smaller_loss(self):
+        def trained(test, validation, loss):
+            history = [
+                {"epoch": 1.0, "loss": 1.0, "validation_accuracy": validation, "validation_loss": loss}
+            ]
+            return mixing_weight.common.Trained(train.Fitted(None, None, 1, history), {"accuracy": test}, 0.0)
+
+        best, said = mixing_weight.choose(
+            {0.0: [trained(0.9, 0.7, 1.0)], 0.5: [trained(0.6, 0.8, 0.4)], 1.0: [trained(0.8, 0.8, 0.5)]}
+        )
+        assert best == 0.5
+        assert "a = 0.5 (accuracy 80.00% there)" in said
+        assert "60.00% on average, that of a = 1 80.00%" in said
+
+    def test_a_diverged_student_is_left_out_and_said(self):
+        def trained(loss):
+            return mixing_weight.common.Trained(
+                train.Fitted(None, None, 1, [{"epoch": 1.0, "loss": loss}]), {}, 0.0
+            )
+
+        kept, notes = mixing_weight.finite(
+            {0.0: [trained(1.0), trained(float("nan"))], 1.0: [trained(float("inf"))] * 2}, [5, 6]
+        )
+        assert {a: list(runs) for a, runs in kept.items()} == {0.0: [5]}
+        assert [note.split(" diverged")[0] for note in notes] == [
+            "a = 0, seed 6",
+            "a = 1, seed 5",
+            "a = 1, seed 6",
+        ]
+
+    @pytest.mark.parametrize(
+        ("argument", "said"),
+        [
+            ("--hard_weights=0.5,0.1", "must rise from 0 or more"),
+            ("--hard_weights=0,1.5", "must rise from 0 or more"),
+            ("--hard_weights=0,half", "must be numbers"),
+            ("--hard_weights=0,0", "different numbers"),
+            ("--seeds=0,1.5", "must be whole numbers"),
+            ("--seeds=-1,0", "from 0 on"),
+            ("--batch_size=21", "21 does not divide over 2 devices"),
+        ],
+    )
+    def test_bad_input_is_refused_before_any_work(self, tmp_path, monkeypatch, argument, said):
+        def work(*_, **__):
+            raise AssertionError("training began")
+
+        monkeypatch.setattr(train, "fit", work)
+        flags.FLAGS.unparse_flags()
+        for flag in flags.FLAGS.flags_by_module_dict()["experiments.mixing_weight"]:
+            flag.unparse()
+        flags.FLAGS(["mixing_weight", f"--workdir={tmp_path / 'run'}", argument])
+        with pytest.raises(ValueError, match=said):
+            mixing_weight.main()
