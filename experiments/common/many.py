@@ -74,11 +74,8 @@ def train_many(
         averaged = optax.tree.get(states.opt_state, "ema") if recipe.ema else states.params
         return train.Weights(averaged, states.model_state)
 
-    def scores(split: str, weights: train.Weights) -> list[dict[str, float]]:
-        return [evaluate.summarise(sums) for sums in many.unstack(sums_on[split](*weights))]
-
     def validate(params, model_state):
-        found = scores("validation", train.Weights(params, model_state))
+        found = [evaluate.summarise(one) for one in many.unstack(sums_on["validation"](params, model_state))]
         return {name: [one[name] for one in found] for name in ("accuracy", "loss")}
 
     states, feeds = {}, {}
@@ -113,10 +110,11 @@ def train_many(
             progress=progress,
         )
     last, best = (many.stack([getattr(one, which) for one in fitted]) for which in ("last", "best"))
-    metrics = [
-        of_last | {f"best_{name}": of_best[name] for name in ("accuracy", "loss")}
-        for of_last, of_best in zip(scores("test", last), scores("test", best), strict=True)
-    ]
+    sums, of_best = (many.unstack(sums_on["test"](*weights)) for weights in (last, best))
+    metrics = [evaluate.summarise(one) for one in sums]
+    for scored, one in zip(metrics, of_best, strict=True):
+        scores = evaluate.summarise(one)
+        scored |= {f"best_{name}": scores[name] for name in ("accuracy", "loss")}
     checkpoints.save(directory / "weights", steps, last, meta={})
     summary = [
         {"seed": seed, "settings": {name: float(values[k]) for name, values in settings.items()}}
@@ -126,4 +124,7 @@ def train_many(
     if jax.process_index() == 0:
         files.write_json(directory / "summary.json", summary)
     seconds = (time.monotonic() - start) / len(seeds)
-    return [Trained(one, scored, seconds) for one, scored in zip(fitted, metrics, strict=True)]
+    return [
+        Trained(module, one, scored, totals, seconds)
+        for one, scored, totals in zip(fitted, metrics, sums, strict=True)
+    ]
