@@ -117,7 +117,7 @@ def test_table_is_what_numpy_and_scipy_compute():
     p = stats.ttest_ind(KD, SCRATCH, equal_var=False).pvalue
     assert p < 0.001
     mean, sd = 100 * np.mean(KD), 100 * np.std(KD, ddof=1)
-    assert found["kd"] == {"arm": "kd", "n": "5", "accuracy, % ↑": f"**{mean:.1f} ± {sd:.1f}** (p < .001)"}
+    assert found["kd"] == {"arm": "kd", "n": "5", "accuracy, % ↑": f"**{mean:.1f} ± {sd:.1f}** (p < .001 ***)"}
     mean, sd = 100 * np.mean(SCRATCH), 100 * np.std(SCRATCH, ddof=1)
     assert found["scratch"]["accuracy, % ↑"] == f"{mean:.1f} ± {sd:.1f}"
 

@@ -43,7 +43,6 @@ def test_says_what_the_numbers_depend_on():
             "a/accuracy holds a value that is no finite number",
         ),
         ({"arms": {"a": {"accuracy": [0.1, 0.2, "0.3"]}}}, "no finite number"),
-        ({"schema": 99}, "reads schema 1, the result has 99"),
         ({"question": None}, "needs the field 'question'"),
         ({"dirty": "no"}, "needs the field 'dirty'"),
     ],

@@ -45,6 +45,8 @@ def section(result: Result, *, name: str, metrics: list[str] | None) -> str:
         parts.append(ratio_table(result))
     if metrics or not ratios:
         parts.append(tables.markdown_table(result, metrics=metrics).rstrip())
+        legend = tables.p_legend(result, tables.table(result, metrics)[1])
+        parts += [f"<sub>{legend}</sub>"] if legend else []
     return "\n\n".join(["", *parts, provenance(result, name=name)])[1:] + "\n"
 
 

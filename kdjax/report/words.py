@@ -217,6 +217,11 @@ def p_text(p: float) -> str:
     return "p = " + next(t for t in texts if (float(t) < ALPHA) == (p < ALPHA)).lstrip("0")
 
 
+def stars(p: float) -> str:
+    """Prints how far p lies below .05: * there, ** below .01, *** below .001."""
+    return "*" * sum(p < level for level in (0.05, 0.01, 0.001))
+
+
 def times(ratio: float) -> str:
     """Prints a ratio, such as "2.41×" or "24.1×"."""
     return f"{ratio:,.{0 if ratio >= 100 else 1 if ratio >= 10 else 2}f}×"
