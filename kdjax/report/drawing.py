@@ -61,7 +61,9 @@ def svg(panel: Panel, *, key: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(style({"svg.fonttype": "none", "svg.hashsalt": key} | {"image.composite_image": False})):
+    with matplotlib.rc_context(
+        style({"svg.fonttype": "none", "svg.hashsalt": key} | {"image.composite_image": False})
+    ):
         figure = Figure(figsize=(4.2, panel.height), layout="constrained")
         panel.draw(figure.subplots())
         buffer = io.BytesIO()
@@ -81,7 +83,10 @@ def _inline(drawn: bytes, alt: str) -> str:
     for element in root.iter():
         element.tag = element.tag.split("}")[-1]
         attributes = {k.split("}")[-1]: v for k, v in element.attrib.items()}
-        if element.tag == "g":
+        if element.tag in (
+            "g",
+            "image",
+        ):  # nothing refers to it, and an image drawn twice would have it twice
             attributes.pop("id", None)
         if "style" in attributes:
             colour = re.compile("#[0-9a-f]{6}")
@@ -144,7 +149,9 @@ def named_below(ax: "Axes", result: Result, labels: Mapping[str, str]) -> None:
 
     colours, markers = colours_of(result), markers_of(result)
     handles = [
-        Line2D([], [], color=LIGHT[colours[arm]], marker=markers[arm], linestyle="", markersize=6, label=label)
+        Line2D(
+            [], [], color=LIGHT[colours[arm]], marker=markers[arm], linestyle="", markersize=6, label=label
+        )
         for arm, label in labels.items()
     ]
     root: Any = ax.figure
@@ -211,6 +218,14 @@ def short(text: str, width: int = 24) -> str:
     """Cuts a long name in the middle: names that begin alike often end differently."""
     tail = width // 2 - 1
     return text if len(text) <= width else f"{text[: width - tail - 1]}…{text[-tail:]}"
+
+
+def in_two_lines(text: str, width: int = 24) -> str:
+    """Breaks a long name of a row, after a space or an underscore where there is one."""
+    if len(text) <= width:
+        return text
+    cut = max(text.rfind(" ", 0, width), text.rfind("_", 0, width)) + 1 or width
+    return f"{text[:cut].rstrip()}\n{short(text[cut:], width)}"
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

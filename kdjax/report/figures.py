@@ -74,5 +74,3 @@ def save_figure(path: str | os.PathLike[str], result: Result) -> None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or None, dpi=180)
     files.write_bytes(path, buffer.getvalue())
-
-

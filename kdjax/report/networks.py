@@ -155,7 +155,8 @@ def reliability_panel(result: Result, arms: Sequence[str]) -> Panel:
 
     caption = (
         "How often the network is right, against how sure it is. Below the dashed line it is too sure of itself, "
-        "above it not sure enough. The larger a mark, the more test images it stands for; tiny ones say little, and no line leads to them. "
+        "above it not sure enough. The larger a mark, the more test images it stands for; no line leads to the "
+        "tiny ones, which say little. "
         "Off by: the mean distance from the line (expected calibration error)."
     )
     said = words.listing([f"{arm} {percent(error)} %" for arm, error in errors.items()])
@@ -164,7 +165,9 @@ def reliability_panel(result: Result, arms: Sequence[str]) -> Panel:
 
 
 def _filled_bins(bins: Mapping[str, Sequence[float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    confidence, accuracy, count = (np.asarray(bins[k], np.float64) for k in ("confidence", "accuracy", "count"))
+    confidence, accuracy, count = (
+        np.asarray(bins[k], np.float64) for k in ("confidence", "accuracy", "count")
+    )
     filled = count > 0
     return confidence[filled], accuracy[filled], count[filled]
 
@@ -191,14 +194,26 @@ def confusion_panel(result: Result, arm: str) -> Panel:
         ax.tick_params(axis="x", rotation=90 if turned else 0, length=0, labelsize=size)
         ax.tick_params(axis="y", labelcolor=LIGHT["muted"], labelsize=size)
         ax.spines["bottom"].set_visible(False)
-        ax.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5), aspect="equal", xlabel="predicted", ylabel="true class")
+        ax.set(
+            xlim=(-0.5, n - 0.5),
+            ylim=(n - 0.5, -0.5),
+            aspect="equal",
+            xlabel="predicted",
+            ylabel="true class",
+        )
         ax.set_title(f"{short(arm, 22)}: % of each true class")
 
     correct = percent(float(np.trace(counts) / counts.sum()))
     worst = _confused(share, list(result.get("class_names") or map(str, range(n))))
     caption = f"What {arm} takes each class for. Right answers, {correct} %, are on the diagonal. {worst}"
-    caption += "" if numbered else " The stronger the colour, the more often; the scale is that of a root, so that rare errors show."
-    return Panel(draw, caption.rstrip(), f"Confusion matrix of {arm}: {correct} % right. {worst}".rstrip(), 4.3)
+    caption += (
+        ""
+        if numbered
+        else " The stronger the colour, the more often; the scale is that of a root, so that rare errors show."
+    )
+    return Panel(
+        draw, caption.rstrip(), f"Confusion matrix of {arm}: {correct} % right. {worst}".rstrip(), 4.3
+    )
 
 
 def _draw_numbered(ax: "Axes", share: np.ndarray) -> None:
@@ -226,7 +241,7 @@ def _draw_coloured(ax: "Axes", share: np.ndarray) -> None:
 def _confused(share: np.ndarray, names: Sequence[str]) -> str:
     """The most frequent mistake, in a sentence."""
     errors = share - np.diag(np.diag(share))
-    row, column = np.unravel_index(int(np.argmax(errors)), errors.shape)
+    row, column = divmod(int(np.argmax(errors)), len(errors))
     if errors[row, column] == 0:
         return ""
     part = percent(float(errors[row, column]))
@@ -249,7 +264,7 @@ def compression_panel(result: Result) -> Panel:
         ax.set_xscale("log")
         for i, (arm, runs) in enumerate(values.items()):
             # Arms of one size stand beside each other.
-            x = times[arm] * max(times.values()) ** (0.012 * (i - (len(values) - 1) / 2))
+            x = times[arm] * max(1.5, *times.values()) ** (0.012 * (i - (len(values) - 1) / 2))
             colour = LIGHT[colours[arm]]
             if len(runs) > 1:
                 ax.plot((x, x), interval(runs), color=colour, lw=1.8, alpha=0.6)
@@ -315,9 +330,9 @@ def density_panel(result: Result, arms: Sequence[str]) -> Panel:
     from matplotlib.ticker import LogLocator, NullLocator
 
     colours = colours_of(result)
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {
-        arm: tuple(np.asarray(result["densities"][arm][k], np.float64) for k in ("grid", "density"))
-        for arm in arms
+    densities = {arm: result["densities"][arm] for arm in arms}
+    found = {
+        arm: (np.asarray(d["grid"], float), np.asarray(d["density"], float)) for arm, d in densities.items()
     }
     # Zero has no place on the axis, and a tail of rounding errors says nothing.
     floor = 1e-6 * max(float(runs.max()) for _, runs in found.values())
@@ -348,7 +363,10 @@ def density_panel(result: Result, arms: Sequence[str]) -> Panel:
         "zero those in which it bends down. "
     )
     caption += "Line: mean; band: lowest to highest run." if several else "One run."
-    said = [f"{arm} up to {grid[(runs > floor).any(0)].max():.3g}" for arm, (grid, runs) in found.items()]
+    said = [
+        f"{arm} up to {grid[runs.max(0) > 1e-6 * runs.max()].max():.3g}"
+        for arm, (grid, runs) in found.items()
+    ]
     alt = f"Densities of the Hessian's eigenvalues: {words.listing(said)}."
     return Panel(draw, caption, alt, 2.7 + height_below(list(labels.values())))
 
@@ -379,7 +397,9 @@ def overlay_panel(result: Result) -> Panel:
         ax.axis("off")
 
     left = len(result["overlays"]) - len(shown)
-    caption = "Left: the image. Middle: what the network looked at; the stronger the colour, the more it counts. "
+    caption = (
+        "Left: the image. Middle: what the network looked at; the stronger the colour, the more it counts. "
+    )
     caption += "Right: both, the image in grey. "
     caption += "Orange speaks for the answer, blue against it. " if signed else ""
     caption += f"{left} more {'are' if left > 1 else 'is'} not drawn." if left else ""

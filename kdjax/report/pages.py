@@ -174,7 +174,9 @@ def _esc(text: str) -> str:
 
 
 # Spaces in "95 %", "accuracy ↑", "p = .02 *", "n = 5 + 5".
-_TIED = re.compile(r" (?=[%↑↓])|(?<=\b[pn]) (?=[=<>] )|(?<=\b[pn] [=<>]) | (?=\*+$)|(?<=\*) |(?<=\d) (?=\+ \d)|(?<=\d \+) ")
+_TIED = re.compile(
+    r" (?=[%↑↓])|(?<=\b[pn]) (?=[=<>] )|(?<=\b[pn] [=<>]) | (?=\*+$)|(?<=\*) |(?<=\d) (?=\+ \d)|(?<=\d \+) "
+)
 
 
 def _css() -> str:
@@ -243,9 +245,9 @@ a{color:var(--s1)}
 .problems{border-left:3px solid var(--s0);padding-left:1rem;margin:0 0 2.5rem}
 details{margin-top:2rem;font-size:.9rem}
 figure details{margin-top:.6rem}
-figure table{min-width:0;font-size:.85rem;margin-top:.5rem}
-figure :is(th,td){padding:.25rem 0 .25rem 1rem}
-figure :is(th:first-child){padding-left:0!important;text-indent:0}
+figure table{min-width:0;font-size:.8rem;margin-top:.5rem}
+figure tbody :is(th,td){padding:.25rem 0 .25rem .9rem;min-width:0;text-indent:0;white-space:nowrap}
+figure tbody th:first-child{padding-left:0!important;white-space:normal;overflow-wrap:normal;min-width:4rem}
 .head>*{color:var(--muted)}
 tbody+tbody .head>*{padding-top:1rem;border-top:0}
 summary{cursor:pointer;color:var(--muted)}

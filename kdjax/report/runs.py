@@ -14,6 +14,7 @@ from kdjax.report.drawing import (
     Panel,
     beside,
     colours_of,
+    in_two_lines,
     interval,
     is_wide,
     markers_of,
@@ -24,6 +25,7 @@ from kdjax.report.words import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 def dot_panel(result: Result, *, metric: str) -> Panel:
     """Every seed of every arm as a dot, with the mean and its 95 % t-interval."""
@@ -45,10 +47,10 @@ def dot_panel(result: Result, *, metric: str) -> Panel:
             beside(ax, y, words.mean_text(result, arm, metric), colour)
         if kind.unit != "%" and flat.min() > 0 and flat.max() > 10 * flat.min():
             ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if flat.max() < 50 * flat.min() else (1,)))
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             ax.set_xticks([], minor=True)
-        ax.set_yticks(range(len(arms)), [short(arm) for arm in arms])
+        ax.set_yticks(range(len(arms)), [in_two_lines(arm) for arm in arms])
         ax.set_ylim(len(arms) - 0.45, -0.45)
         ax.set_title(words.axis_title(kind))
         ax.grid(axis="x")
@@ -119,12 +121,15 @@ def ratio_panel(result: Result) -> Panel:
         ticks = _ratio_ticks(low, high)
         ax.set_xticks(ticks, [f"{t:g}×" for t in ticks])
         ax.set_xticks([], minor=True)
-        ax.set_yticks(range(len(ratios)), [short(peer) for peer in ratios])
+        ax.set_yticks(range(len(ratios)), [in_two_lines(peer) for peer in ratios])
         ax.set_ylim(len(ratios) - 0.5, -0.5)
-        ax.set_title("times faster or smaller than the peer")
+        ax.set_title("times faster or smaller")
         ax.grid(axis="x")
 
-    caption = "Median, and from low to high, on a logarithmic axis. Right of the line at 1× kdjax is ahead."
+    caption = (
+        "Against each peer: the median, and from low to high, on a logarithmic axis. Right of the line at 1× kdjax is "
+        "ahead."
+    )
     medians = words.listing([f"{peer} {words.times(r['median'])}" for peer, r in ratios.items()])
     return Panel(draw, caption, f"Ratios of kdjax to its peers: {medians}.", 0.85 + 0.4 * len(ratios))
 
@@ -240,7 +245,9 @@ def trial_panel(result: Result, *, flag: str) -> Panel:
         caption += " Hollow: stopped before its end."
     alt = f"Scatter plot of {metric.title} against {flag}, {len(trials)} trials"
     if best is not None:
-        at = f"{_printed(metric, metric.scale * best['value'])}, {flag} {_setting(best['settings'].get(flag))}"
+        at = (
+            f"{_printed(metric, metric.scale * best['value'])}, {flag} {_setting(best['settings'].get(flag))}"
+        )
         caption += f" The best, in orange, is trial {best['number']}: {at}."
         alt += f", the best is trial {best['number']} with {at}"
     if left:
@@ -335,6 +342,8 @@ def _ratio_ticks(low: float, high: float) -> list[float]:
     steps = coarse if high / low > 300 else medium if high / low > 4 else fine
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = {step * 10.0**power for power in powers for step in steps}
-    return sorted({t for t in ticks if low * 0.97 <= t <= high * 1.03} | {1.0})
-
-
+    kept = [1.0]
+    for tick in sorted((t for t in ticks if low * 0.97 <= t <= high * 1.03), key=lambda t: abs(math.log(t))):
+        if all(abs(math.log(tick / other)) > 0.24 * math.log(high / low) for other in kept):
+            kept.append(tick)
+    return sorted(kept)

@@ -7,10 +7,10 @@ The schema (version 2) is flat enough to read by eye::
      "hardware": {"backend": "cpu", "devices": 1, "cores": 2, ...}, "wall_clock_s": 61.2, "scaled_down": "...",
      "seeds": [0, 1, 2], "arms": {"scratch": {"accuracy": [0.91, 0.92, 0.90]}, ...}}
 
-These fields every result has. ``arms`` maps an arm to its metrics and a metric to one number per seed (or per repeat, in
-a benchmark). ``name`` is also the stem of the file, ``flags`` is every setting that decided the numbers, ``dirty`` says
-that tracked files differed from ``commit``, and ``scaled_down`` what is smaller than in the study that the experiment
-follows, empty if nothing is. Fractions stay fractions; percent signs belong to the report.
+These fields every result has. ``arms`` maps an arm to its metrics and a metric to one number per seed (or per repeat,
+in a benchmark). ``flags`` is every setting that decided the numbers, ``dirty`` says that tracked files differed from
+``commit``, and ``scaled_down`` what is smaller than in the study that the experiment follows, empty if nothing is.
+Fractions stay fractions; percent signs belong to the report.
 
 What else an experiment has measured stands in optional fields. An arm in one of them is one of ``arms``:
 
@@ -19,8 +19,8 @@ What else an experiment has measured stands in optional fields. An arm in one of
 ``curves``
     arm → metric → one list per seed, with one number or null per epoch.
 ``comparisons``
-    list of ``{"metric", "a", "b", "difference", "low", "high", "p", "n", "test"}``: a less b with its 95 % interval; the
-    last two may be missing.
+    list of ``{"metric", "a", "b", "difference", "low", "high", "p", "n", "test"}``: a less b with its 95 % interval;
+    the last two may be missing.
 ``ratios``
     peer → ``{"median", "low", "high"}``: how many times faster or smaller kdjax is.
 ``notes``
@@ -52,7 +52,8 @@ What else an experiment has measured stands in optional fields. An arm in one of
     list of ``{"title": str, "image": uint8 [height][width][1 or 3], "map": numbers [height][width]}``: what a network
     looked at; a map may be signed.
 
-Any other field is the experiment's own and is kept. Version 1 had the fields up to ``notes``; :func:`read` reads it too.
+Any other field is the experiment's own and is kept. Version 1 had the fields up to ``notes``; :func:`read` reads it
+too.
 """
 
 from kdjax.results.records import PACKAGES as PACKAGES

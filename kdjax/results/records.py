@@ -1,4 +1,4 @@
-"""A result file is made of what was measured and of the process that measured it, written whole, and checked when read."""
+"""A result file is made of what was measured and of the process that measured it; written whole, checked when read."""
 
 import datetime
 import importlib.metadata
@@ -100,8 +100,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads and checks one result file of this schema or an older one.
 
     Raises:
-      ValueError: if the file is no JSON (truncated, foreign), of a newer schema, or breaks it; it names the file and the
-        field.
+      ValueError: if the file is no JSON (truncated, foreign), of a newer schema, or breaks it; it names the file and
+        the field.
     """
     text = Path(path).read_bytes()
     if not text.strip():

@@ -3,8 +3,8 @@
 A check names the field by its path, as in ``robustness/kd/fgsm/8``, and says what it needs and what it holds.
 """
 
+import itertools
 import reprlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +27,7 @@ REQUIRED = {
     "seeds": list,
     "arms": dict,
 }
+_INFINITE = 1e100  # no measurement, and its square is still a float
 OUTCOMES = ("finished", "pruned", "failed")
 
 
@@ -37,7 +38,12 @@ def upgrade(content: Any) -> dict[str, Any]:
       ValueError: if the content is of a newer schema, or of none.
     """
     if not isinstance(content, Mapping) or "schema" not in content:
-        what = "an object without a schema" if isinstance(content, Mapping) else type(content).__name__
+        name = type(content).__name__
+        what = (
+            "an object without a schema"
+            if isinstance(content, Mapping)
+            else f"a{'n' * (name == 'int')} {name}"
+        )
         raise ValueError(
             f"this JSON is no result of kdjax but {what}; leave it out, or run the experiment again."
         )
@@ -147,7 +153,9 @@ def _check_robustness(disturbances: Any, path: str, seeds: int) -> None:
 
 def _check_calibration(bins: Any, path: str, seeds: int) -> None:
     del seeds  # pooled
-    columns = [_numbers(_get(bins, name, path), f"{path}/{name}") for name in ("confidence", "accuracy", "count")]
+    columns = [
+        _numbers(_get(bins, name, path), f"{path}/{name}") for name in ("confidence", "accuracy", "count")
+    ]
     confidence, accuracy, count = columns
     _need(len({len(column) for column in columns}) == 1, path, "as many bins in each list", bins)
     _need(all(0 <= v <= 1 for v in [*confidence, *accuracy]), path, "fractions between 0 and 1", bins)
@@ -168,7 +176,9 @@ def _check_costs(cost: Any, path: str, seeds: int) -> None:
     del seeds
     parameters = _get(cost, "parameters", path)
     latencies = _numbers(_get(cost, "latency_ms", path), f"{path}/latency_ms")
-    _need(_is_count(parameters) and parameters > 0, f"{path}/parameters", "a whole number above 0", parameters)
+    _need(
+        _is_count(parameters) and parameters > 0, f"{path}/parameters", "a whole number above 0", parameters
+    )
     _need(min(latencies) > 0, f"{path}/latency_ms", "milliseconds above 0", latencies)
 
 
@@ -212,7 +222,12 @@ def _check_swept(sweep: Any, path: str) -> None:
     for arm, metrics in _items(arms, f"{path}/arms"):
         for metric, runs in _items(metrics, f"{path}/arms/{arm}"):
             where = f"{path}/arms/{arm}/{metric}"
-            _need(len(_list(runs, where)) == len(swept), where, f"one list for each of {len(swept)} values", runs)
+            _need(
+                len(_list(runs, where)) == len(swept),
+                where,
+                f"one list for each of {len(swept)} values",
+                runs,
+            )
             for run in runs:
                 _numbers(run, where)
 
@@ -227,19 +242,19 @@ def _check_trial(trial: Any, path: str) -> None:
         _need(plain, f"{path}/settings/{flag}", "a number, a text, true, false or null", setting)
     _need(outcome in OUTCOMES, f"{path}/outcome", f"one of {', '.join(OUTCOMES)}", outcome)
     _need(value is None or _is_number(value), f"{path}/value", "a finite number or null", value)
-    _need(value is not None or outcome != "finished", f"{path}/value", "a number, as the trial finished", value)
+    _need(
+        value is not None or outcome != "finished", f"{path}/value", "a number, as the trial finished", value
+    )
     _need(_is_number(seconds) and seconds >= 0, f"{path}/seconds", "a number of 0 or more", seconds)
 
 
 def _check_overlay(overlay: Any, path: str) -> None:
     _check_text(_get(overlay, "title", path), f"{path}/title")
-    image = _array(_get(overlay, "image", path))
-    fine = image is not None and image.ndim == 3 and image.size and image.shape[-1] in (1, 3)
-    fine = fine and np.issubdtype(image.dtype, np.integer) and 0 <= image.min() and image.max() <= 255
+    image, values = (_array(_get(overlay, name, path)) for name in ("image", "map"))
+    shaped = image.ndim == 3 and image.size > 0 and image.shape[-1] in (1, 3) and image.dtype.kind == "i"
+    fine = shaped and image.min() >= 0 and image.max() <= 255
     _need(fine, f"{path}/image", "whole numbers from 0 to 255 as [height][width][1 or 3]", overlay["image"])
-    values = _array(_get(overlay, "map", path))
-    fine = values is not None and values.shape == image.shape[:2] and values.dtype.kind in "if"
-    fine = fine and bool(np.isfinite(values).all())
+    fine = values.shape == image.shape[:2] and values.dtype.kind in "if" and np.isfinite(values).all()
     _need(fine, f"{path}/map", f"finite numbers as [{len(image)}][{image.shape[1]}]", overlay["map"])
 
 
@@ -288,13 +303,13 @@ def _get(value: Any, name: str, path: str) -> Any:
     return value[name]
 
 
-def _list(value: Any, path: str) -> list[Any]:
+def _list(value: Any, path: str) -> Sequence[Any]:
     # A tuple becomes a list in JSON.
     _need(isinstance(value, list | tuple), path, "a list", value)
     return value
 
 
-def _numbers(value: Any, path: str) -> list[float]:
+def _numbers(value: Any, path: str) -> Sequence[float]:
     fine = isinstance(value, list | tuple) and value and all(map(_is_number, value))
     _need(fine, path, "a non-empty list of finite numbers", value)
     return value
@@ -304,17 +319,17 @@ def _check_text(value: Any, path: str) -> None:
     _need(isinstance(value, str), path, "a text", value)
 
 
-def _array(value: Any) -> np.ndarray | None:
-    """Nested lists as an array, None where they are ragged or hold something else."""
+def _array(value: Any) -> np.ndarray:
+    """Nested lists as an array, an empty one where they are ragged."""
     try:
         return np.asarray(value)
     except (ValueError, OverflowError):
-        return None
+        return np.empty(0)
 
 
 def _is_number(value: Any) -> bool:
-    # Not math.isfinite, which cannot take a whole number beyond the largest float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    # True is an int to Python. NaN is below nothing.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _INFINITE
 
 
 def _is_whole(value: Any) -> bool:
@@ -334,7 +349,7 @@ def _is_size(text: str) -> bool:
 
 
 def _rises(values: Sequence[float]) -> bool:
-    return all(a < b for a, b in zip(values, values[1:], strict=False))
+    return all(a < b for a, b in itertools.pairwise(values))
 
 
 def _listed(names: Any) -> str:
