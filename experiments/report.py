@@ -5,8 +5,8 @@ r"""What have all experiments found? One page from every result file.
 
 The second form also writes the tables of those documents anew, between <!-- results: NAME --> and <!-- end -->; a test
 fails where they differ from the files. Takes some seconds. The page needs no network and reads on a phone, light or
-dark. A file that is damaged, or written by another version, is named on the page and here; the others are still
-reported, and the exit code is then 1.
+dark. A file that is damaged, is no result or was written by a newer kdjax is named on the page and here; the others are
+still reported, and the exit code is then 1.
 """
 
 import sys

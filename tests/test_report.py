@@ -1,7 +1,9 @@
 """What the report prints equals what NumPy and SciPy compute, says no more than p allows, and stands alone."""
 
+import base64
 import copy
 import html
+import io
 import json
 import re
 import subprocess
@@ -68,6 +70,91 @@ def benchmark():
     return make(arms, n=3, ratios=ratios)
 
 
+def everything(arms=("teacher", "scratch", "kd"), *, n=5):
+    """A result with every field that a figure is drawn of."""
+    rng = np.random.default_rng(0)
+
+    def per_seed(mean, scale=0.01):
+        return np.clip(mean + scale * rng.standard_normal(n), 0, 1).tolist()
+
+    def disturbed(mean):
+        sizes = {"gaussian_noise": (1, 3, 5), "weight_noise": (0.1,), "fgsm": (2, 8), "pgd": (8,)}
+        names = ["clean", *(f"{kind}/{size}" for kind, strengths in sizes.items() for size in strengths)]
+        found = {name: per_seed(mean - 0.1 * i) for i, name in enumerate([*names, "mean_corruption"])}
+        return found | {"fgsm/8/loss": [3.5] * n}
+
+    grid = np.linspace(-1, 9, 21)
+    density = np.exp(-(grid**2))
+    return make(
+        {arm: {"accuracy": per_seed(0.9 + 0.01 * i), "ece": per_seed(0.04)} for i, arm in enumerate(arms)},
+        n=n,
+        robustness={arm: disturbed(0.9) for arm in arms},
+        calibration={arm: copy.deepcopy(BINS) for arm in arms},
+        confusion={arm: copy.deepcopy(COUNTS) for arm in arms},
+        class_names=["cat", "dog", "sea lion"],
+        costs={
+            arm: {"parameters": 1000 // 4**i or 1, "latency_ms": [1.0 + i, 1.5 + i, 9.0]}
+            for i, arm in enumerate(arms)
+        },
+        swept=[
+            {
+                "name": "temperature",
+                "values": [1, 2, 64],
+                "arms": {arms[-1]: {"accuracy": [per_seed(0.9 + 0.02 * i) for i in range(3)]}},
+            },
+            {
+                "name": "hard_weight",
+                "values": [0, 1],
+                "arms": {arms[-1]: {"loss": [per_seed(0.5), per_seed(0.4)]}},
+            },
+        ],
+        trials=copy.deepcopy(TRIALS),
+        trials_metric="validation_accuracy",
+        densities={arm: {"grid": grid.tolist(), "density": [density.tolist()] * n} for arm in arms},
+        overlays=[
+            {"title": "a cat, by kd", "image": [[[0], [255]], [[9], [90]]], "map": [[-1.0, 0.0], [0.25, 0.5]]}
+        ],
+    )
+
+
+BINS = {
+    "confidence": [0.0, 0.35, 0.65, 0.95],
+    "accuracy": [0.0, 1.0, 0.5, 0.9],
+    "count": [0.0, 1.0, 99.0, 300.0],
+}
+COUNTS = [[80, 20, 0], [0, 50, 0], [1, 9, 390]]
+TRIALS = [
+    {
+        "number": 3,
+        "settings": {"rate": 0.1, "kind": "sgd"},
+        "outcome": "finished",
+        "value": 0.9,
+        "seconds": 7.25,
+    },
+    {
+        "number": 4,
+        "settings": {"rate": 0.001, "kind": "adam"},
+        "outcome": "pruned",
+        "value": 0.95,
+        "seconds": 1.0,
+    },
+    {
+        "number": 5,
+        "settings": {"rate": 0.01, "kind": "adam"},
+        "outcome": "finished",
+        "value": 0.925,
+        "seconds": 7.0,
+    },
+    {
+        "number": 6,
+        "settings": {"rate": 9.0, "kind": "sgd"},
+        "outcome": "failed",
+        "value": None,
+        "seconds": 0.5,
+    },
+]
+
+
 def page_of(content, tmp_path, **options):
     report.page(content, path=tmp_path / "report.html", **options)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -76,7 +163,7 @@ def page_of(content, tmp_path, **options):
 class Reader(HTMLParser):
     """Collects elements, attributes and text, and checks that every element is closed."""
 
-    VOID = ("meta", "br", "wbr")
+    VOID = ("meta", "br", "wbr")  # an <image> of an SVG is closed
 
     def __init__(self, text):
         super().__init__()
@@ -117,7 +204,11 @@ def test_table_is_what_numpy_and_scipy_compute():
     p = stats.ttest_ind(KD, SCRATCH, equal_var=False).pvalue
     assert p < 0.001
     mean, sd = 100 * np.mean(KD), 100 * np.std(KD, ddof=1)
-    assert found["kd"] == {"arm": "kd", "n": "5", "accuracy, % ↑": f"**{mean:.1f} ± {sd:.1f}** (p < .001)"}
+    assert found["kd"] == {
+        "arm": "kd",
+        "n": "5",
+        "accuracy, % ↑": f"**{mean:.1f} ± {sd:.1f}** (p < .001 ***)",
+    }
     mean, sd = 100 * np.mean(SCRATCH), 100 * np.std(SCRATCH, ddof=1)
     assert found["scratch"]["accuracy, % ↑"] == f"{mean:.1f} ± {sd:.1f}"
 
@@ -158,8 +249,8 @@ def test_best_is_bold_only_where_it_is_told_from_the_runner_up():
     close = [value - 0.001 for value in KD]
     arms = {"scratch": {"accuracy": SCRATCH}, "kd": {"accuracy": KD}, "other": {"accuracy": close}}
     assert stats.ttest_ind(KD, close, equal_var=False).pvalue > 0.05
-    assert "**" not in report.markdown_table(make(arms))
-    assert "**" in report.markdown_table(make({k: arms[k] for k in ("scratch", "kd")}))
+    assert "| **" not in report.markdown_table(make(arms))
+    assert "| **" in report.markdown_table(make({k: arms[k] for k in ("scratch", "kd")}))
 
 
 def test_lower_is_better_where_it_is():
@@ -328,9 +419,9 @@ def test_page_needs_nothing_else(page):
     for tag, attributes in reader.elements:
         assert tag not in ("img", "script", "link", "iframe", "object")
         assert "src" not in attributes
-        assert attributes.get("href", "#").startswith("#")
+        assert attributes.get("href", "#").startswith("data:image/png;base64," if tag == "image" else "#")
     assert not re.search(r"url\((?!#)", page)
-    assert "default-src 'none'" in page
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in page
 
 
 def test_page_reads_on_a_phone_light_and_dark(page):
@@ -488,25 +579,53 @@ def test_damaged_file_is_named_and_the_others_are_reported(name, tmp_path):
     assert report.finding(make()) in text
 
 
+# What each damaged file is called by the command; a wrong optional field stands for those of test_results.
+NAMED = {
+    "empty": ("", "it is empty"),
+    "cut": (json.dumps(make())[:300], "is not a result file"),
+    "list": ("[1, 2]", "no result of kdjax but a list"),
+    "foreign": ('{"epochs": 3}', "no result of kdjax but an object without a schema"),
+    "newer": (json.dumps({**make(), "schema": results.SCHEMA + 1}), "update kdjax"),
+    "nan": (
+        json.dumps({**make(), "arms": {"kd": {"accuracy": [float("nan")] * 5}}}),
+        "kd/accuracy holds a value",
+    ),
+    "robust": (
+        json.dumps({**make(), "robustness": {"kd": {"clean": [2.0] * 5}}}),
+        "robustness/kd/clean needs",
+    ),
+    "binary": ("\x00\ufffd", "is not a result file"),
+    "deep": ("[" * 100_000, "is not a result file"),
+}
+
+
+def test_command_reports_a_directory_and_names_every_damaged_file(tmp_path):
+    folder = tmp_path / "found"
+    results.write(folder / "quickstart.json", with_curves(make()))
+    results.write(folder / "benchmarks" / "step.json", benchmark())
+    first = {**make({"hint": {"accuracy": KD}}), "schema": 1, "name": "first_schema"}
+    (folder / "older.json").write_text(json.dumps(first))
+    for name, (content, _) in NAMED.items():
+        (folder / f"{name}.json").write_text(content)
+    done = run_report("--results=found", "--output=all.html", directory=tmp_path)
+    assert (done.returncode, done.stdout) == (1, f"all.html: 3 of {3 + len(NAMED)} results.\n"), done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("not in it: ")]
+    assert len(lines) == len(NAMED)
+    text = Reader((tmp_path / "all.html").read_text(encoding="utf-8")).all_text()
+    for name, (_, said) in NAMED.items():
+        (line,) = [line for line in lines if f"found/{name}.json" in line]
+        assert said in line
+        assert f"found/{name}.json" in text
+    for expected in (report.finding(make()), "kdjax is ahead of keras", "first_schema"):
+        assert expected in text
+
+
 def run_report(*arguments, directory):
     command = [sys.executable, "-m", "experiments.report", *arguments]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(directory), "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         command, cwd=directory, env=environment, capture_output=True, text=True, timeout=120
     )
-
-
-def test_command_reports_a_directory(tmp_path):
-    folder = tmp_path / "found" / "benchmarks"
-    results.write(folder.parent / "quickstart.json", with_curves(make()))
-    results.write(folder / "step.json", benchmark())
-    (folder / "cut.json").write_text("{")
-    done = run_report("--results=found", "--output=all.html", directory=tmp_path)
-    assert (done.returncode, done.stdout) == (1, "all.html: 2 of 3 results.\n"), done.stderr
-    assert "not in it: found/benchmarks/cut.json is not a result file" in done.stderr
-    text = Reader((tmp_path / "all.html").read_text(encoding="utf-8")).all_text()
-    for expected in ("cut.json", "kd beats scratch", "kdjax is ahead of keras"):
-        assert expected in text
 
 
 def test_p_of_several_arms_are_corrected_by_holm():
@@ -527,3 +646,324 @@ def test_p_of_several_arms_are_corrected_by_holm():
             np.testing.assert_allclose(float(shown[2]), wanted, atol=6e-4 if wanted < 0.1 else 6e-3)
         else:
             assert wanted < float(shown[2])
+
+
+@pytest.mark.parametrize(
+    ("p", "stars"), [(0.0009, " ***"), (0.001, " **"), (0.009, " **"), (0.01, " *"), (0.0499, " *")]
+)
+def test_stars_say_how_small_p_is(p, stars, monkeypatch):
+    monkeypatch.setattr(significance, "holm", lambda tests: dict.fromkeys(tests, p))
+    row = report.markdown_table(make(), metrics=["accuracy"]).splitlines()[-1]
+    assert re.search(r"\(p [=<] \.\d+( \**)?\)", row)[1] == stars
+
+
+def test_stars_are_explained_where_there_are_any(tmp_path):
+    filled = report.fill_tables("<!-- results: x -->\n<!-- end -->\n", lambda name: DESCRIBED)
+    legend = "p: Welch's test against scratch, with Holm's correction for the arms of a column; * p < .05, ** p < .01"
+    assert "***)" in filled
+    assert legend in filled
+    assert legend in Reader(page_of(make(), tmp_path)).all_text()
+    near = {"scratch": {"accuracy": SCRATCH}, "kd": {"accuracy": [v + 0.0005 for v in SCRATCH]}}
+    for text in (report.markdown_table(make(near)), Reader(page_of(make(near), tmp_path)).all_text()):
+        assert "p = " in text
+        assert not re.search(r"\.\d+ \*|\* p <", text)
+
+
+DESCRIBED = {**make(), "hardware": {"backend": "cpu", "cores": 2, "cpu": "some"}}
+
+
+def test_many_ratios_are_counted():
+    ahead = {
+        f"a{i}": {"median": m, "low": m * 0.9, "high": m * 1.1} for i, m in enumerate((2.0, 3.0, 10.0, 4.0))
+    }
+    behind = {f"b{i}": {"median": m, "low": m * 0.9, "high": m * 1.1} for i, m in enumerate((0.5, 0.25))}
+    level = {"c": {"median": 1.0, "low": 0.9, "high": 1.1}}
+    said = report.finding(make({"ours": {"ms": [1.0]}}, n=1, ratios=ahead | behind | level))
+    assert said == (
+        "Of 7 comparisons kdjax is ahead in 4 (2.00× to 10.0×), behind in 2 (2.00× to 4.00×) and level in 1."
+    )
+
+
+# ------------------------------------------------------------------------------- figures of the optional fields
+
+
+@pytest.fixture(scope="module")
+def all_figures(tmp_path_factory):
+    return page_of(everything(), tmp_path_factory.mktemp("all"))
+
+
+def drawn(panel):
+    """The axes after a panel was drawn on them."""
+    from matplotlib.figure import Figure
+
+    ax = Figure(figsize=(4.2, panel.height)).subplots()
+    panel.draw(ax)
+    return ax
+
+
+def marks(ax):
+    """(x, y) of every line that is a single mark."""
+    return [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in single(ax)]
+
+
+def single(ax):
+    return [line for line in ax.lines if len(line.get_xdata()) == 1]
+
+
+def intervals(ax, *, upright):
+    """Ends of every line between two points that is not a grid line."""
+    pairs = [line.get_data() for line in ax.lines if len(line.get_xdata()) == 2]
+    along = [(x, y) if upright else (y, x) for x, y in pairs]
+    return [tuple(map(float, ends)) for fixed, ends in along if fixed[0] == fixed[1]]
+
+
+def t_interval(values):
+    values = 100 * np.asarray(values)
+    return stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
+
+
+def test_every_field_has_its_figures(all_figures):
+    alts = [drawing["aria-label"].split()[0:2] for drawing in Reader(all_figures).of("svg")]
+    expected = [
+        "Dot plot",
+        "Lines of",
+        "Lines of",
+        "Scatter plot",
+        "Scatter plot",
+        "Accuracy by",
+        "Accuracy by",
+    ]
+    expected += ["Reliability diagram,", *["Confusion matrix"] * 3, "Images with", "Densities of"]
+    assert [" ".join(alt) for alt in alts] == expected
+    reader = Reader(all_figures)
+    assert len(reader.of("figcaption")) == len(reader.of("figure")) == len(expected)
+    for field in (
+        "robustness",
+        "calibration",
+        "confusion",
+        "costs",
+        "swept",
+        "trials",
+        "densities",
+        "overlays",
+    ):
+        assert len(report.panels({k: v for k, v in everything().items() if k != field})) < len(expected)
+
+
+def test_all_figures_follow_the_theme_and_need_nothing_else(all_figures):
+    test_page_needs_nothing_else(all_figures)
+    test_page_reads_on_a_phone_light_and_dark(all_figures)
+    names = re.findall(r'\bid="([^"]+)"', all_figures)
+    assert len(names) == len(set(names))
+
+
+def test_page_goes_from_the_finding_to_how_it_was_made(tmp_path):
+    arms = {
+        name: {"accuracy": [v + shift for v in SCRATCH]}
+        for name, shift in (("a", 0), ("b", 0.01), ("c", 0.02))
+    }
+    text = page_of(make(arms), tmp_path)
+    order = [
+        'class="finding"',
+        'class="question"',
+        "<table>",
+        "Further comparisons",
+        "<svg",
+        "How this was made",
+    ]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+
+
+def test_one_seed_and_many_arms_are_drawn(tmp_path):
+    text = Reader(page_of(everything(("scratch", "kd"), n=1), tmp_path)).all_text()
+    assert "interval" not in text
+    assert "One seed." in text
+    many = everything([f"an_arm_with_a_rather_long_name_{i}" for i in range(12)], n=3)
+    shown = [p for p in report.panels(many) if p.alt.startswith(("Accuracy by", "Reliability"))]
+    assert len(shown) == 2 + 3
+    labels = set()
+    for panel in shown[1:]:
+        ax = drawn(panel)
+        texts = [*ax.texts, *(text for legend in ax.figure.legends for text in legend.get_texts())]
+        labels |= {
+            match[1] for text in texts if (match := re.search(r"^an_arm.*_name_(\d+)", text.get_text()))
+        }
+    assert labels == set(map(str, range(12)))
+
+
+def test_robustness_is_averaged_over_strengths_with_its_interval_over_seeds():
+    result = everything()
+    panel = report.robustness_panel(result)
+    ax = drawn(panel)
+    rows = [label.get_text() for label in ax.get_yticklabels()]
+    assert rows == [
+        "clean",
+        "gaussian noise",
+        "all corruptions",
+        "noise on the weights",
+        "FGSM attack",
+        "PGD attack",
+    ]
+    found = result["robustness"]["kd"]
+    noise = np.mean([found[f"gaussian_noise/{s}"] for s in (1, 3, 5)], axis=0)
+    for values in (found["clean"], noise, np.mean([found["fgsm/2"], found["fgsm/8"]], axis=0)):
+        expected = np.clip(t_interval(values), 0, 100)
+        assert any(np.allclose(ends, expected) for ends in intervals(ax, upright=False))
+        assert any(np.isclose(x, 100 * np.mean(values)) for x, _ in marks(ax))
+    assert len(marks(ax)) == 6 * 3
+    assert f"kd {100 * noise.mean():.1f} %; all corruptions" in panel.alt
+    blocks = {head[0]: (head, rows) for head, rows in panel.folded.blocks}
+    head, rows = blocks["gaussian noise, severity"]
+    assert head[1:] == ["1", "3", "5"]
+    cell = f"{100 * np.mean(found['gaussian_noise/3']):.1f} ± {100 * np.std(found['gaussian_noise/3'], ddof=1):.1f}"
+    assert rows[-1][::2] == ["kd", cell]
+    assert blocks["FGSM attack, grey levels"][0][1:] == ["2", "8"]
+
+
+def test_reliability_shows_filled_bins_by_their_weight():
+    result = everything(("kd",))
+    panel = report.reliability_panel(result, ["kd"])
+    (points,) = (ax := drawn(panel)).collections
+    filled = np.asarray(BINS["count"]) > 0
+    expected = 100 * np.stack([BINS["confidence"], BINS["accuracy"]], 1)[filled]
+    np.testing.assert_allclose(points.get_offsets(), expected)
+    sizes = points.get_sizes()
+    assert sizes[0] < 0.05 * sizes[2]
+    assert (np.diff(sizes) > 0).all()
+    diagonal, line = ax.lines
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 100]
+    np.testing.assert_allclose(line.get_xdata(), [65, 95])  # none to the bin with one example of 400
+    error = (1 * 0.65 + 99 * 0.15 + 300 * 0.05) / 400
+    assert f"kd {100 * error:.1f} %" in panel.alt
+    assert f"kd, off by {100 * error:.1f} %" in report.svg(panel, key="x")
+
+
+def test_confusion_is_in_percent_of_the_true_class():
+    panel = report.confusion_panel(everything(), "kd")
+    ax = drawn(panel)
+    cells = {(int(x), int(y)): t.get_text() for t in ax.texts for x, y in [t.get_position()]}
+    assert cells == {(0, 0): "80", (1, 0): "20", (1, 1): "100", (0, 2): "<1", (1, 2): "2", (2, 2): "98"}
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["cat", "dog", "sea lion"]
+    assert f"{100 * (80 + 50 + 390) / 550:.1f} %" in panel.caption
+    assert "cat is taken for dog (20.0 % of cat)" in panel.alt
+
+
+def test_confusion_of_many_classes_is_only_colours():
+    counts = np.diag(np.full(40, 3)) + np.eye(40, k=1, dtype=int)
+    result = make(confusion={"kd": counts.tolist()})
+    ax = drawn(report.confusion_panel(result, "kd"))
+    assert not ax.texts
+    (image,) = ax.images
+    share = counts / counts.sum(1, keepdims=True)
+    np.testing.assert_allclose(np.asarray(image.get_array())[..., 3], np.sqrt(share))
+    perfect = make(confusion={"kd": np.eye(3, dtype=int).tolist()})
+    assert "error" not in report.confusion_panel(perfect, "kd").alt
+
+
+def test_only_the_first_arms_get_a_confusion_matrix():
+    result = everything([f"arm{i}" for i in range(6)], n=3)
+    assert sum(panel.alt.startswith("Confusion") for panel in report.panels(result)) == 3
+
+
+def test_sweep_is_drawn_with_intervals_and_logarithmic_only_where_it_is_wide():
+    result = everything()
+    wide, narrow = result["swept"]
+    panel = report.swept_panel(result, wide, metric="accuracy")
+    ax = drawn(panel)
+    assert ax.get_xscale() == "log"
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "64"]
+    runs = wide["arms"]["kd"]["accuracy"]
+    line = max(ax.lines, key=lambda line: len(line.get_xdata()))
+    np.testing.assert_allclose(line.get_ydata(), 100 * np.mean(runs, axis=1))
+    np.testing.assert_allclose(intervals(ax, upright=True), [t_interval(values) for values in runs])
+    assert "at 64" in panel.alt
+    (head, rows) = panel.folded.blocks[0]
+    assert head == ["temperature", "kd"]
+    assert rows[1] == ["2", f"{100 * np.mean(runs[1]):.1f} ± {100 * np.std(runs[1], ddof=1):.1f}"]
+    panel = report.swept_panel(result, narrow, metric="loss")
+    assert drawn(panel).get_xscale() == "linear"
+    assert "lowest" in panel.alt  # of a loss
+    assert "at 1" in panel.alt
+    zero = {**wide, "values": [0, 1, 64]}
+    assert drawn(report.swept_panel(result, zero, metric="accuracy")).get_xscale() == "linear"
+
+
+def test_trials_are_drawn_by_outcome_and_listed_with_the_best_first():
+    result = everything()
+    panels = [panel for panel in report.panels(result) if panel.alt.startswith("Scatter")]
+    ax = drawn(panels[0])
+    assert ax.get_xscale() == "log"
+    assert sorted(marks(ax)) == [(0.001, 95.0), (0.01, 92.5), (0.1, 90.0)]
+    hollow = [line.get_xdata()[0] for line in single(ax) if line.get_markerfacecolor() == "none"]
+    assert hollow == [0.001]  # which was stopped, and so is not the best
+    assert "the best is trial 5 with 92.5 %, rate 0.01" in panels[0].alt
+    assert "1 trial without a value is not drawn" in panels[0].caption
+    ((head, rows),) = panels[0].folded.blocks
+    assert head == ["trial", "validation accuracy, %", "outcome", "rate", "kind", "seconds"]
+    assert [row[0] for row in rows] == ["4", "5", "3", "6"]
+    assert rows[-1] == ["6", "–", "failed", "9", "sgd", "0.5"]
+    assert [label.get_text() for label in drawn(panels[1]).get_xticklabels()] == ["sgd", "adam"]
+    lower = report.trial_panel({**result, "trials_metric": "validation_loss"}, flag="rate")
+    assert "the best is trial 3" in lower.alt
+
+
+def test_compression_is_told_by_parameters_accuracy_and_time():
+    result = everything()
+    panel = report.compression_panel(result)
+    ax = drawn(panel)
+    points = marks(ax)
+    np.testing.assert_allclose([x for x, _ in points], [1, 4, 1000 / 62], rtol=0.05)
+    means = [100 * np.mean(result["arms"][arm]["accuracy"]) for arm in result["arms"]]
+    np.testing.assert_allclose([y for _, y in points], means)
+    expected = [t_interval(result["arms"][arm]["accuracy"]) for arm in result["arms"]]
+    np.testing.assert_allclose(intervals(ax, upright=True), expected)
+    text = report.svg(panel, key="x")
+    for said in ("teacher, 1.50 ms", "scratch, 2.50 ms", "kd, 3.50 ms"):
+        assert said in text
+    assert "4.00×" in panel.alt
+    # An arm without accuracy, or a result without costs, has none.
+    assert not any(
+        p.alt.startswith("Accuracy by comp") for p in report.panels(make({"a": {"ms": [1.0] * 5}}))
+    )
+
+
+def test_densities_are_mean_and_band_on_a_logarithmic_axis():
+    runs = [[0.0, 1.0, 0.5], [0.0, 3.0, 1.5]]
+    result = make(densities={"kd": {"grid": [-1.0, 0.0, 2.0], "density": runs}})
+    (panel,) = [p for p in report.panels(result) if p.alt.startswith("Densities")]
+    ax = drawn(panel)
+    assert ax.get_yscale() == "log"
+    np.testing.assert_allclose(ax.lines[0].get_ydata()[1:], [2.0, 1.0])
+    assert 0 < ax.lines[0].get_ydata()[0] < 1e-5  # zero, at the foot of the axis
+    (band,) = ax.collections
+    assert band.get_paths()[0].get_extents().ymax == 3.0
+    assert "kd up to 2" in panel.alt
+    assert "10⁻⁴" in report.svg(panel, key="x") or "10⁻³" in report.svg(panel, key="x")
+
+
+def test_overlays_hold_image_map_and_both(all_figures):
+    image = pytest.importorskip("matplotlib.image")
+    (drawing,) = [d for d in re.findall(r"<svg.*?</svg>", all_figures, re.DOTALL) if "Images with" in d]
+    sources = re.findall(r'href="data:image/png;base64,([^"]+)"', drawing)
+    pixels = [image.imread(io.BytesIO(base64.b64decode(source))) for source in sources]
+    assert [p.shape[:2] for p in pixels] == [(2, 2)] * 4  # not scaled up
+    picture, tinted, grey, again = pixels
+    flip = slice(None) if np.allclose(picture[0, :, 0], [0, 1]) else slice(None, None, -1)
+    np.testing.assert_allclose(picture[flip][..., 0], np.array([[0, 255], [9, 90]]) / 255, atol=1e-6)
+    np.testing.assert_allclose(tinted[flip][..., 3], 0.92 * np.array([[1, 0], [0.25, 0.5]]), atol=0.01)
+    assert tinted[flip][0, 0, 2] > tinted[flip][0, 0, 0]  # below zero blue,
+    assert tinted[flip][1, 1, 0] > tinted[flip][1, 1, 2]  # above it orange
+    np.testing.assert_array_equal(tinted, again)
+    np.testing.assert_array_equal(picture, grey)
+    assert "a cat, by kd" in drawing
+
+
+def test_long_names_stay_apart(tmp_path):
+    names = [
+        "Keras Distiller (JAX), 1 thread",
+        "Keras Distiller (Torch), 1 thread",
+        "Keras Distiller (JAX), 2 threads",
+    ]
+    ax = drawn(report.dot_panel(make({name: {"accuracy": KD} for name in names}), metric="accuracy"))
+    assert [label.get_text().replace("\n", " ") for label in ax.get_yticklabels()] == names

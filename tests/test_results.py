@@ -1,10 +1,63 @@
 """Result files: whole or absent, checked when written and when read."""
 
+import copy
+import functools
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from kdjax import files, results
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A small value of every optional field.
+OPTIONAL = {
+    "arm_seeds": {"a": [0, 1, 2]},
+    "curves": {"a": {"loss": [[0.5, None, 0.25]] * 3}},
+    "comparisons": [
+        {
+            "metric": "accuracy",
+            "a": "a",
+            "b": "c",
+            "difference": 0.1,
+            "low": 0.0,
+            "high": 0.2,
+            "p": 0.04,
+            "n": [3, 3],
+        }
+    ],
+    "ratios": {"keras": {"median": 2.0, "low": 1.5, "high": 3.0}},
+    "notes": ["A note."],
+    "robustness": {
+        "a": {"clean": [0.5, 0.6, 0.7], "fgsm/8": [0.0, 0.1, 1.0], "fgsm/8/loss": [3.0, 4.0, 5.0]}
+    },
+    "calibration": {"a": {"confidence": [0.0, 0.9], "accuracy": [0.0, 0.8], "count": [0.0, 30.0]}},
+    "confusion": {"a": [[5, 1], [0, 6]]},
+    "class_names": ["cat", "dog"],
+    "costs": {"a": {"parameters": 100, "latency_ms": [1.0, 1.1]}},
+    "swept": [{"name": "rate", "values": [0.1, 1], "arms": {"a": {"accuracy": [[0.5, 0.6], [0.7, 0.8]]}}}],
+    "trials": [
+        {
+            "number": 0,
+            "settings": {"rate": 0.1, "kind": "x"},
+            "outcome": "finished",
+            "value": 0.5,
+            "seconds": 1.5,
+        },
+        {
+            "number": 1,
+            "settings": {"rate": 0.2, "kind": None},
+            "outcome": "failed",
+            "value": None,
+            "seconds": 0,
+        },
+    ],
+    "trials_metric": "validation_accuracy",
+    "densities": {"a": {"grid": [-1.0, 0.0, 2.0], "density": [[0.1, 0.5, 0.0]]}},
+    "overlays": [{"title": "a cat", "image": [[[0], [255]]], "map": [[-0.5, 0.25]]}],
+}
 
 
 def result(**changes):
@@ -43,7 +96,6 @@ def test_says_what_the_numbers_depend_on():
             "a/accuracy holds a value that is no finite number",
         ),
         ({"arms": {"a": {"accuracy": [0.1, 0.2, "0.3"]}}}, "no finite number"),
-        ({"schema": 99}, "reads schema 1, the result has 99"),
         ({"question": None}, "needs the field 'question'"),
         ({"dirty": "no"}, "needs the field 'dirty'"),
     ],
@@ -63,6 +115,194 @@ def test_an_arm_may_have_seeds_of_its_own(tmp_path):
     )
     results.write(tmp_path / "x.json", made)
     assert results.read(tmp_path / "x.json") == made
+
+
+@functools.cache
+def full():
+    return result(**OPTIONAL)
+
+
+def changed(path, value):
+    """The result with every field, one of them replaced."""
+    made = copy.deepcopy(full())
+    *parents, last = path
+    inner = made
+    for key in parents:
+        inner = inner[key]
+    inner[last] = value
+    return made
+
+
+def test_every_optional_field_is_written_and_read_back(tmp_path):
+    made = result(**OPTIONAL, anything_else={"of": ["an", "experiment", 1]})
+    results.write(tmp_path / "x.json", made)
+    assert results.read(tmp_path / "x.json") == made
+    documented = re.findall(r"^``(\w+)``$", results.__doc__, flags=re.MULTILINE)
+    assert set(documented) == set(OPTIONAL)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (["wall_clock_s"], NAN, "wall_clock_s needs a finite number, got nan"),
+        (["schema"], True, "schema.*, got True"),
+        (["seeds"], [0, 1, 2.5], "seeds needs whole numbers"),
+        (["seeds"], [], "seeds needs at least one seed"),
+        (["arms", "a"], [0.1], "arms/a needs an object"),
+        (["arms", "a", "accuracy"], [True, 0.1, 0.2], "a/accuracy holds a value that is no finite number"),
+        (["arms", "a", "accuracy"], [10**400, 0.1, 0.2], "a/accuracy holds a value that is no finite number"),
+        (["arms", "a", "accuracy"], 3, "a/accuracy needs a list, got 3"),
+        (["arm_seeds", "b"], [0], "arm_seeds/b needs an arm of the result .a., got 'b'"),
+        (["arm_seeds", "a"], [0], "a/accuracy has 3 values for 1 seeds"),
+        (["curves", "b"], {}, "curves/b needs an arm of the result .a., got 'b'"),
+        (
+            ["curves", "a", "loss"],
+            [[0.5]],
+            "curves/a/loss needs one non-empty list .* for each of the 3 seeds",
+        ),
+        (["curves", "a", "loss"], [0.1, 0.2, 0.3], "curves/a/loss needs one non-empty list"),
+        (["curves", "a", "loss"], [[0.5], [], [0.5]], "curves/a/loss needs one non-empty list"),
+        (["curves", "a", "loss"], [[0.5], [NAN], [0.5]], "curves/a/loss needs .* finite numbers or null"),
+        (["comparisons"], {}, "comparisons needs a list, got {}"),
+        (["comparisons", 0], {"metric": "accuracy"}, "comparisons/0 needs an object with 'a'"),
+        (["comparisons", 0, "b"], ["x"], "comparisons/0/b needs a text"),
+        (["comparisons", 0, "low"], None, "comparisons/0/low needs a finite number"),
+        (["comparisons", 0, "p"], 1.5, "comparisons/0/p needs a number between 0 and 1"),
+        (["comparisons", 0, "n"], "five", "comparisons/0/n needs one number of repeats"),
+        (["ratios", "keras", "low"], 2.5, "ratios/keras needs 0 < low <= median <= high"),
+        (["ratios", "keras"], 2.5, "ratios/keras needs an object with 'low'"),
+        (["notes"], [1], "notes/0 needs a text, got 1"),
+        (["robustness", "b"], {"clean": [0.5]}, "robustness/b needs an arm of the result .a."),
+        (["robustness", "a", "clean"], [0.5], "robustness/a/clean has 1 values for 3 seeds"),
+        (
+            ["robustness", "a", "clean"],
+            [0.5, 0.6, 97.0],
+            "robustness/a/clean needs accuracies between 0 and 1",
+        ),
+        (["robustness", "a", "fgsm/big"], [0.5] * 3, "robustness/a/fgsm/big needs a name of the form"),
+        (
+            ["calibration", "a", "count"],
+            [0.0, 0.0],
+            "calibration/a/count needs counts of at least one example",
+        ),
+        (["calibration", "a", "count"], [1.0], "calibration/a needs as many bins in each list"),
+        (["calibration", "a", "accuracy"], [0.0, 1.2], "calibration/a needs fractions"),
+        (["calibration", "a", "confidence"], [], "calibration/a/confidence needs a non-empty list"),
+        (["confusion", "a"], [[1, 2]], "confusion/a needs a square matrix"),
+        (["confusion", "a"], [[1, -2], [0, 1]], "confusion/a needs counts"),
+        (["confusion", "a"], [[0, 0], [0, 0]], "confusion/a needs counts of at least one example"),
+        (["class_names"], ["cat"], "class_names needs a name for each of the 2 classes of confusion/a"),
+        (["class_names"], ["cat", 1], "class_names needs a text, got 1"),
+        (["costs", "a", "parameters"], 0, "costs/a/parameters needs a whole number above 0"),
+        (["costs", "a", "parameters"], 1.5, "costs/a/parameters needs a whole number above 0"),
+        (["costs", "a", "latency_ms"], [], "costs/a/latency_ms needs a non-empty list"),
+        (["costs", "a", "latency_ms"], [0.0], "costs/a/latency_ms needs milliseconds above 0"),
+        (["swept", 0, "values"], [1, 0.1], "swept/0/values needs rising numbers"),
+        (["swept", 0, "arms"], {}, "swept/0/arms needs at least one arm"),
+        (["swept", 0, "arms"], {"b": {}}, "swept/0/arms/b needs an arm of the result"),
+        (
+            ["swept", 0, "arms", "a", "accuracy"],
+            [[0.5]],
+            "swept/0/arms/a/accuracy needs one list for each of 2 values",
+        ),
+        (
+            ["swept", 0, "arms", "a", "accuracy"],
+            [[0.5], []],
+            "swept/0/arms/a/accuracy needs a non-empty list",
+        ),
+        (
+            ["trials", 0, "outcome"],
+            "done",
+            "trials/0/outcome needs one of finished, pruned, failed, got 'done'",
+        ),
+        (["trials", 0, "value"], None, "trials/0/value needs a number, as the trial finished"),
+        (["trials", 0, "settings", "rate"], [1], "trials/0/settings/rate needs a number, a text"),
+        (["trials", 0, "seconds"], -1, "trials/0/seconds needs a number of 0 or more"),
+        (["trials", 0, "number"], 1, "trials needs a number of its own for each trial"),
+        (["trials_metric"], None, "trials_metric needs a text, got None"),
+        (["densities", "a", "grid"], [0.0, 0.0, 1.0], "densities/a/grid needs at least two rising numbers"),
+        (["densities", "a", "density"], [[0.1, 0.2]], "densities/a/density needs 3 numbers of 0 or more"),
+        (["densities", "a", "density"], [], "densities/a/density needs at least one list"),
+        (["overlays", 0, "image"], [[[0], [256]]], "overlays/0/image needs whole numbers from 0 to 255"),
+        (["overlays", 0, "image"], [[0, 255]], "overlays/0/image needs whole numbers"),
+        (["overlays", 0, "image"], [[[0], [1, 2]]], "overlays/0/image needs whole numbers"),
+        (["overlays", 0, "map"], [[0.5]], r"overlays/0/map needs finite numbers as \[1\]\[2\]"),
+        (["overlays", 0, "map"], [[0.5, NAN]], "overlays/0/map needs finite numbers"),
+        (["flags", "rate"], NAN, "flags/rate needs a finite number"),
+    ],
+)
+def test_a_wrong_field_is_named_when_written_and_when_read(tmp_path, path, value, said):
+    made = changed(path, value)
+    with pytest.raises(ValueError, match=said):
+        results.write(tmp_path / "x.json", made)
+    assert not (tmp_path / "x.json").exists()
+    (tmp_path / "y.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match=rf"y\.json: .*{said}"):
+        results.read(tmp_path / "y.json")
+
+
+def leaves(value, path=()):
+    """The path of everything inside, of a list only the first."""
+    inner = (
+        value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    )
+    for key, child in inner:
+        yield [*path, key]
+        yield from leaves(child, [*path, key])
+
+
+def test_whatever_a_field_holds_the_check_ends_in_a_sentence():
+    strange = [None, "x", -1, NAN, 10**400, [], {}, [["x"], 1]]
+    made, said = copy.deepcopy(full()), []
+    for *parents, last in list(leaves(made)):
+        inner = functools.reduce(lambda found, key: found[key], parents, made)
+        before = inner[last]
+        for inner[last] in strange:
+            try:
+                results.check(made)
+            except ValueError as error:
+                said.append(str(error))
+        inner[last] = before
+    results.check(made)
+    assert len(said) > 400
+    assert all(text.endswith(".") for text in said)
+
+
+def test_files_of_the_first_schema_are_read():
+    paths = sorted((ROOT / "experiments" / "results").rglob("*.json"))
+    assert paths
+    for path in paths:
+        stored = json.loads(path.read_text())
+        assert results.read(path) == {**stored, "schema": results.SCHEMA}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            {"schema": results.SCHEMA + 1},
+            f"this kdjax reads schema 1 to {results.SCHEMA}, .* newer .*; update kdjax",
+        ),
+        ({"schema": 0}, "schema needs a version from 1 to"),
+        ({"schema": "two"}, "schema needs a version from 1 to"),
+        ({"epochs": 3}, "no result of kdjax but an object without a schema"),
+        ([1, 2], "no result of kdjax but a list"),
+        (3, "no result of kdjax but an? int"),
+    ],
+)
+def test_newer_and_foreign_files_are_named_as_such(tmp_path, content, said):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"x\.json: .*{said}"):
+        results.read(path)
+    # A newer file may hold anything else.
+    if isinstance(content, dict) and content.get("schema", 0) == results.SCHEMA + 1:
+        path.write_text(json.dumps(result(**content, arms={"of": "another form"})))
+        with pytest.raises(ValueError, match="update kdjax"):
+            results.read(path)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ from kdjax.report.words import Result
 
 _PLACE = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
-_RATIOS_IN_WORDS = 6
-
 
 def fill_tables(text: str, read: Callable[[str], Result]) -> str:
     """Writes every marked table of a document anew.
@@ -39,12 +37,14 @@ def section(result: Result, *, name: str, metrics: list[str] | None) -> str:
     """One result as Markdown: the finding, its table, and the line that says how it came about."""
     ratios = result.get("ratios", {})
     # Means alone, and many ratios, are said better by their table.
-    in_words = len(ratios) <= _RATIOS_IN_WORDS if ratios else bool(result.get("comparisons"))
+    in_words = len(ratios) <= words.RATIOS_IN_WORDS if ratios else bool(result.get("comparisons"))
     parts = [words.finding(result)] if in_words else []
     if ratios:
         parts.append(ratio_table(result))
     if metrics or not ratios:
         parts.append(tables.markdown_table(result, metrics=metrics).rstrip())
+        legend = tables.p_legend(result, tables.table(result, metrics)[1])
+        parts += [f"<sub>{legend}</sub>"] if legend else []
     return "\n\n".join(["", *parts, provenance(result, name=name)])[1:] + "\n"
 
 

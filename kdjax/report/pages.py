@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 from kdjax import files
-from kdjax.report import figures, tables, words
+from kdjax.report import drawing, figures, tables, words
+from kdjax.report.drawing import Folded, Panel
 from kdjax.report.words import Result
 
-# The colours of figures.LIGHT for a reader who prefers a dark page.
+# The colours of drawing.LIGHT for a reader who prefers a dark page.
 DARK = {
     "paper": "#161618",
     "ink": "#e9e9ec",
@@ -23,6 +24,8 @@ DARK = {
     "s5": "#ee88b8",
     "s6": "#58c4cf",
 }
+
+_UNFOLDED = 5  # sentences up to which a list stands open
 
 
 def page(
@@ -60,17 +63,14 @@ def _section(result: Result, key: str, *, headed: bool) -> str:
     tested = words.comparisons(result)[0 if result.get("ratios") else 1 :]
     others = [words.comparison_sentence(result, comparison) for comparison in tested]
     scaled = f"<p><b>Scaled down:</b> {_esc(result['scaled_down'])}</p>" if result["scaled_down"] else ""
-    drawn = [
-        f"<figure>{figures.svg(panel, key=f'{key}-{i}')}<figcaption>{_esc(panel.caption)}</figcaption></figure>"
-        for i, panel in enumerate(figures.panels(result))
-    ]
+    drawn = [_figure(panel, f"{key}-{i}") for i, panel in enumerate(figures.panels(result))]
     parts = [
         f"<h2>{_esc(result['name'])}</h2>" if headed else "",
         f'<p class="finding">{_esc(words.finding(result))}</p>',
         f'<p class="question">{_esc(result["question"])}</p>',
         _html_table(result) if result["arms"] else "",
-        f'<div class="figures">{"".join(drawn)}</div>',
         _list("Further comparisons, not corrected for their number", others),
+        f'<div class="figures">{"".join(drawn)}</div>' if drawn else "",
         _list("Notes", result.get("notes", [])),
         scaled,
         _making(result),
@@ -78,26 +78,60 @@ def _section(result: Result, key: str, *, headed: bool) -> str:
     return f'<section id="{key}">' + "\n".join(part for part in parts if part) + "</section>"
 
 
+def _figure(panel: Panel, key: str) -> str:
+    caption = f"<figcaption>{_esc(panel.caption)}</figcaption>"
+    return f"<figure>{drawing.svg(panel, key=key)}{caption}{_folded(panel.folded)}</figure>"
+
+
+def _folded(folded: Folded | None) -> str:
+    """The numbers of a figure, behind a line that opens them."""
+    if folded is None:
+        return ""
+    bodies = []
+    for head, rows in folded.blocks:
+        lines = [_row(head, "col"), *(_row(row, "row") for row in rows)]
+        bodies.append(f"<tbody>{''.join(lines)}</tbody>")
+    table = _scroll(f"<table>{''.join(bodies)}</table>", folded.summary)
+    return f"<details><summary>{_esc(folded.summary)}</summary>{table}</details>"
+
+
+def _row(cells: Sequence[str], scope: str) -> str:
+    """A row whose first cell names it, or one of headings."""
+    first, *others = map(_breakable, cells)
+    tag = "td" if scope == "row" else 'th scope="col"'
+    rest = "".join(f"<{tag}>{cell}</{tag[:2]}>" for cell in others)
+    return f'<tr{" class=head" * (scope == "col")}><th scope="{scope}">{first}</th>{rest}</tr>'
+
+
+def _scroll(table: str, label: str) -> str:
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{_esc(label)}">{table}</div>'
+
+
+def _breakable(name: str) -> str:
+    return _esc(name).replace("_", "_<wbr>")
+
+
 def _list(heading: str, sentences: Sequence[str]) -> str:
     items = "".join(f"<li>{_esc(sentence)}</li>" for sentence in sentences)
+    if len(sentences) > _UNFOLDED:
+        return f"<details><summary>{heading} ({len(sentences)})</summary><ul>{items}</ul></details>"
     return f"<h3>{heading}</h3><ul>{items}</ul>" if items else ""
 
 
 def _html_table(result: Result) -> str:
     head, rows = tables.table(result)
-    colours = figures.colours_of(result)
+    colours = drawing.colours_of(result)
     lines = []
     for name, *cells in rows:
         dot = f'<i style="background:var(--{colours[name.text]})"></i>'
-        line = f'<th scope="row">{dot}{_esc(name.text).replace("_", "_<wbr>")}</th>'
+        line = f'<th scope="row">{dot}{_breakable(name.text)}</th>'
         for cell in cells:
             text = f"<b>{_esc(cell.text)}</b>" if cell.bold else _esc(cell.text)
             line += f"<td>{text}{f'<small>{_esc(cell.small)}</small>' if cell.small else ''}</td>"
         lines.append(f"<tr>{line}</tr>")
     titles = "".join(f'<th scope="col">{_esc(text)}</th>' for text in head)
     table = f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="Table of results">{table}</div>'
-    return f'{scroll}<p class="legend">{_esc(_legend(result, rows))}</p>'
+    return f'{_scroll(table, "Table of results")}<p class="legend">{_esc(_legend(result, rows))}</p>'
 
 
 def _legend(result: Result, rows: Sequence[Sequence[tables.Cell]]) -> str:
@@ -106,9 +140,7 @@ def _legend(result: Result, rows: Sequence[Sequence[tables.Cell]]) -> str:
     said = ["Mean ± standard deviation over n runs." if any("±" in cell.text for cell in cells) else ""]
     said += ["↑ more is better, ↓ less is better."]
     if any(cell.small for cell in cells):
-        said += [
-            f"p: Welch's test against {words.baseline_of(result)}, with Holm's correction for the arms of a column."
-        ]
+        said += [tables.p_legend(result, rows)]
         references = [arm for arm in result["arms"] if arm in words.REFERENCES]
         said += [f"The arm {arm} is a reference and is not tested." for arm in references]
     if any(cell.bold for cell in cells):
@@ -141,13 +173,15 @@ def _esc(text: str) -> str:
     return html.escape(_TIED.sub("\N{NO-BREAK SPACE}", text))
 
 
-# Spaces in "95 %", "accuracy ↑", "p = .02", "n = 5 + 5".
-_TIED = re.compile(r" (?=[%↑↓])|(?<=\b[pn]) (?=[=<>] )|(?<=\b[pn] [=<>]) |(?<=\d) (?=\+ \d)|(?<=\d \+) ")
+# Spaces in "95 %", "accuracy ↑", "p = .02 *", "n = 5 + 5".
+_TIED = re.compile(
+    r" (?=[%↑↓])|(?<=\b[pn]) (?=[=<>] )|(?<=\b[pn] [=<>]) | (?=\*+$)|(?<=\*) |(?<=\d) (?=\+ \d)|(?<=\d \+) "
+)
 
 
 def _css() -> str:
     light, dark = (
-        "".join(f"--{name}:{value};" for name, value in colours.items()) for colours in (figures.LIGHT, DARK)
+        "".join(f"--{name}:{value};" for name, value in colours.items()) for colours in (drawing.LIGHT, DARK)
     )
     return f":root{{color-scheme:light dark;{light}}}\n@media(prefers-color-scheme:dark){{:root{{{dark}}}}}\n{_CSS}"
 
@@ -157,7 +191,7 @@ _PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{title}</title>
 <style>
 {style}
@@ -196,9 +230,10 @@ tbody i{text-indent:0;display:inline-block;width:.6em;height:.6em;border-radius:
 small{display:block;font-size:.8rem;color:var(--muted)}
 .legend,figcaption{font-size:.85rem;color:var(--muted);margin:.6rem 0 0;line-height:1.45}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,23rem),1fr));gap:2rem 2.5rem;
- margin:2.5rem 0}
-figure{margin:0;max-width:32rem}
+ margin:2.5rem 0;align-items:start}
+figure{margin:0;max-width:32rem;min-width:0}
 svg{display:block;width:100%;height:auto}
+svg image{image-rendering:pixelated}
 svg *{stroke-linejoin:round;stroke-linecap:butt}
 svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Liberation Sans",Arial,
  sans-serif!important}
@@ -209,6 +244,12 @@ li{margin:.35rem 0;overflow-wrap:anywhere}
 a{color:var(--s1)}
 .problems{border-left:3px solid var(--s0);padding-left:1rem;margin:0 0 2.5rem}
 details{margin-top:2rem;font-size:.9rem}
+figure details{margin-top:.6rem}
+figure table{min-width:0;font-size:.8rem;margin-top:.5rem}
+figure tbody :is(th,td){padding:.25rem 0 .25rem .9rem;min-width:0;text-indent:0;white-space:nowrap}
+figure tbody th:first-child{padding-left:0!important;white-space:normal;overflow-wrap:normal;min-width:4rem}
+.head>*{color:var(--muted)}
+tbody+tbody .head>*{padding-top:1rem;border-top:0}
 summary{cursor:pointer;color:var(--muted)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.4rem 1.25rem;margin:1rem 0}
 dt{color:var(--muted)}

@@ -24,7 +24,8 @@ def markdown_table(
 ) -> str:
     """Arms by metrics as a Markdown table: mean ± sd over n seeds, p of Welch's test against the baseline.
 
-    The p of a column are corrected for their number by Holm's method. Fractions are printed as percent. The best mean
+    The p of a column are corrected for their number by Holm's method; stars beside them say how small they are, as
+    :func:`p_legend` explains. Fractions are printed as percent. The best mean
     of a column is bold only where Welch's p against the runner-up is below .05. The teacher stands in the table but is
     neither tested nor bold.
 
@@ -63,6 +64,17 @@ def table(
     return ["arm", "n", *map(_heading, metrics)], rows
 
 
+def p_legend(result: Result, rows: Sequence[Sequence[Cell]], baseline: str | None = None) -> str:
+    """Explains the p and stars of a table in a sentence; empty where it holds none."""
+    small = [cell.small for row in rows for cell in row if cell.small]
+    if not small:
+        return ""
+    baseline = words.baseline_of(result) if baseline is None else baseline
+    text = f"p: Welch's test against {baseline}, with Holm's correction for the arms of a column"
+    starred = any(cell.endswith("*") for cell in small)
+    return text + ("; * p < .05, ** p < .01, *** p < .001." if starred else ".")
+
+
 def _heading(name: str) -> str:
     metric = words.metric_of(name)
     arrow = "" if metric.higher is None else " ↑" if metric.higher else " ↓"
@@ -79,7 +91,7 @@ def _cell(result: Result, arm: str, name: str, p: float | None) -> Cell:
     text = words.number(mean, decimals)
     if n > 1 and (decimals or np.ptp(values) > 0):
         text += f" ± {words.number(sd, decimals)}"
-    return Cell(text, "" if p is None else words.p_text(p))
+    return Cell(text, "" if p is None else f"{words.p_text(p)} {words.stars(p)}".rstrip())
 
 
 def _markdown_cell(cell: Cell) -> str:

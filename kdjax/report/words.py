@@ -14,6 +14,7 @@ from kdjax import significance
 
 Result = Mapping[str, Any]
 ALPHA = 0.05
+RATIOS_IN_WORDS = 6  # up to which each peer is named
 
 
 class Metric(NamedTuple):
@@ -116,7 +117,23 @@ def _ratio_sentence(ratios: Mapping[str, Mapping[str, float]]) -> str:
         if side == "behind":
             median, low, high = 1 / median, 1 / high, 1 / low
         sides[side].append(f"{peer} ({times(median)}, {times(low)} to {times(high)})")
+    if len(ratios) > RATIOS_IN_WORDS:
+        return _counted_sentence(ratios)
     return "kdjax is " + "; ".join(f"{side} {listing(peers)}" for side, peers in sides.items() if peers) + "."
+
+
+def _counted_sentence(ratios: Mapping[str, Mapping[str, float]]) -> str:
+    """Many ratios: how many are ahead and behind, and the range of each side's medians."""
+    ahead = [r["median"] for r in ratios.values() if r["low"] > 1]
+    behind = [1 / r["median"] for r in ratios.values() if r["high"] < 1]
+    level = len(ratios) - len(ahead) - len(behind)
+    said = [
+        f"{side} in {len(medians)} ({times(min(medians))} to {times(max(medians))})"
+        for side, medians in {"ahead": ahead, "behind": behind}.items()
+        if medians
+    ]
+    said += [f"level in {level}"] if level else []
+    return f"Of {len(ratios)} comparisons kdjax is {listing(said)}."
 
 
 def _untested_sentence(result: Result) -> str:
@@ -215,6 +232,11 @@ def p_text(p: float) -> str:
         return "p < .001" if p < 0.001 else "p > .99"
     texts = (f"{p:.{digits}f}" for digits in range(3 if p < 0.1 else 2, 18))
     return "p = " + next(t for t in texts if (float(t) < ALPHA) == (p < ALPHA)).lstrip("0")
+
+
+def stars(p: float) -> str:
+    """Prints how far p lies below .05: * there, ** below .01, *** below .001."""
+    return "*" * sum(p < level for level in (0.05, 0.01, 0.001))
 
 
 def times(ratio: float) -> str:

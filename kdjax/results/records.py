@@ -1,24 +1,8 @@
-"""One JSON file per experiment: what was asked, run and measured, on what, with every value of every seed.
-
-The schema (version 1) is flat enough to read by eye::
-
-    {"schema": 1, "name": "quickstart", "question": "Does ...?", "command": "python -m ...", "flags": {...},
-     "created": "2026-11-21T02:40:00+00:00", "commit": "3f2a...", "dirty": false, "versions": {"jax": "0.10.2", ...},
-     "hardware": {"backend": "cpu", "devices": 1, "cores": 2, ...}, "wall_clock_s": 61.2, "scaled_down": "...",
-     "seeds": [0, 1, 2], "arms": {"scratch": {"accuracy": [0.91, 0.92, 0.90]}, ...},
-     "curves": {"scratch": {"validation_accuracy": [[...], [...], [...]]}}, "comparisons": [...], "ratios": {...},
-     "notes": [...]}
-
-``arms`` maps an arm to its metrics and a metric to one number per seed (or per repeat, in a benchmark); an arm that ran
-on other seeds, such as a single teacher, has them under its name in ``arm_seeds``. ``ratios`` maps a peer to the
-median, low and high of how many times faster or smaller kdjax is. Fractions stay fractions; percent signs belong to
-the report.
-"""
+"""A result file is made of what was measured and of the process that measured it; written whole, checked when read."""
 
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shlex
@@ -29,24 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from kdjax import files
+from kdjax.results import schema
 
-SCHEMA = 1
-REQUIRED = {
-    "schema": int,
-    "name": str,
-    "question": str,
-    "command": str,
-    "flags": dict,
-    "created": str,
-    "commit": str,
-    "dirty": bool,
-    "versions": dict,
-    "hardware": dict,
-    "wall_clock_s": (int, float),
-    "scaled_down": str,
-    "seeds": list,
-    "arms": dict,
-}
 PACKAGES = ("kdjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -103,7 +71,7 @@ def make(
       ValueError: if a metric has another number of values than there are seeds, or one is not finite.
     """
     content = {
-        "schema": SCHEMA,
+        "schema": schema.SCHEMA,
         "name": name,
         "question": question,
         "command": command_line(),
@@ -118,55 +86,36 @@ def make(
         },
         **optional,
     }
-    check(content)
+    schema.check(content)
     return content
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Checks a result made by :func:`make` and writes it atomically."""
-    check(content)
+    schema.check(content)
     files.write_json(path, content)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads and checks one result file.
+    """Reads and checks one result file of this schema or an older one.
 
     Raises:
-      ValueError: if the file is no JSON (truncated, foreign), or breaks the schema; it names the file and the field.
+      ValueError: if the file is no JSON (truncated, foreign), of a newer schema, or breaks it; it names the file and
+        the field.
     """
+    text = Path(path).read_bytes()
+    if not text.strip():
+        raise ValueError(f"{path} is not a result file: it is empty. Run its experiment again.")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a result file: {error}. Run its experiment again.") from error
     try:
-        check(content)
+        content = schema.upgrade(content)
+        schema.check(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return content
-
-
-def check(content: Any) -> None:
-    """Checks a result against the schema.
-
-    Raises:
-      ValueError: naming the first field that is missing, of another type, of another length or not finite.
-    """
-    if not isinstance(content, Mapping):
-        raise ValueError(f"a result is a JSON object, got {type(content).__name__}.")
-    for field, kind in REQUIRED.items():
-        if not isinstance(content.get(field), kind):
-            raise ValueError(f"a result needs the field {field!r}, got {content.get(field)!r}.")
-    if content["schema"] != SCHEMA:
-        raise ValueError(
-            f"this kdjax reads schema {SCHEMA}, the result has {content['schema']}; update kdjax."
-        )
-    for arm, metrics in content["arms"].items():
-        for metric, values in metrics.items():
-            seeds = content.get("arm_seeds", {}).get(arm, content["seeds"])
-            if len(values) != len(seeds):
-                raise ValueError(f"{arm}/{metric} has {len(values)} values for {len(seeds)} seeds.")
-            if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-                raise ValueError(f"{arm}/{metric} holds a value that is no finite number: {values}.")
 
 
 def command_line() -> str:
@@ -190,7 +139,7 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 def _git(*arguments: str) -> str:
     """Output of a git command in this package's checkout, empty where there is none."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
     try:
