@@ -92,7 +92,7 @@ def costs_of(task: Task, arms: Arms) -> dict[str, dict[str, Any]]:
 
 def _latency(run: Trained | Teacher, image: jax.Array) -> list[float]:
     apply_fn = models.apply_fn(run.module)
-    answer = jax.jit(lambda weights, image: apply_fn(*weights, image, train=False)[0].logits)
+    answer = jax.jit(lambda w, x: apply_fn(w.params, w.model_state, x, train=False)[0].logits)
     weights = jax.device_put(jax.device_get(run.weights), jax.local_devices()[0])
     jax.block_until_ready(answer(weights, image))
     times = []
