@@ -96,8 +96,8 @@ def max_norm(limit: float) -> optax.GradientTransformationExtraArgs:
     Examples:
       >>> params = jnp.array([[3.0, 0.3], [4.0, 0.4]])
       >>> updates, _ = max_norm(1.0).update(jnp.zeros((2, 2)), optax.EmptyState(), params)
-      >>> optax.apply_updates(params, updates).round(2).tolist()
-      [[0.6000000238418579, 0.30000001192092896], [0.800000011920929, 0.4000000059604645]]
+      >>> jnp.linalg.norm(optax.apply_updates(params, updates), axis=0).round(3).tolist()
+      [1.0, 0.5]
     """
     if not limit > 0:
         raise ValueError(

@@ -323,7 +323,9 @@ class TestMixingWeight:
             history = [
                 {"epoch": 1.0, "loss": 1.0, "validation_accuracy": validation, "validation_loss": loss}
             ]
-            return mixing_weight.common.Trained(train.Fitted(None, None, 1, history), {"accuracy": test}, 0.0)
+            return mixing_weight.common.Trained(
+                None, train.Fitted(None, None, 1, history), {"accuracy": test}, {}, 0.0
+            )
 
         best, said = mixing_weight.choose(
             {0.0: [trained(0.9, 0.7, 1.0)], 0.5: [trained(0.6, 0.8, 0.4)], 1.0: [trained(0.8, 0.8, 0.5)]}
@@ -335,7 +337,7 @@ class TestMixingWeight:
     def test_a_diverged_student_is_left_out_and_said(self):
         def trained(loss):
             return mixing_weight.common.Trained(
-                train.Fitted(None, None, 1, [{"epoch": 1.0, "loss": loss}]), {}, 0.0
+                None, train.Fitted(None, None, 1, [{"epoch": 1.0, "loss": loss}]), {}, {}, 0.0
             )
 
         kept, notes = mixing_weight.finite(

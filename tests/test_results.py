@@ -202,7 +202,6 @@ NAN = float("nan")
         (["costs", "a", "latency_ms"], [0.0], "costs/a/latency_ms needs milliseconds above 0"),
         (["swept", 0, "values"], [1, 0.1], "swept/0/values needs rising numbers"),
         (["swept", 0, "arms"], {}, "swept/0/arms needs at least one arm"),
-        (["swept", 0, "arms"], {"b": {}}, "swept/0/arms/b needs an arm of the result"),
         (
             ["swept", 0, "arms", "a", "accuracy"],
             [[0.5]],

@@ -130,17 +130,24 @@ def style(more: Mapping[Any, Any] = {}) -> dict[Any, Any]:
 
 def colours_of(result: Result) -> dict[str, str]:
     """One colour name per arm, the same in every figure and table of a page."""
-    arms = list(dict.fromkeys([*result["arms"], *result.get("curves", {})]))
+    arms = _lines_of(result)
     competing = [arm for arm in arms if arm not in words.REFERENCES]
     colours = {arm: SERIES[i % len(SERIES)] for i, arm in enumerate(competing)}
     return colours | {arm: "muted" for arm in arms if arm in words.REFERENCES}
 
 
+def _lines_of(result: Result) -> list[str]:
+    """Whatever has a colour: the arms, and the lines of sweeps, which may have names of their own."""
+    swept = [line for sweep in result.get("swept", []) for line in sweep["arms"]]
+    return list(dict.fromkeys([*result["arms"], *result.get("curves", {}), *swept]))
+
+
 def markers_of(result: Result) -> dict[str, str]:
     """One marker per arm: arms beyond the number of colours are told apart by it."""
-    competing = [arm for arm in result["arms"] if arm not in words.REFERENCES]
+    lines = _lines_of(result)
+    competing = [arm for arm in lines if arm not in words.REFERENCES]
     markers = {arm: MARKERS[i // len(SERIES) % len(MARKERS)] for i, arm in enumerate(competing)}
-    return markers | {arm: "o" for arm in result["arms"] if arm in words.REFERENCES}
+    return markers | {arm: "o" for arm in lines if arm in words.REFERENCES}
 
 
 def named_below(ax: "Axes", result: Result, labels: Mapping[str, str]) -> None:

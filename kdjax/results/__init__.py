@@ -40,7 +40,7 @@ What else an experiment has measured stands in optional fields. An arm in one of
     arm → ``{"parameters": int, "latency_ms": [...]}``, one latency per repeat, of one image in JAX on ``hardware``.
 ``swept``
     list of ``{"name": flag, "values": [...], "arms": {arm: {metric: [[one number per seed] per value]}}}``; the values
-    rise.
+    rise, and an arm here is a line of the figure, which need not be among ``arms``.
 ``trials``
     list of ``{"number": int, "settings": {flag: value}, "outcome": "finished", "pruned" or "failed", "value": number or
     null, "seconds": number}``, one per setting that a search has tried.

@@ -260,10 +260,7 @@ def _check_overlay(overlay: Any, path: str) -> None:
 
 def _check_together(content: Mapping[str, Any]) -> None:
     """What more than one field decides."""
-    arms, matrices = content["arms"], content.get("confusion", {})
-    for i, sweep in enumerate(content.get("swept", [])):
-        for arm in sweep["arms"]:
-            _need(arm in arms, f"swept/{i}/arms/{arm}", f"an arm of the result ({_listed(arms)})", arm)
+    matrices = content.get("confusion", {})
     names = _list(content.get("class_names", []), "class_names")
     for name in names:
         _check_text(name, "class_names")
