@@ -84,6 +84,10 @@ VIEWS = flags.DEFINE_integer(
     "views", 8, "Stored views per image in the mode views, the unaugmented one included.", 2
 )
 
+ROBUSTNESS = flags.DEFINE_bool(
+    "robustness", False, "Also measure accuracy under corruption, weight noise and attack; minutes on a CPU."
+)
+
 # The recipe.
 EPOCHS = flags.DEFINE_integer("epochs", 20, "Of each student.", lower_bound=1)
 TEACHER_EPOCHS = flags.DEFINE_integer(
@@ -165,7 +169,7 @@ def scratch(outputs, batch):
 
 
 # what may change when a run is resumed
-MACHINE = ("workdir", "shared_dir", "data_dir", "devices", "save_every_s", "pod", "tensorboard")
+MACHINE = ("workdir", "shared_dir", "data_dir", "devices", "save_every_s", "pod", "tensorboard", "robustness")
 
 
 def main() -> dict[str, Any]:
@@ -235,6 +239,10 @@ def run() -> dict[str, Any]:
     unread = (
         "Every number is of the validation split, which settings are chosen on; the test split was not read."
     )
+    more: dict = {"costs": common.costs_of(task, finished)} if SPLIT.value == "test" else {}
+    if ROBUSTNESS.value:
+        disturbed = common.robustness_of(task, finished, workdir / "robustness", split=SPLIT.value)
+        more["robustness"] = disturbed
     return common.conclude(
         workdir,
         "distill",
@@ -246,6 +254,7 @@ def run() -> dict[str, Any]:
         wall_clock_s=time.monotonic() - start,
         scaled_down=SCALED_DOWN.value,
         notes=[unread] if SPLIT.value == "validation" else [],
+        **more,
     )
 
 

@@ -73,16 +73,25 @@ class TestDistill:
         )
         assert code == 0, errors
         assert results.read(tmp_path / "run" / "results.json")["arms"] == found["arms"]
+        assert "robustness" not in found
 
         # Another command takes up the teacher; its answers are the same, so online kd sees the same teacher.
         teacher_dir = tmp_path / "run" / "teacher" / "0"
         online = ("--teacher_mode=online", "--mixup=0.5", "--method=kd", f"--teacher_dir={teacher_dir}")
-        online += ("--dtype=bfloat16", "--optimizer=sgd", "--schedule=step", "--accumulate=2", "--flip")
+        online += (
+            "--robustness",
+            "--dtype=bfloat16",
+            "--optimizer=sgd",
+            "--schedule=step",
+            "--accumulate=2",
+            "--flip",
+        )
         code, _, errors = run(*small_run(tmp_path / "online", *online))
         assert code == 0, errors
         again = results.read(tmp_path / "online" / "results.json")
         there, here = (r["arms"]["teacher"]["accuracy"] for r in (found, again))
         assert here == pytest.approx(there, abs=0.02)  # bfloat16 here
+        assert again["robustness"]["teacher"]["clean"] == [pytest.approx(h) for h in here]
 
     def test_killed_at_a_random_moment_it_ends_bitwise_equal(self, tmp_path):
         code, _, errors = run(*small_run(tmp_path / "whole", "--save_every_s=0"))

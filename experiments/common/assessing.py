@@ -22,20 +22,21 @@ REPEATS, CALLS = 15, 20  # of a latency: repeats that are reported, each the mea
 
 
 def robustness_of(
-    task: Task, arms: Arms, directory: Path, **options: Any
+    task: Task, arms: Arms, directory: Path, *, split: str = "test", **options: Any
 ) -> dict[str, dict[str, list[float]]]:
-    """Accuracy of every run of every arm under each disturbance of the test split.
+    """Accuracy of every run of every arm under each disturbance of a split's images.
 
     Args:
-      task: whose test split it is.
+      task: whose split it is.
       arms: arm → finished runs; those of one network share their compiled programs.
       directory: where each run's numbers are kept; they are not computed again for equal weights and options.
+      split: the images.
       **options: of :func:`kdjax.robustness.make_assessor`, such as ``epsilons``.
 
     Returns:
       Arm → disturbance → one accuracy per run.
     """
-    ids = task.split["test"]
+    ids = task.split[split]
     assessors: dict[Any, Callable] = {}
     found: dict[str, dict[str, list[float]]] = {}
     with bar("disturbed networks", total=sum(map(len, arms.values())), unit="network") as meter:
@@ -55,7 +56,10 @@ def robustness_of(
                         devices=task.devices,
                         **options,
                     )
-                made_from = {"weights": checkpoints.digest_tree(run.weights), "options": repr(options)}
+                made_from = {
+                    "weights": checkpoints.digest_tree(run.weights),
+                    "options": repr((split, options)),
+                }
                 path = directory / arm / f"{number}.json"
                 assess = functools.partial(assessors[key], *run.weights, jax.random.key(0))
                 scores.append(_kept(path, made_from, assess))
