@@ -1,9 +1,10 @@
 r"""What have all experiments found? One page from every result file.
 
     python -m experiments.report --results=experiments/results --output=report.html
+    python -m experiments.report --results=runs
     python -m experiments.report --documents=README.md,BUILD_NOTES.md
 
-The second form also writes the tables of those documents anew, between <!-- results: NAME --> and <!-- end -->; a test
+The third form also writes the tables of those documents anew, between <!-- results: NAME --> and <!-- end -->; a test
 fails where they differ from the files. Takes some seconds. The page needs no network and reads on a phone, light or
 dark. A file that is damaged, is no result or was written by a newer kdjax is named on the page and here; the others are
 still reported, and the exit code is then 1.
@@ -18,7 +19,9 @@ from experiments import common
 from kdjax import files, report, results
 
 RESULTS = flags.DEFINE_string(
-    "results", "experiments/results", "A result file, or a directory searched for *.json."
+    "results",
+    "experiments/results",
+    "A result file; or a directory, searched for every results.json if it holds any, else for *.json.",
 )
 OUTPUT = flags.DEFINE_string("output", "report.html", "Page to write.")
 DOCUMENTS = flags.DEFINE_list("documents", [], "Markdown files whose marked tables are written anew.")
@@ -28,13 +31,15 @@ TITLE = flags.DEFINE_string("title", "What kdjax has measured", "Of the page.")
 def main() -> None:
     """Reads what can be read, writes the page, and names what is not in it."""
     root = Path(RESULTS.value)
-    paths = sorted(root.rglob("*.json")) if root.is_dir() else [root]
+    # Beside its results.json a run keeps other files; a directory of results has a name for each.
+    paths = sorted(root.rglob("results.json")) or sorted(root.rglob("*.json")) if root.is_dir() else [root]
     if not paths or not paths[0].exists():
         raise ValueError(
             f"--results={root} holds no result file (*.json); run an experiment first, or name another."
         )
     found, problems = report.load(paths)
-    report.page(found, path=OUTPUT.value, title=TITLE.value, problems=problems)
+    names = [name_of(path, root) for path in found]
+    report.page(list(found.values()), path=OUTPUT.value, title=TITLE.value, names=names, problems=problems)
     for document in DOCUMENTS.value:
         text = Path(document).read_text(encoding="utf-8")
         files.write_text(document, report.fill_tables(text, lambda name: results.read(root / f"{name}.json")))
@@ -43,6 +48,14 @@ def main() -> None:
         print(f"not in it: {problem}", file=sys.stderr)
     if problems:
         sys.exit(1)
+
+
+def name_of(path: Path, root: Path) -> str:
+    """What a result is called on the page: as its file, or as the run whose file it is."""
+    if path == root:
+        return path.stem
+    within = path.relative_to(root)
+    return str(within.parent if within.name == "results.json" else within.with_suffix(""))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,8 @@ COMMANDS = sorted({(path.name, *command) for path in DOCUMENTS for command in co
 def test_command_exists(document, module, flags):
     assert source_of(module).exists(), f"{document} runs {module}, which is not there"
     defined = defined_flags(module) | ABSL_FLAGS
+    if module == "experiments.sweep":  # its command line holds that of the experiment
+        defined |= defined_flags("experiments.distill")
     unknown = {flag for flag in flags if flag not in defined and flag.removeprefix("no") not in defined}
     assert unknown == set(), f"{document} gives {module} flags that it does not define"
 

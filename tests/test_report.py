@@ -571,10 +571,10 @@ def test_damaged_file_is_named_and_the_others_are_reported(name, tmp_path):
     damaged.write_bytes(content if isinstance(content, bytes) else content.encode())
     results.write(good, make())
     found, problems = report.load([damaged, tmp_path / "missing.json", good])
-    assert found == [json.loads(good.read_text())]
+    assert found == {good: json.loads(good.read_text())}
     assert len(problems) == 2
     assert problems[0].count(str(damaged)) == problems[1].count("missing.json") == 1
-    text = Reader(page_of(found, tmp_path, problems=problems)).all_text()
+    text = Reader(page_of(list(found.values()), tmp_path, problems=problems)).all_text()
     assert f"{name}.json" in text
     assert report.finding(make()) in text
 
@@ -616,8 +616,19 @@ def test_command_reports_a_directory_and_names_every_damaged_file(tmp_path):
         (line,) = [line for line in lines if f"found/{name}.json" in line]
         assert said in line
         assert f"found/{name}.json" in text
-    for expected in (report.finding(make()), "kdjax is ahead of keras", "first_schema"):
+    for expected in (report.finding(make()), "kdjax is ahead of keras", "benchmarks/step", "older"):
         assert expected in text
+
+
+def test_command_reports_runs_by_their_names(tmp_path):
+    for run in ("one", "group/two"):
+        results.write(tmp_path / "runs" / run / "results.json", make())
+        (tmp_path / "runs" / run / "run.json").write_text("{}")  # a run's own record is no result
+    done = run_report("--results=runs", "--output=all.html", directory=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "all.html: 2 of 2 results.\n"), done.stderr
+    text = Reader((tmp_path / "all.html").read_text(encoding="utf-8")).all_text()
+    assert "one" in text
+    assert "group/two" in text
 
 
 def run_report(*arguments, directory):

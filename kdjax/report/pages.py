@@ -33,6 +33,7 @@ def page(
     *,
     path: str | os.PathLike[str],
     title: str | None = None,
+    names: Sequence[str] = (),
     problems: Sequence[str] = (),
 ) -> None:
     """Writes one HTML file that needs nothing else: text, tables and figures of one result or of several.
@@ -41,31 +42,34 @@ def page(
       shown: a result as read by :func:`kdjax.results.read`, or a list of them.
       path: of the file; it is replaced whole or not at all.
       title: of the page; the name of a single result when None.
+      names: headings of several results, which may have been made by the same experiment; its name when empty.
       problems: sentences about results that could not be read, from :func:`load`.
     """
     found = [shown] if isinstance(shown, Mapping) else list(shown)
     title = title or (str(found[0]["name"]) if len(found) == 1 else "kdjax results")
+    names = names or [str(result["name"]) for result in found]
     body = [f"<h1>{_esc(title)}</h1>"]
     if problems:
         items = "".join(f"<li>{_esc(problem)}</li>" for problem in problems)
         body.append(f'<section class="problems"><h2>Not in this report</h2><ul>{items}</ul></section>')
     if len(found) > 1:
         links = [
-            f'<li><a href="#r{i}">{_esc(r["name"])}</a>: {_esc(words.finding(r))}</li>'
-            for i, r in enumerate(found)
+            f'<li><a href="#r{i}">{_esc(name)}</a>: {_esc(words.finding(result))}</li>'
+            for i, (name, result) in enumerate(zip(names, found, strict=True))
         ]
         body.append(f"<nav><ol>{''.join(links)}</ol></nav>")
-    body += [_section(result, f"r{i}", headed=len(found) > 1) for i, result in enumerate(found)]
+    headings = names if len(found) > 1 else [""]
+    body += [_section(*both, key=f"r{i}") for i, both in enumerate(zip(headings, found, strict=False))]
     files.write_text(path, _PAGE.format(title=_esc(title), style=_css(), body="\n".join(body)))
 
 
-def _section(result: Result, key: str, *, headed: bool) -> str:
+def _section(heading: str, result: Result, *, key: str) -> str:
     tested = words.comparisons(result)[0 if result.get("ratios") else 1 :]
     others = [words.comparison_sentence(result, comparison) for comparison in tested]
     scaled = f"<p><b>Scaled down:</b> {_esc(result['scaled_down'])}</p>" if result["scaled_down"] else ""
     drawn = [_figure(panel, f"{key}-{i}") for i, panel in enumerate(figures.panels(result))]
     parts = [
-        f"<h2>{_esc(result['name'])}</h2>" if headed else "",
+        f"<h2>{_esc(heading)}</h2>" if heading else "",
         f'<p class="finding">{_esc(words.finding(result))}</p>',
         f'<p class="question">{_esc(result["question"])}</p>',
         _html_table(result) if result["arms"] else "",

@@ -2,21 +2,23 @@
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from kdjax import results
 
 
-def load(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[dict[str, Any]], list[str]]:
+def load(paths: Iterable[str | os.PathLike[str]]) -> tuple[dict[Path, dict[str, Any]], list[str]]:
     """Reads result files; a damaged one is named and the others are still read.
 
     Returns:
-      The results in the order of the paths, and one sentence for each file that could not be read.
+      Path → result, in the order of the paths, and one sentence for each file that could not be read.
     """
-    found, problems = [], []
+    found: dict[Path, dict[str, Any]] = {}
+    problems = []
     for path in paths:
         try:
-            found.append(results.read(path))
+            found[Path(path)] = results.read(path)
         except OSError as error:
             problems.append(f"{path} cannot be read: {error.strerror or error}.")
         except ValueError as error:
