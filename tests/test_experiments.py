@@ -93,6 +93,7 @@ class TestDistill:
         assert here == pytest.approx(there, abs=0.02)  # bfloat16 here
         assert again["robustness"]["teacher"]["clean"] == [pytest.approx(h) for h in here]
 
+    @pytest.mark.once
     def test_killed_at_a_random_moment_it_ends_bitwise_equal(self, tmp_path):
         code, _, errors = run(*small_run(tmp_path / "whole", "--save_every_s=0"))
         assert code == 0, errors
@@ -258,6 +259,7 @@ class TestWorkdir:
         with pytest.raises(ValueError, match=r"needs about \d+ MiB .*has 0 MiB left"):
             common.check_disk(task, tmp_path, {network: 3}, column_bytes=10**6)
 
+    @pytest.mark.once
     def test_a_disk_that_fills_up_ends_in_a_sentence_and_can_go_on(self, tmp_path):
         # No file may grow beyond 3,000 bytes: the operating system's error in the middle of a write is real.
         limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "

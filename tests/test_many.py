@@ -1,6 +1,7 @@
 """Many trainings in one program against the same trainings one by one."""
 
 import functools
+import importlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import optax
 import pytest
 from absl import flags
 
-from experiments import mixing_weight
+from experiments import common
 from kdjax import data, evaluate, many, models, parallel, results, train
 from kdjax.types import Outputs
 
@@ -292,6 +293,21 @@ class TestRefusals:
             many.stack([])
 
 
+@pytest.fixture(scope="class")
+def mixing_weight():
+    """The experiment, with the flags of others out of its way: no two of one name can be in one process."""
+    modules = flags.FLAGS.flags_by_module_dict().items()
+    others = [(name, flag) for name, own in modules if name.startswith("experiments.") for flag in own]
+    for _, flag in others:
+        delattr(flags.FLAGS, flag.name)
+    yield importlib.import_module("experiments.mixing_weight")
+    for flag in list(flags.FLAGS.flags_by_module_dict()["experiments.mixing_weight"]):
+        delattr(flags.FLAGS, flag.name)
+    for name, flag in others:
+        flags.FLAGS[flag.name] = flag
+        flags.FLAGS.register_flag_by_module(name, flag)
+
+
 class TestMixingWeight:
     def test_leaves_everything_and_is_read_back(self, tmp_path):
         command = [sys.executable, "-m", "experiments.mixing_weight", "--smoke", "--hard_weights=0,0.5,1"]
@@ -318,14 +334,12 @@ class TestMixingWeight:
             assert (tmp_path / "run" / name).stat().st_size > 0
         assert {len(json.loads((tmp_path / "run" / "students" / "summary.json").read_text()))} == {9}
 
-    def test_the_weight_is_chosen_on_validation_and_ties_go_to_the_smaller_loss(self):
+    def test_the_weight_is_chosen_on_validation_and_ties_go_to_the_smaller_loss(self, mixing_weight):
         def trained(test, validation, loss):
             history = [
                 {"epoch": 1.0, "loss": 1.0, "validation_accuracy": validation, "validation_loss": loss}
             ]
-            return mixing_weight.common.Trained(
-                None, train.Fitted(None, None, 1, history), {"accuracy": test}, {}, 0.0
-            )
+            return common.Trained(None, train.Fitted(None, None, 1, history), {"accuracy": test}, {}, 0.0)
 
         best, said = mixing_weight.choose(
             {0.0: [trained(0.9, 0.7, 1.0)], 0.5: [trained(0.6, 0.8, 0.4)], 1.0: [trained(0.8, 0.8, 0.5)]}
@@ -334,9 +348,9 @@ class TestMixingWeight:
         assert "a = 0.5 (accuracy 80.00% there)" in said
         assert "60.00% on average, that of a = 1 80.00%" in said
 
-    def test_a_diverged_student_is_left_out_and_said(self):
+    def test_a_diverged_student_is_left_out_and_said(self, mixing_weight):
         def trained(loss):
-            return mixing_weight.common.Trained(
+            return common.Trained(
                 None, train.Fitted(None, None, 1, [{"epoch": 1.0, "loss": loss}]), {}, {}, 0.0
             )
 
@@ -362,7 +376,7 @@ class TestMixingWeight:
             ("--batch_size=21", "21 does not divide over 2 devices"),
         ],
     )
-    def test_bad_input_is_refused_before_any_work(self, tmp_path, monkeypatch, argument, said):
+    def test_bad_input_is_refused_before_any_work(self, mixing_weight, tmp_path, monkeypatch, argument, said):
         def work(*_, **__):
             raise AssertionError("training began")
 

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.once
 needs_make = pytest.mark.skipif(
     not all(map(shutil.which, ("bash", "awk", "make"))),
     reason="set-up is for systems with bash, awk and make",

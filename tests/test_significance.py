@@ -58,6 +58,7 @@ def test_t_interval_on_a_published_example():
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
+@pytest.mark.once
 def test_t_interval_covers_the_mean_as_often_as_it_says(confidence):
     draws = np.random.default_rng(1).normal(3, 2, (TABLES, 5))
     found = [significance.t_interval(draw, confidence=confidence) for draw in draws]
@@ -74,6 +75,7 @@ def test_bootstrap_interval_is_that_of_scipy_and_of_its_seed():
 
 
 @pytest.mark.parametrize(("n", "coverage"), [(5, 0.84), (60, 0.94)])
+@pytest.mark.once
 def test_bootstrap_interval_is_for_many_values(n, coverage):
     rng, inside = np.random.default_rng(2), []
     for _ in range(1000):
@@ -107,6 +109,7 @@ def test_welch_on_a_published_example():
     assert found.n == (10, 10)
 
 
+@pytest.mark.once
 def test_interval_covers_the_true_difference_as_often_as_it_says():
     rng = np.random.default_rng(0)
     inside = 0
@@ -205,6 +208,7 @@ def test_mcnemar_refuses_what_is_no_pair():
         significance.mcnemar(0.9 * a, b, ids_a=range(6), ids_b=range(6))
 
 
+@pytest.mark.once
 def test_mid_p_is_of_its_level_and_exact_p_below():
     rng, ids, found = np.random.default_rng(3), np.arange(100), []
     for _ in range(TABLES):
@@ -261,6 +265,7 @@ AT_THE_MARGIN = {
 
 
 @pytest.mark.parametrize("test", AT_THE_MARGIN.values(), ids=AT_THE_MARGIN)
+@pytest.mark.once
 def test_at_the_margin_one_table_in_twenty_is_called_as_good(test):
     draws = np.random.default_rng(6).normal(0, 1, (TABLES, 2, 5))
     p = np.array([test(a, b).p for a, b in draws])
@@ -311,6 +316,7 @@ def test_holm_of_no_arms_and_of_what_is_no_p():
 
 
 @pytest.mark.parametrize("sd", [1.0, 3.0])
+@pytest.mark.once
 def test_welch_errs_in_one_table_of_twenty(sd):
     rng = np.random.default_rng(7)
     p = [significance.welch(rng.normal(0, 1, 5), rng.normal(0, sd, 5)).p for _ in range(TABLES)]
@@ -319,6 +325,7 @@ def test_welch_errs_in_one_table_of_twenty(sd):
 
 @pytest.mark.usefixtures("quick_gc")
 @pytest.mark.parametrize("real", [0, 2, 4])
+@pytest.mark.once
 def test_holm_errs_in_no_more_than_one_table_of_twenty(real):
     # Five arms against one baseline, of which the first few really differ.
     rng = np.random.default_rng(8)
@@ -349,6 +356,7 @@ def test_hedges_g_on_a_published_example():
 
 
 @pytest.mark.parametrize("effect", [0.0, 1.5])
+@pytest.mark.once
 def test_hedges_g_is_unbiased_and_its_interval_covers(effect):
     rng = np.random.default_rng(9)
     found = [significance.hedges_g(rng.normal(effect, 1, 5), rng.normal(0, 1, 5)) for _ in range(TABLES)]
@@ -378,6 +386,7 @@ def test_seeds_needed_are_the_fewest():
             assert power_of(n) >= power > power_of(n - 1)
 
 
+@pytest.mark.once
 def test_so_many_seeds_find_the_difference_as_often_as_asked():
     n, rng = significance.seeds_needed(1, 1.5), np.random.default_rng(10)
     p = [significance.welch(rng.normal(1.5, 1, n), rng.normal(0, 1, n)).p for _ in range(TABLES)]

@@ -315,6 +315,7 @@ def main():
 """
 
 
+@pytest.mark.once
 class TestProcesses:
     """From the command line, with an experiment of one's own."""
 
