@@ -11,6 +11,7 @@ A tour, in the order in which data flows:
   trainings in one program.
 * :mod:`kdjax.checkpoints`: a whole run on disk, verified when it is read back.
 * :mod:`kdjax.evaluate`: metrics as masked sums; :mod:`kdjax.significance`: what may be concluded from them.
+* :mod:`kdjax.landscape`: losses along directions and over planes, and how rough they are.
 * :mod:`kdjax.robustness`: the same metrics under corrupted images, noisy weights and attacks.
 * :mod:`kdjax.results`, :mod:`kdjax.report`: one JSON per experiment; tables, figures and a page made from it.
 

@@ -10,10 +10,12 @@ and the dropout key before. Directions are pytrees like params, an eigenvector o
 
 Losses come back as float64 NumPy arrays, so that what is subtracted afterwards loses nothing more. All points of a line
 are computed in one compiled loop, one after the other, which holds one moved copy of the parameters however many there
-are. (Several at a time were no faster on a CPU, where their convolutions become grouped ones, and a call from the host
-for each took 30 times as long with a tiny network.) One compiled program serves all calls with the same function and
-shapes. Give it its data as ``jax.tree_util.Partial(loss, batch)``, called as ``loss(batch, params)``: arrays that a
-function closes over are compiled into the program as constants, which takes time, and are kept as long as it is.
+are: several at a time are no faster on a CPU, where their convolutions become grouped ones, and a call from the host
+for each is far slower with a tiny network.
+
+One compiled program serves all calls with the same function and shapes. Give it its data as
+``jax.tree_util.Partial(loss, batch)``, called as ``loss(batch, params)``: arrays that a function closes over are
+compiled into the program as constants, which takes time, and are kept as long as it is.
 """
 
 import functools
@@ -302,9 +304,8 @@ def fractal_dimension(
       wherever its gradient is not zero, cancels, so that roughness on a slope is still seen. The exponent goes up to
       2, where the function is smooth at these scales.
 
-    Both are within .04 of Weierstrass functions of dimension 1.2, 1.5 and 1.8 on 1025 points with lags 1 to 16, where
-    counting boxes of those sides reads 1.13, 1.30 and 1.46: it is biased low, and so not offered. On few points errors
-    are larger, .1 on 65 with lags 1 to 8, where the madogram also reads 1.05 for a parabola.
+    Both are right to .05 for Weierstrass functions on 1025 points with lags 1 to 16 (tested); on few points errors are
+    larger. Counting boxes is biased low at the same scales, and so not offered.
 
     **What it does not say.** The loss of a differentiable network has D → 1 as the scales shrink, so a dimension means
     nothing without its window; compare at the same one, and with a parabola. Rounding is noise, of dimension 2: mean
