@@ -23,11 +23,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 
 from experiments import common
-from kdjax import data, evaluate, losses, models, report, results, train
+from kdjax import data, evaluate, models, report, results, train
 
 DATASET = flags.DEFINE_string("dataset", "mnist", "mnist, or a file.npz with images of digits.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared data set lies.")
@@ -54,19 +53,6 @@ TEACHER = common.Recipe(
 STUDENT = common.Recipe(epochs=1, batch_size=128, learning_rate=1e-3, schedule="cosine", evaluate_every=2)
 
 
-def scratch(outputs, batch):
-    """The labels alone."""
-    hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
-    return {"hard": jnp.mean(hard)}
-
-
-def kd(outputs, batch):
-    """The labels, and what the teacher says of every class."""
-    hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
-    soft = losses.soft_target_kl(outputs.logits, batch["teacher_logits"], temperature=TEMPERATURE.value)
-    return {"hard": HARD_WEIGHT.value * jnp.mean(hard), "soft": SOFT_WEIGHT.value * jnp.mean(soft)}
-
-
 def main() -> None:
     """Teachers, students with and without the omitted digit, biases, report."""
     start = time.monotonic()
@@ -81,7 +67,7 @@ def main() -> None:
         recipe._replace(epochs=1 if SMOKE.value else epochs, evaluate_every=1 if SMOKE.value else 2)
         for recipe, epochs in ((TEACHER, TEACHER_EPOCHS.value), (STUDENT, EPOCHS.value))
     )
-    train_teacher = common.make_trainer(task, networks["teacher"], scratch, teacher_recipe)
+    train_teacher = common.make_trainer(task, networks["teacher"], common.scratch, teacher_recipe)
     teachers = [
         common.train_teacher(
             task, "hinton_teacher", networks["teacher"], train_teacher, n, workdir / "teacher" / str(n)
@@ -95,9 +81,12 @@ def main() -> None:
         for n in seeds
     ]
     never = f"no {OMITTED.value}"
+    kd = common.kd(
+        hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
+    )
     arms: dict = {"teacher": teachers}
     for seen, what in ((task, ""), (without(task, OMITTED.value), f", {never}")):
-        for name, objective in (("scratch", scratch), ("kd", kd)):
+        for name, objective in (("scratch", common.scratch), ("kd", kd)):
             arm = f"{name}{what}"
             arms[arm] = [
                 common.make_trainer(seen, networks["student"], objective, student_recipe, taught[n])(

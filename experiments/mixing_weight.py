@@ -25,7 +25,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
-import optax
 from absl import flags
 
 from experiments import common
@@ -88,17 +87,11 @@ MACHINE = (
 )  # what may change when a run is resumed
 
 
-def scratch(outputs, batch):
-    """The labels alone, for the teacher."""
-    hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
-    return {"hard": jnp.mean(hard)}
-
-
 def mixed(outputs, batch):
     """The labels and the teacher's answers, by this student's own weight of the labels."""
     a = batch["settings"]["hard_weight"]
     soft = losses.soft_target_kl(outputs.logits, batch["teacher_logits"], temperature=TEMPERATURE.value)
-    return {"hard": a * scratch(outputs, batch)["hard"], "soft": (1 - a) * jnp.mean(soft)}
+    return {"hard": a * common.scratch(outputs, batch)["hard"], "soft": (1 - a) * jnp.mean(soft)}
 
 
 def main() -> None:
@@ -129,7 +122,7 @@ def main() -> None:
         workdir = common.claim_workdir(WORKDIR.value, settings)
         runs = {student: len(weights) * len(seeds), network: 1}
         common.check_disk(task, workdir, runs, column_bytes=columns)
-        trainer = common.make_trainer(wider, network, scratch, teachers)
+        trainer = common.make_trainer(wider, network, common.scratch, teachers)
         teacher = common.train_teacher(wider, TEACHER.value, network, trainer, 0, workdir / "teacher" / "0")
     if LABEL_NOISE.value:
         files.write_json(workdir / "perturbed.json", task.source.keys[task.perturbed].tolist())

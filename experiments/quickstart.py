@@ -15,12 +15,10 @@ scratch; the number stands in BUILD_NOTES.md, from experiments/results/quickstar
 import time
 from pathlib import Path
 
-import jax.numpy as jnp
-import optax
 from absl import flags
 
 from experiments import common
-from kdjax import losses, report, results
+from kdjax import report, results
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
 OUTPUT = flags.DEFINE_string("output", None, "Also write the results to this file.")
@@ -36,19 +34,6 @@ TEACHER = common.Recipe(epochs=30, batch_size=64, learning_rate=2e-3, schedule="
 STUDENT = common.Recipe(epochs=150, batch_size=20, learning_rate=2e-3, schedule="cosine", evaluate_every=10)
 
 
-def scratch(outputs, batch):
-    """The labels alone."""
-    hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
-    return {"hard": jnp.mean(hard)}
-
-
-def kd(outputs, batch):
-    """The labels, and what the teacher says of every class."""
-    hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
-    soft = losses.soft_target_kl(outputs.logits, batch["teacher_logits"], temperature=TEMPERATURE.value)
-    return {"hard": HARD_WEIGHT.value * jnp.mean(hard), "soft": SOFT_WEIGHT.value * jnp.mean(soft)}
-
-
 def main() -> None:
     """Teacher, columns, students, report."""
     start = time.monotonic()
@@ -62,7 +47,7 @@ def main() -> None:
 
     everything = common.make_task("digits", data_dir=None)
     network = common.build("digits_teacher", everything)
-    trainer = common.make_trainer(everything, network, scratch, teacher_recipe)
+    trainer = common.make_trainer(everything, network, common.scratch, teacher_recipe)
     teacher = common.train_teacher(
         everything, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0"
     )
@@ -72,8 +57,11 @@ def main() -> None:
     taught = common.taught_by(
         few, teacher, student_recipe, mode="centre", views=1, directory=workdir / "columns"
     )
+    kd = common.kd(
+        hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
+    )
     arms: dict = {"teacher": [teacher]}
-    for arm, objective in (("scratch", scratch), ("kd", kd)):
+    for arm, objective in (("scratch", common.scratch), ("kd", kd)):
         trainer = common.make_trainer(few, student, objective, student_recipe, taught)
         arms[arm] = [trainer(seed, workdir / arm / str(seed), f"{arm}, seed {seed}") for seed in seeds]
     disturbed = common.robustness_of(few, arms, workdir / "robustness")

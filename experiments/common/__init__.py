@@ -18,6 +18,8 @@ from experiments.common.launching import say as say
 from experiments.common.launching import settings_of as settings_of
 from experiments.common.many import train_many as train_many
 from experiments.common.methods import METHODS as METHODS
+from experiments.common.objectives import kd as kd
+from experiments.common.objectives import scratch as scratch
 from experiments.common.reporting import conclude as conclude
 from experiments.common.tasks import Task as Task
 from experiments.common.tasks import build as build
