@@ -1,0 +1,39 @@
+"""The curvature of a loss: its Hessian as products with vectors, and what few of them tell of the spectrum.
+
+::
+
+    loss = curvature.evaluation_loss(apply_fn, objective)  # one function for all checkpoints
+    multiply = curvature.hessian(loss, params, batch, model_state)
+    start = curvature.random_like(jax.random.key(0), params)
+    ends = curvature.extreme_eigenpairs(multiply, start, num_matvecs=30)
+    ends.bottom.values[0], ends.bottom.negative[0]  # the most negative curvature, and whether it certainly is
+    density = curvature.spectral_density(multiply, params, jax.random.key(1))
+
+A matrix is a function of a vector, and a vector a pytree like the parameters, in float32 whatever the parameters are.
+:func:`hessian` and :func:`gauss_newton` make such functions; :func:`lanczos` and all that follows take any.
+
+**Before believing a number.** A minibatch sees negative directions that the data have not: measure on more examples, or
+the direction found on one batch again on another. Curvature scales with the loss, and with the weights of a network
+that normalisation makes blind to them, so compare networks at the same training loss. Less than 1e-6 of the largest
+eigenvalue is rounding.
+"""
+
+from kdjax.curvature.krylov import Eigenpairs as Eigenpairs
+from kdjax.curvature.krylov import Extremes as Extremes
+from kdjax.curvature.krylov import Tridiagonal as Tridiagonal
+from kdjax.curvature.krylov import extreme_eigenpairs as extreme_eigenpairs
+from kdjax.curvature.krylov import lanczos as lanczos
+from kdjax.curvature.operators import Operator as Operator
+from kdjax.curvature.operators import dense_hessian as dense_hessian
+from kdjax.curvature.operators import evaluation_loss as evaluation_loss
+from kdjax.curvature.operators import gauss_newton as gauss_newton
+from kdjax.curvature.operators import hessian as hessian
+from kdjax.curvature.operators import hvp as hvp
+from kdjax.curvature.spectra import Density as Density
+from kdjax.curvature.spectra import Trace as Trace
+from kdjax.curvature.spectra import hutch_plus_plus as hutch_plus_plus
+from kdjax.curvature.spectra import hutchinson as hutchinson
+from kdjax.curvature.spectra import smoothed as smoothed
+from kdjax.curvature.spectra import spectral_density as spectral_density
+from kdjax.curvature.vectors import random_like as random_like
+from kdjax.curvature.vectors import select as select

@@ -1,0 +1,192 @@
+"""What all of curvature shares: vectors as pytrees, flattened once, and where a loop over products runs."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+Matvec: TypeAlias = Callable[[PyTree], PyTree]
+"""A symmetric matrix as its product with a vector, a pytree of one structure in and out."""
+
+Loop: TypeAlias = Literal["compiled", "host"]
+"""Where the products of a Krylov method are called from: one compiled loop, or Python."""
+
+
+def select(params: PyTree, only: str | Sequence[str] | None) -> PyTree:
+    """The parameters whose path starts with one of the names; None in place of the others.
+
+    Args:
+      params: any pytree; paths are written as in ``"Dense_0/kernel"``.
+      only: names of parts, such as ``"Dense_0"`` or ``("Conv_0", "Dense_0/bias")``; None selects everything.
+
+    Raises:
+      ValueError: if a name matches nothing.
+    """
+    if only is None:
+        return params
+    names = (only,) if isinstance(only, str) else tuple(only)
+    paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for name in names or ("",):
+        if not any(_within(path, name) for path in paths):
+            raise ValueError(f"no parameter lies in {name!r}; there are {_some(paths)}.")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if any(_within(_name(path), name) for name in names) else None, params
+    )
+
+
+def widen(tree: PyTree) -> PyTree:
+    """Floating-point arrays as float32, or as float64 where they come so; others as they are."""
+
+    def wide(x):
+        floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)) if floating else x
+
+    return jax.tree.map(wide, tree)
+
+
+def random_like(key: Array, like: PyTree, *, distribution: Literal["normal", "signs"] = "normal") -> PyTree:
+    """A random vector of the structure of ``like``: the start of a Lanczos run, or a probe of a trace.
+
+    Args:
+      key: of the draw.
+      like: arrays, of which only shapes and dtypes matter.
+      distribution: standard normal, whose direction is uniform, or "signs", ±1 with even chances (Rademacher).
+
+    Returns:
+      A pytree of independent numbers, float32 or wider.
+    """
+    check_arrays("random_like", like)
+    return _draw(key, widen(like), distribution)
+
+
+def flatten(tree: PyTree) -> Float[Array, " n"]:
+    """All numbers in the order of ``ravel_pytree``."""
+    return ravel_pytree(widen(tree))[0]
+
+
+def unflatten(like: PyTree, vector: Float[Array, " n"]) -> PyTree:
+    """Inverse of :func:`flatten` for trees such as ``like``."""
+    return ravel_pytree(widen(like))[1](vector)
+
+
+def size_of(tree: PyTree) -> int:
+    """How many numbers a tree holds."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def structure_of(tree: PyTree) -> tuple[Any, tuple[tuple[int, ...], ...]]:
+    """Tree and shapes, to be compared and hashed."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple(jnp.shape(x) for x in leaves)
+
+
+def check_arrays(what: str, tree: PyTree) -> None:
+    """Raises a ValueError unless the tree holds numbers, all of them real and floating."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if not sum(getattr(x, "size", 1) for _, x in leaves):
+        raise ValueError(f"{what} needs at least one parameter, got none: pass the parameters themselves.")
+    for path, leaf in leaves:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{what} needs real floating-point numbers, {_name(path) or 'the array'} is {dtype}: leave it out "
+                "with `only`, or let the loss close over it."
+            )
+
+
+def check_structure(what: str, got: PyTree, wanted: tuple[Any, tuple[tuple[int, ...], ...]]) -> None:
+    """Raises a ValueError unless the tree has this structure, of :func:`structure_of`."""
+    structure, shapes = structure_of(got)
+    if structure != wanted[0]:
+        raise ValueError(f"{what} needs a vector of the structure {wanted[0]}, got {structure}.")
+    if shapes != wanted[1]:
+        raise ValueError(f"{what} needs a vector of the shapes {_some(wanted[1])}, got {_some(shapes)}.")
+
+
+def check_finite(what: str, *arrays: Array | np.ndarray) -> None:
+    """Raises a ValueError on NaN or infinity; says nothing while a function is being compiled."""
+    if all(map(is_known, arrays)) and not all(np.isfinite(x).all() for x in arrays):
+        raise ValueError(
+            f"{what} met a product that is not finite: look whether loss and gradient are finite at these parameters."
+        )
+
+
+def is_known(array: Any) -> bool:
+    """Whether the numbers are there, rather than a stand-in for them while a function is being compiled."""
+    return not isinstance(array, Tracer)
+
+
+def choose_loop(loop: Loop | None, *trees: PyTree) -> Loop:
+    """The loop asked for, or the faster one: compiled inside a compiled function and off the CPU, else on the host."""
+    if loop not in (None, "compiled", "host"):
+        raise ValueError(f"loop needs to be 'compiled', 'host' or None, got {loop!r}.")
+    if loop is not None:
+        return loop
+    known = all(map(is_known, jax.tree.leaves(trees)))
+    return "host" if known and jax.default_backend() == "cpu" else "compiled"
+
+
+def as_argument(matvec: Matvec) -> Matvec:
+    """A form that crosses the border of a jitted function: itself if it is a pytree, else constant there."""
+    return jax.tree_util.Partial(matvec) if jax.tree_util.all_leaves([matvec]) else matvec
+
+
+def multiply_all(
+    matvec: Matvec, rows: Float[Array, "m n"], like: PyTree, loop: Loop | None
+) -> Float[Array, "m n"]:
+    """The product with each row, one after another."""
+    if choose_loop(loop, rows, like, matvec) == "compiled":
+        return _multiply_rows(as_argument(matvec), rows, like)
+    return jnp.stack([multiply_row(matvec, row, like) for row in rows])
+
+
+def multiply_row(matvec: Matvec, row: Float[Array, " n"], like: PyTree) -> Float[Array, " n"]:
+    """One product, called from Python: in one program if the function is a pytree, else as it is."""
+    if jax.tree_util.all_leaves([matvec]):
+        return _flatten(_checked(matvec(_unflatten(like, row)), like))
+    return _multiply_row(matvec, row, like)
+
+
+def multiply_flat(matvec: Matvec, row: Float[Array, " n"], like: PyTree) -> Float[Array, " n"]:
+    """One product, of flat vectors."""
+    return flatten(_checked(matvec(unflatten(like, row)), like))
+
+
+def _checked(product: PyTree, like: PyTree) -> PyTree:
+    check_structure("matvec is to return what it takes, which", product, structure_of(like))
+    return product
+
+
+@jax.jit
+def _multiply_rows(matvec, rows, like):
+    return jax.lax.map(lambda row: multiply_flat(matvec, row, like), rows)
+
+
+_multiply_row = jax.jit(multiply_flat)
+_flatten, _unflatten = jax.jit(flatten), jax.jit(unflatten)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _draw(key, like, distribution):
+    zeros = flatten(like)
+    draw = jax.random.normal if distribution == "normal" else jax.random.rademacher
+    return unflatten(like, draw(key, zeros.shape, zeros.dtype))
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _within(path: str, name: str) -> bool:
+    return path == name or path.startswith(f"{name}/")
+
+
+def _some(values: Sequence[Any]) -> str:
+    shown = ", ".join(map(str, values[:6]))
+    return f"{shown} and {len(values) - 6} more" if len(values) > 6 else shown

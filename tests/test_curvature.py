@@ -1,0 +1,598 @@
+"""Curvature against dense Hessians, prescribed spectra, closed forms and another library; and its known pitfalls."""
+
+from functools import cache, partial
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import matfree.decomp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from jax.flatten_util import ravel_pytree
+
+from kdjax import curvature, models, parallel
+from kdjax.models import layers
+
+LOOPS = ("compiled", "host")
+SIZES = (3, 4, 2)  # units of the MLP: 26 parameters
+
+
+def mlp(params, batch, activation=jnp.tanh):
+    hidden = activation(batch["x"] @ params["first"]["kernel"] + params["first"]["bias"][None])
+    return hidden @ params["last"]["kernel"] + params["last"]["bias"][None]
+
+
+def squares(outputs, batch):
+    return jnp.mean((outputs - batch["y"]) ** 2)
+
+
+def loss(params, batch):
+    return squares(mlp(params, batch), batch)
+
+
+def make_params(seed=0, dtype=jnp.float32):
+    sizes = {"first": SIZES[:2], "last": SIZES[1:]}
+    draw = np.random.default_rng(seed).normal
+    return {
+        name: {
+            "kernel": jnp.asarray(draw(size=shape), dtype),
+            "bias": jnp.asarray(draw(size=shape[1:]), dtype),
+        }
+        for name, shape in sizes.items()
+    }
+
+
+def make_batch(examples=11, dtype=jnp.float32):
+    draw = np.random.default_rng(1).normal
+    return {name: jnp.asarray(draw(size=(examples, n)), dtype) for name, n in {"x": 3, "y": 2}.items()}
+
+
+def rotated(spectrum):
+    """A symmetric matrix of these eigenvalues, along directions that have nothing to do with the axes."""
+    basis = directions(len(spectrum))
+    matrix = (basis * np.asarray(spectrum, np.float64)) @ basis.T
+    return (matrix + matrix.T) / 2
+
+
+@cache
+def directions(n):
+    return np.linalg.qr(np.random.default_rng(0).normal(size=(n, n)))[0]
+
+
+def product(matrix):
+    return jax.tree_util.Partial(jnp.matmul, jnp.asarray(matrix))
+
+
+def start_of(n, seed=0):
+    return curvature.random_like(jax.random.key(seed), jnp.zeros(n))
+
+
+def dense(matvec, like):
+    """Every column of an operator, by products."""
+    flat, unravel = ravel_pytree(like)
+    return jax.jit(jax.vmap(lambda v: ravel_pytree(matvec(unravel(v)))[0]))(jnp.eye(len(flat)))
+
+
+def eigenvalues(found):
+    matrix = np.diag(found.alphas) + np.diag(found.betas[:-1], 1) + np.diag(found.betas[:-1], -1)
+    return np.linalg.eigvalsh(matrix.astype(np.float64))
+
+
+def network_like(n=400):
+    """The spectrum of a trained network: a bulk around zero, outliers above, a few values below."""
+    bulk = np.random.default_rng(3).normal(size=n - 13) * 0.05
+    return np.concatenate([bulk, np.linspace(5, 50, 10), [-3, -1.5, -0.8]])
+
+
+class TestProducts:
+    def test_equal_the_dense_hessian(self):
+        params, batch = make_params(), make_batch()
+        wanted = curvature.dense_hessian(loss, params, batch)
+        np.testing.assert_allclose(dense(curvature.hessian(loss, params, batch), params), wanted, atol=1e-5)
+        vector = curvature.random_like(jax.random.key(0), params)
+        cold = curvature.hvp(loss, params, vector, batch)
+        np.testing.assert_allclose(ravel_pytree(cold)[0], wanted @ ravel_pytree(vector)[0], atol=1e-4)
+
+    @settings(deadline=None, max_examples=15)
+    @given(seeds=st.tuples(*[st.integers(0, 2**31 - 1)] * 2), factor=st.floats(-10, 10, width=32))
+    def test_symmetric_and_linear(self, seeds, factor):
+        multiply = curvature.hessian(loss, make_params(), make_batch())
+        u, v = (curvature.random_like(jax.random.key(seed), make_params()) for seed in seeds)
+        dot = optax.tree.vdot
+        np.testing.assert_allclose(dot(u, multiply(v)), dot(v, multiply(u)), rtol=1e-3, atol=1e-4)
+        together = multiply(jax.tree.map(lambda a, b: a + factor * b, u, v))
+        apart = jax.tree.map(lambda a, b: a + factor * b, multiply(u), multiply(v))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), together, apart)
+
+    @pytest.mark.parametrize("microbatch", [4, 11])
+    def test_microbatches_equal_the_batch_with_a_smaller_last_one(self, microbatch):
+        params, batch = make_params(), make_batch(11)
+        v = curvature.random_like(jax.random.key(0), params)
+        whole = curvature.hessian(loss, params, batch)(v)
+        parts = curvature.hessian(loss, params, batch, microbatch=microbatch)(v)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), parts, whole)
+
+    def test_gauss_newton_in_microbatches(self):
+        params, batch = make_params(), make_batch(11)
+        make = partial(curvature.gauss_newton, mlp, squares, params, batch)
+        v = curvature.random_like(jax.random.key(0), params)
+        tolerant = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+        jax.tree.map(tolerant, make(microbatch=4)(v), make()(v))
+
+    @pytest.mark.parametrize(("implementation", "microbatch"), [("pmap", None), ("shard_map", 3)])
+    def test_two_devices_equal_one(self, implementation, microbatch):
+        params, batch = make_params(), make_batch(8)
+        v = curvature.random_like(jax.random.key(0), params)
+
+        def smallest(params, v, x, y, axis_name=parallel.AXIS):
+            options = {"microbatch": microbatch, "axis_name": axis_name}
+            multiply = curvature.hessian(loss, params, {"x": x, "y": y}, **options)
+            return multiply(v), curvature.lanczos(multiply, v, num_matvecs=6).alphas
+
+        devices = parallel.local_devices(2)
+        spread = parallel.data_parallel(
+            smallest, replicated=2, devices=devices, implementation=implementation
+        )
+        got = spread(params, v, batch["x"], batch["y"])
+        wanted = jax.jit(partial(smallest, axis_name=None))(params, v, batch["x"], batch["y"])
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, wanted)
+
+    def test_compiled_once_for_all_parameters_and_batches(self):
+        traces = []
+
+        def counted(params, batch):
+            traces.append(1)
+            return loss(params, batch)
+
+        v = curvature.random_like(jax.random.key(0), make_params())
+        for seed in range(3):
+            multiply = curvature.hessian(counted, make_params(seed), make_batch())
+            curvature.lanczos(multiply, v, num_matvecs=3)
+            curvature.lanczos(multiply, v, num_matvecs=3, loop="compiled")
+        assert len(traces) == 1
+
+    def test_narrow_parameters_are_multiplied_in_float32(self):
+        narrow, batch = make_params(dtype=jnp.bfloat16), make_batch()
+        wide = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
+        v = curvature.random_like(jax.random.key(0), narrow)
+        got = curvature.hessian(loss, narrow, batch)(v)
+        assert {x.dtype for x in jax.tree.leaves((v, got))} == {jnp.dtype("float32")}
+        jax.tree.map(np.testing.assert_array_equal, got, curvature.hessian(loss, wide, batch)(v))
+
+    @pytest.mark.parametrize("only", ["last", ["first/bias", "last"]])
+    def test_parts_of_the_parameters(self, only):
+        params, batch = make_params(), make_batch()
+        like = curvature.select(params, only)
+        whole = curvature.dense_hessian(loss, params, batch)
+        marks = jax.tree.map(
+            lambda c, p: jnp.full(p.shape, c is not None), like, params, is_leaf=lambda x: x is None
+        )
+        marked = np.asarray(ravel_pytree(marks)[0])
+        wanted = np.asarray(whole)[marked][:, marked]
+        block = curvature.hessian(loss, params, batch, only=only)
+        np.testing.assert_allclose(dense(block, like), wanted, atol=1e-5)
+        np.testing.assert_allclose(curvature.dense_hessian(loss, params, batch, only=only), wanted, atol=1e-5)
+
+
+class TestClosedForms:
+    x = make_batch()["x"]
+    w = jnp.array([0.3, -1.0, 2.0])
+
+    def test_linear_regression(self):
+        got = dense(curvature.hessian(lambda w, x: jnp.mean((x @ w - 1) ** 2), self.w, self.x), self.w)
+        np.testing.assert_allclose(got, 2 / 11 * self.x.T @ self.x, rtol=1e-5, atol=1e-6)
+
+    def test_logistic_regression(self):
+        p = jax.nn.sigmoid(self.x @ self.w)
+        got = dense(curvature.hessian(lambda w, x: jnp.mean(jax.nn.softplus(x @ w)), self.w, self.x), self.w)
+        np.testing.assert_allclose(
+            got, self.x.T @ ((p * (1 - p) / 11)[:, None] * self.x), rtol=1e-5, atol=1e-6
+        )
+
+    @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+    def test_softmax_regression(self, kind):
+        kernel, label = jnp.outer(self.w, jnp.array([1.0, -0.5])), jnp.arange(11) % 2
+
+        def entropy(z, x):
+            del x
+            return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(z, label))
+
+        if kind == "hessian":
+            multiply = curvature.hessian(lambda k, x: entropy(x @ k, x), kernel, self.x)
+        else:  # the same, since the network is linear
+            multiply = curvature.gauss_newton(lambda k, x: x @ k, entropy, kernel, self.x)
+        p = jax.nn.softmax(self.x @ kernel)
+        middle = jax.vmap(lambda p: jnp.diag(p) - jnp.outer(p, p))(p)
+        wanted = jnp.einsum("nab,ni,nj->iajb", middle, self.x, self.x).reshape(6, 6) / 11
+        np.testing.assert_allclose(dense(multiply, kernel), wanted, rtol=1e-5, atol=1e-6)
+
+    def test_through_convolutions_that_have_no_forward_rule(self):
+        images = jax.random.normal(jax.random.key(0), (2, 5, 5, 1))
+        params = jax.random.normal(jax.random.key(1), (3, 3, 1, 2))
+
+        def model(kernel, images):
+            return jnp.tanh(layers.conv(images, kernel, strides=2)).sum((1, 2))
+
+        def native(kernel, images):
+            axes = ("NHWC", "HWIO", "NHWC")
+            y = jax.lax.conv_general_dilated(images, kernel, (2, 2), "SAME", dimension_numbers=axes)
+            return jnp.sum(jnp.cosh(jnp.tanh(y).sum((1, 2))))
+
+        v = jax.random.normal(jax.random.key(2), params.shape)
+        got = curvature.hvp(lambda k, x: jnp.sum(jnp.cosh(model(k, x))), params, v, images)
+        wanted = jax.jit(lambda: jax.jvp(jax.grad(native), (params, images), (v, 0 * images))[1])()
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+        got = curvature.gauss_newton(model, lambda y, _: jnp.sum(jnp.cosh(y)), params, images)(v)
+        y, jacobian = jax.jit(lambda: (model(params, images), jax.jacrev(model)(params, images)))()
+        wanted = np.einsum("bcijkl,bc,bcmnop,mnop->ijkl", jacobian, np.cosh(y), jacobian, v)
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+class TestLanczos:
+    @pytest.mark.parametrize("loop", LOOPS)
+    def test_all_eigenvalues_of_a_network(self, loop):
+        params, batch = make_params(), make_batch(40)
+        wanted = np.linalg.eigvalsh(curvature.dense_hessian(loss, params, batch))
+        start = curvature.random_like(jax.random.key(0), params)
+        found = curvature.lanczos(
+            curvature.hessian(loss, params, batch), start, num_matvecs=len(wanted), loop=loop
+        )
+        np.testing.assert_allclose(eigenvalues(found), wanted, atol=1e-4 * np.abs(wanted).max())
+
+    def test_all_eigenvalues_of_a_network_in_float64(self):
+        with jax.enable_x64(True):
+            params, batch = make_params(dtype=jnp.float64), make_batch(40, jnp.float64)
+            wanted = np.linalg.eigvalsh(curvature.dense_hessian(loss, params, batch))
+            start = curvature.random_like(jax.random.key(0), params)
+            found = curvature.lanczos(curvature.hessian(loss, params, batch), start, num_matvecs=len(wanted))
+            np.testing.assert_allclose(eigenvalues(found), wanted, atol=1e-8 * np.abs(wanted).max())
+
+    @pytest.mark.parametrize(
+        "spectrum",
+        [
+            [-3, *np.linspace(0.5, 1, 10), 40],  # gaps
+            [-1, 1, *(2 + 1e-3 * np.arange(9)), 5],  # a cluster
+            [-2, -2, 3, 3, 3, 3, 3, 3, 7, 7, 7, 9],  # repeated
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 4],  # singular
+            [0] * 12,
+        ],
+        ids=["gaps", "cluster", "repeated", "singular", "zero"],
+    )
+    def test_prescribed_spectra(self, spectrum):
+        ends = curvature.extreme_eigenpairs(
+            product(rotated(spectrum)), start_of(12), num_matvecs=12, top=2, bottom=2
+        )
+        scale = max(np.abs(spectrum).max(), 1)
+        seen = np.unique(spectrum)  # a repeated eigenvalue is seen once
+        for pairs, wanted in ((ends.top, seen[::-1][:2]), (ends.bottom, seen[:2])):
+            assert np.isnan(pairs.values).sum() == 2 - len(wanted)
+            np.testing.assert_allclose(pairs.values[: len(wanted)], wanted, atol=1e-5 * scale)
+            rest = pairs.vectors @ rotated(spectrum) - pairs.values[:, None] * pairs.vectors
+            assert np.linalg.norm(rest[: len(wanted)]) <= 1e-4 * scale
+
+    def test_defining_identities_and_matfree(self):
+        matrix, k = rotated(np.linspace(-2, 3, 30)).astype(np.float32), 8
+        start = start_of(30)
+        found = curvature.lanczos(product(matrix), start, num_matvecs=k)
+        q = np.asarray(found.basis)
+        tridiagonal = np.diag(found.alphas) + np.diag(found.betas[:-1], 1) + np.diag(found.betas[:-1], -1)
+        np.testing.assert_allclose(q @ q.T, np.eye(k), atol=2e-6)
+        left = matrix @ q.T - q.T @ tridiagonal
+        np.testing.assert_allclose(left[:, :-1], 0, atol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(left[:, -1]), found.betas[-1], rtol=1e-4)
+        theirs = matfree.decomp.tridiag_sym(k)(lambda v: jnp.asarray(matrix) @ v, start)
+        np.testing.assert_allclose(tridiagonal, theirs.J_small, atol=1e-5)
+        np.testing.assert_allclose(q, theirs.Q_tall, atol=1e-4)
+
+    @pytest.mark.parametrize("reorthogonalise", [True, False])
+    def test_loops_and_any_function_agree(self, reorthogonalise):
+        matrix = jnp.asarray(rotated(np.linspace(-2, 3, 30)))
+        options = {"num_matvecs": 8, "reorthogonalise": reorthogonalise}
+        kinds = [(product(matrix), "compiled"), (product(matrix), "host"), (lambda v: matrix @ v, "host")]
+        found = [curvature.lanczos(f, start_of(30), loop=loop, **options) for f, loop in kinds]
+        for other in found[1:]:
+            jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), other, found[0])
+        assert (found[0].basis is None) == (not reorthogonalise)
+
+    def test_a_breakdown_ends_it(self):
+        found = curvature.lanczos(product(rotated([-2] * 9 + [3] * 21)), start_of(30), num_matvecs=6)
+        np.testing.assert_array_equal(found.alphas[2:], 0)
+        np.testing.assert_array_equal(found.betas[1:], 0)
+        np.testing.assert_array_equal(found.basis[2:], 0)
+        identity = curvature.lanczos(lambda v: v, start_of(30), num_matvecs=3, loop="host")
+        np.testing.assert_allclose(identity.alphas, [1, 0, 0], atol=1e-6)
+
+    def test_under_vmap(self):
+        matrices = jnp.stack([jnp.asarray(rotated(s)) for s in ([-1, 2, 3, 4], [-5, 1, 1, 2])])
+
+        def smallest(matrix):
+            multiply = jax.tree_util.Partial(jnp.matmul, matrix)
+            return curvature.extreme_eigenpairs(multiply, start_of(4), num_matvecs=4).bottom.values
+
+        np.testing.assert_allclose(jax.vmap(smallest)(matrices)[:, 0], [-1, -5], rtol=1e-4)
+
+
+class TestExtremePairs:
+    @pytest.mark.parametrize(("loop", "k"), [("compiled", 8), ("host", 30)])
+    def test_values_lie_within_the_residuals(self, loop, k):
+        spectrum = network_like()
+        multiply = product(rotated(spectrum).astype(np.float32))
+        find = partial(curvature.extreme_eigenpairs, multiply, start_of(400), num_matvecs=k, top=3, loop=loop)
+        told, measured = (find(explicit_residuals=explicit) for explicit in (False, True))
+        for pairs, again in zip(told, measured, strict=True):
+            away = np.abs(np.asarray(pairs.values)[:, None] - spectrum[None]).min(1)
+            assert np.all(away <= pairs.residuals + 1e-4)
+            np.testing.assert_allclose(pairs.residuals, again.residuals, rtol=1e-2, atol=1e-4)
+        if k == 30:
+            np.testing.assert_allclose(told.top.values, [50, 45, 40], rtol=1e-4)
+            np.testing.assert_allclose(told.bottom.values, [-3], rtol=1e-3)
+            assert told.bottom.negative.all()
+            assert not told.top.negative.any()
+
+    def test_vectors_are_like_the_parameters(self):
+        params, batch = make_params(), make_batch()
+        multiply = curvature.hessian(loss, params, batch)
+        start = curvature.random_like(jax.random.key(0), params)
+        top = curvature.extreme_eigenpairs(multiply, start, num_matvecs=20, top=1).top
+        vector = jax.tree.map(lambda x: x[0], top.vectors)
+        assert jax.tree.map(jnp.shape, vector) == jax.tree.map(jnp.shape, params)
+        wanted = jax.tree.map(lambda x: top.values[0] * x, vector)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-3), multiply(vector), wanted)
+
+
+class TestDensity:
+    @pytest.mark.parametrize(
+        ("loop", "reorthogonalise", "k"), [("compiled", True, 2), ("host", True, 5), ("compiled", False, 5)]
+    )
+    def test_moments_are_those_of_the_probes_for_any_number_of_steps(self, loop, reorthogonalise, k):
+        matrix = rotated(np.linspace(-2, 3, 30)).astype(np.float32)
+        key = jax.random.key(1)
+        starts = np.stack([curvature.random_like(k, jnp.zeros(30)) for k in jax.random.split(key, 3)])
+        starts /= np.linalg.norm(starts, axis=1, keepdims=True)
+        found = curvature.spectral_density(
+            product(matrix),
+            jnp.zeros(30),
+            key,
+            num_matvecs=k,
+            num_probes=3,
+            reorthogonalise=reorthogonalise,
+            loop=loop,
+        )
+        products, nodes, weights = starts @ matrix, np.asarray(found.nodes), np.asarray(found.weights)
+        np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
+        np.testing.assert_allclose((weights * nodes).sum(1), (starts * products).sum(1), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose((weights * nodes**2).sum(1), (products**2).sum(1), rtol=1e-4)
+
+    def test_integral_mean_and_edges(self):
+        spectrum = network_like()
+        found = curvature.spectral_density(
+            product(rotated(spectrum).astype(np.float32)),
+            jnp.zeros(400),
+            jax.random.key(0),
+            num_matvecs=30,
+            num_probes=20,
+        )
+        np.testing.assert_allclose(np.trapezoid(found.mean, found.grid), 1, atol=1e-3)
+        mean = np.trapezoid(found.mean * found.grid, found.grid)
+        np.testing.assert_allclose(mean, (found.weights * found.nodes).sum(1).mean(), rtol=1e-3)
+        np.testing.assert_allclose(mean, spectrum.mean(), rtol=0.2)
+        np.testing.assert_allclose(found.nodes[:, 0], -3, rtol=1e-3)
+        np.testing.assert_allclose(found.nodes[:, -1], 50, rtol=1e-4)
+        np.testing.assert_allclose(found.width, 53 / 30, rtol=1e-3)
+        assert np.all(found.spread >= 0)
+        # On a grid that ends inside the spectrum the mass outside is missing, not spread over the rest.
+        part = jnp.linspace(-10.0, 2.5, 500)
+        inside = curvature.smoothed(found.nodes, found.weights, part, width=0.1).mean(0)
+        np.testing.assert_allclose(np.trapezoid(inside, part), 390 / 400, atol=0.01)
+
+    def test_of_one_eigenvalue(self):
+        for value in (0.0, 2.0):
+            eye = product(value * np.eye(5, dtype=np.float32))
+            found = curvature.spectral_density(
+                eye, jnp.zeros(5), jax.random.key(0), num_matvecs=3, num_probes=1
+            )
+            np.testing.assert_allclose(found.nodes, value, rtol=1e-6)
+            np.testing.assert_allclose(np.trapezoid(found.mean, found.grid), 1, atol=1e-3)
+            assert np.isnan(found.spread).all()
+
+
+class TestTraces:
+    @pytest.mark.parametrize("loop", LOOPS)
+    @pytest.mark.parametrize("method", [curvature.hutchinson, curvature.hutch_plus_plus])
+    def test_the_standard_error_is_that_of_many_repeats(self, method, loop):
+        spectrum = np.concatenate([np.linspace(-1, 2, 28), [20.0, 30.0]])
+        multiply, repeats = product(rotated(spectrum).astype(np.float32)), 100 if loop == "compiled" else 5
+        run = partial(method, multiply, jnp.zeros(30), num_matvecs=30, loop=loop)
+        found = [run(jax.random.key(seed)) for seed in range(repeats)]
+        estimates, errors = (np.array(x) for x in zip(*found, strict=True))
+        assert abs(estimates.mean() - spectrum.sum()) < 4 * errors.mean() / repeats**0.5
+        if repeats > 5:
+            np.testing.assert_allclose(np.sqrt((errors**2).mean()), estimates.std(), rtol=0.3)
+
+    def test_hutch_plus_plus_is_exact_for_low_rank_and_better_on_outliers(self):
+        low_rank = product(rotated([5, -4, 3] + [0] * 27).astype(np.float32))
+        found = curvature.hutch_plus_plus(low_rank, jnp.zeros(30), jax.random.key(0), num_matvecs=12)
+        np.testing.assert_allclose(found.estimate, 4, rtol=1e-4)
+        assert found.standard_error < 1e-4
+        multiply = product(rotated(network_like()).astype(np.float32))
+        both = (
+            method(multiply, jnp.zeros(400), jax.random.key(0), num_matvecs=60)
+            for method in (curvature.hutchinson, curvature.hutch_plus_plus)
+        )
+        plain, better = (x.standard_error for x in both)
+        assert better < plain / 5
+
+
+class TestPitfalls:
+    def test_p1_ghosts_appear_without_reorthogonalisation_only(self):
+        multiply, start = product(rotated(network_like()).astype(np.float32)), start_of(400)
+        kept, dropped = (
+            curvature.lanczos(multiply, start, num_matvecs=120, reorthogonalise=r, loop="compiled")
+            for r in (True, False)
+        )
+        gram = np.asarray(kept.basis, np.float64) @ np.asarray(kept.basis, np.float64).T
+        assert np.abs(gram - np.eye(120)).max() < 5e-6
+        copies = [(np.abs(eigenvalues(found) - 50) < 1e-2).sum() for found in (kept, dropped)]
+        assert copies[0] == 1
+        assert copies[1] > 2
+
+    def test_p2_no_negative_curvature_below_the_rounding_of_the_largest(self):
+        spectrum = [1e4] * 2 + [1.0] * 26 + [-1e-4] * 2
+        for k in (4, 30):
+            ends = curvature.extreme_eigenpairs(
+                product(rotated(spectrum).astype(np.float32)), start_of(30), num_matvecs=k
+            )
+            assert not ends.bottom.negative[0]
+            assert ends.bottom.residuals[0] > 1e-6 * 1e4 / 2
+
+    def test_p3_signs_tell_nothing_of_an_estimator_on_a_diagonal_matrix(self):
+        spectrum = np.linspace(-1, 2, 30)
+        errors = [
+            curvature.hutchinson(
+                product(m.astype(np.float32)), jnp.zeros(30), jax.random.key(0), num_matvecs=4
+            )
+            for m in (np.diag(spectrum), rotated(spectrum))
+        ]
+        assert errors[0].standard_error < 1e-5
+        assert errors[1].standard_error > 0.1
+
+    @pytest.mark.parametrize(("activation", "agrees"), [(jax.nn.gelu, True), (jax.nn.relu, False)])
+    def test_p4_derivatives_see_all_curvature_of_smooth_networks_only(self, activation, agrees):
+        with jax.enable_x64(True):  # or rounding would blur the differences
+            batch = make_batch(40, jnp.float64)
+            params = make_params(dtype=jnp.float64)
+
+            def of(params, batch):
+                return squares(mlp(params, batch, activation), batch)
+
+            v = curvature.random_like(jax.random.key(0), params)
+            step, slope = 1e-2, jax.jit(jax.grad(of))
+            ahead, behind = (slope(optax.tree.add_scale(params, s, v), batch) for s in (step, -step))
+            difference = jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind)
+            product = curvature.hessian(of, params, batch)(v)
+            off = float(optax.tree.norm(optax.tree.sub(difference, product)) / optax.tree.norm(product))
+        assert (off < 1e-2) == agrees
+
+    def test_p5_with_stored_statistics_a_batch_is_the_mean_of_its_halves(self):
+        images = jax.random.normal(jax.random.key(0), (6, 3))
+        params, state = {"scale": jnp.array([1.0, 2.0, 0.5])}, {"mean": jnp.ones(3), "var": 2 * jnp.ones(3)}
+
+        def apply_fn(params, model_state, inputs, *, train, key=None):
+            mean, var = (
+                (inputs.mean(0), inputs.var(0)) if train else (model_state["mean"], model_state["var"])
+            )
+            normal = (inputs - mean[None]) / jnp.sqrt(var + 1e-3)[None]
+            return jnp.tanh(normal * params["scale"][None]).sum(1), {"mean": mean, "var": var}
+
+        def objective(outputs, batch):
+            return {"squares": jnp.mean((outputs - batch["label"]) ** 2), "decay": jnp.mean(outputs)}
+
+        def training(params, batch, state):
+            return sum(objective(apply_fn(params, state, batch["image"], train=True)[0], batch).values())
+
+        batch = {"image": images, "label": jnp.arange(6.0)}
+        v = {"scale": jnp.array([1.0, -1.0, 1.0])}
+        for of, same in ((curvature.evaluation_loss(apply_fn, objective), True), (training, False)):
+            whole, halves = (
+                curvature.hvp(of, params, v, batch, state, microbatch=size)["scale"] for size in (6, 3)
+            )
+            assert np.allclose(whole, halves, rtol=1e-4) == same
+
+
+def test_a_network_of_this_library_from_end_to_end():
+    network = models.Mlp(3, widths=(4,))
+    apply_fn = models.apply_fn(network)
+    images = jax.random.normal(jax.random.key(0), (5, 2, 2, 1))
+    params = jax.jit(partial(network.init, train=False))(jax.random.key(1), images)["params"]
+
+    def objective(outputs, batch):
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
+        return {"hard": jnp.mean(losses)}
+
+    of = curvature.evaluation_loss(apply_fn, objective)
+    batch = {"image": images, "label": jnp.arange(5) % 3, "step": jnp.int32(0)}
+    start = curvature.random_like(jax.random.key(2), params)
+    parts = curvature.hessian(of, params, batch, {}, microbatch=2)
+    ends = curvature.extreme_eigenpairs(parts, start, num_matvecs=25)
+    wanted = np.linalg.eigvalsh(curvature.dense_hessian(of, params, batch, {}))
+    np.testing.assert_allclose([ends.bottom.values[0], ends.top.values[0]], wanted[[0, -1]], atol=1e-4)
+    layer = curvature.hessian(of, params, batch, {}, only="Dense_1")  # logistic regression, hence convex
+    like = curvature.select(params, "Dense_1")
+    found = curvature.spectral_density(layer, like, jax.random.key(3), num_matvecs=8, num_probes=2)
+    assert found.nodes.min() > -1e-4
+    assert found.nodes.max() < ends.top.values[0]
+
+
+class TestRefusals:
+    eye = product(np.eye(4, dtype=np.float32))
+
+    @pytest.mark.parametrize(
+        ("call", "says"),
+        [
+            (lambda: curvature.hessian(loss, {}, make_batch()), "at least one parameter"),
+            (lambda: curvature.hessian(lambda p: 0.0, {"n": jnp.arange(3)}), "n is int32"),
+            (lambda: curvature.hessian(loss, make_params(), make_batch(), only="middle"), "lies in 'middle'"),
+            (lambda: curvature.hessian(loss, make_params(), make_batch())(jnp.ones(3)), "of the structure"),
+            (lambda: curvature.hessian(lambda x: x @ x, jnp.ones(3))(jnp.ones(4)), "of the shapes"),
+            (lambda: curvature.hessian(loss, make_params(), microbatch=2), "pass the batch as an argument"),
+            (lambda: curvature.hessian(loss, make_params(), make_batch(), microbatch=0), "at least 1"),
+            (
+                lambda: curvature.hessian(
+                    loss, make_params(), {"x": jnp.ones(2), "y": jnp.ones(3)}, microbatch=1
+                ),
+                "one leading axis",
+            ),
+            (lambda: curvature.dense_hessian(lambda x: x @ x, jnp.ones(6000)), "6000² entries, 0.1 GB"),
+        ],
+    )
+    def test_of_operators(self, call, says):
+        with pytest.raises(ValueError, match=says):
+            call()
+
+    @pytest.mark.parametrize("k", [0, 5])
+    def test_of_a_number_of_products_beyond_the_dimension(self, k):
+        for call in (
+            lambda: curvature.lanczos(self.eye, jnp.ones(4), num_matvecs=k),
+            lambda: curvature.spectral_density(self.eye, jnp.ones(4), jax.random.key(0), num_matvecs=k),
+        ):
+            with pytest.raises(ValueError, match="from 1 to the number of parameters, which is 4"):
+                call()
+
+    @pytest.mark.parametrize("loop", LOOPS)
+    def test_of_krylov_methods(self, loop):
+        run = partial(curvature.lanczos, num_matvecs=2, loop=loop)
+        with pytest.raises(ValueError, match="finite positive length, got 0"):
+            run(self.eye, jnp.zeros(4))
+        with pytest.raises(ValueError, match="int32"):
+            run(self.eye, jnp.arange(4))
+        with pytest.raises(ValueError, match="matvec is to return what it takes"):
+            run(lambda v: v[:3], jnp.ones(4))
+        nan = product(np.full((4, 4), np.nan, np.float32))
+        with pytest.raises(ValueError, match="not finite: look whether"):
+            run(nan, jnp.ones(4))
+        with pytest.raises(ValueError, match="not finite"):
+            curvature.hutchinson(nan, jnp.ones(4), jax.random.key(0), num_matvecs=2, loop=loop)
+
+    def test_while_compiling_bad_numbers_become_nan(self):
+        @jax.jit
+        def bottom(matrix, start):
+            multiply = jax.tree_util.Partial(jnp.matmul, matrix)
+            return curvature.extreme_eigenpairs(multiply, start, num_matvecs=3).bottom.values
+
+        assert np.isnan(bottom(jnp.full((4, 4), jnp.nan), jnp.ones(4))).all()
+        assert np.isnan(bottom(jnp.eye(4), jnp.zeros(4))).all()
+
+    def test_of_settings(self):
+        like, key = jnp.ones(4), jax.random.key(0)
+        with pytest.raises(ValueError, match="up to num_matvecs = 2 pairs"):
+            curvature.extreme_eigenpairs(self.eye, like, num_matvecs=2, bottom=3)
+        with pytest.raises(ValueError, match="at least one probe"):
+            curvature.spectral_density(self.eye, like, key, num_matvecs=2, num_probes=0)
+        with pytest.raises(ValueError, match="width above 0"):
+            curvature.spectral_density(self.eye, like, key, num_matvecs=2, width=0.0)
+        with pytest.raises(ValueError, match="at least 2 products"):
+            curvature.hutchinson(self.eye, like, key, num_matvecs=1)
+        with pytest.raises(ValueError, match="at least 6 products"):
+            curvature.hutch_plus_plus(self.eye, like, key, num_matvecs=5)
