@@ -91,7 +91,7 @@ def lanczos(
         moments of the spectrum stay right.
       loop: "compiled" runs all steps in one program, "host" each step in one of its own. By default the host on a CPU,
         and compiled elsewhere and inside a compiled function. On a CPU the compiled loop is up to twice as fast for
-        tiny networks and no faster for others, but 35 to 60 times slower with convolutions that are not those of
+        tiny networks and no faster for others, but many times slower with convolutions that are not those of
         :mod:`kdjax.models`, since XLA's fast form of their gradients is not for loops. On the host, ``matvec`` may be
         any function, even one that walks over a data set on disk; it is compiled if it is a pytree, such as an
         operator of this module or ``jax.tree_util.Partial(f)``.

@@ -58,8 +58,8 @@ def hessian(
 ) -> Operator:
     r"""The Hessian of a loss at fixed parameters, for many products.
 
-    The gradient is linearised once and its tangent map reused: a product costs 1.3 to 1.5 gradients, where one from
-    scratch costs 1.6 to 1.9. It takes the memory of the activations as long as the operator lives.
+    The gradient is linearised once and its tangent map reused, which saves every product the evaluation of the gradient
+    itself. It takes the memory of the activations as long as the operator lives.
 
     The loss must be a function of its arguments alone and a mean over examples: batch statistics would make the
     Hessian of a batch another thing than the mean over its parts, and dropout would make it another in every product.
@@ -73,7 +73,7 @@ def hessian(
       *arguments: of the loss. The first is the batch.
       microbatch: examples at a time, for a batch whose activations do not fit in memory: every product then walks the
         leading axis of the batch (of its arrays that have one) in parts weighted by their size, so that a smaller
-        last one counts as much as it should. Nothing is kept in between, hence 1.6 to 1.9 gradients a product.
+        last one counts as much as it should. Nothing is kept in between, so each product evaluates the gradient too.
       axis_name: of the mapped axis whose devices hold equal parts of the batch; products are averaged over it. Under
         ``shard_map`` that is right with ``check_vma=False``, as in :mod:`kdjax.parallel`.
       only: restrict the matrix to these parts of the parameters, see :func:`select`. Vectors then have None in place
