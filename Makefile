@@ -19,7 +19,7 @@ demo:
 
 test:
 	@.ci/setup $(VENV) experiments,test
-	@$(RUN) pytest $(ARGS)
+	@$(RUN) pytest --numprocesses=auto --maxprocesses=4 $(ARGS)
 
 lint:
 	@.ci/setup $(VENV) experiments,test

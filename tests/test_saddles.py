@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdjax import models, saddles
+from kdjax import files, models, saddles
 from kdjax.models import DigitsCnn, MalariaCnn, Mlp
 from kdjax.saddles import Entry, Snapshot, recruit, recruit_with_state, score_saddle
 
@@ -263,12 +263,12 @@ class TestRepository:
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
     def test_empty_and_of_another_version(self, tmp_path):
-        saddles.files.write_sealed(tmp_path / "repository.json", {"format": "kdjax saddles 1"})
+        files.write_sealed(tmp_path / "repository.json", {"format": "kdjax saddles 1"})
         with pytest.raises(ValueError, match="is empty: fill it with add"):
             saddles.entries(tmp_path)
         with pytest.raises(ValueError, match="there is no teacher 'a'"):
             saddles.read(tmp_path, "a", 1, {})
-        saddles.files.write_sealed(tmp_path / "repository.json", {"format": "kdjax saddles 9"})
+        files.write_sealed(tmp_path / "repository.json", {"format": "kdjax saddles 9"})
         for call in (lambda: saddles.entries(tmp_path), lambda: add(tmp_path, snapshot("a", 1))):
             with pytest.raises(ValueError, match="'kdjax saddles 9', and this version reads"):
                 call()
