@@ -515,7 +515,8 @@ def test_init_is_a_function_of_seed_and_path():
 def test_resnet20_is_initialised_without_compiling():
     module = models.build("resnet20", num_classes=10)
     times = []
-    for seed in range(3):  # the first also imports submodules, and any may wait for the garbage of other tests
+    # The first also imports submodules, and any may wait for the garbage of other tests.
+    for seed in range(3):
         jax.clear_caches()
         start = time.process_time()
         models.init(module, (32, 32, 3), seed=seed)
