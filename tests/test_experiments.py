@@ -68,6 +68,8 @@ class TestDistill:
         assert "kd" in output.splitlines()[-2]
         stored = np.load(next((tmp_path / "run" / "columns" / "0").glob("*.npz")))
         assert {"teacher_logits", "teacher_stage2", "teacher_embedding"} == set(stored.files)
+        summary = tmp_path / "run" / "kd" / "1" / "summary.json"
+        files.write_json(summary, {"weights": json.loads(summary.read_text())["weights"]})  # as once written
         code, _, errors = run(
             *small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views", METHODS)
         )

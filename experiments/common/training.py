@@ -317,7 +317,8 @@ def make_trainer(
         weights = checkpoints.digest_tree(fitted.last)
         if (directory / "summary.json").exists():  # a finished run, whose every number stands there
             summary = json.loads((directory / "summary.json").read_text())
-            if summary["weights"] == weights and summary["split"] == split:
+            # One without sums is of an earlier version.
+            if summary["weights"] == weights and summary.get("split") == split and "sums" in summary:
                 sums = {name: np.asarray(value) for name, value in summary["sums"].items()}
                 return Trained(module, fitted, summary["metrics"], sums, time.monotonic() - start)
         sums = sums_on[split](*fitted.last)
