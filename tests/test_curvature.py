@@ -525,9 +525,10 @@ def test_a_network_of_this_library_from_end_to_end():
     assert found.nodes.max() < ends.top.values[0]
 
 
-class TestRefusals:
-    eye = product(np.eye(4, dtype=np.float32))
+EYE = product(np.eye(4, dtype=np.float32))
 
+
+class TestRefusals:
     @pytest.mark.parametrize(
         ("call", "says"),
         [
@@ -554,8 +555,8 @@ class TestRefusals:
     @pytest.mark.parametrize("k", [0, 5])
     def test_of_a_number_of_products_beyond_the_dimension(self, k):
         for call in (
-            lambda: curvature.lanczos(self.eye, jnp.ones(4), num_matvecs=k),
-            lambda: curvature.spectral_density(self.eye, jnp.ones(4), jax.random.key(0), num_matvecs=k),
+            lambda: curvature.lanczos(EYE, jnp.ones(4), num_matvecs=k),
+            lambda: curvature.spectral_density(EYE, jnp.ones(4), jax.random.key(0), num_matvecs=k),
         ):
             with pytest.raises(ValueError, match="from 1 to the number of parameters, which is 4"):
                 call()
@@ -564,9 +565,9 @@ class TestRefusals:
     def test_of_krylov_methods(self, loop):
         run = partial(curvature.lanczos, num_matvecs=2, loop=loop)
         with pytest.raises(ValueError, match="finite positive length, got 0"):
-            run(self.eye, jnp.zeros(4))
+            run(EYE, jnp.zeros(4))
         with pytest.raises(ValueError, match="int32"):
-            run(self.eye, jnp.arange(4))
+            run(EYE, jnp.arange(4))
         with pytest.raises(ValueError, match="matvec is to return what it takes"):
             run(lambda v: v[:3], jnp.ones(4))
         nan = product(np.full((4, 4), np.nan, np.float32))
@@ -587,12 +588,12 @@ class TestRefusals:
     def test_of_settings(self):
         like, key = jnp.ones(4), jax.random.key(0)
         with pytest.raises(ValueError, match="up to num_matvecs = 2 pairs"):
-            curvature.extreme_eigenpairs(self.eye, like, num_matvecs=2, bottom=3)
+            curvature.extreme_eigenpairs(EYE, like, num_matvecs=2, bottom=3)
         with pytest.raises(ValueError, match="at least one probe"):
-            curvature.spectral_density(self.eye, like, key, num_matvecs=2, num_probes=0)
+            curvature.spectral_density(EYE, like, key, num_matvecs=2, num_probes=0)
         with pytest.raises(ValueError, match="width above 0"):
-            curvature.spectral_density(self.eye, like, key, num_matvecs=2, width=0.0)
+            curvature.spectral_density(EYE, like, key, num_matvecs=2, width=0.0)
         with pytest.raises(ValueError, match="at least 2 products"):
-            curvature.hutchinson(self.eye, like, key, num_matvecs=1)
+            curvature.hutchinson(EYE, like, key, num_matvecs=1)
         with pytest.raises(ValueError, match="at least 6 products"):
-            curvature.hutch_plus_plus(self.eye, like, key, num_matvecs=5)
+            curvature.hutch_plus_plus(EYE, like, key, num_matvecs=5)
