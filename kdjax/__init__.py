@@ -7,7 +7,7 @@ A tour, in the order in which data flows:
 * :mod:`kdjax.teacher`: what the teacher says of every image, computed once, stored as columns, verified.
 * :mod:`kdjax.losses`: distillation losses, one value per example.
 * :mod:`kdjax.curvature`: Hessian-vector products, extreme eigenpairs, spectral densities, traces.
-* :mod:`kdjax.transforms`: Optax transformations.
+* :mod:`kdjax.transforms`: Optax transformations; saddle point recruitment around any optimiser.
 * :mod:`kdjax.train`: the step and the loop; :mod:`kdjax.parallel`: many devices, many hosts; :mod:`kdjax.many`: many
   trainings in one program.
 * :mod:`kdjax.checkpoints`: a whole run on disk, verified when it is read back.

@@ -9,11 +9,26 @@ from flax import serialization
 
 from kdjax import transforms
 
-TRANSFORMS = {
-    "parameter_ema": lambda: transforms.parameter_ema(0.9),
-    "max_norm": lambda: transforms.max_norm(10.0),
-}
 TARGET = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0), "c": jnp.array([[1.0, 2.0], [3.0, -4.0]])}
+KEY = jax.random.key(0)
+TRANSFORMS = {
+    "parameter_ema": lambda: after_sgd(transforms.parameter_ema(0.9)),
+    "max_norm": lambda: after_sgd(transforms.max_norm(10.0)),
+    "track_saddles": lambda: after_sgd(transforms.track_saddles(period=7, num_matvecs=2, key=KEY)),
+    "approach_region": lambda: after_sgd(transforms.approach_region(TARGET, half_life=2, epsilon=1)),
+    "negative_eigenstep": lambda: after_sgd(transforms.negative_eigenstep(period=7, num_matvecs=2, key=KEY)),
+    "perturb": lambda: after_sgd(transforms.perturb(period=7, radius=1e-3, key=KEY)),
+    "accept_if_better": lambda: after_sgd(transforms.accept_if_better(optax.scale(2.0))),
+    "perturbed_gradient_descent": lambda: transforms.perturbed_gradient_descent(0.1, key=KEY),
+    "saddle_free_newton": lambda: transforms.saddle_free_newton(0.2, num_matvecs=2),
+    "sprkd": lambda: transforms.sprkd(
+        optax.sgd(0.1), period=7, num_matvecs=2, region=TARGET, half_life=2, epsilon=1, key=KEY
+    ),
+}
+
+
+def after_sgd(tx):
+    return optax.chain(optax.sgd(0.1), tx)
 
 
 def start(dtype):
@@ -49,7 +64,7 @@ def descend(tx, params, state, steps):
 @pytest.mark.parametrize("name", TRANSFORMS)
 class TestConforms:
     def test_in_a_chain(self, name, dtype):
-        tx, params = optax.chain(optax.sgd(0.1), TRANSFORMS[name]()), start(dtype)
+        tx, params = TRANSFORMS[name](), start(dtype)
         state = tx.init(params)
         specs = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), state)
         final, final_state = descend(tx, params, state, 60)
@@ -69,12 +84,12 @@ class TestConforms:
         ids=["MultiSteps", "masked", "apply_if_finite"],
     )
     def test_wrapped(self, name, dtype, wrap):
-        tx, params = wrap(optax.chain(optax.sgd(0.1), TRANSFORMS[name]())), start(dtype)
+        tx, params = wrap(TRANSFORMS[name]()), start(dtype)
         final, _ = descend(tx, params, tx.init(params), 120)
         assert loss_of(final) < 1e-2
 
     def test_in_scan_and_pmap(self, name, dtype):
-        tx, params = optax.chain(optax.sgd(0.1), TRANSFORMS[name]()), start(dtype)
+        tx, params = TRANSFORMS[name](), start(dtype)
 
         def body(carry, _):
             params, state = carry

@@ -1,0 +1,43 @@
+"""Optax transformations that distillation needs and optax lacks.
+
+Each is an ``optax.GradientTransformationExtraArgs``: it ignores extra arguments that are not its own, keeps its dtypes
+fixed, and its state records what one would want to plot or to evaluate.
+
+* :func:`parameter_ema`, :func:`max_norm`: of any training.
+* :func:`sprkd`: saddle point recruitment around an optimiser (:mod:`kdjax.saddles` finds the region).
+* :func:`track_saddles`, :func:`approach_region`, :func:`negative_eigenstep`, :func:`perturb`,
+  :func:`accept_if_better`: its published parts, to be chained.
+* :func:`escape`: its kernel, a function to be called from a loop in Python.
+* :func:`perturbed_gradient_descent`, :func:`saddle_free_newton`: what to compare it with.
+
+::
+
+    tx = transforms.sprkd(optax.adam(1e-3), region=region, key=jax.random.key(0))
+    updates, state = tx.update(grads, state, params, value_fn=loss_of_params)
+
+The train step of :mod:`kdjax.train` passes ``value``, ``grad`` and ``value_fn``. Keep batch statistics and the key of a
+dropout fixed inside ``value_fn``, else its curvature is that of something else. Where several devices hold parts of the
+batch, name their axis as ``axis_name``.
+"""
+
+from kdjax.transforms.accepting import AcceptState as AcceptState
+from kdjax.transforms.accepting import accept_if_better as accept_if_better
+from kdjax.transforms.approaching import ApproachState as ApproachState
+from kdjax.transforms.approaching import approach_region as approach_region
+from kdjax.transforms.averaging import ParameterEmaState as ParameterEmaState
+from kdjax.transforms.averaging import parameter_ema as parameter_ema
+from kdjax.transforms.baselines import PerturbedGradientState as PerturbedGradientState
+from kdjax.transforms.baselines import SaddleFreeState as SaddleFreeState
+from kdjax.transforms.baselines import perturbed_gradient_descent as perturbed_gradient_descent
+from kdjax.transforms.baselines import saddle_free_newton as saddle_free_newton
+from kdjax.transforms.constraining import max_norm as max_norm
+from kdjax.transforms.escaping import EigenstepState as EigenstepState
+from kdjax.transforms.escaping import Escape as Escape
+from kdjax.transforms.escaping import PerturbState as PerturbState
+from kdjax.transforms.escaping import escape as escape
+from kdjax.transforms.escaping import negative_eigenstep as negative_eigenstep
+from kdjax.transforms.escaping import perturb as perturb
+from kdjax.transforms.recruitment import SprkdState as SprkdState
+from kdjax.transforms.recruitment import sprkd as sprkd
+from kdjax.transforms.tracking import TrackState as TrackState
+from kdjax.transforms.tracking import track_saddles as track_saddles

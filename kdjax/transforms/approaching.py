@@ -1,0 +1,110 @@
+"""Bringing the parameters to a region before the descent begins."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from kdjax.curvature.vectors import widen
+from kdjax.transforms.shared import (
+    check_moved,
+    check_positive,
+    counter,
+    needs_params,
+    unmeasured,
+)
+from kdjax.types import Params, Scalar
+
+
+class ApproachState(NamedTuple):
+    """State of :func:`approach_region`."""
+
+    count: jax.Array  # int32[], steps made towards the region
+    region: Params  # float32, like the parameters
+    distance: jax.Array  # float32[], ||S - T||_2 before the latest update; NaN before the first
+    arrived: jax.Array  # bool[], whether updates now pass through
+
+
+def approach_region(
+    region: Params,
+    *,
+    form: Literal["smooth", "published"] = "smooth",
+    half_life: Scalar = 10.0,
+    epsilon: Scalar = 0.1,
+    max_steps: int | Array = 200,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the updates by steps towards a region until it is reached; passes them through from then on.
+
+    With the parameters S, the region T and t = 1, 2, ...:
+
+    * ``"smooth"``: :math:`S \leftarrow S + (1 - 2^{-1/\tau}) (T - S)`, which halves the distance every τ steps.
+    * ``"published"``, the 2-norm transformation: :math:`S \leftarrow S \odot (l \, T \oslash S) = l \, T` with
+      :math:`l = 1 - 2^{-t/\tau}` and τ = 10. S is gone after the first step, whose length l is near zero, and the norm
+      then grows to that of T. Written as l T, nothing is divided by an S of zero.
+
+    Put it last in a chain. The region is kept in the state, so that it is no constant of the compiled program.
+
+    Args:
+      region: T, like the parameters, such as what ``kdjax.saddles.recruit`` returns.
+      form: one of the above.
+      half_life: τ.
+      epsilon: of :math:`\lVert S - T \rVert_2 \le \epsilon`, where the region is reached: .1 in the paper, .001 in its
+        code.
+      max_steps: after which it counts as reached; parameters in bfloat16 may stop short of it by rounding.
+
+    Returns:
+      A transformation whose ``update`` needs ``params``.
+
+    Raises:
+      ValueError: if an option is out of its range, the region is not like the parameters, or ``update`` is called
+        without them.
+
+    References:
+      Dewan, SPRKD, arXiv 2607.23346, 2026.
+    """
+    if form not in ("smooth", "published"):
+        raise ValueError(f"form must be 'smooth' or 'published', got {form!r}.")
+    check_positive("approach_region", half_life=half_life)
+    check_positive("approach_region", zero=True, epsilon=epsilon, max_steps=max_steps)
+
+    def init(params: Params) -> ApproachState:
+        check_moved("approach_region", params)
+        _check_like(region, params)
+        copied = jax.tree.map(lambda x: jnp.array(x, jnp.float32), region)
+        return ApproachState(counter(), copied, unmeasured(), jnp.asarray(False))
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        params = needs_params("approach_region", params)
+        gap = jax.tree.map(lambda t, p: t - p, state.region, widen(params))
+        distance = optax.tree.norm(gap).astype(jnp.float32)
+        arrived = state.arrived | (distance <= epsilon) | (state.count >= max_steps)
+        count = jnp.where(arrived, state.count, optax.safe_increment(state.count))
+        if form == "smooth":
+            share = 1 - 0.5 ** (1 / jnp.asarray(half_life, jnp.float32))
+            steps = jax.tree.map(lambda d: share * d, gap)
+        else:
+            behind = 0.5 ** (count / jnp.asarray(half_life, jnp.float32))
+            steps = jax.tree.map(lambda t, d: d - behind * t, state.region, gap)  # l T - S
+        updates = jax.tree.map(lambda u, s: jnp.where(arrived, u, s.astype(u.dtype)), updates, steps)
+        return updates, ApproachState(count, state.region, distance, arrived)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_like(region: Params, params: Params) -> None:
+    wanted, got = jax.tree.structure(params), jax.tree.structure(region)
+    if wanted != got:
+        raise ValueError(
+            f"approach_region needs a region of the structure of the parameters, {wanted}, got {got}: make it with "
+            "kdjax.saddles.recruit."
+        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(region), strict=True)
+    for (path, param), leaf in pairs:
+        if jnp.shape(param) != jnp.shape(leaf):
+            raise ValueError(
+                f"approach_region needs region{jax.tree_util.keystr(path)} of shape {jnp.shape(param)} like the "
+                f"parameter, got {jnp.shape(leaf)}: make it with kdjax.saddles.recruit."
+            )

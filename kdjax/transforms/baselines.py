@@ -1,0 +1,159 @@
+"""What SPRKD is to be compared with: two methods that leave saddles without teachers."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from kdjax import curvature
+from kdjax.curvature.krylov import ritz
+from kdjax.curvature.vectors import flatten, size_of, unflatten, widen
+from kdjax.transforms.shared import (
+    Draws,
+    cast_like,
+    check_moved,
+    check_positive,
+    counter,
+    hessian_at,
+    needed,
+    scaled,
+    unmeasured,
+)
+from kdjax.types import Params, Scalar
+
+
+class PerturbedGradientState(NamedTuple):
+    """State of :func:`perturbed_gradient_descent`."""
+
+    count: jax.Array  # int32[], updates seen
+    key: jax.Array  # uint32[...], raw
+    wait: jax.Array  # int32[], updates until the next perturbation is allowed
+    perturbations: jax.Array  # int32[], made so far
+
+
+def perturbed_gradient_descent(
+    learning_rate: Scalar,
+    *,
+    key: Array,
+    radius: Scalar = 0.01,
+    max_gradient_norm: Scalar = 0.02,
+    wait: int | Array = 20,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gradient descent which, where the gradient is short, jumps to a random point nearby, and then waits.
+
+    The jump is uniform in a ball and takes one update, so that the next gradient is that of the point it led to. The
+    paper stops when the loss has hardly fallen after a wait; here that is left to whoever calls.
+
+    Args:
+      learning_rate: :math:`\eta`.
+      key: of the jumps.
+      radius: r, of the ball, in absolute terms.
+      max_gradient_norm: :math:`g_{thres}`, the norm of the updates as they come at which it jumps.
+      wait: :math:`t_{thres}`, updates from one jump to the next at least.
+
+    Returns:
+      A transformation that takes gradients and scales them by the learning rate itself.
+
+    Raises:
+      ValueError: if an option is out of its range, or parameters are not floating.
+
+    References:
+      Jin et al., `How to Escape Saddle Points Efficiently <https://arxiv.org/abs/1703.00887>`_, 2017, algorithm 2.
+    """
+    check_positive("perturbed_gradient_descent", learning_rate=learning_rate, radius=radius)
+    check_positive("perturbed_gradient_descent", zero=True, max_gradient_norm=max_gradient_norm, wait=wait)
+    draws = Draws(key)
+
+    def init(params: Params) -> PerturbedGradientState:
+        check_moved("perturbed_gradient_descent", params)
+        return PerturbedGradientState(counter(), draws.init(), counter(), counter())
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+
+        def jump():
+            direction_key, radius_key = jax.random.split(draws.draw(state.key, state.perturbations))
+            share = jax.random.uniform(radius_key) ** (1 / size_of(updates))
+            noise = scaled(curvature.random_like(direction_key, updates), radius * share)
+            return cast_like(noise, updates), jnp.asarray(wait, jnp.int32), jnp.ones((), jnp.int32)
+
+        def descend():
+            down = jax.tree.map(lambda g: (-learning_rate * g).astype(g.dtype), updates)
+            return down, jnp.maximum(state.wait - 1, 0), counter()
+
+        stalled = (optax.tree.norm(widen(updates)) <= max_gradient_norm) & (state.wait == 0)
+        steps, left, jumps = jax.lax.cond(stalled, jump, descend)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return steps, PerturbedGradientState(count, state.key, left, state.perturbations + jumps)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class SaddleFreeState(NamedTuple):
+    """State of :func:`saddle_free_newton`."""
+
+    count: jax.Array  # int32[], updates seen
+    lambda_min: (
+        jax.Array
+    )  # float32[], smallest eigenvalue in the Krylov space of the latest gradient; NaN before
+    lambda_max: jax.Array  # float32[], largest one
+
+
+def saddle_free_newton(
+    learning_rate: Scalar = 1.0,
+    *,
+    num_matvecs: int = 16,
+    damping: Scalar = 1e-3,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Newton's method with the absolute values of the eigenvalues, in the Krylov space of the gradient.
+
+    The step is :math:`-\eta (|H| + d I)^{-1} g` with H seen through Lanczos' method started at the gradient, in whose
+    space the gradient lies. Saddles repel it, but it leaves none where the gradient has no part along a negative
+    direction, as it is zero at the saddle itself.
+
+    Args:
+      learning_rate: :math:`\eta`.
+      num_matvecs: Hessian-vector products of every step, at most the number of parameters. Memory is as many vectors.
+      damping: d, above 0.
+      axis_name: of the mapped axis over which gradients come averaged, and products are to be.
+
+    Returns:
+      A transformation that takes gradients, and whose ``update`` needs ``params`` and ``value_fn``.
+
+    Raises:
+      ValueError: if an option is out of its range, ``num_matvecs`` beyond the number of parameters, parameters are not
+        floating, or ``update`` lacks what it needs.
+
+    References:
+      Dauphin et al., `Identifying and attacking the saddle point problem in high-dimensional non-convex optimization
+      <https://arxiv.org/abs/1406.2572>`_, 2014, algorithm 1, with one step in each Krylov space and a fixed damping.
+    """
+    check_positive("saddle_free_newton", learning_rate=learning_rate, damping=damping)
+
+    def init(params: Params) -> SaddleFreeState:
+        check_moved("saddle_free_newton", params, num_matvecs)
+        return SaddleFreeState(counter(), unmeasured(), unmeasured())
+
+    def update(updates, state, params=None, *, value_fn=None, **extra_args):
+        del extra_args
+        params, value_fn = needed("saddle_free_newton", params, value_fn)
+        gradient = flatten(updates)
+        norm = jnp.linalg.norm(gradient)
+        # Any start will do for a gradient of zero, whose step is zero.
+        start = jnp.where(norm > 0, gradient, 1)
+        operator = hessian_at(value_fn, widen(params), axis_name)
+        found = curvature.lanczos(operator, unflatten(updates, start), num_matvecs=num_matvecs)
+        values, vectors, reached = ritz(found.alphas, found.betas)
+        there = jnp.arange(num_matvecs) < reached
+        values = jnp.where(there, values, values[0])
+        # The gradient is its norm times the first Krylov vector.
+        shares = jnp.where(there, norm * vectors[0] / (jnp.abs(values) + damping), 0)
+        step = -learning_rate * ((vectors @ shares) @ found.basis)
+        steps = cast_like(unflatten(updates, step), updates)
+        ends = (jnp.min(values).astype(jnp.float32), jnp.max(values).astype(jnp.float32))
+        return steps, SaddleFreeState(jnp.asarray(optax.safe_increment(state.count)), *ends)
+
+    return optax.GradientTransformationExtraArgs(init, update)

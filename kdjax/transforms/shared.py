@@ -1,0 +1,141 @@
+"""What several transformations share: checks with their errors, losses of candidates, randomness."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from kdjax import curvature
+from kdjax.curvature.krylov import check_num_matvecs
+from kdjax.curvature.vectors import check_arrays, size_of, widen
+from kdjax.types import Params
+
+ValueFn = Callable[[Params], Array]
+"""The loss as a function of the parameters alone; a ``jax.tree_util.Partial`` where its data change."""
+
+
+class Draws:
+    """A key in the form in which a state keeps it: raw, since typed keys do not serialise."""
+
+    def __init__(self, key: Array):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        key = key if typed else jax.random.wrap_key_data(key)
+        self._impl, self.data = jax.random.key_impl(key), jax.random.key_data(key)
+
+    def init(self) -> Array:
+        """The raw key, as a fresh array that may be donated."""
+        return jnp.array(self.data)
+
+    def draw(self, data: Array, count: Array) -> Array:
+        """The key of one of many draws."""
+        return jax.random.fold_in(jax.random.wrap_key_data(data, impl=self._impl), count)
+
+
+def counter() -> Array:
+    """int32[], zero."""
+    return jnp.zeros((), jnp.int32)
+
+
+def unmeasured() -> Array:
+    """float32[], NaN."""
+    return jnp.full((), jnp.nan, jnp.float32)
+
+
+def check_period(what: str, period: Any) -> None:
+    """Raises a ValueError unless a period known by now is 1 or more."""
+    if isinstance(period, int) and period < 1:
+        raise ValueError(f"{what} needs a period of 1 step or more, got {period}.")
+
+
+def check_positive(what: str, *, zero: bool = False, **values: Any) -> None:
+    """Raises a ValueError unless the numbers known by now are positive, or zero where that is allowed."""
+    for name, value in values.items():
+        if isinstance(value, (int, float)) and not (value > 0 or (zero and value == 0)):
+            raise ValueError(f"{what} needs {name} {'of 0 or more' if zero else 'above 0'}, got {value}.")
+
+
+def check_moved(what: str, params: Params, num_matvecs: int | None = None) -> None:
+    """Raises a ValueError unless the parameters are floating, and as many as the Krylov space has dimensions."""
+    check_arrays(what, params)
+    if num_matvecs is not None:
+        check_num_matvecs(what, num_matvecs, size_of(params))
+
+
+def needed(what: str, params: Params | None, value_fn: ValueFn | None) -> tuple[Params, ValueFn]:
+    """Both, or a ValueError that tells how to hand them over."""
+    if params is None or value_fn is None:
+        missing = "the current parameters" if params is None else "the loss as a function of the parameters"
+        raise ValueError(
+            f"{what} needs {missing}: call update(updates, state, params, value_fn=...), where value_fn(params) is "
+            "the loss on the current batch, as kdjax.train.make_train_step does."
+        )
+    return params, value_fn
+
+
+def needs_params(what: str, params: Params | None) -> Params:
+    """The parameters, or a ValueError."""
+    if params is None:
+        raise ValueError(f"{what} needs the current parameters: call update(updates, state, params).")
+    return params
+
+
+def as_partial(function: ValueFn) -> jax.tree_util.Partial:
+    """The loss as a pytree, whose arrays are arguments of a compiled program and whose function is its name."""
+    return function if isinstance(function, jax.tree_util.Partial) else jax.tree_util.Partial(function)
+
+
+def value_at(params: Params, loss: ValueFn) -> Array:
+    """The loss; a module's function, so that what is compiled with it is compiled once."""
+    return loss(params)
+
+
+def mean_over(axis_name: str | None, tree: Any) -> Any:
+    """The mean over a mapped axis, where there is one."""
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def hessian_at(value_fn: ValueFn, params: Params, axis_name: str | None) -> curvature.Operator:
+    """The Hessian of the loss, averaged over devices behind the derivatives."""
+    return curvature.hessian(value_at, params, as_partial(value_fn), axis_name=axis_name)
+
+
+def moved(params: Params, updates: Params) -> Params:
+    """Parameters plus updates, in float32 or wider."""
+    return jax.tree.map(lambda p, u: p + u, widen(params), widen(updates))
+
+
+def extent(params: Params) -> Float[Array, ""]:
+    """What lengths are relative to: the 2-norm of all parameters, or 1 where it is less, so that zero can be left."""
+    return jnp.maximum(optax.tree.norm(widen(params)), 1)
+
+
+def scaled(tree: Params, length: Any) -> Params:
+    """The direction of a tree in another 2-norm; zeros for one without a direction."""
+    norm = optax.tree.norm(tree)
+    factor = length / jnp.where(norm > 0, norm, 1)
+    return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
+
+
+def cast_like(tree: Params, like: Params) -> Params:
+    """The same numbers in the dtypes of another tree."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def chosen(condition: Array, new: Params, old: Params) -> Params:
+    """One tree or the other, bit for bit."""
+    return jax.tree.map(functools.partial(jnp.where, condition), new, old)
+
+
+def added(old: Params, more: Params) -> Params:
+    """Updates plus something, in the dtypes of the updates; untouched where that is zero."""
+    return jax.tree.map(lambda u, x: (u + x).astype(u.dtype), old, more)
+
+
+def finite_or_infinite(values: Array) -> Array:
+    """Losses as float32, infinite where they are not finite, so that no comparison prefers them."""
+    values = values.astype(jnp.float32)
+    return jnp.where(jnp.isfinite(values), values, jnp.inf)
