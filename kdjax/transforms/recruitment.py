@@ -80,7 +80,7 @@ def sprkd(
     momentum is left as it is by an escape.
 
     A look costs ``num_matvecs`` Hessian-vector products, one more with ``certify_fn``, and ``2 * trials + 2`` losses if
-    there is negative curvature. It sits in ``lax.cond``, of which ``jax.vmap`` would compute both sides at every update:
+    there is negative curvature. It sits in ``lax.cond``, of which ``jax.vmap`` would compute both sides every time:
     train several networks with ``jax.lax.map`` instead. For networks whose convolutions are slow inside compiled loops
     on a CPU, call :func:`escape` from Python.
 

@@ -1,0 +1,529 @@
+"""Saddle point recruitment: it leaves saddles that its base does not, and does nothing where there are none."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kdjax import curvature, saddles, transforms
+
+KEY = jax.random.key(0)
+
+
+def strict_saddle(p):
+    return p[0] ** 2 - p[1] ** 2 + p[1] ** 4 / 4  # minima of -1
+
+
+def monkey_saddle(p):
+    x, y = p
+    return x**3 - 3 * x * y**2 + (x**2 + y**2) ** 2 / 4  # minima of -27/4; no curvature at 0
+
+
+def deep_linear(weights):
+    """Half the squared distance of a product of matrices from the identity; all weights zero is a saddle."""
+    product = functools.reduce(jnp.matmul, weights)
+    return 0.5 * jnp.sum((product - jnp.eye(3)) ** 2)
+
+
+def chained_wells(p):
+    return jnp.sum(p**4 / 4 - p**2 / 2) + 0.05 * jnp.sum(jnp.diff(p) ** 2)  # minima of -5/4
+
+
+def path(tx, loss, params, steps, **extra_args):
+    """Losses before every update, the final parameters, and the final state."""
+    tx = optax.with_extra_args_support(tx)
+
+    def body(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=loss, **extra_args)
+        return (optax.apply_updates(params, updates), state), value
+
+    @jax.jit
+    def run(params):
+        return jax.lax.scan(body, (params, tx.init(params)), length=steps)
+
+    (params, state), losses = run(params)
+    return np.asarray(losses), params, state
+
+
+def reached(losses, target):
+    """The first step whose loss is below the target; infinite if none is."""
+    below = np.flatnonzero(losses < target)
+    return below[0] if below.size else np.inf
+
+
+def recruited(base=None, **options):
+    options = {"num_matvecs": 2, "period": 10, "cooldown": 0, "key": KEY} | options
+    return transforms.sprkd(optax.sgd(0.1) if base is None else base, **options)
+
+
+class TestEscapes:
+    def test_strict_saddle(self):
+        start = jnp.array([1.0, 0.0])
+        stuck, _, _ = path(optax.sgd(0.1), strict_saddle, start, 400)
+        escaped, _, state = path(recruited(), strict_saddle, start, 60)
+        disturbed, _, _ = path(transforms.perturbed_gradient_descent(0.1, key=KEY), strict_saddle, start, 400)
+        assert reached(stuck, -1e-3) == np.inf
+        assert reached(escaped, -0.99) <= 40
+        assert reached(escaped, -0.99) < reached(disturbed, -0.99) < 400
+        assert state.events >= 1
+
+    def test_monkey_saddle_only_after_a_perturbation(self):
+        # sigma is traced, so that both are one program.
+        @jax.jit
+        def run(sigma):
+            tx = recruited(optax.sgd(0.02), sigma=sigma)
+            params = jnp.zeros(2)
+
+            def body(carry, _):
+                params, state = carry
+                value, grads = jax.value_and_grad(monkey_saddle)(params)
+                updates, state = tx.update(grads, state, params, value_fn=monkey_saddle)
+                return (optax.apply_updates(params, updates), state), value
+
+            return jax.lax.scan(body, (params, tx.init(params)), length=150)[1]
+
+        assert reached(np.asarray(run(0.0)), -1e-6) == np.inf
+        assert reached(np.asarray(run(0.01)), -6.7) < 150
+
+    @pytest.mark.parametrize(("depth", "steps"), [(2, 100), (3, 300)])
+    def test_deep_linear_network_at_its_zero_saddle(self, depth, steps):
+        start = (jnp.zeros((3, 3)),) * depth
+        tx = recruited(num_matvecs=8, radius=1.0, sigma=0.1)
+        losses, _, _ = path(tx, deep_linear, start, steps)
+        assert all(
+            jnp.all(g == 0) for g in jax.grad(deep_linear)(start)
+        )  # where any first-order method stays
+        assert reached(losses, 0.05 * losses[0]) < steps
+
+    def test_chained_saddles(self):
+        losses, _, _ = path(recruited(num_matvecs=5, radius=1.0), chained_wells, jnp.zeros(5), 100)
+        assert reached(losses, -1.2) < 100
+
+
+class TestNull:
+    @pytest.mark.parametrize("base", [optax.sgd(0.1), optax.adam(0.05)], ids=["sgd", "adam"])
+    @pytest.mark.parametrize("problem", ["least squares", "logistic"])
+    def test_convex_losses_are_left_to_the_base(self, problem, base):
+        inputs = jax.random.normal(jax.random.key(1), (20, 4))
+        labels = jnp.sign(jax.random.normal(jax.random.key(2), (20,)))
+
+        def loss(params):
+            outputs = inputs @ params
+            if problem == "logistic":
+                return jnp.mean(jax.nn.softplus(-labels * outputs))
+            return jnp.mean((outputs - labels) ** 2)
+
+        _, plain, _ = path(base, loss, jnp.ones(4), 100)
+        _, same, state = path(recruited(base, num_matvecs=4), loss, jnp.ones(4), 100)
+        assert (state.events, state.probes, state.evaluations) == (0, 10, 0)
+        np.testing.assert_array_equal(same, plain)
+
+    def test_a_step_that_is_not_due_is_the_base_s(self):
+        tx, start = recruited(warmup=30), jnp.array([1.0, 0.1])
+        losses, _, state = path(tx, strict_saddle, start, 30)
+        plain, _, _ = path(optax.sgd(0.1), strict_saddle, start, 30)
+        np.testing.assert_array_equal(losses, plain)
+        assert state.probes == 0
+
+
+def at_the_saddle(loss=strict_saddle, params=None, **options):
+    params = jnp.zeros(2) if params is None else params
+    options = {"num_matvecs": 2, "radius": 1.0} | options
+    return transforms.escape(loss, params, jnp.full(2, 1e-3), KEY, **options)
+
+
+class TestEscapeKernel:
+    def test_candidates_that_are_not_finite_are_skipped(self):
+        def walled(p):
+            return jnp.where(jnp.linalg.norm(p) > 0.6, jnp.nan, strict_saddle(p))
+
+        found = at_the_saddle(walled)
+        assert found.accepted
+        assert 0.45 < jnp.linalg.norm(found.updates) < 0.6  # the half of the radius
+
+    def test_without_a_finite_candidate_the_updates_come_back(self):
+        def cage(p):
+            return jnp.where(jnp.linalg.norm(p) > 0.1, jnp.inf, strict_saddle(p))
+
+        found = at_the_saddle(cage, trials=3)
+        assert not found.accepted
+        assert found.lambda_min < -1.9
+        np.testing.assert_array_equal(found.updates, jnp.full(2, 1e-3))
+
+    def test_a_loss_that_is_nan_everywhere_is_left_to_the_base(self):
+        found = jax.jit(lambda p: at_the_saddle(lambda p: jnp.nan * jnp.sum(p**2), p))(jnp.zeros(2))
+        assert not found.accepted
+        np.testing.assert_array_equal(found.updates, jnp.full(2, 1e-3))
+
+    def test_a_second_batch_must_agree(self):
+        confirmed = at_the_saddle(certify_fn=strict_saddle)
+        denied = at_the_saddle(certify_fn=lambda p: jnp.sum(p**2))
+        assert confirmed.accepted
+        assert not denied.accepted
+        assert (denied.hvps, denied.evaluations) == (3, 0)
+
+    def test_spends_what_it_says(self, monkeypatch):
+        products, losses = [], []
+
+        def counted(*args, **kwargs):
+            operator = curvature.operators.hessian(*args, **kwargs)
+            return lambda vector: products.append(1) or operator(vector)
+
+        def loss(p):
+            jax.debug.callback(lambda: losses.append(1))
+            return strict_saddle(p)
+
+        monkeypatch.setattr(curvature, "hessian", counted)
+        found = at_the_saddle(loss, certify_fn=strict_saddle, trials=4)
+        jax.effects_barrier()
+        assert found.hvps == len(products) == 2 + 1
+        assert found.evaluations == 2 * 4 + 2 == len(losses) - 1  # one to linearise the gradient
+
+    def test_a_loop_on_the_host_finds_the_same(self):
+        params = jnp.array([0.1, 0.05])
+        host = at_the_saddle(params=params)
+        compiled = jax.jit(lambda p: at_the_saddle(params=p))(params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), host, compiled)
+
+    def test_never_raises_the_loss_of_relu_networks(self):
+        def loss(batch, params):
+            inputs, labels = batch
+            outputs = jax.nn.relu(inputs @ params["in"]) @ params["out"]
+            return jnp.mean((outputs - labels) ** 2)
+
+        def trial(key):
+            keys = jax.random.split(key, 5)
+            shapes = {"in": (4, 6), "out": (6, 2)}
+            params, updates = (
+                {n: s * jax.random.normal(k, shapes[n]) for n, k in zip(shapes, pair, strict=True)}
+                for s, pair in ((0.3, jax.random.split(keys[0])), (0.01, jax.random.split(keys[1])))
+            )
+            batch = jax.random.normal(keys[2], (16, 4)), jax.random.normal(keys[3], (16, 2))
+            here = jax.tree_util.Partial(loss, batch)
+            found = transforms.escape(here, params, updates, keys[4], num_matvecs=8, strength=0.0)
+            same = jax.tree.map(lambda a, b: jnp.all(a == b), found.updates, updates)
+            after = (here(optax.apply_updates(params, u)) for u in (found.updates, updates))
+            return found.accepted, jnp.array([here(params), *after]), jnp.stack(jax.tree.leaves(same)).all()
+
+        accepted, (before, after, base), same = jax.jit(
+            lambda keys: (lambda a, v, s: (a, v.T, s))(*jax.lax.map(trial, keys))
+        )(jax.random.split(KEY, 100))
+        accepted, same = np.asarray(accepted), np.asarray(same)
+        assert 20 < accepted.sum() <= 100
+        assert (after < np.minimum(before, base))[accepted].all()
+        assert same[~accepted].all()
+
+    def test_devices_with_parts_of_a_batch_decide_alike(self):
+        data = jax.random.normal(jax.random.key(3), (8, 2))
+        params, updates = jnp.array([0.3, 0.1]), jnp.array([1e-3, 2e-3])
+
+        def loss(batch, p):
+            return jnp.mean((batch @ p) ** 2 * batch[:, 0]) + strict_saddle(p)
+
+        def run(batch, axis_name=None):
+            here = jax.tree_util.Partial(loss, batch)
+            return transforms.escape(here, params, updates, KEY, num_matvecs=2, axis_name=axis_name)
+
+        whole = jax.jit(run)(data)
+        parts = jax.pmap(functools.partial(run, axis_name="batch"), axis_name="batch")(data.reshape(2, 4, 2))
+        assert whole.accepted
+        for device in range(2):
+            jax.tree.map(
+                lambda a, b, device=device: np.testing.assert_allclose(a[device], b, rtol=1e-4, atol=1e-6),
+                parts,
+                whole,
+            )
+
+
+class TestSprkd:
+    def test_is_deterministic_and_depends_on_its_key(self):
+        start = jnp.array([0.2, 0.0])
+        runs = [path(recruited(key=jax.random.key(k)), strict_saddle, start, 30)[1] for k in (0, 0, 1)]
+        np.testing.assert_array_equal(runs[0], runs[1])
+        assert np.any(runs[0] != runs[2])
+
+    def test_budget_and_cooldown(self):
+        options = {"num_matvecs": 5, "period": 1, "radius": 0.2, "sigma": 0.0}
+        _, _, free = path(recruited(**options), chained_wells, jnp.zeros(5), 4)
+        _, _, poor = path(recruited(**options, budget=2), chained_wells, jnp.zeros(5), 4)
+        _, _, calm = path(recruited(**options, cooldown=2), chained_wells, jnp.zeros(5), 4)
+        assert (free.events, free.probes) == (4, 4)
+        assert (poor.events, poor.probes) == (2, 2)
+        assert (calm.events, calm.probes) == (2, 2)  # updates 0 and 3
+        assert free.hvps == 4 * 5
+
+    def test_looks_only_where_the_gradient_is_short(self):
+        tx = recruited(max_gradient_norm=0.1, period=1)
+        losses, _, state = path(tx, strict_saddle, jnp.array([1.0, 0.0]), 10)
+        assert state.probes == 0
+        assert np.all(losses > 0)
+
+    def test_certify_fn_is_its_own(self):
+        denied = {"certify_fn": lambda p: jnp.sum(p**2)}
+        _, _, state = path(recruited(), strict_saddle, jnp.zeros(2), 11, **denied)
+        _, _, ignored = path(recruited(certify=False), strict_saddle, jnp.zeros(2), 11, **denied)
+        assert (state.events, state.hvps) == (0, 2 * 3)
+        assert (ignored.events, ignored.hvps) == (1, 2 * 2)
+
+    def test_approaches_with_its_base_at_rest(self):
+        region = jnp.array([0.0, 0.01])
+        tx = recruited(optax.adam(0.01), region=region, half_life=1, epsilon=0.1)
+        params = jnp.array([1.0, 0.01])
+        state = tx.init(params)
+        update = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=strict_saddle))
+        for expected in (0.5, 0.25, 0.125, 0.0625):  # the fifth update finds it within epsilon
+            updates, state = update(jax.grad(strict_saddle)(params), state, params)
+            params = optax.apply_updates(params, updates)
+            np.testing.assert_allclose(params, [expected, 0.01], rtol=1e-6)
+            assert state.phase == 0
+            assert optax.tree.get(state.base, "count") == 0
+        _, state = update(jax.grad(strict_saddle)(params), state, params)
+        assert state.phase == 1
+        assert optax.tree.get(state.base, "count") == 1
+
+    def test_hyperparameters_may_be_injected(self):
+        static = ("num_matvecs", "trials", "key")
+        tx = optax.inject_hyperparams(transforms.sprkd, static_args=static)(
+            optax.sgd(0.1), num_matvecs=2, period=10, radius=lambda step: 0.3 + 0 * step, key=KEY
+        )
+        losses, _, state = path(tx, strict_saddle, jnp.array([1.0, 0.0]), 60)
+        assert reached(losses, -0.99) < 60
+        assert "sigma" in state.hyperparams
+
+    def test_as_the_train_step_of_the_devices_calls_it(self):
+        data = jax.random.normal(jax.random.key(4), (8, 2))
+        tx = recruited(axis_name="batch", period=2)
+
+        def loss(params, batch):
+            return strict_saddle(params) + 0.1 * jnp.mean(batch @ params) ** 2
+
+        def step(params, state, batch):
+            grads = jax.lax.pmean(jax.grad(loss)(params, batch), "batch")
+            updates, state = tx.update(grads, state, params, grad=grads, value_fn=lambda p: loss(p, batch))
+            return optax.apply_updates(params, updates), state
+
+        params = jnp.array([0.1, 0.0])
+        each = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=(None, None))
+        state = tx.init(params)
+        for _ in range(12):
+            params, state = each(params, state, data.reshape(2, 4, 2))
+        assert state.events >= 1
+        assert strict_saddle(params) < -0.5
+
+    def test_bfloat16_parameters_stay_so(self):
+        losses, params, _ = path(recruited(), strict_saddle, jnp.array([1.0, 0.0], jnp.bfloat16), 60)
+        assert params.dtype == jnp.bfloat16
+        assert reached(losses.astype(np.float32), -0.97) < 60
+
+
+class TestApproachRegion:
+    def test_the_published_form_is_a_share_of_the_region(self):
+        region, params = {"w": jnp.array([3.0, -4.0])}, {"w": jnp.array([0.0, 7.0])}
+        tx = transforms.approach_region(region, form="published", epsilon=0.1)
+        state = tx.init(params)
+        for step in range(1, 58):  # 5 * 2 ** (-57 / 10) is the first below epsilon
+            updates, state = tx.update({"w": jnp.ones(2)}, state, params)
+            params = optax.apply_updates(params, updates)
+            wanted = (1 - 2 ** (-step / 10)) * np.array([3.0, -4.0])
+            np.testing.assert_allclose(params["w"], wanted, rtol=1e-5, atol=1e-6)
+            assert not state.arrived
+        updates, state = tx.update({"w": jnp.ones(2)}, state, params)
+        assert state.arrived
+        assert state.distance <= 0.1
+        np.testing.assert_array_equal(updates["w"], 1.0)
+
+    def test_gives_up_after_max_steps(self):
+        tx = transforms.approach_region(jnp.ones(2), epsilon=0.0, max_steps=3)
+        params = jnp.zeros(2)
+        state = tx.init(params)
+        for _ in range(4):
+            updates, state = tx.update(jnp.full(2, 5.0), state, params)
+            params = optax.apply_updates(params, updates)
+        assert state.arrived
+        assert state.count == 3
+        np.testing.assert_array_equal(updates, 5.0)
+
+    def test_refuses_what_is_not_like_the_parameters(self):
+        with pytest.raises(ValueError, match="structure of the parameters"):
+            transforms.approach_region({"w": jnp.ones(2)}).init(jnp.ones(2))
+        with pytest.raises(ValueError, match=r"region\['w'\] of shape \(2,\)"):
+            transforms.approach_region({"w": jnp.ones(3)}).init({"w": jnp.ones(2)})
+        with pytest.raises(ValueError, match="structure of the parameters"):
+            recruited(region={"w": jnp.ones(2)}).init(jnp.ones(2))
+
+
+class TestParts:
+    def test_the_published_chain_leaves_a_saddle(self):
+        parts = optax.chain(
+            transforms.negative_eigenstep(period=5, num_matvecs=2, key=KEY),
+            transforms.perturb(period=5, sigma=0.01, key=jax.random.key(1)),
+        )
+        tx = optax.chain(optax.sgd(0.1), transforms.accept_if_better(parts))
+        losses, _, state = path(tx, strict_saddle, jnp.array([1.0, 0.0]), 100)
+        assert reached(losses, -0.99) < 100
+        counts = state[1]
+        assert counts.accepted >= 1
+        assert counts.accepted + counts.rejected == 20
+        assert counts.evaluations == 3 * 20
+
+    def test_a_step_that_is_not_better_is_reverted(self):
+        tx = transforms.accept_if_better(optax.scale(-1.0))
+        updates = {"w": jnp.array([-0.1, 0.3])}
+        kept, state = tx.update(
+            updates,
+            tx.init(updates),
+            {"w": jnp.array([1.0, 1.0])},
+            value_fn=lambda p: p["w"][0] ** 2 - p["w"][1],
+        )
+        np.testing.assert_array_equal(kept["w"], updates["w"])
+        assert (state.accepted, state.rejected, state.evaluations) == (0, 1, 3)
+
+    @pytest.mark.parametrize(("rule", "expected"), [("adaptive", 0.25), ("curvature", 1.0)])
+    def test_eigenstep_goes_down_the_slope(self, rule, expected):
+        tx = transforms.negative_eigenstep(
+            period=1, num_matvecs=2, length=rule, cap=0.25, max_gradient_norm=1.0, key=KEY
+        )
+        params = jnp.array([0.0, 0.1])
+        updates, state = tx.update(
+            jnp.zeros(2), tx.init(params), params, value_fn=lambda p: p[0] ** 2 - p[1] ** 2
+        )
+        np.testing.assert_allclose(updates, [0.0, expected], atol=1e-5)
+        np.testing.assert_allclose(state.lambda_min, -2.0, rtol=1e-5)
+        assert (state.probes, state.steps) == (1, 1)
+
+    def test_eigenstep_passes_through_where_the_gradient_is_long(self):
+        tx = transforms.negative_eigenstep(period=1, num_matvecs=2, max_gradient_norm=0.1, key=KEY)
+        params = jnp.array([0.0, 0.1])
+        updates, state = tx.update(jnp.ones(2), tx.init(params), params, value_fn=strict_saddle)
+        np.testing.assert_array_equal(updates, 1.0)
+        assert (state.probes, state.steps) == (1, 0)
+
+    def test_perturbations_have_their_size(self):
+        params = jnp.full(400, 2.0)
+        for options, norm, tolerance in [({"radius": 0.5}, 20.0, 1e-5), ({"sigma": 0.1}, 2.0, 0.1)]:
+            tx = transforms.perturb(period=2, key=KEY, **options)
+            state = tx.init(params)
+            first, state = tx.update(jnp.zeros(400), state, params)
+            second, state = tx.update(jnp.zeros(400), state, params)
+            np.testing.assert_allclose(jnp.linalg.norm(first), norm, rtol=tolerance)
+            np.testing.assert_array_equal(second, 0.0)
+
+    def test_tracks_the_score_of_the_dense_hessian(self):
+        basis = jnp.linalg.qr(jax.random.normal(KEY, (6, 6)))[0]
+        eigenvalues = jnp.array([-3.0, -1.0, -0.5, 0.5, 2.0, 6.0])
+        matrix = (basis * eigenvalues) @ basis.T
+        tx = transforms.track_saddles(period=2, num_matvecs=6, key=KEY)
+        params = jnp.arange(6.0)
+        state = tx.init(params)
+        assert np.isnan(state.score.lambda_min)
+        for _ in range(2):
+            updates, state = tx.update(jnp.ones(6), state, params, value_fn=lambda p: 0.5 * p @ matrix @ p)
+            np.testing.assert_array_equal(updates, 1.0)
+        score = state.score
+        np.testing.assert_allclose([score.lambda_min, score.lambda_max], [-3.0, 6.0], rtol=1e-4)
+        np.testing.assert_allclose([score.extreme_negative, score.extreme_positive], [-4.0, 8.0], rtol=1e-4)
+        np.testing.assert_allclose(score.gradient_norm, jnp.linalg.norm(matrix @ params), rtol=1e-5)
+        np.testing.assert_allclose(score.loss, 0.5 * params @ matrix @ params, rtol=1e-5)
+        assert 0 < score.negative_share < 1
+        assert saddles.extreme_rule(score)
+        assert (state.probes, state.hvps, state.count) == (1, 6, 2)
+
+
+class TestBaselines:
+    def test_jumps_only_where_the_gradient_is_short_and_after_a_wait(self):
+        tx = transforms.perturbed_gradient_descent(0.5, radius=0.1, max_gradient_norm=0.2, wait=2, key=KEY)
+        params, sizes = jnp.zeros(3), []
+        state = tx.init(params)
+        for _ in range(5):
+            updates, state = tx.update(jnp.full(3, 0.01), state, params)
+            sizes.append(bool(jnp.all(updates == -0.005)))
+            assert jnp.linalg.norm(updates) <= 0.1
+        assert sizes == [False, True, True, False, True]
+        assert state.perturbations == 2
+        updates, _ = tx.update(jnp.ones(3), tx.init(params), params)
+        np.testing.assert_array_equal(updates, -0.5)
+
+    def test_saddle_free_newton_is_the_absolute_hessian_s(self):
+        matrix = jax.random.normal(KEY, (5, 5))
+        matrix = matrix + matrix.T
+        values, vectors = np.linalg.eigh(np.asarray(matrix, np.float64))
+        params = jnp.arange(1.0, 6.0)
+        gradient = matrix @ params
+        tx = transforms.saddle_free_newton(0.5, num_matvecs=5, damping=0.1)
+        updates, state = tx.update(gradient, tx.init(params), params, value_fn=lambda p: 0.5 * p @ matrix @ p)
+        wanted = -0.5 * vectors @ ((vectors.T @ np.asarray(gradient)) / (np.abs(values) + 0.1))
+        np.testing.assert_allclose(updates, wanted, rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose([state.lambda_min, state.lambda_max], values[[0, -1]], rtol=1e-4)
+
+    def test_saddle_free_newton_stays_where_the_gradient_is_zero(self):
+        tx = transforms.saddle_free_newton(num_matvecs=2)
+        updates, _ = tx.update(jnp.zeros(2), tx.init(jnp.zeros(2)), jnp.zeros(2), value_fn=strict_saddle)
+        np.testing.assert_array_equal(updates, 0.0)
+
+
+NEEDS_BOTH = {
+    "sprkd": lambda: recruited(),
+    "track_saddles": lambda: transforms.track_saddles(period=1, num_matvecs=1, key=KEY),
+    "negative_eigenstep": lambda: transforms.negative_eigenstep(period=1, num_matvecs=1, key=KEY),
+    "accept_if_better": lambda: transforms.accept_if_better(optax.identity()),
+    "saddle_free_newton": lambda: transforms.saddle_free_newton(num_matvecs=1),
+}
+
+
+class TestErrors:
+    @pytest.mark.parametrize("name", NEEDS_BOTH)
+    def test_parameters_and_loss_are_asked_for(self, name):
+        tx, params = NEEDS_BOTH[name](), jnp.ones(2)
+        state = tx.init(params)
+        with pytest.raises(ValueError, match=f"{name} needs the current parameters"):
+            tx.update(params, state, value_fn=jnp.sum)
+        with pytest.raises(ValueError, match=f"{name} needs the loss as a function of the parameters"):
+            tx.update(params, state, params)
+
+    @pytest.mark.parametrize("name", ["sprkd", "track_saddles", "negative_eigenstep", "saddle_free_newton"])
+    def test_integers_are_refused(self, name):
+        with pytest.raises(ValueError, match=f"{name} needs real floating-point numbers"):
+            NEEDS_BOTH[name]().init({"steps": jnp.arange(2), "w": jnp.ones(2)})
+
+    @pytest.mark.parametrize("num_matvecs", [0, 3])
+    def test_as_many_products_as_there_are_dimensions(self, num_matvecs):
+        for make in (
+            lambda n: recruited(num_matvecs=n),
+            lambda n: transforms.track_saddles(period=1, num_matvecs=n, key=KEY),
+            lambda n: transforms.negative_eigenstep(period=1, num_matvecs=n, key=KEY),
+            lambda n: transforms.saddle_free_newton(num_matvecs=n),
+        ):
+            with pytest.raises(
+                ValueError, match="num_matvecs from 1 to the number of parameters, which is 2"
+            ):
+                make(num_matvecs).init(jnp.ones(2))
+
+    def test_options_outside_their_range(self):
+        for make in (
+            lambda: recruited(period=0),
+            lambda: transforms.track_saddles(period=0, key=KEY),
+            lambda: transforms.negative_eigenstep(period=0, key=KEY),
+            lambda: transforms.perturb(period=0, radius=0.1, key=KEY),
+        ):
+            with pytest.raises(ValueError, match="a period of 1 step or more, got 0"):
+                make()
+        for option in ({"radius": 0.0}, {"trials": 0}, {"sigma": -1.0}, {"budget": -1}):
+            with pytest.raises(ValueError, match=f"sprkd needs {next(iter(option))}"):
+                recruited(**option)
+        for options in ({}, {"radius": 0.1, "sigma": 0.1}):
+            with pytest.raises(ValueError, match="one of radius"):
+                transforms.perturb(period=1, key=KEY, **options)
+        for make in (
+            lambda: transforms.perturb(period=1, radius=0.1, key=KEY),
+            lambda: transforms.approach_region(jnp.ones(2)),
+        ):
+            tx = make()
+            with pytest.raises(
+                ValueError, match=r"needs the current parameters: call update\(updates, state, params\)"
+            ):
+                tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
