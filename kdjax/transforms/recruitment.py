@@ -73,11 +73,12 @@ def sprkd(
     * Descend and escape: the updates are those of the base, **bit for bit**. Only when it is time is :func:`escape`
       asked for better ones: every ``period`` updates counted from the first, after ``warmup``, not before ``cooldown``
       updates have passed since the last escape, and until ``budget`` escapes were made. Where it finds none, nothing
-      changes: on a convex loss this is the base optimiser.
+      changes: on a convex loss this is the base optimiser. (In one program with others, XLA may
+      round the same update in another way.)
 
     It wraps the base rather than follow it in a chain, and nothing that scales updates should follow it: what an escape
-    has compared are the losses after its own steps. To freeze a part of the parameters, mask the base. The base's
-    momentum is left as it is by an escape.
+    has compared are the losses after its own steps. It moves all parameters that it is given: let the loss close over
+    what is to be frozen. The base's momentum is left as it is by an escape.
 
     A look costs ``num_matvecs`` Hessian-vector products, one more with ``certify_fn``, and ``2 * trials + 2`` losses if
     there is negative curvature. It sits in ``lax.cond``, of which ``jax.vmap`` would compute both sides every time:

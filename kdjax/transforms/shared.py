@@ -73,6 +73,12 @@ def needed(what: str, params: Params | None, value_fn: ValueFn | None) -> tuple[
             f"{what} needs {missing}: call update(updates, state, params, value_fn=...), where value_fn(params) is "
             "the loss on the current batch, as kdjax.train.make_train_step does."
         )
+    whole = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(x, optax.MaskedNode) for x in whole):
+        raise ValueError(
+            f"{what} calls value_fn with its own parameters, and optax.masked hides some of them: let the loss close "
+            "over what is not to move."
+        )
     return params, value_fn
 
 
