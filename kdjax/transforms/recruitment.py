@@ -127,8 +127,9 @@ def sprkd(
       >>> tx = sprkd(optax.sgd(0.1), num_matvecs=2, period=10, key=jax.random.key(0))
       >>> params = jnp.array([1.0, 0.0])  # SGD goes from here to the saddle, and stays
       >>> state = tx.init(params)
+      >>> update = jax.jit(lambda p, state: tx.update(jax.grad(loss)(p), state, p, value_fn=loss))
       >>> for _ in range(60):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
+      ...     updates, state = update(params, state)
       ...     params = optax.apply_updates(params, updates)
       >>> round(float(loss(params)), 2)
       -1.0
