@@ -175,6 +175,51 @@ class TestEscapeKernel:
         assert not denied.accepted
         assert (denied.hvps, denied.evaluations) == (3, 0)
 
+    def test_a_second_batch_tells_noise_from_a_saddle(self):
+        data = jax.random.normal(jax.random.key(1), (128, 4)), jax.random.normal(jax.random.key(2), (128, 1))
+        shapes = {"in": (4, 3), "out": (3, 1)}
+        start = {n: 0.5 * jax.random.normal(jax.random.key(len(n)), shape) for n, shape in shapes.items()}
+
+        def loss(batch, params):
+            inputs, labels = batch
+            return jnp.mean((jnp.tanh(inputs @ params["in"]) @ params["out"] - labels) ** 2)
+
+        trained = path(optax.adam(0.03), functools.partial(loss, data), start, 1500)[1]
+
+        @jax.jit
+        def run(trained, keys):
+            def probe(key):
+                rows_key, key = jax.random.split(key)
+                rows = jax.random.choice(rows_key, 128, (2, 16), replace=False)
+                first, second = (jax.tree_util.Partial(loss, tuple(x[r] for x in data)) for r in rows)
+                nothing = jax.tree.map(jnp.zeros_like, trained)
+                options = {"num_matvecs": 8, "sigma": 0.0, "strength": 0.0}
+                return [
+                    transforms.escape(first, trained, nothing, key, certify_fn=c, **options).accepted
+                    for c in (None, second)
+                ]
+
+            return jax.lax.map(probe, keys)
+
+        careless, careful = run(trained, jax.random.split(KEY, 50))
+        assert jnp.mean(careless) > 0.5
+        assert jnp.mean(careful) < 0.1
+
+    def test_another_batch_compiles_nothing(self):
+        traces, counts = [], []
+
+        def loss(batch, params):
+            traces.append(1)
+            return strict_saddle(params) + jnp.mean(batch @ params)
+
+        for i in range(3):
+            batch = jax.random.normal(jax.random.key(i), (4, 2))
+            transforms.escape(
+                jax.tree_util.Partial(loss, batch), jnp.zeros(2), jnp.zeros(2), KEY, num_matvecs=2
+            )
+            counts.append(len(traces))
+        assert counts[0] == counts[-1]
+
     def test_spends_what_it_says(self, monkeypatch):
         products, losses = [], []
 
