@@ -8,7 +8,6 @@ import optax
 
 from kdjax.transforms.shared import (
     ValueFn,
-    as_partial,
     chosen,
     counter,
     finite_or_infinite,
@@ -69,7 +68,6 @@ def accept_if_better(
         proposed, inner_state = inner.update(updates, state.inner, params, value_fn=value_fn, **extra_args)
         pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(proposed), strict=True)
         changed = jnp.any(jnp.stack([jnp.any(a != b) for a, b in pairs]))
-        loss = as_partial(value_fn)
 
         def judge():
             def value(kind):
@@ -78,7 +76,7 @@ def accept_if_better(
                     updates,
                     proposed,
                 )
-                return mean_over(axis_name, loss(optax.apply_updates(params, candidate)))
+                return mean_over(axis_name, value_fn(optax.apply_updates(params, candidate)))
 
             values = finite_or_infinite(jax.lax.map(value, jnp.arange(3)))
             better = values[2] < jnp.minimum(values[0], values[1])

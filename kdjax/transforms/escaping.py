@@ -1,6 +1,5 @@
 """Leaving a saddle along negative curvature: one kernel, and the published steps one by one."""
 
-import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from kdjax.transforms.shared import (
     extent,
     finite_or_infinite,
     hessian_at,
+    is_traced,
     mean_over,
     moved,
     needed,
@@ -128,14 +128,14 @@ def escape(
         product = hessian_at(certify_fn, here, axis_name)(vector)
         strong, hvps = strong & (optax.tree.vdot(vector, product) < 0), hvps + 1
     grid = jnp.asarray(radius * length, jnp.float32) * 0.5 ** jnp.arange(trials, dtype=jnp.float32)
-    found, accepted, evaluations = _search(
+    search = _search if is_traced((here, strong)) else _compiled_search
+    found, accepted, evaluations = search(
         as_partial(value_fn), params, updates, noise, vector, grid, strong, axis_name
     )
     lowest, highest, residual = (x.astype(jnp.float32) for x in (lowest, highest, residual))
     return Escape(found, accepted, lowest, highest, residual, jnp.asarray(hvps, jnp.int32), evaluations)
 
 
-@functools.partial(jax.jit, static_argnums=7)
 def _search(value_fn, params, updates, noise, vector, grid, strong, axis_name):
     """The lowest of the candidates if it is below both standing still and the base's step."""
     steps = jnp.concatenate([jnp.zeros(2), grid, -grid])
@@ -160,6 +160,9 @@ def _search(value_fn, params, updates, noise, vector, grid, strong, axis_name):
 
     found, accepted, spent = jax.lax.cond(strong, search, lambda: (updates, jnp.asarray(False), 0))
     return found, accepted, jnp.asarray(spent, jnp.int32)
+
+
+_compiled_search = jax.jit(_search, static_argnums=7)
 
 
 class EigenstepState(NamedTuple):

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from kdjax import curvature
 from kdjax.curvature.krylov import check_num_matvecs
-from kdjax.curvature.vectors import check_arrays, size_of, widen
+from kdjax.curvature.vectors import check_arrays, is_known, size_of, structure_of, widen
 from kdjax.types import Params
 
 ValueFn = Callable[[Params], Array]
@@ -104,9 +104,27 @@ def mean_over(axis_name: str | None, tree: Any) -> Any:
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
+def is_traced(tree: Any) -> bool:
+    """Whether some numbers are not known yet, as inside a compiled function."""
+    return not all(map(is_known, jax.tree.leaves(tree)))
+
+
 def hessian_at(value_fn: ValueFn, params: Params, axis_name: str | None) -> curvature.Operator:
-    """The Hessian of the loss, averaged over devices behind the derivatives."""
-    return curvature.hessian(value_at, params, as_partial(value_fn), axis_name=axis_name)
+    """The Hessian of the loss at parameters in float32, averaged over devices behind the derivatives."""
+    if not is_traced(params):
+        return curvature.hessian(value_at, params, as_partial(value_fn), axis_name=axis_name)
+    # Inside a compiled function the loss may close over what is being traced, which the cache of another compiled
+    # function would keep alive.
+    with jax.default_matmul_precision("float32"):
+        _, tangent_map = jax.linearize(jax.grad(value_fn), params)
+    return curvature.Operator(_Averaged(axis_name), tangent_map, structure_of(params))
+
+
+class _Averaged(NamedTuple):
+    axis_name: str | None
+
+    def __call__(self, tangent_map, vector):
+        return mean_over(self.axis_name, tangent_map(vector))
 
 
 def moved(params: Params, updates: Params) -> Params:

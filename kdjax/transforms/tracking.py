@@ -13,7 +13,6 @@ from kdjax.curvature.vectors import size_of, widen
 from kdjax.saddles import SaddleScore, score_saddle
 from kdjax.transforms.shared import (
     Draws,
-    as_partial,
     check_moved,
     check_period,
     counter,
@@ -21,7 +20,6 @@ from kdjax.transforms.shared import (
     mean_over,
     needed,
     unmeasured,
-    value_at,
 )
 from kdjax.types import Params
 
@@ -93,9 +91,7 @@ def track_saddles(
 
 
 def _score(value_fn, params, start, num_matvecs, axis_name) -> SaddleScore:
-    value, slope = mean_over(
-        axis_name, jax.value_and_grad(lambda p: value_at(p, as_partial(value_fn)))(params)
-    )
+    value, slope = mean_over(axis_name, jax.value_and_grad(value_fn)(params))
     operator = hessian_at(value_fn, params, axis_name)
     found = curvature.lanczos(operator, start, num_matvecs=num_matvecs)
     values, vectors, reached = ritz(found.alphas, found.betas)
