@@ -151,7 +151,9 @@ def saddle_free_newton(
         values = jnp.where(there, values, values[0])
         # The gradient is its norm times the first Krylov vector.
         shares = jnp.where(there, norm * vectors[0] / (jnp.abs(values) + damping), 0)
-        step = -learning_rate * ((vectors @ shares) @ found.basis)
+        step = -learning_rate * jnp.matmul(
+            vectors @ shares, jnp.asarray(found.basis), precision=jax.lax.Precision.HIGHEST
+        )
         steps = cast_like(unflatten(updates, step), updates)
         ends = (jnp.min(values).astype(jnp.float32), jnp.max(values).astype(jnp.float32))
         return steps, SaddleFreeState(jnp.asarray(optax.safe_increment(state.count)), *ends)

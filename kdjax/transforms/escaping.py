@@ -21,6 +21,7 @@ from kdjax.transforms.shared import (
     extent,
     finite_or_infinite,
     hessian_at,
+    inner,
     is_traced,
     mean_over,
     moved,
@@ -126,7 +127,7 @@ def escape(
     hvps = num_matvecs
     if certify_fn is not None:
         product = hessian_at(certify_fn, here, axis_name)(vector)
-        strong, hvps = strong & (optax.tree.vdot(vector, product) < 0), hvps + 1
+        strong, hvps = strong & (inner(vector, product) < 0), hvps + 1
     grid = jnp.asarray(radius * length, jnp.float32) * 0.5 ** jnp.arange(trials, dtype=jnp.float32)
     search = _search if is_traced((here, strong)) else _compiled_search
     found, accepted, evaluations = search(
@@ -237,19 +238,21 @@ def negative_eigenstep(
             vector = jax.tree.map(lambda v: v[0], ends.bottom.vectors)
             value = ends.bottom.values[0]
             steps = jnp.abs(value) / 2 if length == "curvature" else jnp.minimum(cap, 1 / jnp.abs(value))
-            eta = jnp.where(optax.tree.vdot(slope, vector) > 0, -steps, steps)
+            eta = jnp.where(inner(slope, vector) > 0, -steps, steps)
             takes = ends.bottom.negative[0] & (optax.tree.norm(slope) <= max_gradient_norm)
             longer = jax.tree.map(lambda u, v: (u + eta * v).astype(u.dtype), updates, vector)
-            found = (value.astype(jnp.float32), ends.bottom.residuals[0].astype(jnp.float32))
+            residual = ends.bottom.residuals[0].astype(jnp.float32)
+            found = (value.astype(jnp.float32), residual)
             return chosen(takes, longer, updates), found, takes.astype(jnp.int32), jnp.ones((), jnp.int32)
 
         def pass_through():
             return updates, (state.lambda_min, state.residual), counter(), counter()
 
         due = state.count % period == 0
-        updates, found, taken, looked = jax.lax.cond(due, look, pass_through)
+        updates, (lowest, residual), taken, looked = jax.lax.cond(due, look, pass_through)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return updates, EigenstepState(count, state.key, *found, state.probes + looked, state.steps + taken)
+        probes, steps = state.probes + looked, state.steps + taken
+        return updates, EigenstepState(count, state.key, lowest, residual, probes, steps)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -303,10 +306,10 @@ def perturb(
 
         def disturb():
             noise = curvature.random_like(draws.draw(state.key, state.count), params)
-            if sigma is None:
+            if radius is not None:
                 noise = scaled(noise, radius * extent(params))
-            else:
-                noise = jax.tree.map(lambda x: sigma * x, noise)
+            elif sigma is not None:
+                noise = optax.tree.scale(sigma, noise)
             return cast_like(moved(updates, noise), updates)
 
         updates = jax.lax.cond(state.count % period == 0, disturb, lambda: updates)

@@ -1,6 +1,6 @@
 """SPRKD as one transformation: approach a region, descend from it, and escape along negative curvature."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array
 
 from kdjax.curvature.vectors import widen
-from kdjax.transforms.approaching import ApproachState, approach_region
+from kdjax.transforms.approaching import approach_region
 from kdjax.transforms.escaping import escape
 from kdjax.transforms.shared import (
     Draws,
@@ -30,7 +30,7 @@ class SprkdState(NamedTuple):
     count: jax.Array  # int32[], updates seen
     key: jax.Array  # uint32[...], raw
     base: optax.OptState
-    approach: ApproachState | None  # None without a region
+    approach: Any  # of approach_region; None without a region
     phase: jax.Array  # int32[], of the latest update: 0 approach, 1 descend and escape
     wait: jax.Array  # int32[], updates until the cooldown is over
     lambda_min: jax.Array  # float32[], when it last looked; NaN before
@@ -169,7 +169,7 @@ def sprkd(
         phase, approach_state = state.phase, state.approach
         if approaching is not None:
             steps, approach_state = approaching.update(steps, state.approach, params)
-            phase = approach_state.arrived.astype(jnp.int32)
+            phase = optax.tree.get(approach_state, "arrived").astype(jnp.int32)
             base_state = jax.lax.cond(phase == DESCEND, lambda: base_state, lambda: state.base)
 
         def look():

@@ -127,6 +127,11 @@ class _Averaged(NamedTuple):
         return mean_over(self.axis_name, tangent_map(vector))
 
 
+def inner(a: Params, b: Params) -> Float[Array, ""]:
+    """The sum of products of two trees, in float32 or wider."""
+    return jnp.asarray(optax.tree.vdot(widen(a), widen(b)))
+
+
 def moved(params: Params, updates: Params) -> Params:
     """Parameters plus updates, in float32 or wider."""
     return jax.tree.map(lambda p, u: p + u, widen(params), widen(updates))
