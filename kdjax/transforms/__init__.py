@@ -17,7 +17,8 @@ fixed, and its state records what one would want to plot or to evaluate.
 
 The train step of :mod:`kdjax.train` passes ``value``, ``grad`` and ``value_fn``. Keep batch statistics and the key of a
 dropout fixed inside ``value_fn``, else its curvature is that of something else. Where several devices hold parts of the
-batch, name their axis as ``axis_name``.
+batch, name their axis as ``axis_name``. ``optax.MultiSteps`` must go around all others: inside one of them it is given
+no ``value_fn``.
 """
 
 from kdjax.transforms.accepting import AcceptState as AcceptState

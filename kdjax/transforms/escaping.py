@@ -95,8 +95,9 @@ def escape(
       ``2 * trials + 2`` losses if 3. holds.
 
     Raises:
-      ValueError: if ``num_matvecs`` is not from 1 to the number of parameters, there are no trials, or parameters that
-        are not floating.
+      ValueError: if ``num_matvecs`` is not from 1 to the number of parameters, there are no trials, or parameters are
+        not floating; and, called from Python, if a product is not finite. Inside a compiled function the updates then
+        come back as they were.
 
     References:
       Dewan, SPRKD, arXiv 2607.23346, 2026. Perturbing first is Jin et al., `How to Escape Saddle Points Efficiently
@@ -200,7 +201,7 @@ def negative_eigenstep(
       length: rule of :math:`\eta`: "adaptive" is :math:`\min(cap, 1 / |\lambda|)`, "curvature" :math:`|\lambda| / 2`.
       cap: of "adaptive".
       max_gradient_norm: the gradient's norm above which nothing is done; infinity for always.
-      axis_name: of the mapped axis to average losses' derivatives over.
+      axis_name: of the mapped axis whose devices hold parts of the batch; derivatives are averaged over it.
 
     Returns:
       A transformation whose ``update`` needs ``params`` and ``value_fn``.
