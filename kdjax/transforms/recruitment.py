@@ -73,8 +73,8 @@ def sprkd(
     * Descend and escape: the updates are those of the base, **bit for bit**. Only when it is time is :func:`escape`
       asked for better ones: every ``period`` updates counted from the first, after ``warmup``, not before ``cooldown``
       updates have passed since the last escape, and until ``budget`` escapes were made. Where it finds none, nothing
-      changes: on a convex loss this is the base optimiser. (In one program with others, XLA may
-      round the same update in another way.)
+      changes: on a convex loss this is the base optimiser. (XLA may round the same update in another way in another
+      program, according to what it fuses it with.)
 
     It wraps the base rather than follow it in a chain, and nothing that scales updates should follow it: what an escape
     has compared are the losses after its own steps. It moves all parameters that it is given: let the loss close over

@@ -159,11 +159,6 @@ def chosen(condition: Array, new: Params, old: Params) -> Params:
     return jax.tree.map(functools.partial(jnp.where, condition), new, old)
 
 
-def added(old: Params, more: Params) -> Params:
-    """Updates plus something, in the dtypes of the updates; untouched where that is zero."""
-    return jax.tree.map(lambda u, x: (u + x).astype(u.dtype), old, more)
-
-
 def finite_or_infinite(values: Array) -> Array:
     """Losses as float32, infinite where they are not finite, so that no comparison prefers them."""
     values = values.astype(jnp.float32)
