@@ -17,8 +17,18 @@ fixed, and its state records what one would want to plot or to evaluate.
 
 The train step of :mod:`kdjax.train` passes ``value``, ``grad`` and ``value_fn``. Keep batch statistics and the key of a
 dropout fixed inside ``value_fn``, else its curvature is that of something else. Where several devices hold parts of the
-batch, name their axis as ``axis_name``. ``optax.MultiSteps`` must go around all others: inside one of them it is given
-no ``value_fn``.
+batch, name their axis as ``axis_name``. (Under ``jax.shard_map`` with its check of varying axes gradients arrive summed:
+take the mean inside the loss, and name no axis.)
+
+``optax.MultiSteps`` must go around all others, and be told to pass extra arguments on::
+
+    several = optax.MultiSteps(tx, every_k_schedule=4)
+    tx = optax.GradientTransformationExtraArgs(several.init, several.update)
+
+``optax.masked`` hides parameters from a loss that needs them all. To freeze some, hand only the others to ``init`` and
+``update``, and let the loss close over the frozen::
+
+    value_fn = lambda moving: loss({**frozen, **moving})
 """
 
 from kdjax.transforms.accepting import AcceptState as AcceptState

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from kdjax.curvature.vectors import widen
 from kdjax.transforms.shared import (
+    check_like,
     check_moved,
     check_positive,
     counter,
@@ -71,7 +72,7 @@ def approach_region(
 
     def init(params: Params) -> ApproachState:
         check_moved("approach_region", params)
-        _check_like(region, params)
+        check_like("approach_region", params, region=region)
         copied = jax.tree.map(lambda x: jnp.array(x, jnp.float32), region)
         return ApproachState(counter(), copied, unmeasured(), jnp.asarray(False))
 
@@ -92,19 +93,3 @@ def approach_region(
         return updates, ApproachState(count, state.region, distance, arrived)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_like(region: Params, params: Params) -> None:
-    wanted, got = jax.tree.structure(params), jax.tree.structure(region)
-    if wanted != got:
-        raise ValueError(
-            f"approach_region needs a region of the structure of the parameters, {wanted}, got {got}: make it with "
-            "kdjax.saddles.recruit."
-        )
-    pairs = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(region), strict=True)
-    for (path, param), leaf in pairs:
-        if jnp.shape(param) != jnp.shape(leaf):
-            raise ValueError(
-                f"approach_region needs region{jax.tree_util.keystr(path)} of shape {jnp.shape(param)} like the "
-                f"parameter, got {jnp.shape(leaf)}: make it with kdjax.saddles.recruit."
-            )

@@ -8,11 +8,13 @@ import optax
 from jaxtyping import Array
 
 from kdjax import curvature
+from kdjax.curvature.vectors import widen
 from kdjax.transforms.shared import (
     Draws,
     ValueFn,
     as_partial,
     cast_like,
+    check_like,
     check_moved,
     check_period,
     check_positive,
@@ -55,7 +57,8 @@ def escape(
     radius: Scalar = 0.3,
     sigma: Scalar = 0.01,
     trials: int = 6,
-    strength: Scalar = 0.3,
+    strength: Scalar = 0.1,
+    direction: Params | None = None,
     certify_fn: ValueFn | None = None,
     axis_name: str | None = None,
 ) -> Escape:
@@ -64,7 +67,8 @@ def escape(
     1. Perturb: :math:`x = \theta + \sigma c \, \xi / \lVert \xi \rVert`, with Gaussian :math:`\xi` and c the norm of
        the parameters, or 1 if that is less. At a monkey saddle, or at zero in a deep linear network, the Hessian is
        zero, and only beside it there is a direction to be seen.
-    2. Find the extreme eigenpairs of the Hessian at x by Lanczos' method.
+    2. Find the extreme eigenpairs of the Hessian at x by Lanczos' method, started at random, or at random plus a
+       direction twice as long. A wrong direction costs products, and cannot hide what a random start sees.
     3. Go on if :math:`\lambda_{min}` is negative with its residual, :math:`-\lambda_{min} > s \, \lambda_{max}`, and
        the curvature along its vector v is negative on the second batch too, where there is one.
     4. Compare the losses at :math:`x \pm r v`, :math:`r = c \cdot radius \cdot 2^{-j}` for j below ``trials``. Both
@@ -87,6 +91,7 @@ def escape(
       sigma: length of the perturbation, as a share of c; 0 for none.
       trials: lengths to try, each half the one before.
       strength: s, the share of :math:`\lambda_{max}` that counts as negative curvature.
+      direction: where to expect negative curvature, like the parameters, of any length; such as a teacher's.
       certify_fn: the loss on other data. On a minibatch most directions of small negative curvature are noise.
       axis_name: of the mapped axis whose devices hold parts of the batch; losses and products are averaged over it.
 
@@ -95,9 +100,9 @@ def escape(
       ``2 * trials + 2`` losses if 3. holds.
 
     Raises:
-      ValueError: if ``num_matvecs`` is not from 1 to the number of parameters, there are no trials, or parameters are
-        not floating; and, called from Python, if a product is not finite. Inside a compiled function the updates then
-        come back as they were.
+      ValueError: if ``num_matvecs`` is not from 1 to the number of parameters, there are no trials, the direction is
+        not like the parameters, or these are not floating; and, called from Python, if a product is not finite.
+        Inside a compiled function the updates then come back as they were.
 
     References:
       Dewan, SPRKD, arXiv 2607.23346, 2026. Perturbing first is Jin et al., `How to Escape Saddle Points Efficiently
@@ -113,13 +118,15 @@ def escape(
     check_moved("escape", params, num_matvecs)
     check_positive("escape", radius=radius, trials=trials)
     check_positive("escape", zero=True, sigma=sigma, strength=strength)
+    if direction is not None:
+        check_like("escape", params, direction=direction)
     noise_key, start_key = jax.random.split(key)
     length = extent(params)
     noise = scaled(curvature.random_like(noise_key, params), sigma * length)
     here = moved(params, noise)
     ends = curvature.extreme_eigenpairs(
         hessian_at(value_fn, here, axis_name),
-        curvature.random_like(start_key, params),
+        _start(start_key, params, direction),
         num_matvecs=num_matvecs,
     )
     vector = jax.tree.map(lambda v: v[0], ends.bottom.vectors)
@@ -136,6 +143,14 @@ def escape(
     )
     lowest, highest, residual = (x.astype(jnp.float32) for x in (lowest, highest, residual))
     return Escape(found, accepted, lowest, highest, residual, jnp.asarray(hvps, jnp.int32), evaluations)
+
+
+def _start(key, params, direction):
+    """Random, and twice as long along a direction: no more, so that every eigenvector keeps a part."""
+    start = curvature.random_like(key, params)
+    if direction is None:
+        return start
+    return jax.tree.map(jnp.add, scaled(start, 1), scaled(widen(direction), 2))
 
 
 def _search(value_fn, params, updates, noise, vector, grid, strong, axis_name):

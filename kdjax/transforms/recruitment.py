@@ -12,6 +12,7 @@ from kdjax.transforms.approaching import approach_region
 from kdjax.transforms.escaping import escape
 from kdjax.transforms.shared import (
     Draws,
+    check_like,
     check_moved,
     check_period,
     check_positive,
@@ -31,6 +32,7 @@ class SprkdState(NamedTuple):
     key: jax.Array  # uint32[...], raw
     base: optax.OptState
     approach: Any  # of approach_region; None without a region
+    direction: Any  # float32, like the parameters; None without one
     phase: jax.Array  # int32[], of the latest update: 0 approach, 1 descend and escape
     wait: jax.Array  # int32[], updates until the cooldown is over
     lambda_min: jax.Array  # float32[], when it last looked; NaN before
@@ -51,12 +53,13 @@ def sprkd(
     radius: Scalar = 0.3,
     sigma: Scalar = 0.01,
     trials: int = 6,
-    strength: Scalar = 0.3,
+    strength: Scalar = 0.1,
     max_gradient_norm: Scalar = float("inf"),
     budget: int | Array = 20,
     cooldown: int | Array = 20,
     warmup: int | Array = 0,
     certify: bool = True,
+    direction: Params | None = None,
     region: Params | None = None,
     form: Literal["smooth", "published"] = "smooth",
     half_life: Scalar = 10.0,
@@ -103,6 +106,7 @@ def sprkd(
       cooldown: updates after an escape without a look; 20 as published.
       warmup: updates before the first look.
       certify: False ignores ``certify_fn``.
+      direction: where to expect negative curvature, like the parameters; see :func:`escape`.
       region: what to approach first, like the parameters; see :func:`approach_region`, likewise the next four.
       form: of the approach.
       half_life: of the approach.
@@ -115,8 +119,8 @@ def sprkd(
       A transformation whose ``update`` needs ``params`` and ``value_fn``.
 
     Raises:
-      ValueError: if an option is out of its range, ``num_matvecs`` not from 1 to the number of parameters, the region
-        not like the parameters, parameters are not floating, or ``update`` lacks what it needs.
+      ValueError: if an option is out of its range, ``num_matvecs`` not from 1 to the number of parameters, region or
+        direction not like the parameters, parameters are not floating, or ``update`` lacks what it needs.
 
     References:
       Dewan, SPRKD, arXiv 2607.23346, 2026. As published, an escape is ``accept_if_better`` around
@@ -149,11 +153,14 @@ def sprkd(
 
     def init(params: Params) -> SprkdState:
         check_moved("sprkd", params, num_matvecs)
+        if direction is not None:
+            check_like("sprkd", params, direction=direction)
         return SprkdState(
             counter(),
             draws.init(),
             base.init(params),
             None if approaching is None else approaching.init(params),
+            jax.tree.map(lambda x: jnp.array(x, jnp.float32), direction),
             jnp.asarray(DESCEND if approaching is None else APPROACH, jnp.int32),
             counter(),
             *(unmeasured() for _ in range(3)),
@@ -183,6 +190,7 @@ def sprkd(
                 sigma=sigma,
                 trials=trials,
                 strength=strength,
+                direction=state.direction,
                 certify_fn=certify_fn if certify else None,
                 axis_name=axis_name,
             )
@@ -210,6 +218,7 @@ def sprkd(
             state.key,
             base_state,
             approach_state,
+            state.direction,
             phase,
             wait,
             *seen,

@@ -65,6 +65,24 @@ def check_moved(what: str, params: Params, num_matvecs: int | None = None) -> No
         check_num_matvecs(what, num_matvecs, size_of(params))
 
 
+def check_like(what: str, params: Params, **trees: Params) -> None:
+    """Raises a ValueError unless trees, named as arguments, have the structure and shapes of the parameters."""
+    for name, tree in trees.items():
+        wanted, got = jax.tree.structure(params), jax.tree.structure(tree)
+        if wanted != got:
+            raise ValueError(
+                f"{what} needs a {name} of the structure of the parameters, {wanted}, got {got}: make it with "
+                "kdjax.saddles.recruit."
+            )
+        pairs = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(tree), strict=True)
+        for (path, param), leaf in pairs:
+            if jnp.shape(param) != jnp.shape(leaf):
+                raise ValueError(
+                    f"{what} needs {name}{jax.tree_util.keystr(path)} of shape {jnp.shape(param)} like the "
+                    f"parameter, got {jnp.shape(leaf)}: make it with kdjax.saddles.recruit."
+                )
+
+
 def needed(what: str, params: Params | None, value_fn: ValueFn | None) -> tuple[Params, ValueFn]:
     """Both, or a ValueError that tells how to hand them over."""
     if params is None or value_fn is None:
