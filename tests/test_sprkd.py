@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
-from kdjax import curvature, saddles, transforms
+from kdjax import curvature, saddles, train, transforms
 
 KEY = jax.random.key(0)
 
@@ -33,6 +34,13 @@ def deep_linear(weights):
 
 def chained_wells(p):
     return jnp.sum(p**4 / 4 - p**2 / 2) + 0.05 * jnp.sum(jnp.diff(p) ** 2)  # minima of -5/4
+
+
+def octopus(p):
+    """A chain of saddles after Du et al., 2017: each variable is drawn to zero until the one before it has left."""
+    share = jnp.clip((p[:-1] ** 2 - 0.25) / 0.5, 0, 1)
+    free = jnp.concatenate([jnp.ones(1), share**2 * (3 - 2 * share)])
+    return jnp.sum(free * (p**4 / 4 - p**2 / 2) + (1 - free) * 2 * p**2)  # minima of -d/4
 
 
 def path(tx, loss, params, steps, **extra_args):
@@ -88,8 +96,10 @@ class TestEscapes:
         stuck, _, _ = path(optax.sgd(0.1), strict_saddle, start, 400)
         escaped, _, state = path(recruited(), strict_saddle, start, 60)
         disturbed, _, _ = path(transforms.perturbed_gradient_descent(0.1, key=KEY), strict_saddle, start, 400)
+        noise = optax.add_noise(1e-4, 0.55, KEY)  # of .01, as long as the perturbation
+        noisy, _, _ = path(optax.chain(noise, optax.sgd(0.1)), strict_saddle, start, 400)
         assert reached(stuck, -1e-3) == np.inf
-        assert reached(escaped, -0.99) <= 40
+        assert reached(escaped, -0.99) < reached(noisy, -0.99) < 400
         assert reached(escaped, -0.99) < reached(disturbed, -0.99) < 400
         assert state.events >= 1
 
@@ -110,6 +120,18 @@ class TestEscapes:
             jnp.all(g == 0) for g in jax.grad(deep_linear)(start)
         )  # where any first-order method stays
         assert reached(losses, 0.05 * losses[0]) < steps
+
+    def test_octopus_at_an_equal_budget_of_gradients(self):
+        start = jnp.full(5, 0.1)
+        stuck, _, _ = path(optax.sgd(0.1), octopus, start, 2000)
+        disturbed, _, _ = path(transforms.perturbed_gradient_descent(0.1, key=KEY), octopus, start, 2000)
+        escaped, _, state = path(recruited(num_matvecs=5), octopus, start, 100)
+        # A product and a linearisation count as 1.5 gradients, a loss as one: more than they take.
+        spent = 100 + 1.5 * (state.hvps + state.probes) + state.evaluations
+        assert reached(stuck, -0.99 * 5 / 4) == np.inf
+        assert np.min(stuck) > -0.8  # at most three of five have left
+        assert reached(escaped, -0.99 * 5 / 4) < 100
+        assert spent < reached(disturbed, -0.99 * 5 / 4) < np.inf
 
     def test_chained_saddles(self):
         losses, _, _ = path(recruited(num_matvecs=5, radius=1.0), chained_wells, jnp.zeros(5), 100)
@@ -172,6 +194,10 @@ class TestEscapeKernel:
         found = compiled(lambda p: at_the_saddle(lambda p: jnp.nan * jnp.sum(p**2), p))(jnp.zeros(2))
         assert not found.accepted
         np.testing.assert_array_equal(found.updates, jnp.full(2, 1e-3))
+
+    def test_called_from_python_it_names_a_product_that_is_not_finite(self):
+        with pytest.raises(ValueError, match="finite"):
+            at_the_saddle(lambda p: jnp.nan * jnp.sum(p**2))
 
     def test_a_second_batch_must_agree(self):
         confirmed = at_the_saddle(certify_fn=strict_saddle)
@@ -285,6 +311,38 @@ class TestEscapeKernel:
         assert (after < np.minimum(before, base))[accepted].all()
         assert same[~accepted].all()
 
+    def test_a_direction_changes_how_much_is_seen_and_not_what_is_true(self):
+        rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 40)))[0]
+        values = np.concatenate([[-1.0], np.linspace(0.1, 2.0, 39)])
+        matrix = jnp.asarray(rotation @ np.diag(values) @ rotation.T, jnp.float32)
+        lowest, highest = jnp.asarray(rotation[:, 0], jnp.float32), jnp.asarray(rotation[:, -1], jnp.float32)
+
+        def loss(p):
+            return 0.5 * p @ matrix @ p
+
+        def accepted(direction, num_matvecs):
+            def probe(key):
+                found = transforms.escape(
+                    loss,
+                    jnp.zeros(40),
+                    jnp.zeros(40),
+                    key,
+                    num_matvecs=num_matvecs,
+                    sigma=0.0,
+                    direction=direction,
+                )
+                return found.accepted, found.updates
+
+            took, steps = compiled(lambda keys: jax.lax.map(probe, keys))(jax.random.split(KEY, 20))
+            curvatures = np.einsum("ni,ij,nj->n", steps, matrix, steps)
+            assert (curvatures[took] < 0).all()
+            return int(took.sum())
+
+        right, wrong = accepted(-3 * lowest, 4), accepted(highest, 4)
+        assert right == 20
+        assert wrong < 20
+        assert accepted(highest, 12) == accepted(jnp.zeros(40), 12) == 20
+
     def test_devices_with_parts_of_a_batch_decide_alike(self):
         data = jax.random.normal(jax.random.key(3), (8, 2))
         params, updates = jnp.array([0.3, 0.1]), jnp.array([1e-3, 2e-3])
@@ -305,6 +363,25 @@ class TestEscapeKernel:
                 parts,
                 whole,
             )
+
+        def checked(batch):  # where the check of varying axes sums gradients, the mean belongs into the loss
+            def here(p):
+                return jax.lax.pmean(loss(batch, p), "batch")
+
+            return transforms.escape(here, params, updates, KEY, num_matvecs=2)
+
+        for count in (1, 2):
+            mesh, spec = jax.sharding.Mesh(jax.devices()[:count], ("batch",)), jax.P("batch")
+            named = functools.partial(run, axis_name="batch")
+            for body, check in ((named, False), (checked, True)):
+                mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=jax.P(), check_vma=check)
+                jax.tree.map(
+                    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+                    compiled(mapped)(data),
+                    whole,
+                )
+        sharded = compiled(run)(jax.device_put(data, jax.sharding.NamedSharding(mesh, spec)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), sharded, whole)
 
 
 class TestSprkd:
@@ -384,10 +461,109 @@ class TestSprkd:
         assert state.events >= 1
         assert strict_saddle(params) < -0.5
 
-    def test_bfloat16_parameters_stay_so(self):
-        losses, params, _ = path(recruited(), strict_saddle, jnp.array([1.0, 0.0], jnp.bfloat16), 60)
-        assert params.dtype == jnp.bfloat16
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    def test_short_parameters_stay_so(self, dtype):
+        losses, params, _ = path(recruited(), strict_saddle, jnp.array([1.0, 0.0], dtype), 60)
+        assert params.dtype == dtype
         assert reached(losses, -0.97) < 60
+
+    def test_a_direction_is_kept_in_the_state(self):
+        start, direction = jnp.array([1.0, 0.0]), jnp.array([0.0, 5.0])
+        losses, _, state = path(
+            recruited(direction=direction, num_matvecs=1, sigma=0.0), strict_saddle, start, 60
+        )
+        assert reached(losses, -0.99) < 60
+        np.testing.assert_array_equal(state.direction, direction)
+
+    def test_frozen_parameters_are_closed_over(self):
+        frozen, moving = {"x": jnp.array(0.5)}, {"y": jnp.array(0.0)}
+
+        def loss(moving):
+            both = {**frozen, **moving}
+            return strict_saddle((both["x"], both["y"]))
+
+        losses, final, state = path(recruited(num_matvecs=1), loss, moving, 30)
+        assert state.events >= 1
+        assert set(final) == {"y"}
+        assert reached(losses, 0.25 - 0.99) < 30
+
+    def test_the_base_receives_what_it_asks_for(self):
+        # L-BFGS searches along a line, with value, grad and value_fn.
+        loss, start = chained_wells, jnp.full(5, 0.3)
+        plain, _, _ = path(optax.lbfgs(), loss, start, 5)
+        same, _, _ = path(recruited(optax.lbfgs(), num_matvecs=2, warmup=30), loss, start, 5)
+        np.testing.assert_allclose(same, plain, rtol=1e-6)
+
+    def test_many_small_steps_around_it(self):
+        several = optax.MultiSteps(recruited(), 2)
+        tx = optax.GradientTransformationExtraArgs(several.init, several.update)
+        losses, _, state = path(tx, strict_saddle, jnp.array([1.0, 0.0]), 120)
+        inside = state.inner_opt_state
+        assert reached(losses, -0.99) < 120
+        assert (inside.count, inside.probes) == (60, 6)
+
+
+class TestBatchNorm:
+    """A network whose loss on a batch also makes new statistics of it."""
+
+    norm = nn.BatchNorm(use_running_average=False, momentum=0.5)
+
+    def start(self):
+        inputs = jax.random.normal(jax.random.key(1), (16, 3))
+        variables = self.norm.init(KEY, inputs)
+        params = {"norm": variables["params"], "out": jax.random.normal(jax.random.key(2), (3,))}
+        return params, variables["batch_stats"], {"image": inputs, "label": jnp.sin(3 * inputs[:, 0])}
+
+    def apply(self, params, model_state, inputs, *, train, key=None):
+        variables = {"params": params["norm"], "batch_stats": model_state}
+        if train:
+            hidden, changed = self.norm.apply(variables, inputs, mutable=["batch_stats"])
+            model_state = changed["batch_stats"]
+        else:
+            hidden = self.norm.clone(use_running_average=True).apply(variables, inputs)
+        return jnp.tanh(hidden) @ params["out"], model_state
+
+    @staticmethod
+    def objective(outputs, batch):
+        return {"loss": jnp.mean((outputs - batch["label"]) ** 2)}
+
+    def test_statistics_are_those_of_the_step_whatever_was_looked_at(self):
+        params, stats, batch = self.start()
+        finals = []
+        # So strong that nothing is: looks at every step, and takes nothing.
+        for tx in (optax.sgd(0.1), recruited(num_matvecs=4, period=1, strength=1e6)):
+            step = jax.jit(train.make_train_step(self.apply, self.objective, tx))
+            state = train.init_state(params, stats, tx, seed=0)
+            for _ in range(3):
+                state, _ = step(state, batch)
+            finals.append(state)
+        plain, looked = finals
+        assert (looked.opt_state.probes, looked.opt_state.events) == (3, 0)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+            (plain.params, plain.model_state),
+            (looked.params, looked.model_state),
+        )
+        assert any(
+            np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (stats, looked.model_state)), strict=True)
+        )
+
+    def test_frozen_statistics_make_the_curvature_a_mean_over_examples(self):
+        params, stats, batch = self.start()
+        loss = curvature.evaluation_loss(self.apply, self.objective)
+
+        def lowest(batch):
+            value_fn = jax.tree_util.Partial(lambda s, b, p: loss(p, b, s), stats, batch)
+            found = transforms.escape(
+                value_fn, params, jax.tree.map(jnp.zeros_like, params), KEY, num_matvecs=9, sigma=0.0
+            )
+            return found.lambda_min, curvature.dense_hessian(lambda p: value_fn(p), params)
+
+        halves = [jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(8), slice(8, None))]
+        value, whole = lowest(batch)
+        mean = sum(lowest(half)[1] for half in halves) / 2
+        np.testing.assert_allclose(whole, mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(value, np.linalg.eigvalsh(np.asarray(mean, np.float64))[0], atol=1e-4)
 
 
 class TestApproachRegion:
@@ -424,6 +600,10 @@ class TestApproachRegion:
             transforms.approach_region({"w": jnp.ones(3)}).init({"w": jnp.ones(2)})
         with pytest.raises(ValueError, match="structure of the parameters"):
             recruited(region={"w": jnp.ones(2)}).init(jnp.ones(2))
+        with pytest.raises(ValueError, match="sprkd needs a direction of the structure of the parameters"):
+            recruited(direction={"w": jnp.ones(2)}).init(jnp.ones(2))
+        with pytest.raises(ValueError, match=r"escape needs direction of shape \(2,\)"):
+            at_the_saddle(direction=jnp.ones(3))
 
 
 class TestParts:
