@@ -281,6 +281,22 @@ class TestWorkdir:
         assert code == 0, errors
 
 
+def test_escape_smoke_leaves_the_saddle(tmp_path):
+    code, _, errors = run("experiments.benchmarks.escape", "--smoke", f"--output={tmp_path / 'escape.json'}")
+    assert code == 0, errors
+    found = results.read(tmp_path / "escape.json")["arms"]
+    assert found["SGD"]["strict_saddle_reached"] == [0, 0]
+    assert "strict_saddle_steps" not in found["SGD"]
+    ours = found["sprkd(SGD)"]
+    assert ours["strict_saddle_reached"] == [1, 1]
+    assert ours["least_squares_steps"] == found["SGD"]["least_squares_steps"]
+    assert ours["least_squares_escapes"] == [0, 0]
+    # Every tenth step four products, and what is linearised before them.
+    looks = [1 + (steps - 1) // 10 for steps in ours["least_squares_steps"]]
+    spent = [s + 1.5 * 5 * k for s, k in zip(ours["least_squares_steps"], looks, strict=True)]
+    np.testing.assert_allclose(ours["least_squares_gradients"], spent)
+
+
 def test_quickstart_smoke_in_a_relative_path_with_spaces(tmp_path):
     code, output, errors = run("experiments.quickstart", "--smoke", "--workdir=a run", cwd=tmp_path)
     assert code == 0, errors

@@ -17,8 +17,8 @@ fixed, and its state records what one would want to plot or to evaluate.
 
 The train step of :mod:`kdjax.train` passes ``value``, ``grad`` and ``value_fn``. Keep batch statistics and the key of a
 dropout fixed inside ``value_fn``, else its curvature is that of something else. Where several devices hold parts of the
-batch, name their axis as ``axis_name``. (Under ``jax.shard_map`` with its check of varying axes gradients arrive summed:
-take the mean inside the loss, and name no axis.)
+batch, name their axis as ``axis_name``. (Where ``jax.shard_map`` checks varying axes, gradients arrive summed: take the
+mean inside the loss, and name no axis.)
 
 ``optax.MultiSteps`` must go around all others, and be told to pass extra arguments on::
 
