@@ -104,9 +104,10 @@ def convex(kind: str) -> tuple[Callable[[Params], jax.Array], float]:
             return jnp.mean(jax.nn.softplus(-labels * outputs))
         return jnp.mean((outputs - labels) ** 2)
 
+    newton = jax.jit(lambda p: p - jnp.linalg.solve(jax.hessian(loss)(p), jax.grad(loss)(p)))
     best = jnp.zeros(4)
     for _ in range(20):
-        best = best - jnp.linalg.solve(jax.hessian(loss)(best), jax.grad(loss)(best))
+        best = newton(best)
     return loss, float(0.99 * loss(best) + 0.01 * loss(jnp.ones(4)))
 
 
