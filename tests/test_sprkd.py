@@ -320,23 +320,20 @@ class TestEscapeKernel:
         def loss(p):
             return 0.5 * p @ matrix @ p
 
-        def accepted(direction, num_matvecs):
-            def probe(key):
-                found = transforms.escape(
-                    loss,
-                    jnp.zeros(40),
-                    jnp.zeros(40),
-                    key,
-                    num_matvecs=num_matvecs,
-                    sigma=0.0,
-                    direction=direction,
-                )
-                return found.accepted, found.updates
+        @functools.partial(compiled, static_argnums=1)
+        def probes(direction, num_matvecs):
+            options = {"num_matvecs": num_matvecs, "sigma": 0.0, "direction": direction}
 
-            took, steps = compiled(lambda keys: jax.lax.map(probe, keys))(jax.random.split(KEY, 20))
-            curvatures = np.einsum("ni,ij,nj->n", steps, matrix, steps)
-            assert (curvatures[took] < 0).all()
-            return int(took.sum())
+            def probe(key):
+                return transforms.escape(loss, jnp.zeros(40), jnp.zeros(40), key, **options)
+
+            return jax.lax.map(probe, jax.random.split(KEY, 20))
+
+        def accepted(direction, num_matvecs):
+            found = probes(direction, num_matvecs)
+            curvatures = np.einsum("ni,ij,nj->n", found.updates, matrix, found.updates)
+            assert (curvatures[found.accepted] < 0).all()
+            return int(found.accepted.sum())
 
         right, wrong = accepted(-3 * lowest, 4), accepted(highest, 4)
         assert right == 20
@@ -556,18 +553,19 @@ class TestBatchNorm:
         params, stats, batch = self.start()
         loss = curvature.evaluation_loss(self.apply, self.objective)
 
-        def lowest(batch):
-            value_fn = jax.tree_util.Partial(lambda s, b, p: loss(p, b, s), stats, batch)
-            found = transforms.escape(
-                value_fn, params, jax.tree.map(jnp.zeros_like, params), KEY, num_matvecs=9, sigma=0.0
-            )
-            return found.lambda_min, curvature.dense_hessian(lambda p: value_fn(p), params)
+        def dense(batch):
+            return np.asarray(curvature.dense_hessian(loss, params, batch, stats), np.float64)
 
         halves = [jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(8), slice(8, None))]
-        value, whole = lowest(batch)
-        mean = sum(lowest(half)[1] for half in halves) / 2
-        np.testing.assert_allclose(whole, mean, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(value, np.linalg.eigvalsh(np.asarray(mean, np.float64))[0], atol=1e-4)
+        mean = sum(map(dense, halves)) / 2
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        found = compiled(
+            lambda params: transforms.escape(
+                lambda p: loss(p, batch, stats), params, nothing, KEY, num_matvecs=9, sigma=0.0
+            )
+        )(params)
+        np.testing.assert_allclose(dense(batch), mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.lambda_min, np.linalg.eigvalsh(mean)[0], atol=1e-4)
 
 
 class TestApproachRegion:
