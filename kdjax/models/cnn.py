@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kdjax.models import narrow
 from kdjax.models.layers import Conv, max_pool
 from kdjax.types import Outputs
 
@@ -71,15 +72,23 @@ class MalariaCnn(nn.Module):
     def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
         """Scores images; training draws dropout from the stream "dropout"."""
         features = {}
-        features["stage1"] = x = nn.relu(Conv(self.widths[0], 3, padding="VALID", dtype=self.dtype)(x))
-        x = nn.relu(Conv(self.widths[1], 3, padding="VALID", dtype=self.dtype)(x))
-        features["stage2"] = x = max_pool(x, 2, strides=2)
+        x = _turned(x)  # two to eight channels: see kdjax.models.narrow
+        x = nn.relu(narrow.Conv(self.widths[0], 3, dtype=self.dtype)(x))
+        features["stage1"] = _turned(x)
+        x = nn.relu(narrow.Conv(self.widths[1], 3, dtype=self.dtype)(x))
+        x = narrow.max_pool(x, 2)
+        features["stage2"] = _turned(x)
         x = nn.Dropout(self.dropout[0], deterministic=not train)(x)
-        x = x.reshape(x.shape[0], -1)
+        x = jnp.transpose(x, (1, 2, 0, 3)).reshape(-1, x.shape[-1]).T
         features["embedding"] = x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype)(x))
         x = nn.Dropout(self.dropout[1], deterministic=not train)(x)
         logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
         return Outputs(logits.astype(jnp.float32), features)
+
+
+def _turned(x: Array) -> Array:
+    """``NHWC`` as ``CHWN``, and back."""
+    return jnp.transpose(x, (3, 1, 2, 0))
 
 
 class DigitsCnn(nn.Module):

@@ -290,7 +290,7 @@ def _patches(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
     return patches.reshape(-1, patches.shape[-1])
 
 
-def _by_platform(
+def by_platform(
     *arrays: Array, cpu: Callable[..., Array], default: Callable[..., Array], **static: Any
 ) -> Array:
     """The one choice of this module, made when the program is compiled for a platform."""
@@ -360,7 +360,7 @@ def _cpu_conv_dw(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) 
 
 
 def _conv_here(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
-    return _by_platform(x, kernel, cpu=_cpu_conv, default=_native_conv, strides=strides, pads=pads)
+    return by_platform(x, kernel, cpu=_cpu_conv, default=_native_conv, strides=strides, pads=pads)
 
 
 def _conv_forward(x, kernel, strides, pads):
@@ -369,10 +369,10 @@ def _conv_forward(x, kernel, strides, pads):
 
 def _conv_backward(strides, pads, saved, dy):
     static = {"strides": strides, "pads": pads}
-    dx, dw = _native_gradients(functools.partial(_native_conv, **static))
+    dx, dw = native_gradients(functools.partial(_native_conv, **static))
     return (
-        _by_platform(*saved, dy, cpu=functools.partial(_cpu_conv_dx, **static), default=dx),
-        _by_platform(*saved, dy, cpu=functools.partial(_cpu_conv_dw, **static), default=dw),
+        by_platform(*saved, dy, cpu=functools.partial(_cpu_conv_dx, **static), default=dx),
+        by_platform(*saved, dy, cpu=functools.partial(_cpu_conv_dw, **static), default=dw),
     )
 
 
@@ -381,7 +381,7 @@ _conv = jax.custom_vjp(_conv_here, nondiff_argnums=(2, 3))
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def _native_gradients(function: Callable[[Array, Array], Array]) -> tuple[Callable[..., Array], ...]:
+def native_gradients(function: Callable[[Array, Array], Array]) -> tuple[Callable[..., Array], ...]:
     """XLA's own gradients of a bilinear function, with respect to its first and to its second argument."""
 
     def dx(x, kernel, dy):
@@ -428,7 +428,7 @@ def _native_depthwise(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Arr
 
 
 def _depthwise_here(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
-    return _by_platform(x, kernel, cpu=_cpu_depthwise, default=_native_depthwise, strides=strides, pads=pads)
+    return by_platform(x, kernel, cpu=_cpu_depthwise, default=_native_depthwise, strides=strides, pads=pads)
 
 
 def _depthwise_forward(x, kernel, strides, pads):
@@ -437,10 +437,10 @@ def _depthwise_forward(x, kernel, strides, pads):
 
 def _depthwise_backward(strides, pads, saved, dy):
     static = {"strides": strides, "pads": pads}
-    dx, dw = _native_gradients(functools.partial(_native_depthwise, **static))
+    dx, dw = native_gradients(functools.partial(_native_depthwise, **static))
     return (
-        _by_platform(*saved, dy, cpu=functools.partial(_cpu_depthwise_dx, **static), default=dx),
-        _by_platform(*saved, dy, cpu=functools.partial(_cpu_depthwise_dw, **static), default=dw),
+        by_platform(*saved, dy, cpu=functools.partial(_cpu_depthwise_dx, **static), default=dx),
+        by_platform(*saved, dy, cpu=functools.partial(_cpu_depthwise_dw, **static), default=dw),
     )
 
 
@@ -475,7 +475,7 @@ def _cpu_max_pool_tangent(x: Array, y: Array, dx: Array, window: Pair, strides: 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
-    return _by_platform(
+    return by_platform(
         x, cpu=_cpu_max_pool, default=_native_max_pool, window=window, strides=strides, pads=pads
     )
 
@@ -490,4 +490,4 @@ def _max_pool_jvp(window, strides, pads, primals, tangents):
         del y
         return jax.jvp(functools.partial(_native_max_pool, **static), (x,), (dx,))[1]
 
-    return y, _by_platform(x, y, dx, cpu=functools.partial(_cpu_max_pool_tangent, **static), default=native)
+    return y, by_platform(x, y, dx, cpu=functools.partial(_cpu_max_pool_tangent, **static), default=native)
