@@ -58,6 +58,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     companions: ApplyFn | None = None,
+    record: Callable[[Any, Any], Mapping[str, Array]] = lambda before, after: {},
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds ``(state, batch) -> (state, metrics)``; jit or pmap it yourself.
@@ -66,10 +67,12 @@ def make_train_step(
       apply_fn: the student.
       objective: the terms of the loss from the student's outputs and the batch. ``batch["step"]``, which is added
         here, counts the steps done, for weights that follow a schedule.
-      tx: updates the parameters; receives optax's extra arguments ``value``, ``grad`` and ``value_fn``.
+      tx: updates the parameters; receives optax's extra arguments ``value``, ``grad`` and ``value_fn``, and
+        ``certify_fn``, the loss on ``batch["second"]``, where there is such a batch.
       companions: further terms, that have parameters or a state of their own (:mod:`kdjax.models.companions`): called
         with ``(outputs, batch)`` as inputs, it returns terms in place of outputs. The state's ``params`` and
         ``model_state`` are then ``{"student": ..., "companions": ...}``; :func:`student_of` takes the student out.
+      record: further metrics, from the optimizer's state before and after the step.
       axis_name: of the mapped axis whose devices hold parts of the batch; gradients, metrics and statistics are
         averaged over it.
 
@@ -82,9 +85,10 @@ def make_train_step(
         key = _step_key(state, _NETWORK)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        batch = {**batch, "step": state.step}
+        second: Any = batch.get("second")
+        batch = {name: value for name, value in batch.items() if name != "second"} | {"step": state.step}
 
-        def loss(params):
+        def loss(params, batch=batch):
             if companions is None:
                 outputs, model_state = apply_fn(
                     params, state.model_state, batch["image"], train=True, key=key
@@ -108,16 +112,13 @@ def make_train_step(
         (value, (terms, model_state)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         if axis_name is not None:
             grads, value, terms, model_state = jax.lax.pmean((grads, value, terms, model_state), axis_name)
-        updates, opt_state = tx.update(
-            grads,
-            state.opt_state,
-            state.params,
-            value=value,
-            grad=grads,
-            value_fn=lambda params: loss(params)[0],
-        )
+        extra = {"value": value, "grad": grads, "value_fn": lambda params: loss(params)[0]}
+        if second is not None:
+            extra["certify_fn"] = lambda params: loss(params, {**second, "step": state.step})[0]
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         metrics = {**terms, "loss": value, "grad_norm": optax.tree.norm(grads)}
+        metrics |= record(state.opt_state, opt_state)
         return TrainState(state.step + 1, params, model_state, opt_state, state.seed), metrics
 
     return train_step
@@ -126,25 +127,38 @@ def make_train_step(
 def make_run(
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     make_batch: Callable[[Any, Array, jax.Array], Batch],
+    *,
+    second: bool = False,
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]:
     """Puts the choice and augmentation of a batch in front of the step, for one or many steps in one dispatch.
 
     Args:
       train_step: as built by :func:`make_train_step`.
       make_batch: ``(arrays, index, key) -> batch``: picks rows of the resident arrays and augments them.
+      second: whether each batch also holds that of the next step, as ``batch["second"]``, on which a transformation
+        may certify what it found on the first. The last step of a dispatch has that of the first.
 
     Returns:
-      ``(state, arrays, index[batch, steps]) -> (state, metrics)`` with one metric per step.
+      ``(state, arrays, index[batch, steps]) -> (state, metrics)`` with one metric per step. With ``second`` it raises a
+      ValueError for a dispatch of one step.
     """
 
     def run(state, arrays, index):
-        def step(state, rows):
-            return train_step(state, make_batch(arrays, rows, _step_key(state, _DATA)))
+        if second and index.shape[1] == 1:
+            raise ValueError("a second batch is that of another step: use two steps per dispatch, or more.")
 
+        def step(state, rows):
+            key = _step_key(state, _DATA)
+            batch = make_batch(arrays, rows[0], key)
+            if second:
+                batch = {**batch, "second": make_batch(arrays, rows[1], jax.random.fold_in(key, 1))}
+            return train_step(state, batch)
+
+        rows = jnp.stack([index.T, jnp.roll(index.T, -1, 0)] if second else [index.T], 1)
         if index.shape[1] == 1:  # no loop around a single step: XLA's CPU convolutions are slow inside one
-            state, metrics = step(state, index[:, 0])
+            state, metrics = step(state, rows[0])
             return state, jax.tree.map(lambda m: m[None], metrics)
-        return jax.lax.scan(step, state, index.T)
+        return jax.lax.scan(step, state, rows)
 
     return run
 
@@ -209,6 +223,7 @@ def fit(
     weights_of: Callable[[TrainState], Weights] = weights_of,
     directory: Path | None = None,
     save_every_s: float = 60.0,
+    between: Callable[[TrainState, int], TrainState] = lambda state, step: state,
     progress: Callable[[int, Mapping[str, float]], None] = lambda steps, record: None,
 ) -> Fitted:
     """Trains for a number of epochs, keeping the last weights and the best by validation.
@@ -231,6 +246,8 @@ def fit(
       directory: of this run's checkpoints; None keeps nothing on disk. A run killed at any moment and started again
         with the same arguments ends bitwise equal to one that was not.
       save_every_s: least seconds between two checkpoints; one is also written at the end and on SIGTERM.
+      between: called after each dispatch with the state and the steps done, returns the state to go on with. What is
+        slow inside compiled loops, such as convolutions in ``jax.lax.cond`` on a CPU, is done here now and then.
       progress: called after each dispatch with the number of its steps and the newest epoch's record.
 
     Returns:
@@ -250,6 +267,7 @@ def fit(
     with _sigterm() as stop_requested:
         while step < end:
             state, metrics = run(state, *feed.at(step))
+            state = between(state, step + len(metrics["loss"]))
             position, unread = _read(position, unread), (step + len(metrics["loss"]), metrics)
             steps, step = unread[0] - step, unread[0]
             epoch, rest = divmod(step, feed.steps_per_epoch)

@@ -30,10 +30,14 @@ def make_task(
     num_train: int | None = None,
     num_validation: int | None = None,
     label_noise: float = 0.0,
+    by_group: bool = True,
 ) -> Task:
-    """Loads a data set, keeps the examples that the run will use, and puts them on the devices."""
+    """Loads a data set, keeps the examples that the run will use, and puts them on the devices.
+
+    Images of one patient never lie on both sides of a split, unless ``by_group`` is false.
+    """
     source = data.load(dataset, data_dir=data_dir)
-    pattern = data.GROUP_PATTERNS.get(source.name)  # images of one patient never lie on both sides of a split
+    pattern = data.GROUP_PATTERNS.get(source.name) if by_group else None
     split = data.split_ids(source, groups=data.groups_of(source, pattern) if pattern else None)
     split["train"] = _sample(split["train"], num_train, "--num_train")
     split["validation"] = _sample(split["validation"], num_validation, "--num_validation")

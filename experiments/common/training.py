@@ -221,12 +221,19 @@ def make_trainer(
     companions: Any = None,
     *,
     split: str = "test",
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx,
+    begin: Callable[[int, train.TrainState], train.TrainState] = lambda seed, state: state,
+    record: Callable[[Any, Any], Mapping[str, jax.Array]] = lambda before, after: {},
+    second: bool = False,
 ) -> Callable[..., Trained]:
     """Builds ``(seed, directory, label) -> Trained``; its programs are compiled once for all seeds.
 
     The directory ends with ``checkpoints/`` and ``summary.json``; a run that has both is read back, not run again.
     ``companions`` is a module of further terms, as :func:`experiments.common.arms.make_arm` makes it. The final metrics
     are measured on ``split``: with ``validation`` nothing is ever asked of the test split.
+
+    ``wrap`` puts a transformation around the recipe's optimizer, ``begin(seed, state)`` returns the state that a run
+    starts from, ``record`` and ``second`` are those of :func:`kdjax.train.make_train_step` and ``make_run``.
     """
     taught = taught or Taught()
     apply_fn = models.apply_fn(module)
@@ -235,16 +242,20 @@ def make_trainer(
     resident = {"data": task.arrays, "columns": taught.columns, "teacher": taught.weights}
     resident = parallel.replicate(resident, task.devices)
     steps = max(len(task.split["train"]) // recipe.batch_size, 1) * recipe.epochs
-    tx = make_optimizer(recipe, steps=steps)
+    tx = wrap(make_optimizer(recipe, steps=steps))
     step = train.make_train_step(
         apply_fn,
         objective,
         tx,
         companions=None if companions is None else models.apply_fn(companions),
+        record=record,
         axis_name=parallel.AXIS,
     )
     run = parallel.data_parallel(
-        train.make_run(step, train_batch), replicated=2, devices=task.devices, donate_first=True
+        train.make_run(step, train_batch, second=second),
+        replicated=2,
+        devices=task.devices,
+        donate_first=True,
     )
 
     def weights_of(state: train.TrainState) -> train.Weights:
@@ -271,7 +282,8 @@ def make_trainer(
             more, kept = init_companions(seed)
             params = {"student": params, "companions": more}
             model_state = {"student": model_state, "companions": kept}
-        state = parallel.replicate(train.init_state(params, model_state, tx, seed=seed), task.devices)
+        state = begin(seed, train.init_state(params, model_state, tx, seed=seed))
+        state = parallel.replicate(state, task.devices)
         feed = data.resident_feed(
             resident,
             task.split["train"],
