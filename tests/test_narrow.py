@@ -22,7 +22,7 @@ def arrays(channels, features, window, seed=0):
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
 
-# One and several features, both forms of the sum (9 * 2 and 9 * 8 terms), a window that is not square.
+# One and several features, a window that is not square.
 @pytest.mark.parametrize(
     ("channels", "features", "window"), [(2, 3, (3, 3)), (8, 2, (3, 3)), (1, 1, (2, 4)), (3, 2, (1, 1))]
 )

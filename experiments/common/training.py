@@ -1,6 +1,7 @@
 """How a network is trained, whatever it is trained on: a recipe, and the function of a seed that follows it."""
 
 import contextlib
+import functools
 import json
 import math
 import shutil
@@ -225,6 +226,7 @@ def make_trainer(
     begin: Callable[[int, train.TrainState], train.TrainState] = lambda seed, state: state,
     record: Callable[[Any, Any], Mapping[str, jax.Array]] = lambda before, after: {},
     second: bool = False,
+    between: Callable[[int, train.TrainState, int], train.TrainState] = lambda seed, state, step: state,
 ) -> Callable[..., Trained]:
     """Builds ``(seed, directory, label) -> Trained``; its programs are compiled once for all seeds.
 
@@ -233,7 +235,8 @@ def make_trainer(
     are measured on ``split``: with ``validation`` nothing is ever asked of the test split.
 
     ``wrap`` puts a transformation around the recipe's optimizer, ``begin(seed, state)`` returns the state that a run
-    starts from, ``record`` and ``second`` are those of :func:`kdjax.train.make_train_step` and ``make_run``.
+    starts from, ``between(seed, state, step)`` the one that it goes on with after a dispatch, ``record`` and ``second``
+    are those of :func:`kdjax.train.make_train_step` and ``make_run``.
     """
     taught = taught or Taught()
     apply_fn = models.apply_fn(module)
@@ -321,6 +324,7 @@ def make_trainer(
                 weights_of=weights_of,
                 directory=directory / "checkpoints",
                 save_every_s=recipe.save_every_s,
+                between=functools.partial(between, seed),
                 progress=progress,
             )
         newest = fitted.history[-1]

@@ -1,9 +1,10 @@
 """Convolution and pooling for networks of a handful of channels: the images lie along the last axis.
 
 A CPU computes with vectors of eight numbers or so, taken from the last axis. In ``NHWC`` these are the channels, of
-which there may be two: most of each vector is empty, and patches for a matmul are larger than all the arithmetic on
-them. With the images last (``CHWN``) every vector is full, and a convolution is a sum of shifted maps. All maps of a
-network must lie that way, since turning them around costs as much as is gained.
+which there may be two: most of each vector is empty, and the patches of a matmul are copied number by number. With the
+images last (``CHWN``) every vector is full and patches are copies of whole rows, made for one row of the result at a
+time, which stay in the cache. (A sum of shifted maps is faster still, but takes minutes to compile in a Hessian.) All
+maps of a network must lie that way, since turning them around costs as much as is gained.
 
 Elsewhere these are XLA's own operations, which choose their layout themselves. As in :mod:`kdjax.models.layers`, the
 gradients of a convolution are reverse-mode rules that can be differentiated forwards and are as fast inside loops.
@@ -20,9 +21,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kdjax.models.layers import by_platform, native_gradients
-
-LONGEST_SUM = 40
-"""Terms of a sum of shifted maps, beyond which a matmul on the patches of one row at a time is the faster."""
 
 
 class Conv(nn.Module):
@@ -82,19 +80,11 @@ def max_pool(
 
 
 def _cpu_conv(x: Array, kernel: Array) -> Array:
-    rows, columns, channels, features = kernel.shape
+    rows, columns, _, features = kernel.shape
     height, width = x.shape[1] - rows + 1, x.shape[2] - columns + 1
-    if rows * columns * channels > LONGEST_SUM:
-        matrix = kernel.reshape(-1, features).T.astype(jnp.float32)
-        y = lax.map(lambda row: matrix @ _patches(x, row, kernel.shape[:2]), jnp.arange(height))
-        return jnp.moveaxis(y.reshape(height, features, width, -1), 0, 1).astype(x.dtype)
-    wide = x.astype(jnp.float32)
-    taps = [(c, i, j) for i in range(rows) for j in range(columns) for c in range(channels)]
-
-    def feature(f):
-        return sum(wide[c, i : i + height, j : j + width] * kernel[i, j, c, f] for c, i, j in taps)
-
-    return jnp.stack([jnp.asarray(feature(f)) for f in range(features)]).astype(x.dtype)
+    matrix = kernel.reshape(-1, features).T.astype(jnp.float32)
+    y = lax.map(lambda row: matrix @ _patches(x, row, kernel.shape[:2]), jnp.arange(height))
+    return jnp.moveaxis(y.reshape(height, features, width, -1), 0, 1).astype(x.dtype)
 
 
 def _cpu_conv_dx(x: Array, kernel: Array, dy: Array) -> Array:
