@@ -18,7 +18,7 @@ References:
 """
 
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common
-from kdjax import data, evaluate, models, report, results, train
+from kdjax import data, evaluate, models, train
 
 DATASET = flags.DEFINE_string("dataset", "mnist", "mnist, or a file.npz with images of digits.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared data set lies.")
@@ -96,8 +96,8 @@ def main() -> None:
             ]
     for name in ("scratch", "kd"):
         arm = f"{name}, {never}"
-        arms[f"{arm}, bias corrected"] = [corrected(task, run) for run in arms[arm]]
-    result = common.conclude(
+        arms[f"{arm}, bias corrected"] = corrected(task, arms[arm])
+    common.conclude(
         workdir,
         "hinton_mnist",
         question=f"Does a small network learn MNIST better from a teacher's soft targets at T = {TEMPERATURE.value:g}, "
@@ -107,6 +107,7 @@ def main() -> None:
         baseline="scratch",
         metrics=("errors", "errors_on_omitted", "bias_shift", "accuracy", "loss", "ece"),
         settings=settings,
+        output=OUTPUT.value,
         wall_clock_s=time.monotonic() - start,
         scaled_down=f"{teacher_recipe.epochs} epochs of the teacher and {student_recipe.epochs} of the students; "
         f"{len(task.split['train']):,} training images"
@@ -119,9 +120,6 @@ def main() -> None:
             "The validation split holds images of the omitted digit: without any, no bias could be chosen.",
         ],
     )
-    if OUTPUT.value:
-        results.write(OUTPUT.value, result)
-        report.save_figure(Path(OUTPUT.value).with_suffix(".png"), result)
 
 
 def without(task: common.Task, digit: int) -> common.Task:
@@ -130,39 +128,34 @@ def without(task: common.Task, digit: int) -> common.Task:
     return task._replace(split={**task.split, "train": kept})
 
 
-def corrected(task: common.Task, run: common.Trained) -> common.Trained:
-    """A student whose bias for the omitted digit is raised by what makes the fewest errors in validation."""
-    labels = task.source.labels
-    chosen_on = logits_of(task, run, "validation"), labels[task.split["validation"]]
-    shift = evaluate.best_shift(*chosen_on, OMITTED.value)
-    logits = logits_of(task, run, "test")
-    logits[:, OMITTED.value] += shift
-    test = task.split["test"]
-    sums = evaluate.metric_sums(
-        jnp.asarray(logits), jnp.asarray(labels[test]), valid=jnp.ones(len(test), jnp.float32)
-    )
-    sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
-    last = max(run.weights.params)  # of the dense layers, which are numbered
-    params = {**run.weights.params, last: dict(run.weights.params[last])}
-    params[last]["bias"] = params[last]["bias"].at[OMITTED.value].add(shift)
-    weights = train.Weights(params, run.weights.model_state)
-    fitted = run.fitted._replace(last=weights, history=[])
-    return run._replace(fitted=fitted, sums=sums, metrics=evaluate.summarise(sums) | {"bias_shift": shift})
-
-
-def logits_of(task: common.Task, run: common.Trained, split: str) -> np.ndarray:
-    """What a student says of every image of a split: float32[n, classes]."""
-    apply_fn = models.apply_fn(run.module)
+def corrected(task: common.Task, runs: Sequence[common.Trained]) -> list[common.Trained]:
+    """Students whose bias for the omitted digit is raised by what makes the fewest errors in validation."""
+    apply_fn = models.apply_fn(runs[0].module)
 
     @jax.jit
-    def answer(images):
-        outputs, _ = apply_fn(*run.weights, data.normalise(images, mean=task.mean, std=task.std), train=False)
+    def answer(weights, images):
+        inputs = data.normalise(images, mean=task.mean, std=task.std)
+        outputs, _ = apply_fn(weights.params, weights.model_state, inputs, train=False)
         return outputs.logits
 
-    images = task.source.images[task.split[split]]
-    return np.concatenate(
-        [np.asarray(answer(part)) for part in np.array_split(images, -(-len(images) // 1000))]
-    )
+    def logits_and_labels(weights: train.Weights, split: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.array_split(task.split[split], -(-len(task.split[split]) // 1000))
+        logits = [np.asarray(answer(weights, task.source.images[part])) for part in ids]
+        return np.concatenate(logits), task.source.labels[task.split[split]]
+
+    def one(run: common.Trained) -> common.Trained:
+        shift = evaluate.best_shift(*logits_and_labels(run.weights, "validation"), OMITTED.value)
+        last = max(run.weights.params)  # of the dense layers, which are numbered
+        params = {**run.weights.params, last: dict(run.weights.params[last])}
+        params[last]["bias"] = params[last]["bias"].at[OMITTED.value].add(shift)
+        weights = train.Weights(params, run.weights.model_state)
+        logits, labels = map(jnp.asarray, logits_and_labels(weights, "test"))
+        sums = evaluate.metric_sums(logits, labels, valid=jnp.ones(len(labels), jnp.float32))
+        metrics = evaluate.summarise(sums) | {"bias_shift": shift}
+        fitted = run.fitted._replace(last=weights, history=[])  # nothing was trained
+        return run._replace(fitted=fitted, sums=jax.device_get(sums), metrics=metrics)
+
+    return [one(run) for run in runs]
 
 
 def counted(run: common.Trained | common.Teacher) -> common.Trained | common.Teacher:

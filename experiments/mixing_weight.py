@@ -22,13 +22,12 @@ command started again continues where it was stopped.
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import jax.numpy as jnp
 from absl import flags
 
 from experiments import common
-from kdjax import files, losses, many, models, parallel, report, results
+from kdjax import files, losses, many, models, parallel
 
 DATASET = flags.DEFINE_string(
     "dataset", "digits", "digits, a TFDS name, a file.npz, or folder:PATH of class folders."
@@ -142,7 +141,7 @@ def main() -> None:
     by_weight = {a: trained[i * len(seeds) :][: len(seeds)] for i, a in enumerate(weights)}
     kept, notes = finite(by_weight, seeds)
     best, found = choose({a: list(runs.values()) for a, runs in kept.items()})
-    result = common.conclude(
+    common.conclude(
         workdir,
         "mixing_weight",
         question=f"How much should a student of {DATASET.value} believe its labels, and how much its teacher?",
@@ -150,6 +149,7 @@ def main() -> None:
         arm_seeds={"teacher": [0]} | {name(a): list(runs) for a, runs in kept.items()},
         baseline=name(max(kept)),
         settings=settings,
+        output=OUTPUT.value,
         wall_clock_s=time.monotonic() - start,
         scaled_down=scaled_down(task),
         notes=[found, *notes],
@@ -168,9 +168,6 @@ def main() -> None:
         ],
     )
     common.say(found)
-    if OUTPUT.value:
-        results.write(OUTPUT.value, result)
-        report.save_figure(Path(OUTPUT.value).with_suffix(".png"), result)
 
 
 SWEPT = {

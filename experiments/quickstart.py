@@ -13,12 +13,10 @@ scratch; the number stands in BUILD_NOTES.md, from experiments/results/quickstar
 """
 
 import time
-from pathlib import Path
 
 from absl import flags
 
 from experiments import common
-from kdjax import report, results
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
 OUTPUT = flags.DEFINE_string("output", None, "Also write the results to this file.")
@@ -65,7 +63,7 @@ def main() -> None:
         trainer = common.make_trainer(few, student, objective, student_recipe, taught)
         arms[arm] = [trainer(seed, workdir / arm / str(seed), f"{arm}, seed {seed}") for seed in seeds]
     disturbed = common.robustness_of(few, arms, workdir / "robustness")
-    result = common.conclude(
+    common.conclude(
         workdir,
         "quickstart",
         question=f"Does a small network learn more of digits from a teacher than from {NUM_TRAIN.value} labels alone?",
@@ -73,6 +71,7 @@ def main() -> None:
         arm_seeds={"teacher": [0], "scratch": seeds, "kd": seeds},
         baseline="scratch",
         settings=settings,
+        output=OUTPUT.value,
         wall_clock_s=time.monotonic() - start,
         scaled_down="8x8 images; one teacher" + (", two epochs (smoke)" if SMOKE.value else ""),
         notes=[
@@ -82,9 +81,6 @@ def main() -> None:
         robustness=disturbed,
         costs=common.costs_of(few, arms),
     )
-    if OUTPUT.value:
-        results.write(OUTPUT.value, result)
-        report.save_figure(Path(OUTPUT.value).with_suffix(".png"), result)
 
 
 if __name__ == "__main__":

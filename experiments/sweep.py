@@ -38,7 +38,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from experiments import common
 from experiments.common import reporting, spaces, trials, workers
-from kdjax import report, results, significance, train
+from kdjax import results, significance, train
 from kdjax.data.stored import did_you_mean
 
 EXPERIMENT = flags.DEFINE_string(
@@ -313,12 +313,8 @@ def conclude(sweep: Sweep, start: float) -> dict[str, Any]:
         scaled_down=runs["chosen"]["scaled_down"],
     )
     workdir = sweep.workdir
-    results.write(workdir / "results.json", result)
-    report.save_figure(workdir / "figure.png", result)
-    report.page(result, path=workdir / "report.html", title="sweep")
     shown = [metric for metric in reporting.TABLE if metric in arms["default"]]
-    common.say(f"\n{report.markdown_table(result, metrics=shown)}\n")
-    common.say(report.finding(result))
+    reporting.publish(workdir, result, metrics=shown)
     common.say(f"results.json, figure.png and report.html are in {workdir}/, both runs in {workdir}/final/.")
     return result
 

@@ -19,7 +19,7 @@ optuna = pytest.importorskip("optuna", reason="needs the extra [experiments]")
 
 from experiments import common, distill, sweep  # noqa: E402
 from experiments.common import launching, spaces, teachers, training  # noqa: E402
-from kdjax import results, train  # noqa: E402
+from kdjax import report, results, train  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -424,7 +424,7 @@ def test_the_digits_with_one_teacher_and_no_look_at_the_test_split(swept, tmp_pa
     for module in (training, teachers):
         monkeypatch.setattr(module, "make_evaluator", spy)
     for name in ("save_figure", "page"):  # slow, and of other tests
-        monkeypatch.setattr(sweep.report, name, lambda *_, **__: None)
+        monkeypatch.setattr(report, name, lambda *_, **__: None)
     monkeypatch.setattr(train, "fit", spied_fit)
     result = swept(*DIGITS, "--space=temperature=1:20:log,soft_weight=0.5|0.9", "--num_trials=2", "--seeds=0")
     assert {split for where, split in splits if where == "trials"} == {"validation"}

@@ -37,32 +37,33 @@ def robustness_of(
       Arm → disturbance → one accuracy per run.
     """
     ids = task.split[split]
-    assessors: dict[Any, Callable] = {}
+
+    @functools.cache  # by network; none is built where all that it would tell is kept
+    def assessor(module: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+        return robustness.make_assessor(
+            models.apply_fn(module),
+            task.source.images[ids],
+            task.source.labels[ids],
+            mean=mean,
+            std=std,
+            batch_size=batch_size_for(task, len(ids)),
+            devices=task.devices,
+            **options,
+        )
+
+    def assess(run: Trained | Teacher) -> dict[str, float]:
+        mean, std = (run.mean, run.std) if isinstance(run, Teacher) else (task.mean, task.std)
+        return assessor(run.module, mean, std)(*run.weights, jax.random.key(0))
+
     found: dict[str, dict[str, list[float]]] = {}
     with bar("disturbed networks", total=sum(map(len, arms.values())), unit="network") as meter:
         for arm, runs in arms.items():
             scores = []
             for number, run in enumerate(runs):
-                mean, std = (run.mean, run.std) if isinstance(run, Teacher) else (task.mean, task.std)
-                key = (run.module, mean, std)
-                if key not in assessors:
-                    assessors[key] = robustness.make_assessor(
-                        models.apply_fn(run.module),
-                        task.source.images[ids],
-                        task.source.labels[ids],
-                        mean=mean,
-                        std=std,
-                        batch_size=batch_size_for(task, len(ids)),
-                        devices=task.devices,
-                        **options,
-                    )
-                made_from = {
-                    "weights": checkpoints.digest_tree(run.weights),
-                    "options": repr((split, options)),
-                }
+                weights = checkpoints.digest_tree(run.weights)
+                made_from = {"weights": weights, "options": repr((split, options))}
                 path = directory / arm / f"{number}.json"
-                assess = functools.partial(assessors[key], *run.weights, jax.random.key(0))
-                scores.append(_kept(path, made_from, assess))
+                scores.append(_kept(path, made_from, functools.partial(assess, run)))
                 meter.update()
             found[arm] = {name: [score[name] for score in scores] for name in scores[0]}
     return found

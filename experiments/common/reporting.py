@@ -36,6 +36,7 @@ def conclude(
     scaled_down: str,
     metrics: Sequence[str] = TABLE,
     notes: Sequence[str] = (),
+    output: str | None = None,
     tested: Sequence[str] | None = None,
     **optional: Any,
 ) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def conclude(
       scaled_down: what is smaller than in the study that the experiment follows.
       metrics: what the terminal shows; the one that decides comes first.
       notes: for the reader of the report.
+      output: file to write the result to as well, and its figure beside it.
       tested: the arms to compare with the baseline; all by default.
       **optional: further fields of the result, such as ``robustness`` and ``costs``.
     """
@@ -77,14 +79,22 @@ def conclude(
         notes=list(notes),
         **optional,
     )
+    publish(workdir, result, metrics=metrics)
+    if output and jax.process_index() == 0:
+        results.write(output, result)
+        report.save_figure(Path(output).with_suffix(".png"), result)
+    say(f"Checkpoints, results.json, figure.png and report.html are in {workdir}/.")
+    return result
+
+
+def publish(workdir: Path, result: Mapping[str, Any], *, metrics: Sequence[str]) -> None:
+    """Writes a result, its figure and its page into the workdir, and says its table and what was found."""
     if jax.process_index() == 0:
         results.write(workdir / "results.json", result)
         report.save_figure(workdir / "figure.png", result)
-        report.page(result, path=workdir / "report.html", title=name)
+        report.page(result, path=workdir / "report.html", title=result["name"])
     say(f"\n{report.markdown_table(result, metrics=metrics)}\n")
     say(report.finding(result))
-    say(f"Checkpoints, results.json, figure.png and report.html are in {workdir}/.")
-    return result
 
 
 def _total(sums: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
