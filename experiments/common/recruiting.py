@@ -88,7 +88,7 @@ def make_scorer(task: Task, module: Any) -> Callable[[Params, int], saddles.Sadd
     loss = curvature.evaluation_loss(models.apply_fn(module), scratch)
     ids = np.random.default_rng(0).permutation(task.split["train"])[:SCORED_IMAGES]
     batch = {
-        "image": data.normalise(task.source.images[ids], mean=task.mean, std=task.std),
+        "image": data.normalise(jnp.asarray(task.source.images[ids]), mean=task.mean, std=task.std),
         "label": jnp.asarray(task.source.labels[ids]),
     }
 
