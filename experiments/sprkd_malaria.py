@@ -88,7 +88,14 @@ STEPS_PER_DISPATCH = flags.DEFINE_integer(
 SAVE_EVERY = flags.DEFINE_float("save_every_s", 60.0, "Least seconds between two checkpoints.", 0.0)
 SMOKE = flags.DEFINE_bool("smoke", False, "The same code in a minute: three seeds, two epochs, few images.")
 
-MACHINE = ("workdir", "output", "data_dir", "jobs", "save_every_s")
+MACHINE = (
+    "workdir",
+    "output",
+    "data_dir",
+    "jobs",
+    "save_every_s",
+    "arms",
+)  # what a run may change that goes on
 HVP, EVALUATION = 1.5, 1 / 3  # in gradients
 TARGETS = {"malaria": (0.30, 0.25, 0.20), "digits": (0.8, 0.5, 0.3), "mnist": (0.5, 0.4, 0.3)}
 DELTA = 0.01  # accuracies nearer than this are equal for practical purposes
