@@ -3,7 +3,8 @@ r"""What the loss looks like around a point of parameter space, and how rough it
 A loss is any pure ``loss(params) -> scalar``, and params any pytree of floating-point arrays: freeze batch statistics
 and the dropout key before. Directions are pytrees like params, an eigenvector of the Hessian as good as a random one.
 
-* :func:`random_direction`, :func:`filter_normalised`: where to go, in steps that mean the same for every network.
+* :func:`random_direction`, :func:`filter_normalised`, :func:`filter_norms`: where to go, in steps that mean the same
+  for every network.
 * :func:`line`, :func:`surface`: losses along one direction and over the plane of two.
 * :func:`interpolate`: losses from one solution to another, and the height of the barrier between them.
 * :func:`transects`, :func:`fractal_dimension`: losses on lines through a region, and the dimension of their graphs.
@@ -113,15 +114,35 @@ def filter_normalised(
     References:
       Li et al., `Visualizing the Loss Landscape of Neural Nets <https://arxiv.org/abs/1712.09913>`_, 2018, section 4.
     """
-    if vectors not in ("zero", "scale"):
-        raise ValueError(f"vectors must be 'zero' or 'scale', got {vectors!r}.")
     _check_like("filter_normalised", params, direction=direction)
-    if vectors == "zero" and all(np.ndim(leaf) < 2 for leaf in jax.tree.leaves(params)):
-        raise ValueError(
-            "filter_normalised finds no array of two axes or more in params, so nothing would move: "
-            "pass vectors='scale'."
-        )
+    _check_filters("filter_normalised", params, vectors)
     return _with_norms(direction, params, vectors)
+
+
+def filter_norms(params: Params, *, vectors: Literal["zero", "scale"] = "zero") -> Params:
+    r"""Norms of all filters, as :func:`filter_normalised` means them.
+
+    Times a vector they lead from coordinates in which every filter has norm 1 back to the parameters. With D the
+    diagonal matrix of them, the Hessian in those coordinates is :math:`D H D`, which, as there, one layer multiplied
+    by c and the next by 1/c does not change.
+
+    Args:
+      params: floating-point arrays.
+      vectors: as for :func:`filter_normalised`; what "zero" holds has norm 0.
+
+    Returns:
+      Like params, each array of a shape that broadcasts to the parameter's: (1, ..., 1, units), or () for a vector; in
+      float32 or wider.
+
+    Raises:
+      ValueError: if all of it would be zero.
+
+    References:
+      Li et al., `Visualizing the Loss Landscape of Neural Nets <https://arxiv.org/abs/1712.09913>`_, 2018, section 4.
+    """
+    _check_floating("filter_norms", params)
+    _check_filters("filter_norms", params, vectors)
+    return _all_norms(params, vectors)
 
 
 def line(loss: Loss, params: Params, direction: Params, *, steps: Steps) -> Float[np.ndarray, " steps"]:
@@ -376,7 +397,7 @@ def _losses(loss: jax.tree_util.Partial, trees: tuple[Params, ...], coefficients
     return jax.lax.map(at, coefficients)
 
 
-# These two are compiled as a whole, since every operation on every array would else be compiled by itself.
+# These are compiled as a whole, since every operation on every array would else be compiled by itself.
 @functools.partial(jax.jit, static_argnums=1)
 def _normal(key: Array, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
     """Normal numbers in these shapes, from one draw cut up, since a draw of each would take long to compile."""
@@ -390,16 +411,24 @@ def _with_norms(directions: Params, params: Params, vectors: str) -> Params:
     """The directions with the norms of the parameters, filter by filter."""
 
     def normalise(direction, param):
-        direction, param = _wide(direction), _wide(param)
-        if param.ndim < 2 and vectors == "zero":
-            return jnp.zeros_like(direction)
-        axes = tuple(range(param.ndim - 1)) if param.ndim > 1 else None
-        norm, wanted = (
-            jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=param.ndim > 1)) for x in (direction, param)
-        )
-        return direction * (wanted / jnp.where(norm > 0, norm, 1))
+        norm = _norms(direction, "scale")
+        return _wide(direction) * (_norms(param, vectors) / jnp.where(norm > 0, norm, 1))
 
     return jax.tree.map(normalise, directions, params)
+
+
+def _norms(array: Array, vectors: str) -> Array:
+    """The norm of each filter of an array."""
+    array = _wide(array)
+    if array.ndim < 2 and vectors == "zero":
+        return jnp.zeros((), array.dtype)
+    axes = tuple(range(array.ndim - 1)) if array.ndim > 1 else None
+    return jnp.sqrt(jnp.sum(array**2, axis=axes, keepdims=array.ndim > 1))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _all_norms(params: Params, vectors: str) -> Params:
+    return jax.tree.map(functools.partial(_norms, vectors=vectors), params)
 
 
 def _partial(loss: Loss) -> jax.tree_util.Partial:
@@ -477,6 +506,16 @@ def _check_floating(function: str, params: Params) -> None:
                 f"{function} moves floating-point arrays only, and params{jax.tree_util.keystr(path)} is {dtype}: "
                 "leave it out of params and let the loss close over it."
             )
+
+
+def _check_filters(function: str, params: Params, vectors: str) -> None:
+    if vectors not in ("zero", "scale"):
+        raise ValueError(f"vectors must be 'zero' or 'scale', got {vectors!r}.")
+    if vectors == "zero" and all(np.ndim(leaf) < 2 for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            f"{function} finds no array of two axes or more in params, so nothing would move: "
+            "pass vectors='scale'."
+        )
 
 
 def _check_like(function: str, params: Params, **others: Params) -> None:

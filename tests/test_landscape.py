@@ -95,6 +95,15 @@ class TestDirections:
             np.linalg.norm(scaled["scale"]), np.linalg.norm(params["scale"]), rtol=1e-5
         )
 
+        norms = landscape.filter_norms(params)
+        assert jax.tree.map(np.shape, norms) == {"conv": (1, 1, 1, 8), "dense": (1, 6), "scale": ()}
+        for name in ("conv", "dense"):
+            wanted = np.linalg.norm(params[name].reshape(-1, params[name].shape[-1]), axis=0)
+            np.testing.assert_allclose(np.ravel(norms[name]), wanted, rtol=1e-5)
+        assert norms["scale"] == 0
+        whole = landscape.filter_norms(params, vectors="scale")["scale"]
+        np.testing.assert_allclose(whole, np.linalg.norm(params["scale"]), rtol=1e-5)
+
     def test_a_filter_that_is_zero_stays_where_it_is(self):
         direction, params = jnp.array([[1.0, 0.0, 2.0]]), jnp.array([[0.0, 5.0, 6.0]])
         np.testing.assert_array_equal(landscape.filter_normalised(direction, params), [[0, 0, 6]])
@@ -355,6 +364,8 @@ class TestErrors:
             landscape.filter_normalised(params["kernel"], params)
         with pytest.raises(ValueError, match="pass vectors='scale'"):
             landscape.filter_normalised(params["bias"], params["bias"])
+        with pytest.raises(ValueError, match="filter_norms finds no array of two axes"):
+            landscape.filter_norms(params["bias"])
         with pytest.raises(ValueError, match="direction is zero"):
             landscape.transects(jnp.sum, jnp.zeros((2, 2)), KEY, radius=1.0, count=1, points=3)
 
