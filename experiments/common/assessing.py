@@ -52,30 +52,47 @@ def robustness_of(
         )
 
     def assess(run: Trained | Teacher) -> dict[str, float]:
-        mean, std = (run.mean, run.std) if isinstance(run, Teacher) else (task.mean, task.std)
-        return assessor(run.module, mean, std)(*run.weights, jax.random.key(0))
+        return assessor(run.module, *normalisation_of(task, run))(*run.weights, jax.random.key(0))
 
+    return of_every_run(arms, directory, (split, options), assess, label="disturbed networks")
+
+
+def of_every_run(
+    arms: Arms, directory: Path, options: Any, measure: Callable[[Any], dict[str, float]], *, label: str
+) -> dict[str, dict[str, list[float]]]:
+    """Numbers about every run of every arm, as arm → name → one per run.
+
+    Args:
+      arms: arm → finished runs.
+      directory: where each run's numbers are kept; they are not computed again for equal weights and options.
+      options: what decides the numbers beside the weights; told apart by its ``repr``.
+      measure: run → its numbers by name.
+      label: of the progress bar.
+    """
     found: dict[str, dict[str, list[float]]] = {}
-    with bar("disturbed networks", total=sum(map(len, arms.values())), unit="network") as meter:
+    with bar(label, total=sum(map(len, arms.values())), unit="network") as meter:
         for arm, runs in arms.items():
             scores = []
             for number, run in enumerate(runs):
-                weights = checkpoints.digest_tree(run.weights)
-                made_from = {"weights": weights, "options": repr((split, options))}
-                path = directory / arm / f"{number}.json"
-                scores.append(_kept(path, made_from, functools.partial(assess, run)))
+                scores.append(kept(directory / arm / f"{number}.json", run, options, measure))
                 meter.update()
             found[arm] = {name: [score[name] for score in scores] for name in scores[0]}
     return found
 
 
-def _kept(path: Path, made_from: dict[str, str], compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Numbers that an earlier start of the run has kept, or new ones if they were made from something else."""
+def normalisation_of(task: Task, run: Trained | Teacher) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the pixels that a network was trained under."""
+    return (run.mean, run.std) if isinstance(run, Teacher) else (task.mean, task.std)
+
+
+def kept(path: Path, run: Trained | Teacher, options: Any, measure: Callable[[Any], Any]) -> Any:
+    """What an earlier start has kept of these weights and options; or what is measured now, and kept."""
+    made_from = {"weights": checkpoints.digest_tree(run.weights), "options": repr(options)}
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
         if {name: there.get(name) for name in made_from} == made_from:
             return there["scores"]
-    scores = compute()
+    scores = measure(run)
     if jax.process_index() == 0:
         files.write_json(path, made_from | {"scores": scores})
     return scores
