@@ -110,11 +110,21 @@ def everything(arms=("teacher", "scratch", "kd"), *, n=5):
         ],
         trials=copy.deepcopy(TRIALS),
         trials_metric="validation_accuracy",
+        flatness={arm: flat_measures(rng, n) for arm in arms},
         densities={arm: {"grid": grid.tolist(), "density": [density.tolist()] * n} for arm in arms},
         overlays=[
             {"title": "a cat, by kd", "image": [[[0], [255]], [[9], [90]]], "map": [[-1.0, 0.0], [0.25, 0.5]]}
         ],
     )
+
+
+def flat_measures(rng, n):
+    """Of an arm, with every name that a table knows."""
+    names = [
+        name + kind for name in ("lambda_max", "trace", "sharpness") for kind in ("", "/filter_normalised")
+    ]
+    names += ["loss", "gradient_norm", "lambda_min", "lambda_max_residual", "trace_error"]
+    return {name: rng.uniform(1, 2, n).tolist() for name in names}
 
 
 BINS = {
@@ -951,6 +961,44 @@ def test_densities_are_mean_and_band_on_a_logarithmic_axis():
     assert band.get_paths()[0].get_extents().ymax == 3.0
     assert "kd up to 2" in panel.alt
     assert "10⁻⁴" in report.svg(panel, key="x") or "10⁻³" in report.svg(panel, key="x")
+
+
+MEASURES = {
+    "scratch": {"loss": [0.1, 0.2, 0.3], "trace": [10.0, 20.0, 30.0], "trace_error": [1.0, 1.0, 1.0]},
+    "kd": {"loss": [0.2, 0.3, 0.4], "trace": [110.0, 120.0, 130.0], "trace_error": [1.0, 1.0, 1.0]},
+}
+
+
+class TestFlatness:
+    def test_columns_are_mean_and_sd_with_p_and_no_better_or_worse(self):
+        text = report.markdown_flatness(make(n=3, flatness=MEASURES))
+        table, _ = text.split("<sub>")
+        head, _, *rows = [[c.strip() for c in line.split("|")[1:-1]] for line in table.strip().splitlines()]
+        assert head == ["arm", "n", "loss on these images", "trace, raw"]
+        assert rows[0] == ["scratch", "3", "0.200 ± 0.100", "20.0 ± 10.0"]
+        p = significance.welch(MEASURES["kd"]["trace"], MEASURES["scratch"]["trace"]).p
+        assert p < 0.001
+        assert rows[1][3] == "120 ± 10 (p < .001 ***)"
+        assert "**" not in table.replace("***", "")
+
+    def test_loss_stands_beside_and_the_legend_says_why(self, tmp_path):
+        text = Reader(page_of(make(n=3, flatness=MEASURES), tmp_path)).all_text()
+        for said in ("Flatness at the final weights", "loss on these images", "Granziol", "Dinh"):
+            assert said in text
+        assert "the traces within 5 %." in text
+
+    def test_raw_and_filter_normalised_stand_side_by_side(self, all_figures):
+        (shown,) = re.findall(r"Flatness at the final weights</h3>.*?</table>", all_figures, re.DOTALL)
+        titles = re.findall(r'<th scope="col">([^<]+)</th>', shown)
+        places = {title: i for i, title in enumerate(titles)}
+        for name in ("largest eigenvalue", "trace", "sharpness"):
+            assert places[f"{name}, filter-normalised"] == places[f"{name}, raw"] + 1
+
+    def test_has_a_place_in_documents(self):
+        made = {**DESCRIBED, "seeds": [0, 1, 2], "flatness": MEASURES}
+        text = report.fill_tables("<!-- results: x flatness -->\n<!-- end -->\n", lambda name: made)
+        assert report.markdown_flatness(made) in text
+        assert "[x.json]" in text
 
 
 def test_overlays_hold_image_map_and_both(all_figures):

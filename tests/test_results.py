@@ -55,6 +55,7 @@ OPTIONAL = {
         },
     ],
     "trials_metric": "validation_accuracy",
+    "flatness": {"a": {"loss": [0.1, 0.2, 0.3], "trace/filter_normalised": [-1.0, 5.0, 9.0]}},
     "densities": {"a": {"grid": [-1.0, 0.0, 2.0], "density": [[0.1, 0.5, 0.0]]}},
     "overlays": [{"title": "a cat", "image": [[[0], [255]]], "map": [[-0.5, 0.25]]}],
 }
@@ -222,6 +223,10 @@ NAN = float("nan")
         (["trials", 0, "seconds"], -1, "trials/0/seconds needs a number of 0 or more"),
         (["trials", 0, "number"], 1, "trials needs a number of its own for each trial"),
         (["trials_metric"], None, "trials_metric needs a text, got None"),
+        (["flatness", "a"], {"trace": [1.0] * 3}, "flatness/a needs an object with 'loss'"),
+        (["flatness", "a", "trace"], [1.0], "a/trace has 1 values for 3 seeds"),
+        (["flatness", "a", "trace/other"], [1.0] * 3, "flatness/a/trace/other needs a name of the form"),
+        (["flatness", "b"], {"loss": [1.0] * 3}, "flatness/b needs an arm of the result"),
         (["densities", "a", "grid"], [0.0, 0.0, 1.0], "densities/a/grid needs at least two rising numbers"),
         (["densities", "a", "density"], [[0.1, 0.2]], "densities/a/density needs 3 numbers of 0 or more"),
         (["densities", "a", "density"], [], "densities/a/density needs at least one list"),

@@ -3,7 +3,7 @@
 Every number here comes from a result of :mod:`kdjax.results`; nothing is typed by hand.
 
 * :func:`finding`: what was found, in one sentence.
-* :func:`markdown_table`: arms by metrics, for a README.
+* :func:`markdown_table`, :func:`markdown_flatness`: arms by metrics, and by measures of flatness, for a README.
 * :func:`fill_tables`: every marked table of a document, written anew.
 * :func:`panels`, :func:`svg`, :func:`save_figure`: every seed as a dot, curves, sweeps and searches, ratios to peers,
   robustness, calibration, confusion, compression, curvature, attributions; each where the result holds its field.
@@ -29,6 +29,7 @@ from kdjax.report.runs import dot_panel as dot_panel
 from kdjax.report.runs import ratio_panel as ratio_panel
 from kdjax.report.runs import swept_panel as swept_panel
 from kdjax.report.runs import trial_panel as trial_panel
+from kdjax.report.tables import markdown_flatness as markdown_flatness
 from kdjax.report.tables import markdown_table as markdown_table
 from kdjax.report.words import METRICS as METRICS
 from kdjax.report.words import Metric as Metric

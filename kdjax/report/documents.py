@@ -1,7 +1,8 @@
 """Tables inside Markdown documents, kept equal to the result files they come from.
 
 A document marks a place with ``<!-- results: NAME -->`` or ``<!-- results: NAME accuracy,loss -->`` and
-``<!-- end -->``; what stands between the two is written by :func:`fill_tables`.
+``<!-- end -->``; what stands between the two is written by :func:`fill_tables`. ``<!-- results: NAME flatness -->`` is
+the place of the table of flatness.
 """
 
 import re
@@ -35,6 +36,8 @@ def fill_tables(text: str, read: Callable[[str], Result]) -> str:
 
 def section(result: Result, *, name: str, metrics: list[str] | None) -> str:
     """One result as Markdown: the finding, its table, and the line that says how it came about."""
+    if metrics == ["flatness"]:
+        return f"\n{tables.markdown_flatness(result)}\n{provenance(result, name=name)}\n"
     ratios = result.get("ratios", {})
     # Means alone, and many ratios, are said better by their table.
     in_words = len(ratios) <= words.RATIOS_IN_WORDS if ratios else bool(result.get("comparisons"))

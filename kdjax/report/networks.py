@@ -362,7 +362,7 @@ def density_panel(result: Result, arms: Sequence[str]) -> Panel:
         "How the curvature of the loss is distributed: far to the right are directions in which it is sharp, left of "
         "zero those in which it bends down. "
     )
-    caption += "Line: mean; band: lowest to highest run." if several else "One run."
+    caption += "Line: mean; band: lowest to highest run or probe." if several else "One run."
     said = [
         f"{arm} up to {grid[runs.max(0) > 1e-6 * runs.max()].max():.3g}"
         for arm, (grid, runs) in found.items()

@@ -72,9 +72,10 @@ def _section(heading: str, result: Result, *, key: str) -> str:
         f"<h2>{_esc(heading)}</h2>" if heading else "",
         f'<p class="finding">{_esc(words.finding(result))}</p>',
         f'<p class="question">{_esc(result["question"])}</p>',
-        _html_table(result) if result["arms"] else "",
+        _results(result) if result["arms"] else "",
         _list("Further comparisons, not corrected for their number", others),
         f'<div class="figures">{"".join(drawn)}</div>' if drawn else "",
+        _flatness(result) if result.get("flatness") else "",
         _list("Notes", result.get("notes", [])),
         scaled,
         _making(result),
@@ -122,8 +123,20 @@ def _list(heading: str, sentences: Sequence[str]) -> str:
     return f"<h3>{heading}</h3><ul>{items}</ul>" if items else ""
 
 
-def _html_table(result: Result) -> str:
+def _results(result: Result) -> str:
     head, rows = tables.table(result)
+    return _html_table(result, head, rows, "Table of results", _legend(result, rows))
+
+
+def _flatness(result: Result) -> str:
+    head, rows = tables.flatness_table(result)
+    legend = tables.flatness_legend(result, rows)
+    return f"<h3>Flatness at the final weights</h3>{_html_table(result, head, rows, 'Table of flatness', legend)}"
+
+
+def _html_table(
+    result: Result, head: Sequence[str], rows: Sequence[Sequence[tables.Cell]], label: str, legend: str
+) -> str:
     colours = drawing.colours_of(result)
     lines = []
     for name, *cells in rows:
@@ -135,7 +148,7 @@ def _html_table(result: Result) -> str:
         lines.append(f"<tr>{line}</tr>")
     titles = "".join(f'<th scope="col">{_esc(text)}</th>' for text in head)
     table = f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'{_scroll(table, "Table of results")}<p class="legend">{_esc(_legend(result, rows))}</p>'
+    return f'{_scroll(table, label)}<p class="legend">{_esc(legend)}</p>'
 
 
 def _legend(result: Result, rows: Sequence[Sequence[tables.Cell]]) -> str:

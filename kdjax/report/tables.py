@@ -10,6 +10,20 @@ from kdjax import significance
 from kdjax.report import words
 from kdjax.report.words import Result
 
+# Measures of flatness by what their columns are called, in this order.
+_FLATNESS = {
+    "loss": "loss on these images",
+    "gradient_norm": "norm of its gradient",
+    "lambda_max": "largest eigenvalue, raw",
+    "lambda_max/filter_normalised": "largest eigenvalue, filter-normalised",
+    "trace": "trace, raw",
+    "trace/filter_normalised": "trace, filter-normalised",
+    "sharpness": "sharpness, raw",
+    "sharpness/filter_normalised": "sharpness, filter-normalised",
+    "lambda_min": "smallest eigenvalue, raw",
+}
+_ERRORS = (("largest eigenvalues", "lambda_max_residual", "lambda_max"), ("traces", "trace_error", "trace"))
+
 
 class Cell(NamedTuple):
     """A printed value, what stands beside it in small type, and whether it is set in bold."""
@@ -38,8 +52,11 @@ def markdown_table(
     Raises:
       ValueError: if a metric or the baseline is none of the result's.
     """
-    head, rows = table(result, metrics, baseline)
-    lines = [head, [":--"] + ["--:"] * (len(head) - 1)]
+    return _markdown(*table(result, metrics, baseline))
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    lines = [[*head], [":--"] + ["--:"] * (len(head) - 1)]
     lines += [[_markdown_cell(cell) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(_markdown_escape(c) for c in line) + " |" for line in lines) + "\n"
 
@@ -64,6 +81,41 @@ def table(
     return ["arm", "n", *map(_heading, metrics)], rows
 
 
+def markdown_flatness(result: Result) -> str:
+    """Arms by measures of flatness as a Markdown table, as :func:`markdown_table` has them, and what they mean."""
+    head, rows = flatness_table(result)
+    return f"{_markdown(head, rows)}\n<sub>{flatness_legend(result, rows)}</sub>\n"
+
+
+def flatness_table(result: Result) -> tuple[list[str], list[list[Cell]]]:
+    """Headings and rows of cells: the loss first, then each measure raw and filter-normalised, side by side."""
+    arms = {
+        arm: {title: measures[name] for name, title in _FLATNESS.items() if name in measures}
+        for arm, measures in result["flatness"].items()
+    }
+    baseline = words.baseline_of(result)
+    return table({**result, "arms": arms}, baseline=baseline if baseline in arms else None)
+
+
+def flatness_legend(result: Result, rows: Sequence[Sequence[Cell]]) -> str:
+    """What the numbers of a flatness table do and do not say, in a few sentences."""
+    exact = [
+        f"the {what} within {max(0.1, error):.2g} %"
+        for what, name, of in _ERRORS
+        if (error := _largest_error(result, name, of)) is not None
+    ]
+    said = (
+        "All on the same images. Curvature shrinks with the loss by itself (Granziol, Flatness is a False Friend, "
+        "2020), so compare only arms whose loss is about equal.",
+        "Raw numbers change when one layer is multiplied by a factor and the next divided by it, although the network "
+        "stays the same (Dinh et al., 2017); filter-normalised ones do not.",
+        "Sharpness: the largest increase of the loss found within a radius.",
+        f"Measured are {words.listing(exact)}." if exact else "",
+        p_legend(result, rows),
+    )
+    return " ".join(filter(None, said))
+
+
 def p_legend(result: Result, rows: Sequence[Sequence[Cell]], baseline: str | None = None) -> str:
     """Explains the p and stars of a table in a sentence; empty where it holds none."""
     small = [cell.small for row in rows for cell in row if cell.small]
@@ -73,6 +125,16 @@ def p_legend(result: Result, rows: Sequence[Sequence[Cell]], baseline: str | Non
     text = f"p: Welch's test against {baseline}, with Holm's correction for the arms of a column"
     starred = any(cell.endswith("*") for cell in small)
     return text + ("; * p < .05, ** p < .01, *** p < .001." if starred else ".")
+
+
+def _largest_error(result: Result, error: str, of: str) -> float | None:
+    """The largest error of a measure in percent of it, over the arms; None where it is not known."""
+    shares = [
+        100 * float(np.mean(np.abs(measures[error])) / np.mean(np.abs(measures[of])))
+        for measures in result["flatness"].values()
+        if error in measures and np.any(measures.get(of, 0))
+    ]
+    return max(shares, default=None)
 
 
 def _heading(name: str) -> str:

@@ -46,6 +46,11 @@ What else an experiment has measured stands in optional fields. An arm in one of
     null, "seconds": number}``, one per setting that a search has tried.
 ``trials_metric``
     what the value of a trial is, such as "validation_accuracy"; more is better unless the metric is an error or a loss.
+``flatness``
+    arm → measure → one number per seed, of the curvature at the final weights, on the same examples for all arms:
+    "loss" and "gradient_norm"; "lambda_max", "lambda_min", "trace" and "sharpness", where "_residual" or "_error"
+    behind a name says how exact it is; each of these raw, and filter-normalised with "/filter_normalised" behind its
+    name. "loss" is never missing, since flatness means nothing without it.
 ``densities``
     arm → ``{"grid": [x], "density": [[one per x] per seed or probe]}``: eigenvalue densities of the Hessian.
 ``overlays``

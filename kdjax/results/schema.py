@@ -4,6 +4,7 @@ A check names the field by its path, as in ``robustness/kd/fgsm/8``, and says wh
 """
 
 import itertools
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -78,6 +79,7 @@ def check(content: Any) -> None:
         "calibration": _check_calibration,
         "confusion": _check_confusion,
         "costs": _check_costs,
+        "flatness": _check_flatness,
         "densities": _check_density,
     }.items():
         for arm, value in _items(content.get(field, {}), field):
@@ -180,6 +182,14 @@ def _check_costs(cost: Any, path: str, seeds: int) -> None:
         _is_count(parameters) and parameters > 0, f"{path}/parameters", "a whole number above 0", parameters
     )
     _need(min(latencies) > 0, f"{path}/latency_ms", "milliseconds above 0", latencies)
+
+
+def _check_flatness(measures: Any, path: str, seeds: int) -> None:
+    _get(measures, "loss", path)
+    for name, values in _items(measures, path):
+        form = re.fullmatch(r"\w+(/filter_normalised)?", name)
+        _need(form, f"{path}/{name}", "a name of the form measure or measure/filter_normalised", name)
+        _check_per_seed(values, f"{path}/{name}", seeds)
 
 
 def _check_density(density: Any, path: str, seeds: int) -> None:
