@@ -90,13 +90,13 @@ def test_loss_and_gradient_are_of_the_same_images(measured, dense):
     assert measured["gradient_norm"][0] == pytest.approx(float(jnp.linalg.norm(slope)), rel=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "radius"), [("", 0.05), (NORMALISED, 0.5)])
-def test_sharpness_is_a_height_that_no_other_point_at_this_distance_exceeds(measured, dense, kind, radius):
+@pytest.mark.parametrize("kind", ["", NORMALISED])
+def test_sharpness_is_a_height_that_no_other_point_at_this_distance_exceeds(measured, dense, kind):
     flat, loss, _, norms = dense
     scales = norms if kind else np.ones_like(norms)
     slope = scales * jax.grad(loss)(flat)
     others = [slope, *jax.random.normal(jax.random.key(0), (20, len(flat)))]
-    rises = [float(loss(flat + radius * scales * d / jnp.linalg.norm(d)) - loss(flat)) for d in others]
+    rises = [float(loss(flat + 0.05 * scales * d / jnp.linalg.norm(d)) - loss(flat)) for d in others]
     assert measured["sharpness" + kind][0] >= max(rises) > 0
 
 

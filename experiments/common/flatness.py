@@ -31,7 +31,6 @@ def flatness_of(
     num_images: int = 512,
     num_matvecs: int = 20,
     radius: float = 0.05,
-    normalised_radius: float = 0.5,
 ) -> dict[str, dict[str, list[float]]]:
     r"""Curvature of the cross-entropy at the final weights of every run of every arm, on the same images for all.
 
@@ -55,9 +54,7 @@ def flatness_of(
       split: the images; the same sample of it for all runs.
       num_images: of that sample, or all of the split if it has fewer.
       num_matvecs: Hessian-vector products for the eigenvalues, and as many for the trace; at least 6.
-      radius: of the sharpness in the parameters; SAM's own.
-      normalised_radius: of the filter-normalised sharpness: how far all filters together move, each as a share of its
-        norm; ASAM's own.
+      radius: of the sharpness, SAM's own; filter-normalised, each filter's part of it is a share of its norm.
 
     Returns:
       Arm → measure → one number per run, the field ``flatness`` of a result.
@@ -71,7 +68,7 @@ def flatness_of(
       Minimization <https://arxiv.org/abs/2010.01412>`_, 2021, equation 1. Kwon et al., `ASAM
       <https://arxiv.org/abs/2102.11600>`_, 2021, section 3, by filters.
     """
-    options = (split, num_images, num_matvecs, radius, normalised_radius)
+    options = (split, num_images, num_matvecs, radius)
     problem = _problem(task, split, num_images)
 
     def measure(run: Trained | Teacher) -> dict[str, float]:
@@ -80,15 +77,15 @@ def flatness_of(
         operator = curvature.hessian(loss, params, batch, state)
         norms = landscape.filter_norms(params)
         # Ones in the shapes of the norms, so that both kinds of measures are one program.
-        kinds = {"": (jax.tree.map(jnp.ones_like, norms), radius), NORMALISED: (norms, normalised_radius)}
+        kinds = {"": jax.tree.map(jnp.ones_like, norms), NORMALISED: norms}
         found = {"loss": value, "gradient_norm": optax.tree.norm(slope)}
-        for kind, (scales, length) in kinds.items():
+        for kind, scales in kinds.items():
             matvec = jax.tree_util.Partial(_scaled, operator, scales)
             start = curvature.random_like(jax.random.key(0), params)
             ends = curvature.extreme_eigenpairs(matvec, start, num_matvecs=num_matvecs)
             trace = curvature.hutch_plus_plus(matvec, params, jax.random.key(1), num_matvecs=num_matvecs)
             top = jax.tree.map(lambda rows: rows[0], ends.top.vectors)
-            highest = _highest(loss, params, scales, length, top, batch, state)
+            highest = _highest(loss, params, scales, radius, top, batch, state)
             measures = {
                 "lambda_max": ends.top.values[0],
                 "lambda_max_residual": ends.top.residuals[0],
