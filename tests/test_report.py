@@ -985,7 +985,7 @@ class TestFlatness:
         text = Reader(page_of(make(n=3, flatness=MEASURES), tmp_path)).all_text()
         for said in ("Flatness at the final weights", "loss on these images", "Granziol", "Dinh"):
             assert said in text
-        assert "the traces within 5 %." in text
+        assert "the traces within 5.0 %." in text
 
     def test_raw_and_filter_normalised_stand_side_by_side(self, all_figures):
         (shown,) = re.findall(r"Flatness at the final weights</h3>.*?</table>", all_figures, re.DOTALL)

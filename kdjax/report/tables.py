@@ -100,7 +100,7 @@ def flatness_table(result: Result) -> tuple[list[str], list[list[Cell]]]:
 def flatness_legend(result: Result, rows: Sequence[Sequence[Cell]]) -> str:
     """What the numbers of a flatness table do and do not say, in a few sentences."""
     exact = [
-        f"the {what} within {max(0.1, error):.2g} %"
+        f"the {what} within {max(0.1, error):,.1f} %"
         for what, name, of in _ERRORS
         if (error := _largest_error(result, name, of)) is not None
     ]
