@@ -87,7 +87,7 @@ class Contender(Protocol):
 class Kdjax:
     """``kdjax.curvature``, with both forms of its loop."""
 
-    arms = (HOST, COMPILED)
+    arms: tuple[str, ...] = (HOST, COMPILED)
 
     def __init__(self):
         import jax
@@ -140,7 +140,7 @@ class Kdjax:
 class Matfree(Kdjax):
     """matfree's Lanczos with full reorthogonalisation, on kdjax's products, in one compiled program."""
 
-    arms = ("matfree",)
+    arms: tuple[str, ...] = ("matfree",)
 
     def __init__(self):
         super().__init__()
@@ -201,7 +201,7 @@ def jax_loss(convolutional: bool) -> Callable[..., Any]:
 class Torch:
     """A loop as one writes it by hand: the graph of the gradient kept, the basis one matrix, rows so far swept once."""
 
-    arms = ("torch",)
+    arms: tuple[str, ...] = ("torch",)
 
     def __init__(self):
         import torch
@@ -290,7 +290,7 @@ class PyHessian(Torch):
     its place and is otherwise the same there. So it is given the function that it looks for.
     """
 
-    arms = ("pyhessian",)
+    arms: tuple[str, ...] = ("pyhessian",)
 
     def __init__(self):
         super().__init__()
@@ -322,7 +322,7 @@ class PyHessian(Torch):
 class Curvlinops(Torch):
     """curvlinops' Lanczos, which does not reorthogonalise, without the search for the spectrum's ends before it."""
 
-    arms = ("curvlinops",)
+    arms: tuple[str, ...] = ("curvlinops",)
 
     def __init__(self):
         super().__init__()
