@@ -40,10 +40,15 @@ def select(params: PyTree, only: str | Sequence[str] | None) -> PyTree:
     )
 
 
+_WIDE = (np.dtype(np.float32), np.dtype(np.float64))
+
+
 def widen(tree: PyTree) -> PyTree:
     """Floating-point arrays as float32, or as float64 where they come so; others as they are."""
 
     def wide(x):
+        if isinstance(x, jax.Array) and x.dtype in _WIDE and not x.weak_type:
+            return x  # already so, which asarray takes ten times as long to find
         floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
         return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)) if floating else x
 
