@@ -1,7 +1,7 @@
 """Lanczos' method: the edges of a spectrum, with vectors and error bounds, from a few dozen products."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from kdjax.curvature.vectors import (
 )
 
 _ROUNDING = 8  # units of rounding, of the largest |alpha| + beta met: less than that is none
+_ROWS = 16  # of a block of the basis
 
 
 class Tridiagonal(NamedTuple):
@@ -39,6 +40,10 @@ class Tridiagonal(NamedTuple):
 
     basis: Float[Array, "k n"] | None
     """Orthonormal rows, each in the order of ``ravel_pytree(start)``; zero behind a breakdown. None if not kept."""
+
+
+Blocks: TypeAlias = tuple[Float[Array, "_ n"], ...]
+"""A basis as blocks of rows, each an array of its own: a product with the first few copies none and reads no others."""
 
 
 class Eigenpairs(NamedTuple):
@@ -108,6 +113,17 @@ def lanczos(
       Lanczos, An iteration method for the solution of the eigenvalue problem, 1950. Paige, Error analysis of the
       Lanczos algorithm for tridiagonalizing a symmetric matrix, 1976, for the loss of orthogonality.
     """
+    alphas, betas, blocks = tridiagonalise(matvec, start, num_matvecs, reorthogonalise, loop)
+    return Tridiagonal(alphas, betas, None if blocks is None else _joined(blocks))
+
+
+def tridiagonalise(
+    matvec: Matvec, start: PyTree, num_matvecs: int, reorthogonalise: bool, loop: Loop | None
+) -> tuple[Float[Array, " k"], Float[Array, " k"], Blocks | None]:
+    """Does what :func:`lanczos` does, and leaves the basis in its blocks.
+
+    To join them takes the memory of a second basis for a moment, which not every caller needs.
+    """
     check_arrays("lanczos", start)
     check_num_matvecs("lanczos", num_matvecs, size_of(start))
     start = widen(start)
@@ -117,15 +133,14 @@ def lanczos(
             f"lanczos needs a start of finite positive length, got {float(norm):g}: draw another."
         )
     if choose_loop(loop, start, matvec) == "compiled":
-        found = _in_one_program(as_argument(matvec), start, num_matvecs, reorthogonalise)
+        blocks, state = _in_one_program(as_argument(matvec), start, num_matvecs, reorthogonalise)
     else:
-        basis, state = _begin(start, num_matvecs, reorthogonalise)
+        blocks, state = _begin(start, num_matvecs, reorthogonalise)
         for step in range(num_matvecs):
             product = multiply_row(matvec, state.current, start)
-            basis, state = _advance(basis, state, np.int32(step), product)
-        found = Tridiagonal(state.alphas, state.betas, basis)
-    check_finite("lanczos", found.alphas, found.betas)
-    return found
+            blocks, state = _advance(blocks, state, np.int32(step), product)
+    check_finite("lanczos", state.alphas, state.betas)
+    return state.alphas, state.betas, blocks
 
 
 def extreme_eigenpairs(
@@ -170,8 +185,8 @@ def extreme_eigenpairs(
             f"extreme_eigenpairs can tell up to num_matvecs = {num_matvecs} pairs of either end, got top = {top} and "
             f"bottom = {bottom}."
         )
-    found = lanczos(matvec, start, num_matvecs=num_matvecs, loop=loop)
-    ends = _pairs(found, widen(start), top, bottom)
+    alphas, betas, blocks = tridiagonalise(matvec, start, num_matvecs, True, loop)
+    ends = _pairs(alphas, betas, blocks, widen(start), top, bottom)
     if not explicit_residuals:
         return ends
     return Extremes(*(_measured(matvec, pairs, widen(start), loop) for pairs in ends))
@@ -209,41 +224,62 @@ class _State(NamedTuple):
     scale: Array  # largest |alpha| + beta so far
 
 
-def _first(start: PyTree, num_matvecs: int, reorthogonalise: bool) -> tuple[Array | None, _State]:
+def _first(start: PyTree, num_matvecs: int, reorthogonalise: bool) -> tuple[Blocks | None, _State]:
     vector = flatten(start)
     vector = vector / jnp.linalg.norm(vector)
     zeros = jnp.zeros(num_matvecs, vector.dtype)
-    basis = jnp.zeros((num_matvecs, len(vector)), vector.dtype).at[0].set(vector) if reorthogonalise else None
-    return basis, _State(zeros, zeros, vector, jnp.zeros_like(vector), zeros[0])
+    state = _State(zeros, zeros, vector, jnp.zeros_like(vector), zeros[0])
+    if not reorthogonalise:
+        return None, state
+    heights = [min(_ROWS, num_matvecs - row) for row in range(0, num_matvecs, _ROWS)]
+    first, *others = (jnp.zeros((height, len(vector)), vector.dtype) for height in heights)
+    return (first.at[0].set(vector), *others), state
 
 
-def _next(basis: Array | None, state: _State, step: Any, w: Array) -> tuple[Array | None, _State]:
+def _next(blocks: Blocks | None, state: _State, step: Any, w: Array) -> tuple[Blocks | None, _State]:
     alpha = _dot(w, state.current)
     w = w - alpha * state.current - jnp.where(step > 0, state.betas[step - 1], 0) * state.previous
-    if basis is not None:
-        # All rows, those still zero too: a slice of a growing length would copy the basis, and take twice as long.
-        w = w - _dot(_dot(basis, w), basis)
+    if blocks is not None:
+        # The blocks that have rows, and not those still zero: for a small network this is most of the time.
+        sweeps = [functools.partial(_beside, blocks[: count + 1]) for count in range(len(blocks))]
+        w = jax.lax.switch(step // _ROWS, sweeps, w)
     beta = jnp.linalg.norm(w)
     scale = jnp.maximum(state.scale, jnp.abs(alpha) + beta)
     ends = beta <= _ROUNDING * jnp.finfo(w.dtype).eps * scale
     beta = jnp.where(ends, 0, beta)
     following = jnp.where(ends, 0, w / jnp.where(ends, 1, beta))
-    basis = None if basis is None else basis.at[step + 1].set(following, mode="drop")
+    blocks = None if blocks is None else _with_row(blocks, step + 1, following)
     alphas, betas = state.alphas.at[step].set(alpha), state.betas.at[step].set(beta)
-    return basis, _State(alphas, betas, following, state.current, scale)
+    return blocks, _State(alphas, betas, following, state.current, scale)
+
+
+def _beside(blocks: Blocks, w: Array) -> Array:
+    """What is left of a vector without its parts along all rows."""
+    shares = [_dot(block, w) for block in blocks]
+    for block, share in zip(blocks, shares, strict=True):
+        w = w - _dot(share, block)
+    return w
+
+
+def _with_row(blocks: Blocks, row: Any, vector: Array) -> Blocks:
+    """The blocks with one row set; a row behind the last is dropped."""
+    places = (row - i * _ROWS for i in range(len(blocks)))
+    return tuple(
+        block.at[jnp.where(place < 0, len(block), place)].set(vector, mode="drop")
+        for block, place in zip(blocks, places, strict=True)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _in_one_program(matvec, start, num_matvecs, reorthogonalise):
     def step(i, carry):
-        basis, state = carry
-        return _next(basis, state, i, multiply_flat(matvec, state.current, start))
+        blocks, state = carry
+        return _next(blocks, state, i, multiply_flat(matvec, state.current, start))
 
-    carry = _first(start, num_matvecs, reorthogonalise)
-    basis, state = jax.lax.fori_loop(0, num_matvecs, step, carry)
-    return Tridiagonal(state.alphas, state.betas, basis)
+    return jax.lax.fori_loop(0, num_matvecs, step, _first(start, num_matvecs, reorthogonalise))
 
 
+_joined = jax.jit(jnp.concatenate)
 _begin = jax.jit(_first, static_argnums=(1, 2))
 
 
@@ -251,17 +287,19 @@ _begin = jax.jit(_first, static_argnums=(1, 2))
 _advance = jax.jit(_next, donate_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _pairs(found, start, top, bottom):
-    values, vectors, reached = ritz(found.alphas, found.betas)
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _pairs(alphas, betas, blocks, start, top, bottom):
+    values, vectors, reached = ritz(alphas, betas)
     largest = jnp.max(jnp.abs(jnp.where(jnp.arange(len(values)) < reached, values, 0)))
     floor = _ROUNDING * jnp.finfo(values.dtype).eps * largest
 
     def pairs(places):
         there = (places >= 0) & (places < reached)
         chosen = jnp.where(there, places, 0)
-        rows = _dot(vectors[:, chosen].T, found.basis)
-        residuals = jnp.maximum(found.betas[-1] * jnp.abs(vectors[-1, chosen]), floor)
+        parts = (vectors[i * _ROWS : (i + 1) * _ROWS, chosen] for i in range(len(blocks)))
+        products = (_dot(part.T, block) for part, block in zip(parts, blocks, strict=True))
+        rows = functools.reduce(jnp.add, products)
+        residuals = jnp.maximum(betas[-1] * jnp.abs(vectors[-1, chosen]), floor)
         rows, kept, errors = (
             jnp.where(there.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
             for x in (rows, values[chosen], residuals)

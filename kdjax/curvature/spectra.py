@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from kdjax.curvature.krylov import check_num_matvecs, lanczos, ritz
+from kdjax.curvature.krylov import check_num_matvecs, lanczos, ritz, tridiagonalise
 from kdjax.curvature.vectors import (
     Loop,
     Matvec,
@@ -112,10 +112,9 @@ def spectral_density(
     if choose_loop(loop, like, key, matvec) == "compiled":
         alphas, betas = _probe_all(as_argument(matvec), like, key, num_matvecs, num_probes, reorthogonalise)
     else:
-        options: dict[str, Any] = {"num_matvecs": num_matvecs, "reorthogonalise": reorthogonalise}
         starts = (random_like(k, like) for k in jax.random.split(key, num_probes))
-        found = [lanczos(matvec, start, loop="host", **options) for start in starts]
-        alphas, betas = np.stack([f.alphas for f in found]), np.stack([f.betas for f in found])
+        found = [tridiagonalise(matvec, start, num_matvecs, reorthogonalise, "host")[:2] for start in starts]
+        alphas, betas = (np.stack(each) for each in zip(*found, strict=True))
     check_finite("spectral_density", alphas, betas)
     return _density(alphas, betas, grid, width)
 
