@@ -50,7 +50,8 @@ DATA_DIR = flags.DEFINE_string(
 SPLIT_BY = flags.DEFINE_enum(
     "split_by", "image", ["image", "patient"], "What never lies on both sides of a split; image as published."
 )
-NUM_TRAIN = flags.DEFINE_integer("num_train", 0, "Training images, of teachers and students; 0 for all.", 0)
+NUM_TRAIN = flags.DEFINE_integer("num_train", 0, "Training images that students see; 0 for all.", 0)
+TEACHER_NUM_TRAIN = flags.DEFINE_integer("teacher_num_train", 0, "Likewise teachers.", 0)
 TEACHER = flags.DEFINE_string("teacher", "malaria_teacher", f"One of {', '.join(sorted(models.MODELS))}.")
 STUDENT = flags.DEFINE_string("student", "malaria_student", "Likewise, of the same depth.")
 ARMS = flags.DEFINE_list("arms", [], "Some of those above, scratch among them; all by default.")
@@ -142,14 +143,11 @@ def main() -> None:
     """Checks the flags, then weak and strong teachers, all arms, report."""
     start = time.monotonic()
     arms = wanted_arms()
-    task = common.make_task(
-        DATASET.value,
-        data_dir=DATA_DIR.value,
-        num_train=min(NUM_TRAIN.value or 256, 256) if SMOKE.value else NUM_TRAIN.value or None,
-        by_group=SPLIT_BY.value == "patient",
-    )
+    wide = the_task(TEACHER_NUM_TRAIN.value)
+    # One normalisation for both, so that a teacher's weights mean the same to a student.
+    task = the_task(NUM_TRAIN.value)._replace(mean=wide.mean, std=wide.std)
     parallel.check_batch_size(BATCH_SIZE.value, task.devices)
-    study = Study(task, Path(WORKDIR.value))
+    study = Study(task, wide, Path(WORKDIR.value))
     share = workers.my_task()
     if share is not None:
         train_all(study, arms, share)
@@ -161,6 +159,16 @@ def main() -> None:
         workers.in_children("experiments.sprkd_malaria", shares)
     runs = train_all(study, arms, {"first": 0, "step": 1})
     report(study, runs, workdir, settings, time.monotonic() - start)
+
+
+def the_task(num_train: int) -> common.Task:
+    """The data set as the flags give it, with that many training images, 0 for all."""
+    return common.make_task(
+        DATASET.value,
+        data_dir=DATA_DIR.value,
+        num_train=min(num_train or 256, 256) if SMOKE.value else num_train or None,
+        by_group=SPLIT_BY.value == "patient",
+    )
 
 
 def wanted_arms() -> list[str]:
@@ -197,8 +205,8 @@ def recipe(epochs: int, schedule: str = "constant") -> common.Recipe:
 class Study:
     """The teachers, regions and trainers of a task, each made when it is first asked for."""
 
-    def __init__(self, task: common.Task, workdir: Path):
-        self.task, self.workdir = task, workdir
+    def __init__(self, task: common.Task, wide: common.Task, workdir: Path):
+        self.task, self.wide, self.workdir = task, wide, workdir
         self.student = common.build(STUDENT.value, task)
         common.build(TEACHER.value, task)
         self.shapes = models.init(self.student, task.source.images.shape[1:], seed=0)[0]
@@ -211,7 +219,7 @@ class Study:
         weak = recipe(WEAK_EPOCHS.value)
         # Snapshots lie closer than dispatches need to.
         weak = weak._replace(steps_per_dispatch=min(51, STEPS_PER_DISPATCH.value))
-        return recruiting.make_watcher(self.task, TEACHER.value, weak, split=MEASURE.value)
+        return recruiting.make_watcher(self.wide, TEACHER.value, weak, split=MEASURE.value)
 
     @functools.cache  # noqa: B019, one study a process
     def weak(self, seed: int, number: int) -> recruiting.Watched:
@@ -223,13 +231,13 @@ class Study:
     @functools.cache  # noqa: B019
     def strong(self, number: int) -> common.Teacher:
         """One of the strong teachers."""
-        network = common.build(TEACHER.value, self.task)
+        network = common.build(TEACHER.value, self.wide)
         trainer = common.make_trainer(
-            self.task, network, common.scratch, recipe(STRONG_EPOCHS.value), split=MEASURE.value
+            self.wide, network, common.scratch, recipe(STRONG_EPOCHS.value), split=MEASURE.value
         )
         directory = self.workdir / "strong" / str(number)
         with common.alone(self.workdir / "strong" / f"{number}.lock"):
-            return common.train_teacher(self.task, TEACHER.value, network, trainer, number, directory)
+            return common.train_teacher(self.wide, TEACHER.value, network, trainer, number, directory)
 
     @functools.cache  # noqa: B019
     def taught(self, teacher: str, seed: int) -> common.Taught:
