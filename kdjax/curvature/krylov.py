@@ -138,7 +138,9 @@ def tridiagonalise(
         blocks, state = _begin(start, num_matvecs, reorthogonalise)
         for step in range(num_matvecs):
             product = multiply_row(matvec, state.current, start)
-            blocks, state = _advance(blocks, state, np.int32(step), product)
+            state = _advance(blocks, state, np.int32(step), product)
+            if blocks is not None:
+                blocks = _store(blocks, np.int32(step + 1), state.current)
     check_finite("lanczos", state.alphas, state.betas)
     return state.alphas, state.betas, blocks
 
@@ -236,7 +238,7 @@ def _first(start: PyTree, num_matvecs: int, reorthogonalise: bool) -> tuple[Bloc
     return (first.at[0].set(vector), *others), state
 
 
-def _next(blocks: Blocks | None, state: _State, step: Any, w: Array) -> tuple[Blocks | None, _State]:
+def _next(blocks: Blocks | None, state: _State, step: Any, w: Array) -> _State:
     alpha = _dot(w, state.current)
     w = w - alpha * state.current - jnp.where(step > 0, state.betas[step - 1], 0) * state.previous
     if blocks is not None:
@@ -248,9 +250,8 @@ def _next(blocks: Blocks | None, state: _State, step: Any, w: Array) -> tuple[Bl
     ends = beta <= _ROUNDING * jnp.finfo(w.dtype).eps * scale
     beta = jnp.where(ends, 0, beta)
     following = jnp.where(ends, 0, w / jnp.where(ends, 1, beta))
-    blocks = None if blocks is None else _with_row(blocks, step + 1, following)
     alphas, betas = state.alphas.at[step].set(alpha), state.betas.at[step].set(beta)
-    return blocks, _State(alphas, betas, following, state.current, scale)
+    return _State(alphas, betas, following, state.current, scale)
 
 
 def _beside(blocks: Blocks, w: Array) -> Array:
@@ -274,17 +275,17 @@ def _with_row(blocks: Blocks, row: Any, vector: Array) -> Blocks:
 def _in_one_program(matvec, start, num_matvecs, reorthogonalise):
     def step(i, carry):
         blocks, state = carry
-        return _next(blocks, state, i, multiply_flat(matvec, state.current, start))
+        state = _next(blocks, state, i, multiply_flat(matvec, state.current, start))
+        return None if blocks is None else _with_row(blocks, i + 1, state.current), state
 
     return jax.lax.fori_loop(0, num_matvecs, step, _first(start, num_matvecs, reorthogonalise))
 
 
 _joined = jax.jit(jnp.concatenate)
 _begin = jax.jit(_first, static_argnums=(1, 2))
-
-
-# Only the basis is written in place: the vectors may be in the hands of whoever computes the product.
-_advance = jax.jit(_next, donate_argnums=0)
+_advance = jax.jit(_next)
+# In place, and by itself: a program that reads the basis and writes it holds a copy.
+_store = jax.jit(_with_row, donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
