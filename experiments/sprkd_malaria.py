@@ -52,6 +52,9 @@ SPLIT_BY = flags.DEFINE_enum(
 )
 NUM_TRAIN = flags.DEFINE_integer("num_train", 0, "Training images that students see; 0 for all.", 0)
 TEACHER_NUM_TRAIN = flags.DEFINE_integer("teacher_num_train", 0, "Likewise teachers.", 0)
+NUM_VALIDATION = flags.DEFINE_integer(
+    "num_validation", None, "Validation images; a tenth of the training split."
+)
 TEACHER = flags.DEFINE_string("teacher", "malaria_teacher", f"One of {', '.join(sorted(models.MODELS))}.")
 STUDENT = flags.DEFINE_string("student", "malaria_student", "Likewise, of the same depth.")
 ARMS = flags.DEFINE_list("arms", [], "Some of those above, scratch among them; all by default.")
@@ -77,7 +80,7 @@ FORM = flags.DEFINE_enum("form", "select", ["select", "crop"], "How sprkd cuts a
 PERIOD = flags.DEFINE_integer("period", 100, "Steps between two looks for an escape.", 1)
 RADIUS = flags.DEFINE_float("radius", 0.3, "Longest escape, as a share of the norm of the parameters.", 0.0)
 SIGMA = flags.DEFINE_float("sigma", 0.01, "Perturbation before a look, likewise.", 0.0)
-STRENGTH = flags.DEFINE_float("strength", 0.3, "|λ_min| / λ_max of a saddle that is left.", 0.0)
+STRENGTH = flags.DEFINE_float("strength", 0.1, "|λ_min| / λ_max of a saddle that is left.", 0.0)
 BUDGET = flags.DEFINE_integer("budget", 20, "Most escapes of a run.", 0)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
@@ -101,6 +104,7 @@ HVP, EVALUATION = 1.5, 1 / 3  # in gradients
 TARGETS = {"malaria": (0.30, 0.25, 0.20), "digits": (0.8, 0.5, 0.3), "mnist": (0.5, 0.4, 0.3)}
 DELTA = 0.01  # accuracies nearer than this are equal for practical purposes
 NOISE = ("gaussian_noise",)
+DENSITIES = ("scratch", "published", "sprkd")  # arms whose spectrum is drawn
 
 
 class Arm(NamedTuple):
@@ -167,6 +171,7 @@ def the_task(num_train: int) -> common.Task:
         DATASET.value,
         data_dir=DATA_DIR.value,
         num_train=min(num_train or 256, 256) if SMOKE.value else num_train or None,
+        num_validation=NUM_VALIDATION.value,
         by_group=SPLIT_BY.value == "patient",
     )
 
@@ -386,6 +391,10 @@ def report(
         baseline="scratch",
         settings=settings,
         wall_clock_s=seconds,
+        flatness=common.flatness_of(task, runs, workdir / "flatness", num_images=256),
+        densities=common.densities_of(
+            task, {name: runs[name] for name in DENSITIES if name in runs}, workdir / "densities"
+        ),
         scaled_down=scaled_down(task),
         metrics=("accuracy", "loss", "events", "hvps", "gradient_equivalents"),
         notes=notes,

@@ -150,7 +150,7 @@ class Escape(NamedTuple):
     period: int = 100
     radius: float = 0.3
     sigma: float = 0.01
-    strength: float = 0.3
+    strength: float = 0.1
     budget: int = 20
     warmup: int = 0
     max_gradient_norm: float = float("inf")
