@@ -92,6 +92,32 @@ class TestStep:
         _, second = step(state, batch_of())
         assert second["loss"] < first["loss"]
 
+    def test_a_second_batch_is_that_of_the_next_step(self):
+        def look(updates, state, params=None, *, certify_fn, **extra_args):
+            return optax.tree.zeros_like(updates), certify_fn(params)
+
+        tx = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), look)
+        step = train.make_train_step(
+            linear, cross_entropy, tx, record=lambda before, after: {"before": before, "certified": after}
+        )
+        run, arrays, index = (
+            train.make_run(step, make_batch, second=True),
+            examples(),
+            np.arange(24).reshape(8, 3),
+        )
+        state, metrics = jax.jit(run)(train.init_state(weights(), {}, tx, seed=0), arrays, index)
+
+        def loss(rows):
+            batch = data.gather(arrays, jnp.asarray(rows))
+            return cross_entropy(linear(weights(), {}, batch["image"], train=False)[0], batch)["hard"]
+
+        np.testing.assert_allclose(
+            metrics["certified"], [loss(rows) for rows in index.T[[1, 2, 0]]], rtol=1e-5
+        )
+        np.testing.assert_array_equal(metrics["before"], [0, *metrics["certified"][:-1]])
+        with pytest.raises(ValueError, match="two steps per dispatch"):
+            run(state, arrays, index[:, :1])
+
     @pytest.mark.parametrize("implementation", ["pmap", "shard_map"])
     @pytest.mark.parametrize("steps", [1, 3])
     def test_shards_equal_the_full_batch(self, implementation, steps):
@@ -281,6 +307,20 @@ class TestFit:
         resumed, calls = fitting(tmp_path)
         assert sum(steps for steps, _ in calls) < 30, "the resumed run began again from the start"
         assert_same(whole, resumed)
+
+    def test_what_is_done_between_dispatches_is_part_of_the_run(self, tmp_path):
+        def between(state, step):
+            asked.append((step, int(state.step)))
+            return state._replace(params=jax.tree.map(lambda p: p + 0.01 * (step % 10 == 0), state.params))
+
+        asked = []
+        whole, calls = fitting(between=between)
+        assert asked == [(step, step) for step in np.cumsum([steps for steps, _ in calls])]
+        plain, _ = fitting()
+        assert np.abs(whole.last.params["bias"] - plain.last.params["bias"]).min() > 1e-3
+        with pytest.raises(SystemExit):
+            fitting(tmp_path, stop_after=4, between=between)
+        assert_same(whole, fitting(tmp_path, between=between)[0])
 
     def test_a_finished_run_is_read_back(self, tmp_path):
         first, _ = fitting(tmp_path)
