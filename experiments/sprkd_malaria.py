@@ -39,7 +39,7 @@ from absl import flags
 
 from experiments import common
 from experiments.common import recruiting, workers
-from kdjax import data, losses, models, parallel, robustness, significance, train
+from kdjax import data, losses, models, parallel, robustness, saddles, significance, train
 
 DATASET = flags.DEFINE_string(
     "dataset", "malaria", "malaria, any TFDS name, digits, a file.npz, or folder:PATH of class folders."
@@ -213,8 +213,11 @@ class Study:
     def __init__(self, task: common.Task, wide: common.Task, workdir: Path):
         self.task, self.wide, self.workdir = task, wide, workdir
         self.student = common.build(STUDENT.value, task)
-        common.build(TEACHER.value, task)
-        self.shapes = models.init(self.student, task.source.images.shape[1:], seed=0)[0]
+        teacher = common.build(TEACHER.value, task)
+        shape = task.source.images.shape[1:]
+        self.shapes = models.init(self.student, shape, seed=0)[0]
+        # Whether the student can take the teacher's place at all.
+        saddles.recruit(models.init(teacher, shape, seed=0)[0], self.shapes)
         self.escape = recruiting.Escape(PERIOD.value, RADIUS.value, SIGMA.value, STRENGTH.value, BUDGET.value)
         self.fallbacks: dict[str, set[int]] = {}  # arm → seeds whose teachers had no strong saddle
         self._trainers: dict[Any, Callable[..., common.Trained]] = {}
