@@ -13,7 +13,9 @@ region is made in the shapes of the student, which approaches it, and descends o
 * published, published_3: SPRKD as Dewan (arXiv 2607.23346) describes it, from one and from three teachers;
 * sprkd, sprkd_3: as this library recommends it, by --which, --rule, --form and the flags of an escape;
 * sprkd+kd: likewise, with kd_strong's loss in place of the labels';
-* init_only: the student starts at the region of sprkd and has no escapes; no_region: escapes alone, from scratch;
+* init_only, init_only+kd: the student starts at the region of sprkd and has no escapes; no_region: escapes alone;
+* strong_init, strong_init+kd: it starts at what was cut out of a finished, strong teacher: no saddle at all (this is
+  weight selection, Xu et al., https://arxiv.org/abs/2311.18823, by norms);
 * no_eigenstep, no_perturbation: sprkd without one or the other;
 * from_saddle, from_last, from_random, from_average: sprkd with a region of other snapshots.
 
@@ -112,7 +114,7 @@ class Arm(NamedTuple):
 
     loss: str = "labels"  # labels, kd or response
     teacher: str = ""  # weak or strong, of the loss
-    which: str = ""  # snapshots of the region; none without
+    which: str = ""  # snapshots of the region, or the end of a strong teacher's training; none without
     rule: str = "own"
     form: str = "own"
     teachers: int = 1
@@ -133,6 +135,9 @@ TABLE = {
     "sprkd_3": OWN._replace(teachers=3),
     "sprkd+kd": OWN._replace(loss="kd", teacher="strong"),
     "init_only": OWN._replace(moves="start"),
+    "init_only+kd": OWN._replace(moves="start", loss="kd", teacher="strong"),
+    "strong_init": Arm(which="strong", moves="start"),
+    "strong_init+kd": Arm(which="strong", moves="start", loss="kd", teacher="strong"),
     "no_region": Arm(moves="escapes"),
     "no_eigenstep": OWN._replace(moves="perturbations"),
     "no_perturbation": OWN._replace(sigma=0.0),
@@ -263,6 +268,11 @@ class Study:
     @functools.cache  # noqa: B019
     def region(self, which: str, rule: str, form: str, teachers: int, seed: int) -> recruiting.Region:
         """The region that a student of this seed approaches."""
+        if which == "strong":
+            teacher = self.strong(seed % STRONG_TEACHERS.value)
+            shape: Any = form
+            params = saddles.recruit(teacher.weights.params, self.shapes, form=shape)
+            return recruiting.Region(params, [], strong=True)
         watched = [self.weak(seed, number) for number in range(teachers)]
         return recruiting.region_of(watched, self.shapes, which=which, rule=rule, form=form, seed=seed)
 
@@ -369,7 +379,8 @@ def report(
     """Everything that is known of the finished students."""
     task, numbers = study.task, list(seeds())
     weak = [study.weak(seed, 0).teacher for seed in numbers]
-    strong = [study.strong(k) for k in range(STRONG_TEACHERS.value)] if "kd_strong" in runs else []
+    needed = any("strong" in (TABLE[name].teacher, TABLE[name].which) for name in runs)
+    strong = [study.strong(k) for k in range(STRONG_TEACHERS.value)] if needed else []
     teachers = {"weak_teacher": weak} | ({"strong_teacher": strong} if strong else {})
     arms: dict[str, Any] = {**runs, **teachers}
     notes = [
