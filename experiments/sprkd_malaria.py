@@ -6,18 +6,18 @@ r"""Does a student gain from the saddles that its teachers passed? SPRKD, its pa
     python -m experiments.sprkd_malaria --dataset=digits --workdir=runs/sprkd_digits --num_train=300 \
         --teacher=digits_teacher --student=digits_student --epochs=60 --measure=validation
 
-Every seed has weak teachers of its own, that are trained for --weak_epochs and leave scored snapshots. From these a
-region is made in the shapes of the student, which approaches it, and descends on the labels alone. The arms:
+Every seed has weak teachers of its own, that are trained for --weak_epochs and leave scored snapshots, and shares
+strong ones, that are trained for --strong_epochs. A region is made of either in the shapes of the student, which
+approaches it, and descends on the labels alone. The arms:
 
 * scratch; kd_weak and kd_strong, Hinton's distillation; response_kd, the divergence alone at T = 1, as published;
-* published, published_3: SPRKD as Dewan (arXiv 2607.23346) describes it, from one and from three teachers;
-* sprkd, sprkd_3: as this library recommends it, by --which, --rule, --form and the flags of an escape;
-* sprkd+kd: likewise, with kd_strong's loss in place of the labels';
-* init_only, init_only+kd: the student starts at the region of sprkd and has no escapes; no_region: escapes alone;
-* strong_init, strong_init+kd: it starts at what was cut out of a finished, strong teacher: no saddle at all (this is
-  weight selection, Xu et al., https://arxiv.org/abs/2311.18823, by norms);
+* published, published_3: SPRKD as Dewan (arXiv 2607.23346) describes it, from one and from three weak teachers;
+* sprkd: as this library recommends it, by --which, --form and the flags of an escape; sprkd+kd, with kd_strong's loss;
+* init_only, init_only+kd: the student starts at that region, without approach or escapes; no_region: escapes alone;
 * no_eigenstep, no_perturbation: sprkd without one or the other;
-* from_saddle, from_last, from_random, from_average: sprkd with a region of other snapshots.
+* from_strong, from_saddle, from_last, from_random, from_average: sprkd with a region of the end of a strong teacher's
+  training (weight selection, Xu et al., https://arxiv.org/abs/2311.18823, by norms), or of a weak teacher's snapshots:
+  its strongest saddle by --rule, and what that has to be compared with; from_saddle_3, of three teachers.
 
 A step is one gradient. Beside it stands what an arm has paid in all, in gradients: 1.5 for a Hessian-vector product and
 a third for a loss, as in benchmarks/escape.json; a teacher's own training is not counted. --measure=validation asks
@@ -75,7 +75,7 @@ HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Of the labels there.", low
 SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.9, "Of the teacher there.", lower_bound=0.0)
 
 WHICH = flags.DEFINE_enum(
-    "which", "saddle", ["saddle", "last", "random", "average"], "Snapshots of sprkd's region."
+    "which", "strong", ["strong", "saddle", "last", "random", "average"], "What sprkd's region is made of."
 )
 RULE = flags.DEFINE_enum("rule", "strong", list(recruiting.RULES), "What a strong saddle is to sprkd.")
 FORM = flags.DEFINE_enum("form", "select", ["select", "crop"], "How sprkd cuts a teacher to size.")
@@ -114,7 +114,7 @@ class Arm(NamedTuple):
 
     loss: str = "labels"  # labels, kd or response
     teacher: str = ""  # weak or strong, of the loss
-    which: str = ""  # snapshots of the region, or the end of a strong teacher's training; none without
+    which: str = ""  # what the region is made of; none without
     rule: str = "own"
     form: str = "own"
     teachers: int = 1
@@ -132,16 +132,15 @@ TABLE = {
     "published": PUBLISHED,
     "published_3": PUBLISHED._replace(teachers=3),
     "sprkd": OWN,
-    "sprkd_3": OWN._replace(teachers=3),
     "sprkd+kd": OWN._replace(loss="kd", teacher="strong"),
     "init_only": OWN._replace(moves="start"),
     "init_only+kd": OWN._replace(moves="start", loss="kd", teacher="strong"),
-    "strong_init": Arm(which="strong", moves="start"),
-    "strong_init+kd": Arm(which="strong", moves="start", loss="kd", teacher="strong"),
     "no_region": Arm(moves="escapes"),
     "no_eigenstep": OWN._replace(moves="perturbations"),
     "no_perturbation": OWN._replace(sigma=0.0),
+    "from_strong": OWN._replace(which="strong"),
     "from_saddle": OWN._replace(which="saddle"),
+    "from_saddle_3": OWN._replace(which="saddle", teachers=3),
     "from_last": OWN._replace(which="last"),
     "from_random": OWN._replace(which="random"),
     "from_average": OWN._replace(which="average"),
@@ -281,10 +280,8 @@ class Study:
         arm = TABLE[name]
         taught = self.taught(arm.teacher, seed) if arm.teacher else None
         if arm.which:
-            own = {"own": WHICH.value}.get(arm.which, arm.which)
-            rule = {"own": RULE.value}.get(arm.rule, arm.rule)
-            form = {"own": FORM.value}.get(arm.form, arm.form)
-            region = self.region(own, rule, form, arm.teachers, seed)
+            wanted = own(arm.which, WHICH), own(arm.rule, RULE), own(arm.form, FORM)
+            region = self.region(*wanted, arm.teachers, seed)
             if not region.strong:
                 self.fallbacks.setdefault(name, set()).add(seed)
             params = region.params
@@ -329,6 +326,11 @@ class Study:
             record=recruiting.spent,
             second=arm.moves == "escapes",
         )
+
+
+def own(value: str, flag: flags.FlagHolder) -> str:
+    """What the table says, or the flag where it says so."""
+    return flag.value if value == "own" else value
 
 
 def hinton() -> train.Objective:
@@ -379,8 +381,8 @@ def report(
     """Everything that is known of the finished students."""
     task, numbers = study.task, list(seeds())
     weak = [study.weak(seed, 0).teacher for seed in numbers]
-    needed = any("strong" in (TABLE[name].teacher, TABLE[name].which) for name in runs)
-    strong = [study.strong(k) for k in range(STRONG_TEACHERS.value)] if needed else []
+    used = {part for name in runs for part in (TABLE[name].teacher, own(TABLE[name].which, WHICH))}
+    strong = [study.strong(k) for k in range(STRONG_TEACHERS.value)] if "strong" in used else []
     teachers = {"weak_teacher": weak} | ({"strong_teacher": strong} if strong else {})
     arms: dict[str, Any] = {**runs, **teachers}
     notes = [

@@ -137,7 +137,7 @@ class TestCommand:
             "--teacher=digits_teacher",
             "--student=digits_student",
             "--smoke",
-            "--arms=scratch,kd_strong,sprkd",
+            "--arms=scratch,kd_strong,sprkd,from_saddle",
             "--weak_epochs=1",
             "--period=2",
             "--measure=validation",
@@ -146,7 +146,10 @@ class TestCommand:
         done = launch(*command)
         assert done.returncode == 0, done.stderr
         found = results.read(tmp_path / "run" / "results.json")
-        assert set(found["arms"]) == {"scratch", "kd_strong", "sprkd", "weak_teacher", "strong_teacher"}
+        assert set(found["arms"]) == {
+            *("scratch", "kd_strong", "sprkd", "from_saddle"),
+            *("weak_teacher", "strong_teacher"),
+        }
         runs = found["arms"]["sprkd"]
         per_epoch = 256 // 64
         assert all(value % 16 in (0, 1) for value in runs["hvps"])  # and one to certify with
@@ -155,7 +158,7 @@ class TestCommand:
         ):
             assert paid == pytest.approx(2 * per_epoch + 1.5 * hvps + losses / 3)
         assert found["arms"]["scratch"]["gradient_equivalents"] == [2 * per_epoch] * 3
-        assert set(found["flatness"]) == {"scratch", "kd_strong", "sprkd"}
+        assert set(found["flatness"]) == {"scratch", "kd_strong", "sprkd", "from_saddle"}
         assert any("McNemar" in note for note in found["notes"])
 
     @pytest.mark.parametrize(
