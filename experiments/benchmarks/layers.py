@@ -20,13 +20,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from absl import app, flags
 
 from kdjax import models, results
-from kdjax.models import layers
+from kdjax.models import layers, narrow
+from kdjax.models.cnn import MalariaCnn
+from kdjax.types import Outputs
 
 OUTPUT = flags.DEFINE_string("output", None, "Result file to write.", required=True)
 THREADS = flags.DEFINE_integer("threads", 1, "CPU cores that every form may use.", lower_bound=1)
@@ -34,10 +37,10 @@ ROUNDS = flags.DEFINE_integer("rounds", 7, "Times that each form is timed.", low
 SECONDS = flags.DEFINE_float("seconds", 0.15, "Length of one timing; at least one call.", lower_bound=0.0)
 CASES = flags.DEFINE_list("cases", [], "Only those whose name starts with one of these.")
 
-LAYERS = {  # name: (layer, input, kernel, strides, padding)
+LAYERS = {  # name: (layer, input, kernel, strides, padding); a narrow one has its images last in our form
     "conv first student": ("conv", (64, 28, 28, 1), (3, 3, 1, 16), 2, "SAME"),
     "conv second student": ("conv", (64, 14, 14, 16), (3, 3, 16, 32), 2, "SAME"),
-    "conv malaria": ("conv", (64, 32, 32, 3), (3, 3, 3, 4), 1, "VALID"),
+    "conv malaria": ("narrow", (64, 32, 32, 3), (3, 3, 3, 4), 1, "VALID"),
     "conv 16 to 16": ("conv", (64, 32, 32, 16), (3, 3, 16, 16), 1, "SAME"),
     "conv 16 to 32 strided": ("conv", (64, 32, 32, 16), (3, 3, 16, 32), 2, "SAME"),
     "conv 64 to 64": ("conv", (64, 8, 8, 64), (3, 3, 64, 64), 1, "SAME"),
@@ -57,9 +60,25 @@ IN_SCAN = ("keras_student step", "conv 16 to 16")  # the other cases would say t
 SCANNED = 2
 
 
+class LinenMalaria(nn.Module):
+    """The network and the parameters of ``kdjax.models.cnn.MalariaCnn``, of Flax's layers with the channels last."""
+
+    like: MalariaCnn
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> Outputs:
+        """Scores images."""
+        first, second = (nn.Dropout(rate, deterministic=not train) for rate in self.like.dropout)
+        for width in self.like.widths:
+            x = nn.relu(nn.Conv(width, (3, 3), padding="VALID")(x))
+        x = first(nn.max_pool(x, (2, 2), (2, 2))).reshape(x.shape[0], -1)
+        x = second(nn.relu(nn.Dense(self.like.hidden)(x)))
+        return Outputs(nn.Dense(self.like.num_classes)(x), {})
+
+
 @contextlib.contextmanager
 def native_forms() -> Iterator[None]:
-    """While a function is traced in here, its layers are XLA's own."""
+    """While a function is traced in here, the layers of :mod:`kdjax.models.layers` are XLA's own."""
     with (
         mock.patch.object(layers, "_conv", layers._native_conv),
         mock.patch.object(layers, "_depthwise", layers._native_depthwise),
@@ -68,15 +87,21 @@ def native_forms() -> Iterator[None]:
         yield
 
 
-def layer_case(layer: str, shape: tuple[int, ...], kernel: tuple[int, ...], strides: int, padding: str):
+def layer_case(
+    layer: str, shape: tuple[int, ...], kernel: tuple[int, ...], strides: int, padding: str, *, native: bool
+):
     """``(carry) -> carry`` that runs a layer forward and backward, and its carry."""
     key, options = jax.random.key(0), {"strides": strides, "padding": padding}
     x = jax.random.normal(key, shape)
+    if layer == "narrow" and native:
+        layer = "conv"  # XLA's own has the channels last, as a user of Flax would
+    elif layer == "narrow":
+        x, options = jnp.transpose(x, (3, 1, 2, 0)), {}
     if layer == "pool":
         return (
             lambda x: x + 1e-6 * jax.grad(lambda x: jnp.sum(layers.max_pool(x, kernel, **options) ** 2))(x)
         ), x
-    form = {"conv": layers.conv, "depthwise": layers.depthwise_conv}[layer]
+    form = {"conv": layers.conv, "depthwise": layers.depthwise_conv, "narrow": narrow.conv}[layer]
 
     def run(carry):
         gradients = jax.grad(lambda carry: jnp.mean(form(*carry, **options) ** 2))(carry)
@@ -85,9 +110,11 @@ def layer_case(layer: str, shape: tuple[int, ...], kernel: tuple[int, ...], stri
     return run, (x, 0.1 * jax.random.normal(key, kernel))
 
 
-def network_case(name: str, batch: int, shape: tuple[int, ...], classes: int, trains: bool):
+def network_case(name: str, batch: int, shape: tuple[int, ...], classes: int, trains: bool, *, native: bool):
     """``(carry) -> carry`` that takes a step of Adam, or only scores a batch, and its carry."""
     module = models.build(name, num_classes=classes)
+    if native and isinstance(module, MalariaCnn):
+        module = LinenMalaria(module)
     params, model_state = models.init(module, shape, seed=0)
     apply, tx = models.apply_fn(module), optax.adam(1e-3)
     x, y = jax.random.normal(jax.random.key(1), (batch, *shape)), jnp.arange(batch) % classes
@@ -117,21 +144,26 @@ def network_case(name: str, batch: int, shape: tuple[int, ...], classes: int, tr
 
 def jax_arms(case: str) -> dict[str, tuple[Callable[[], Any], int]]:
     """Form -> a call that blocks until its result is there, and how often it runs the case."""
-    run, carry = layer_case(*LAYERS[case]) if case in LAYERS else network_case(*NETWORKS[case])
 
-    def compiled(function: Callable[[Any], Any], native: bool) -> Callable[[], Any]:
+    def compiled(times: int, native: bool) -> tuple[Callable[[], Any], int]:
         # a new function each time: jit would take the other form's program from its cache
+        run, carry = (
+            layer_case(*LAYERS[case], native=native)
+            if case in LAYERS
+            else network_case(*NETWORKS[case], native=native)
+        )
+
+        def looped(carry):
+            return jax.lax.scan(lambda carry, _: (run(carry), None), carry, length=times)[0]
+
         with native_forms() if native else contextlib.nullcontext():
-            program = jax.jit(lambda carry: function(carry)).lower(carry).compile()
-        return lambda: jax.block_until_ready(program(carry))
+            program = jax.jit(looped if times > 1 else run).lower(carry).compile()
+        return lambda: jax.block_until_ready(program(carry)), times
 
-    def looped(carry):
-        return jax.lax.scan(lambda carry, _: (run(carry), None), carry, length=SCANNED)[0]
-
-    arms = {"kdjax": (compiled(run, native=False), 1), "xla": (compiled(run, native=True), 1)}
+    arms = {"kdjax": compiled(1, native=False), "xla": compiled(1, native=True)}
     if case in IN_SCAN:
-        arms["kdjax in scan"] = compiled(looped, native=False), SCANNED
-        arms["xla in scan"] = compiled(looped, native=True), SCANNED
+        arms["kdjax in scan"] = compiled(SCANNED, native=False)
+        arms["xla in scan"] = compiled(SCANNED, native=True)
     return arms
 
 
