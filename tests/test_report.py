@@ -112,10 +112,20 @@ def everything(arms=("teacher", "scratch", "kd"), *, n=5):
         trials_metric="validation_accuracy",
         flatness={arm: flat_measures(rng, n) for arm in arms},
         densities={arm: {"grid": grid.tolist(), "density": [density.tolist()] * n} for arm in arms},
+        surfaces={arm: bowl(0.1 * 2**i) for i, arm in enumerate(arms)},
         overlays=[
             {"title": "a cat, by kd", "image": [[[0], [255]], [[9], [90]]], "map": [[-1.0, 0.0], [0.25, 0.5]]}
         ],
     )
+
+
+def bowl(loss, wide=(-1.0, -0.5, 0.0, 0.5, 1.0)):
+    """A surface that rises from that loss to four more in the corners."""
+    return {
+        "x": list(wide),
+        "y": list(wide),
+        "loss": [[loss + 2 * (x * x + y * y) for y in wide] for x in wide],
+    }
 
 
 def flat_measures(rng, n):
@@ -754,7 +764,13 @@ def test_every_field_has_its_figures(all_figures):
         "Accuracy by",
         "Accuracy by",
     ]
-    expected += ["Reliability diagram,", *["Confusion matrix"] * 3, "Images with", "Densities of"]
+    expected += [
+        "Reliability diagram,",
+        *["Confusion matrix"] * 3,
+        "Images with",
+        "Densities of",
+        "Contours of",
+    ]
     assert [" ".join(alt) for alt in alts] == expected
     reader = Reader(all_figures)
     assert len(reader.of("figcaption")) == len(reader.of("figure")) == len(expected)
@@ -766,6 +782,7 @@ def test_every_field_has_its_figures(all_figures):
         "swept",
         "trials",
         "densities",
+        "surfaces",
         "overlays",
     ):
         assert len(report.panels({k: v for k, v in everything().items() if k != field})) < len(expected)
@@ -961,6 +978,46 @@ def test_densities_are_mean_and_band_on_a_logarithmic_axis():
     assert band.get_paths()[0].get_extents().ymax == 3.0
     assert "kd up to 2" in panel.alt
     assert "10⁻⁴" in report.svg(panel, key="x") or "10⁻³" in report.svg(panel, key="x")
+
+
+class TestSurfaces:
+    def test_squares_stand_in_the_order_of_the_arms_with_the_same_levels(self):
+        panel = report.surface_panel(everything())
+        ax = drawn(panel)
+        said = [text.get_text() for text in ax.texts]
+        assert said[:6] == ["teacher", "dot: 0.100", "scratch", "dot: 0.200", "kd", "dot: 0.400"]
+        filled = [c for c in ax.collections if getattr(c, "filled", False)]
+        assert len(filled) == 3
+        assert (
+            len({tuple(c.levels) for c in filled}) == len({c.get_facecolor().tobytes() for c in filled}) == 1
+        )
+        lines = [c for c in ax.collections if not getattr(c, "filled", True)]
+        assert [float(text) for text in said[7:]] == list(lines[0].levels)
+        assert "scratch 0.200 there and up to 4.20" in panel.alt
+
+    def test_contours_lie_where_the_loss_has_their_level(self):
+        wide = np.linspace(-1, 1, 41).tolist()
+        slope = {"x": wide, "y": wide, "loss": [[1 + x] * 41 for x in wide]}
+        ax = drawn(report.surface_panel(make(surfaces={"kd": slope})))
+        (lines,) = [c for c in ax.collections if not getattr(c, "filled", True)]
+        (square, *_) = ax.patches
+        for level, path in zip(lines.levels, lines.get_paths(), strict=True):
+            # The loss grows along x, which goes to the right.
+            where = square.get_x() + square.get_width() * level / 2
+            np.testing.assert_allclose(path.vertices[:, 0], where)
+
+    @pytest.mark.parametrize(
+        "losses", [[0.0, 0.0], [0.5, 0.5], [0.0, 30.0], [-3.0, 2.0], [1e-9, 1e9], [1.0, 1.01]]
+    )
+    def test_any_range_of_losses_has_few_levels_inside_it(self, losses):
+        flat = {"x": [0.0, 1.0], "y": [0.0, 1.0], "loss": [[losses[0]] * 2, [losses[1]] * 2]}
+        arms = {f"arm {i}": {"accuracy": SCRATCH} for i in range(7)}
+        panel = report.surface_panel(make(arms, surfaces=dict.fromkeys(arms, flat)))
+        filled = [c for c in drawn(panel).collections if getattr(c, "filled", False)]
+        assert len(filled) == 7
+        inner = filled[0].levels[1:-1]
+        assert 1 <= len(inner) <= 9
+        assert all(min(losses) <= level <= max(losses) for level in inner)
 
 
 MEASURES = {

@@ -57,6 +57,7 @@ OPTIONAL = {
     "trials_metric": "validation_accuracy",
     "flatness": {"a": {"loss": [0.1, 0.2, 0.3], "trace/filter_normalised": [-1.0, 5.0, 9.0]}},
     "densities": {"a": {"grid": [-1.0, 0.0, 2.0], "density": [[0.1, 0.5, 0.0]]}},
+    "surfaces": {"a": {"x": [-1.0, 0.0, 1.0], "y": [0, 2], "loss": [[0.5, 0.9], [0.1, 0.6], [0.5, 1.0]]}},
     "overlays": [{"title": "a cat", "image": [[[0], [255]]], "map": [[-0.5, 0.25]]}],
 }
 
@@ -230,6 +231,16 @@ NAN = float("nan")
         (["densities", "a", "grid"], [0.0, 0.0, 1.0], "densities/a/grid needs at least two rising numbers"),
         (["densities", "a", "density"], [[0.1, 0.2]], "densities/a/density needs 3 numbers of 0 or more"),
         (["densities", "a", "density"], [], "densities/a/density needs at least one list"),
+        (["surfaces", "a", "x"], [-1.0, 0.5, 1.0], "surfaces/a/x needs at least two rising numbers, 0 among"),
+        (["surfaces", "a", "y"], [0, 0], "surfaces/a/y needs at least two rising numbers, 0 among them"),
+        (["surfaces", "a", "loss"], [[0.5, 0.9]] * 2, "surfaces/a/loss needs 3 lists of 2 finite numbers"),
+        (["surfaces", "a", "loss"], [[0.5]] * 3, "surfaces/a/loss needs 3 lists of 2 finite numbers"),
+        (
+            ["surfaces", "a", "loss", 0],
+            [0.5, NAN],
+            "surfaces/a/loss needs a non-empty list of finite numbers",
+        ),
+        (["surfaces", "b"], {}, "surfaces/b needs an arm of the result"),
         (["overlays", 0, "image"], [[[0], [256]]], "overlays/0/image needs whole numbers from 0 to 255"),
         (["overlays", 0, "image"], [[0, 255]], "overlays/0/image needs whole numbers"),
         (["overlays", 0, "image"], [[[0], [1, 2]]], "overlays/0/image needs whole numbers"),

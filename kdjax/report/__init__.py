@@ -6,7 +6,8 @@ Every number here comes from a result of :mod:`kdjax.results`; nothing is typed 
 * :func:`markdown_table`, :func:`markdown_flatness`: arms by metrics, and by measures of flatness, for a README.
 * :func:`fill_tables`: every marked table of a document, written anew.
 * :func:`panels`, :func:`svg`, :func:`save_figure`: every seed as a dot, curves, sweeps and searches, ratios to peers,
-  robustness, calibration, confusion, compression, curvature, attributions; each where the result holds its field.
+  robustness, calibration, confusion, compression, curvature, loss surfaces,
+  attributions; each where the result holds its field.
 * :func:`load`, :func:`page`: result files into one page, readable on a phone, light and dark, without a network.
 """
 
@@ -22,6 +23,7 @@ from kdjax.report.networks import density_panel as density_panel
 from kdjax.report.networks import overlay_panel as overlay_panel
 from kdjax.report.networks import reliability_panel as reliability_panel
 from kdjax.report.networks import robustness_panel as robustness_panel
+from kdjax.report.networks import surface_panel as surface_panel
 from kdjax.report.pages import page as page
 from kdjax.report.reading import load as load
 from kdjax.report.runs import curve_panel as curve_panel

@@ -24,6 +24,7 @@ def panels(result: Result) -> list[Panel]:
         *networks.panels(result),
         *_curve_panels(result),
         *networks.density_panels(result),
+        *([networks.surface_panel(result)] if result.get("surfaces") else []),
     ]
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _MATRICES = 3  # arms that get a confusion matrix
 _NUMBERED = 12  # classes up to which its cells hold numbers
 _OVERLAYS = 12  # images drawn
+_LEVELS = 9  # most contour lines of a surface
 
 # How the disturbances are called, what their size is, and in which order they stand; corruptions come second.
 _DISTURBANCES = {
@@ -43,7 +44,7 @@ _DISTURBANCES = {
 
 
 def panels(result: Result) -> list[Panel]:
-    """All figures of this module but the densities, for the fields that the result holds."""
+    """All figures of this module but densities and surfaces, for the fields that the result holds."""
     found = [compression_panel(result)] if result.get("costs") and _scored(result) else []
     found += [robustness_panel(result)] if _disturbances(result) else []
     found += [reliability_panel(result, arms) for arms in groups(list(result.get("calibration", {})))]
@@ -375,6 +376,90 @@ def _power(value: float) -> str:
     """A power of ten, such as 10⁻³."""
     exponent = str(round(math.log10(value)))
     return "1" if exponent == "0" else "10" + exponent.translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def surface_panel(result: Result) -> Panel:
+    """The loss over a plane through the final weights, one square per arm, with the same levels and colours in all."""
+    surfaces = {
+        arm: [np.asarray(surface[name], float) for name in ("x", "y", "loss")]
+        for arm, surface in result["surfaces"].items()
+    }
+    losses = np.concatenate([loss.ravel() for _, _, loss in surfaces.values()])
+    levels = _levels(float(losses.min()), float(losses.max()))
+    edges = [-1e101, *levels, 1e101]  # beyond any number of a result
+    steps = np.concatenate([step for x, y, _ in surfaces.values() for step in (x, y)])
+    first, last = float(steps.min()), float(steps.max())
+    centre = {arm: float(loss[x == 0, y == 0].item()) for arm, (x, y, loss) in surfaces.items()}
+    said = {arm: words.number(value, None) for arm, value in centre.items()}
+    # Data are inches, from the upper left corner of the figure.
+    columns = 3 if len(surfaces) == 3 or len(surfaces) > 4 else 2
+    width, gap = 4.0, 0.14
+    side = (width - gap * (columns - 1)) / columns
+    pitch = side + 0.52
+    bottom = math.ceil(len(surfaces) / columns) * pitch
+
+    def draw(ax: "Axes") -> None:
+        from matplotlib.patches import Rectangle
+
+        for i, (arm, (x, y, loss)) in enumerate(surfaces.items()):
+            left, top = i % columns * (side + gap), i // columns * pitch + 0.24
+            scale = side / (last - first)
+            across, down = left + scale * (x - first), top + scale * (last - y)
+            ax.contourf(across, down, loss.T, levels=edges, colors=_shades(levels))
+            crossed = [level for level in levels if loss.min() < level < loss.max()]
+            if crossed:
+                ax.contour(across, down, loss.T, levels=crossed, colors=LIGHT["ink"], linewidths=0.5)
+            ax.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=LIGHT["muted"], lw=0.6))
+            ax.plot(left - scale * first, top + scale * last, "o", color=LIGHT["ink"], markersize=3.5)
+            ax.text(left, top - 0.05, short(arm, 16 if columns == 3 else 24), va="bottom", fontsize=9)
+            ax.text(left, top + side + 0.05, f"dot: {said[arm]}", va="top", fontsize=8, color=LIGHT["muted"])
+        wide = width / (len(levels) + 1)
+        ax.text(0, bottom + 0.18, "loss", va="bottom", fontsize=9)
+        for i, shade in enumerate(_shades(levels)):
+            ax.add_patch(Rectangle((i * wide, bottom + 0.22), wide, 0.16, facecolor=shade, linewidth=0))
+        for i, level in enumerate(levels, 1):
+            ax.plot((i * wide, i * wide), (bottom + 0.22, bottom + 0.38), color=LIGHT["ink"], lw=0.5)
+            look = {"ha": "center", "va": "top", "fontsize": 8, "color": LIGHT["muted"]}
+            ax.text(i * wide, bottom + 0.42, f"{level:g}", **look)
+        ax.set(xlim=(-0.02, width + 0.02), ylim=(bottom + 0.58, 0), aspect="equal", anchor="NW")
+        ax.axis("off")
+
+    caption = (
+        "The loss around the final weights of each arm's first run, on a flat cut along two random directions. Dot: "
+        "those weights; under the square, their loss. At an edge every unit's weights have moved by "
+        f"{100 * max(-first, last):g} % of their size. The stronger the colour, the higher the loss; colours and lines "
+        "mean the same in every square. A plane shows little of thousands of dimensions: along others the loss may "
+        "fall where it rises here."
+    )
+    told = [
+        f"{arm} {said[arm]} there and up to {words.number(float(loss.max()), None)}"
+        for arm, (_, _, loss) in surfaces.items()
+    ]
+    alt = f"Contours of the loss over a plane through the final weights: {words.listing(told)}."
+    return Panel(draw, caption, alt, bottom + 0.65)
+
+
+def _levels(low: float, high: float) -> list[float]:
+    """Round numbers between two losses: in equal steps, or in equal factors where they lie far apart."""
+    from matplotlib.ticker import MaxNLocator
+
+    least = max(low, 1e-6 * high)  # a loss of zero has no factor to others
+    levels = [float(level) for level in MaxNLocator(_LEVELS - 1).tick_values(low, high)]
+    if low >= 0 and high > 10 * least:
+        decades = range(math.floor(math.log10(least)), math.ceil(math.log10(high)))
+        for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+            levels = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
+            levels = [level for level in levels if least < level < high]
+            if len(levels) <= _LEVELS:
+                break
+    return [level for level in levels if low < level < high] or [high]
+
+
+def _shades(levels: Sequence[float]) -> list[Any]:
+    """A colour below, between and above the levels, never so strong that a line over it could not be seen."""
+    from matplotlib.colors import to_rgba
+
+    return [to_rgba(LIGHT["s1"], alpha) for alpha in np.linspace(0.04, 0.7, len(levels) + 1)]
 
 
 def overlay_panel(result: Result) -> Panel:

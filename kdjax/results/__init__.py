@@ -53,6 +53,10 @@ What else an experiment has measured stands in optional fields. An arm in one of
     name. "loss" is never missing, since flatness means nothing without it.
 ``densities``
     arm → ``{"grid": [x], "density": [[one per x] per seed or probe]}``: eigenvalue densities of the Hessian.
+``surfaces``
+    arm → ``{"x": [...], "y": [...], "loss": [[one per y] per x]}``: losses over the plane of two filter-normalised
+    directions (:func:`kdjax.landscape.surface`), with the final weights of the arm's first run at x = y = 0. The steps
+    x and y rise, and 0 is among them.
 ``overlays``
     list of ``{"title": str, "image": uint8 [height][width][1 or 3], "map": numbers [height][width]}``: what a network
     looked at; a map may be signed.

@@ -81,6 +81,7 @@ def check(content: Any) -> None:
         "costs": _check_costs,
         "flatness": _check_flatness,
         "densities": _check_density,
+        "surfaces": _check_surface,
     }.items():
         for arm, value in _items(content.get(field, {}), field):
             _need(arm in arms, f"{field}/{arm}", f"an arm of the result ({_listed(arms)})", arm)
@@ -202,6 +203,17 @@ def _check_density(density: Any, path: str, seeds: int) -> None:
         values = _numbers(run, f"{path}/density")
         fine = len(values) == len(grid) and min(values) >= 0 and max(values) > 0
         _need(fine, f"{path}/density", f"{len(grid)} numbers of 0 or more in each list", values)
+
+
+def _check_surface(surface: Any, path: str, seeds: int) -> None:
+    del seeds  # of one run
+    x, y = (_numbers(_get(surface, name, path), f"{path}/{name}") for name in ("x", "y"))
+    for name, steps in (("x", x), ("y", y)):
+        fine = len(steps) > 1 and _rises(steps) and 0 in steps
+        _need(fine, f"{path}/{name}", "at least two rising numbers, 0 among them", steps)
+    rows = _list(_get(surface, "loss", path), f"{path}/loss")
+    fine = len(rows) == len(x) and all(len(_numbers(row, f"{path}/loss")) == len(y) for row in rows)
+    _need(fine, f"{path}/loss", f"{len(x)} lists of {len(y)} finite numbers", rows)
 
 
 def _check_comparison(comparison: Any, path: str) -> None:
