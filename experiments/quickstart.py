@@ -105,6 +105,7 @@ def main() -> None:
         robustness=disturbed,
         flatness=common.flatness_of(few, students, workdir / "flatness"),
         densities=common.densities_of(few, students, workdir / "densities"),
+        surfaces=common.surfaces_of(few, students, workdir / "surfaces"),
         costs=common.costs_of(few, arms),
         wall_clock_s=time.monotonic() - start,  # all of the above too
     )

@@ -106,7 +106,7 @@ HVP, EVALUATION = 1.5, 1 / 3  # in gradients
 TARGETS = {"malaria": (0.30, 0.25, 0.20), "digits": (0.8, 0.5, 0.3), "mnist": (0.5, 0.4, 0.3)}
 DELTA = 0.01  # accuracies nearer than this are equal for practical purposes
 NOISE = ("gaussian_noise",)
-DENSITIES = ("scratch", "published", "sprkd")  # arms whose spectrum is drawn
+DENSITIES = ("scratch", "published", "sprkd")  # arms whose spectrum and surface are drawn
 
 
 class Arm(NamedTuple):
@@ -397,6 +397,7 @@ def report(
     if len(numbers) >= 3:
         notes += [equal(name, runs[name], runs["scratch"]) for name in runs if name != "scratch"]
     notes += disagreements(task, runs)
+    drawn = {name: runs[name] for name in DENSITIES if name in runs}
     common.conclude(
         workdir,
         "sprkd" if DATASET.value != "malaria" else "sprkd_malaria",
@@ -408,9 +409,8 @@ def report(
         settings=settings,
         wall_clock_s=seconds,
         flatness=common.flatness_of(task, runs, workdir / "flatness", num_images=256),
-        densities=common.densities_of(
-            task, {name: runs[name] for name in DENSITIES if name in runs}, workdir / "densities"
-        ),
+        densities=common.densities_of(task, drawn, workdir / "densities"),
+        surfaces=common.surfaces_of(task, drawn, workdir / "surfaces"),
         scaled_down=scaled_down(task),
         metrics=("accuracy", "loss", "events", "hvps", "gradient_equivalents"),
         notes=notes,

@@ -133,3 +133,47 @@ def test_density_is_that_of_the_first_run(task, weights, dense, tmp_path):
     assert np.trapezoid(lines, grid, axis=1) == pytest.approx(np.ones(3), rel=0.01)
     mean = np.trapezoid(lines.mean(0) * grid, grid)
     assert mean * len(dense[0]) == pytest.approx(np.trace(dense[2]), rel=0.3)
+
+
+def test_surface_is_the_loss_point_by_point_in_the_same_units_for_all(task, weights, tmp_path):
+    where = {"a": [run_of(weights)], "rescaled": [run_of(rescaled(weights, 4.0))]}
+    found = common.surfaces_of(task, where, tmp_path, points=5, radius=0.5)
+    steps = found["a"]["x"]
+    assert steps == found["a"]["y"] == [-0.5, -0.25, 0.0, 0.25, 0.5]
+    ids = task.split["train"]
+    pixels = (task.source.images[ids] / 255.0 - np.float32(task.mean)) / np.float32(task.std)
+    apply_fn = models.apply_fn(run_of(weights).module)
+
+    def moved(x, y, param, a, b):
+        if param.ndim < 2:
+            return param  # vectors are held
+        axes = tuple(range(param.ndim - 1))
+        own, *others = (np.sqrt(np.sum(np.square(v), axes)) for v in (param, a, b))
+        return param + x * a * own / others[0] + y * b * own / others[1]
+
+    draws = [landscape.random_direction(jax.random.key(seed), weights.params) for seed in (0, 1)]
+    for i, x in enumerate(steps):
+        for j, y in enumerate(steps):
+            params = jax.tree.map(
+                lambda *p, at=(x, y): moved(*at, *map(np.asarray, p)), weights.params, *draws
+            )
+            logits = apply_fn(params, {}, jnp.asarray(pixels, jnp.float32), train=False)[0].logits
+            loss = -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(IMAGES), task.source.labels[ids]])
+            assert found["a"]["loss"][i][j] == pytest.approx(float(loss), rel=1e-3)
+    # The same function in other weights has the same surface.
+    np.testing.assert_allclose(found["rescaled"]["loss"], found["a"]["loss"], rtol=2e-3)
+    for points in (1, 4):
+        with pytest.raises(ValueError, match="points must be odd"):
+            common.surfaces_of(task, where, tmp_path, points=points)
+
+
+def test_surface_is_compiled_once_and_kept(task, weights, tmp_path, monkeypatch, caplog):
+    def measure(found, where):
+        return common.surfaces_of(task, {"a": [run_of(found)]}, where, num_images=16, points=3)
+
+    first, other = measure(weights, tmp_path), jax.tree.map(lambda x: 2 * x, weights.params)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        assert measure(weights._replace(params=other), tmp_path / "other") != first
+    assert not any("Compiling" in said for said in caplog.messages)
+    monkeypatch.setattr(landscape, "surface", None)
+    assert measure(weights, tmp_path) == first

@@ -11,6 +11,7 @@ from experiments.common.assessing import costs_of as costs_of
 from experiments.common.assessing import robustness_of as robustness_of
 from experiments.common.flatness import densities_of as densities_of
 from experiments.common.flatness import flatness_of as flatness_of
+from experiments.common.flatness import surfaces_of as surfaces_of
 from experiments.common.launching import alone as alone
 from experiments.common.launching import bar as bar
 from experiments.common.launching import claim_workdir as claim_workdir

@@ -1,4 +1,4 @@
-"""How flat the loss is where training ended: in the parameters as they are, and in units of their filters."""
+"""How flat the loss is where training ended, in the parameters and in units of their filters, and what lies around."""
 
 import functools
 from collections.abc import Callable
@@ -137,6 +137,61 @@ def densities_of(
         grid = found.grid[::4]  # as much as a figure shows
         lines = curvature.smoothed(found.nodes, found.weights, grid, width=found.width)
         return {"grid": _digits(grid), "density": [_digits(line) for line in lines]}
+
+    return {arm: kept(directory / arm / "0.json", runs[0], options, measure) for arm, runs in arms.items()}
+
+
+def surfaces_of(
+    task: Task,
+    arms: Arms,
+    directory: Path,
+    *,
+    split: str = "train",
+    num_images: int = 256,
+    points: int = 25,
+    radius: float = 1.0,
+) -> dict[str, dict[str, Any]]:
+    """The loss of :func:`flatness_of` over a plane through the final weights of each arm's first run.
+
+    The plane is that of two random filter-normalised directions, from the same draws for all arms, so that steps mean
+    the same in each; eigenvectors of the Hessian are other ones for each arm, and none any more once normalised.
+
+    Args:
+      task: as there, and so on up to ``num_images``.
+      arms: arm → finished runs.
+      directory: where it is kept; another one than those of the flatness and the densities.
+      split: the images.
+      num_images: of the sample.
+      points: along each direction; odd, so that the weights themselves are one.
+      radius: how far to go on both sides, as a share of each filter's own norm.
+
+    Returns:
+      Arm → ``{"x": [...], "y": [...], "loss": [[one per y] per x]}``, the field ``surfaces`` of a result.
+
+    Raises:
+      ValueError: if the points are even or fewer than 3, or a loss is not finite.
+
+    References:
+      Li et al., `Visualizing the Loss Landscape of Neural Nets <https://arxiv.org/abs/1712.09913>`_, 2018, section 4.
+    """
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"points must be odd and 3 or more, so that one is in the centre, got {points}.")
+    options = (split, num_images, points, radius)
+    problem = _problem(task, split, num_images)
+    steps = np.arange(1 - points, points, 2) * radius / (points - 1)
+
+    def measure(run: Trained | Teacher) -> dict[str, Any]:
+        loss, params, batch, state = problem(run)
+        directions = (landscape.random_direction(jax.random.key(seed), params) for seed in (0, 1))
+        first, second = (landscape.filter_normalised(direction, params) for direction in directions)
+        of_params = jax.tree_util.Partial(loss, batch=batch, model_state=state)
+        with jax.default_matmul_precision("float32"):
+            found = landscape.surface(of_params, params, first, second, xs=steps, ys=steps)
+        if not np.isfinite(found).all():
+            raise ValueError(
+                f"a loss within a radius of {radius} around the final weights is not finite: give a smaller one."
+            )
+        return {"x": _digits(steps), "y": _digits(steps), "loss": [_digits(row) for row in found]}
 
     return {arm: kept(directory / arm / "0.json", runs[0], options, measure) for arm, runs in arms.items()}
 
