@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from jax.flatten_util import ravel_pytree
 
 from kdjax import curvature, models, parallel
+from kdjax.curvature import vectors
 from kdjax.models import layers
 
 LOOPS = ("compiled", "host")
@@ -597,3 +598,25 @@ class TestRefusals:
             curvature.hutchinson(EYE, like, key, num_matvecs=1)
         with pytest.raises(ValueError, match="at least 6 products"):
             curvature.hutch_plus_plus(EYE, like, key, num_matvecs=5)
+
+
+@pytest.mark.parametrize("form", ["library", "foreign", "none"])
+def test_the_loop_on_a_cpu_is_chosen_by_the_convolutions_of_the_product(form):
+    def convolved(x, kernel):
+        if form == "library":
+            return layers.conv(x, kernel)
+        if form == "none":
+            return jnp.einsum("nhwc,ijcf->nhwf", x, kernel)
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def loss(kernel, x):
+        return jnp.mean(jnp.tanh(convolved(x, kernel)) ** 2)
+
+    kernel, x = jnp.ones((3, 3, 2, 2)), jnp.ones((2, 4, 4, 2))
+    multiply = curvature.hessian(loss, kernel, x)
+    wanted = "compiled" if form == "library" else "host"
+    assert vectors.choose_loop(None, multiply, kernel) == wanted
+    assert vectors.choose_loop(None, lambda v: v, kernel) == "host"
+    assert vectors.choose_loop("host", multiply, kernel) == "host"

@@ -94,12 +94,12 @@ def lanczos(
       num_matvecs: steps k.
       reorthogonalise: False keeps three vectors instead of k, and no basis. Ghosts then appear beside true values;
         moments of the spectrum stay right.
-      loop: "compiled" runs all steps in one program, "host" each step in one of its own. By default the host on a CPU,
-        and compiled elsewhere and inside a compiled function. On a CPU the compiled loop is up to twice as fast for
-        tiny networks and no faster for others, but many times slower with convolutions that are not those of
-        :mod:`kdjax.models`, since XLA's fast form of their gradients is not for loops. On the host, ``matvec`` may be
-        any function, even one that walks over a data set on disk; it is compiled if it is a pytree, such as an
-        operator of this module or ``jax.tree_util.Partial(f)``.
+      loop: "compiled" runs all steps in one program, "host" each step in one of its own. By default compiled, except
+        on a CPU, where only the convolutions of :mod:`kdjax.models` choose it: for them the loop computes once what no
+        vector changes, while XLA's fast form of other convolutions' gradients is not for loops, and a second thread
+        slows down the small matrices of dense networks in one. On the host, ``matvec`` may be any function, even one
+        that walks over a data set on disk; it is compiled if it is a pytree, such as an operator of this module or
+        ``jax.tree_util.Partial(f)``.
 
     Returns:
       The tridiagonal matrix and the basis.
@@ -132,7 +132,7 @@ def tridiagonalise(
         raise ValueError(
             f"lanczos needs a start of finite positive length, got {float(norm):g}: draw another."
         )
-    if choose_loop(loop, start, matvec) == "compiled":
+    if choose_loop(loop, matvec, start) == "compiled":
         blocks, state = _in_one_program(as_argument(matvec), start, num_matvecs, reorthogonalise)
     else:
         blocks, state = _begin(start, num_matvecs, reorthogonalise)

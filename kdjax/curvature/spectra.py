@@ -109,7 +109,7 @@ def spectral_density(
             f"spectral_density needs at least one probe and a width above 0, got {num_probes} and {width}."
         )
     like = widen(like)
-    if choose_loop(loop, like, key, matvec) == "compiled":
+    if choose_loop(loop, matvec, like, key) == "compiled":
         alphas, betas = _probe_all(as_argument(matvec), like, key, num_matvecs, num_probes, reorthogonalise)
     else:
         starts = (random_like(k, like) for k in jax.random.split(key, num_probes))

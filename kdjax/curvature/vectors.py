@@ -127,14 +127,37 @@ def is_known(array: Any) -> bool:
     return not isinstance(array, Tracer)
 
 
-def choose_loop(loop: Loop | None, *trees: PyTree) -> Loop:
-    """The loop asked for, or the faster one: compiled inside a compiled function and off the CPU, else on the host."""
+def choose_loop(loop: Loop | None, matvec: Matvec, like: PyTree, *trees: PyTree) -> Loop:
+    """The loop asked for, or the faster one.
+
+    That is the compiled one off the CPU, inside a compiled function, and for the convolutions of :mod:`kdjax.models`,
+    of which it computes once what no vector changes.
+    """
     if loop not in (None, "compiled", "host"):
         raise ValueError(f"loop needs to be 'compiled', 'host' or None, got {loop!r}.")
     if loop is not None:
         return loop
-    known = all(map(is_known, jax.tree.leaves(trees)))
-    return "host" if known and jax.default_backend() == "cpu" else "compiled"
+    known = all(map(is_known, jax.tree.leaves((matvec, like, trees))))
+    if not known or jax.default_backend() != "cpu":
+        return "compiled"
+    if jax.tree_util.all_leaves([matvec]):
+        return "host"
+    row = jax.eval_shape(_flatten, like)
+    found = _convolutions(_multiply_row.trace(matvec, row, like).jaxpr.jaxpr)
+    return "compiled" if found == {"chosen"} else "host"
+
+
+def _convolutions(jaxpr: Any, kind: str = "plain") -> set[str]:
+    """Whether a program has convolutions "plain", or "chosen" by platform, as those of :mod:`kdjax.models.layers`."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            found.add(kind)
+        inner = "chosen" if equation.primitive.name == "cond" else kind
+        for part in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
+            if hasattr(part, "jaxpr") or hasattr(part, "eqns"):
+                found |= _convolutions(getattr(part, "jaxpr", part), inner)
+    return found
 
 
 def as_argument(matvec: Matvec) -> Matvec:
@@ -146,7 +169,7 @@ def multiply_all(
     matvec: Matvec, rows: Float[Array, "m n"], like: PyTree, loop: Loop | None
 ) -> Float[Array, "m n"]:
     """The product with each row, one after another."""
-    if choose_loop(loop, rows, like, matvec) == "compiled":
+    if choose_loop(loop, matvec, like, rows) == "compiled":
         return _multiply_rows(as_argument(matvec), rows, like)
     return jnp.stack([multiply_row(matvec, row, like) for row in rows])
 
