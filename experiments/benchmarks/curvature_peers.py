@@ -105,7 +105,7 @@ class Kdjax:
         self.params = [{"kernel": array(kernel), "bias": array(bias)} for kernel, bias in problem.layers]
         self.batch = {"image": array(problem.images), "label": array(problem.labels)}
         self.loss = jax_loss(problem.convolutional)
-        default = choose_loop(None, self.params)
+        default = choose_loop(None, self.hessian(), self.params)
         return {"loss": float(self.loss(self.params, self.batch)), "default": f"kdjax {default}"}
 
     def forget(self) -> None:
