@@ -66,7 +66,12 @@ MEASURE = flags.DEFINE_enum("measure", "test", ["test", "validation"], "The spli
 EPOCHS = flags.DEFINE_integer("epochs", 100, "Of a student.", lower_bound=1)
 WEAK_EPOCHS = flags.DEFINE_integer("weak_epochs", 2, "Of the teachers whose saddles are sought.", 1)
 STRONG_EPOCHS = flags.DEFINE_integer("strong_epochs", 50, "Of kd_strong's teachers.", 1)
-STRONG_TEACHERS = flags.DEFINE_integer("strong_teachers", 2, "That students take turns with.", 1)
+STRONG_TEACHERS = flags.DEFINE_integer(
+    "strong_teachers",
+    10,
+    "That students take turns with; with fewer than seeds, these are not independent.",
+    1,
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per step.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of Adam.", lower_bound=0.0)
 SCHEDULE = flags.DEFINE_enum("schedule", "constant", list(common.SCHEDULES), "Of a student's learning rate.")
@@ -224,7 +229,7 @@ class Study:
         saddles.recruit(models.init(teacher, shape, seed=0)[0], self.shapes)
         self.escape = recruiting.Escape(PERIOD.value, RADIUS.value, SIGMA.value, STRENGTH.value, BUDGET.value)
         self.fallbacks: dict[str, set[int]] = {}  # arm → seeds whose teachers had no strong saddle
-        self._trainers: dict[Any, Callable[..., common.Trained]] = {}
+        self._trainers: dict[str, Callable[..., common.Trained]] = {}
 
     @functools.cached_property
     def _watch(self):
@@ -287,14 +292,10 @@ class Study:
             params = region.params
         else:
             params = None
-        key = (
-            name,
-            None if taught is None else (seed if arm.teacher == "weak" else seed % STRONG_TEACHERS.value),
-        )
-        if key not in self._trainers:
-            self._trainers[key] = self._trainer(arm, taught)
+        if taught is not None or name not in self._trainers:  # what a teacher says belongs to one seed
+            self._trainers[name] = self._trainer(arm, taught)
         self._region = params
-        return self._trainers[key](seed, self.workdir / name / str(seed), f"{name}, seed {seed}")
+        return self._trainers[name](seed, self.workdir / name / str(seed), f"{name}, seed {seed}")
 
     def _trainer(self, arm: Arm, taught: common.Taught | None) -> Callable[..., common.Trained]:
         template = self.shapes if arm.which else None
@@ -382,7 +383,8 @@ def report(
     task, numbers = study.task, list(seeds())
     weak = [study.weak(seed, 0).teacher for seed in numbers]
     used = {part for name in runs for part in (TABLE[name].teacher, own(TABLE[name].which, WHICH))}
-    strong = [study.strong(k) for k in range(STRONG_TEACHERS.value)] if "strong" in used else []
+    count = min(STRONG_TEACHERS.value, len(numbers)) if "strong" in used else 0
+    strong = [study.strong(k) for k in range(count)]
     teachers = {"weak_teacher": weak} | ({"strong_teacher": strong} if strong else {})
     arms: dict[str, Any] = {**runs, **teachers}
     notes = [
