@@ -81,9 +81,10 @@ class Worker:
         environment = {k: v for k, v in os.environ.items() if k not in dropped}
         self.errors = open(workload.parent / f"{contender}-{threads}.log", "w+")  # noqa: SIM115
         python = sys.executable if contender in JAX else TORCH_PYTHON.value or sys.executable
-        module = "experiments.benchmarks.curvature_peers"
+        # No module to be launched by itself, which this one could not import names from.
+        program = "from experiments.benchmarks.curvature_peers import main; main()"
         self.process = subprocess.Popen(
-            [python, "-m", module, contender, str(threads), str(workload)],
+            [python, "-c", program, contender, str(threads), str(workload)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -471,7 +471,3 @@ def main() -> None:
     say({"arms": contender.arms})
     for line in sys.stdin:
         say(answer(contender, workload, json.loads(line)))
-
-
-if __name__ == "__main__":
-    main()
