@@ -139,8 +139,10 @@ def tridiagonalise(
         for step in range(num_matvecs):
             product = multiply_row(matvec, state.current, start)
             state = _advance(blocks, state, np.int32(step), product)
-            if blocks is not None:
-                blocks = _store(blocks, np.int32(step + 1), state.current)
+            block, place = divmod(step + 1, _ROWS)
+            if blocks is not None and step + 1 < num_matvecs:
+                kept = _store(blocks[block], np.int32(place), state.current)
+                blocks = (*blocks[:block], kept, *blocks[block + 1 :])
     check_finite("lanczos", state.alphas, state.betas)
     return state.alphas, state.betas, blocks
 
@@ -285,7 +287,7 @@ _joined = jax.jit(jnp.concatenate)
 _begin = jax.jit(_first, static_argnums=(1, 2))
 _advance = jax.jit(_next)
 # In place, and by itself: a program that reads the basis and writes it holds a copy.
-_store = jax.jit(_with_row, donate_argnums=0)
+_store = jax.jit(lambda block, place, vector: block.at[place].set(vector), donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
