@@ -111,6 +111,18 @@ HVP, EVALUATION = 1.5, 1 / 3  # in gradients
 TARGETS = {"malaria": (0.30, 0.25, 0.20), "digits": (0.8, 0.5, 0.3), "mnist": (0.5, 0.4, 0.3)}
 DELTA = 0.01  # accuracies nearer than this are equal for practical purposes
 NOISE = ("gaussian_noise",)
+PARTS = (  # what each says: KD with it or alone, its region, saddles or not, its escapes, and both of their halves
+    ("sprkd+kd", "kd_strong"),
+    ("sprkd", "published"),
+    ("from_saddle", "from_last"),
+    ("from_saddle", "from_random"),
+    ("from_saddle", "from_average"),
+    ("from_saddle", "from_saddle_3"),
+    ("sprkd", "init_only"),
+    ("sprkd", "no_eigenstep"),
+    ("sprkd", "no_perturbation"),
+    ("no_region", "scratch"),
+)
 DENSITIES = ("scratch", "published", "sprkd")  # arms whose spectrum and surface are drawn
 
 
@@ -397,6 +409,7 @@ def report(
         ),
     ]
     if len(numbers) >= 3:
+        notes += [apart(a, b, runs) for a, b in PARTS if a in runs and b in runs]
         notes += [equal(name, runs[name], runs["scratch"]) for name in runs if name != "scratch"]
     notes += disagreements(task, runs)
     drawn = {name: runs[name] for name in DENSITIES if name in runs}
@@ -430,6 +443,15 @@ def report(
         ),
         costs=common.costs_of(task, arms),
         output=OUTPUT.value,
+    )
+
+
+def apart(a: str, b: str, runs: Mapping[str, Sequence[common.Trained]]) -> str:
+    """What Welch's test says of two arms."""
+    found = significance.welch(*([run.metrics["accuracy"] for run in runs[arm]] for arm in (a, b)))
+    return (
+        f"{a} against {b}: {100 * found.difference:+.2f} points of accuracy (95 % interval {100 * found.low:+.2f} to "
+        f"{100 * found.high:+.2f}, p = {found.p:.2g}, Welch, not corrected)."
     )
 
 
