@@ -28,7 +28,6 @@ again continues where it was stopped. --jobs processes train side by side.
 """
 
 import functools
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -410,8 +409,8 @@ def report(
     ]
     if len(numbers) >= 3:
         notes += [apart(a, b, runs) for a, b in PARTS if a in runs and b in runs]
-        notes += [equal(name, runs[name], runs["scratch"]) for name in runs if name != "scratch"]
-    notes += disagreements(task, runs)
+        notes.append(equals(runs))
+    notes.append(disagreements(task, runs))
     drawn = {name: runs[name] for name in DENSITIES if name in runs}
     common.conclude(
         workdir,
@@ -455,15 +454,19 @@ def apart(a: str, b: str, runs: Mapping[str, Sequence[common.Trained]]) -> str:
     )
 
 
-def equal(name: str, runs: Sequence[common.Trained], baseline: Sequence[common.Trained]) -> str:
-    """What a test of equivalence says of an arm."""
-    a, b = ([run.metrics["accuracy"] for run in arm] for arm in (runs, baseline))
-    margin = significance.equivalence(a, b, delta=DELTA)
-    verdict = "equal to scratch" if margin.p < 0.05 else "not shown to be equal to scratch"
-    return f"{name}: {verdict} within {DELTA:.0%} of accuracy (two one-sided tests, p = {margin.p:.2g})."
+def equals(runs: Mapping[str, Sequence[common.Trained]]) -> str:
+    """Which arms a test of equivalence cannot tell from scratch."""
+    accuracies = {name: [run.metrics["accuracy"] for run in arm] for name, arm in runs.items()}
+    plain = accuracies.pop("scratch")
+    p = {name: significance.equivalence(a, plain, delta=DELTA).p for name, a in accuracies.items()}
+    found = ", ".join(f"{name} (p = {value:.2g})" for name, value in p.items() if value < 0.05)
+    return (
+        f"Equal to scratch within {100 * DELTA:g} point of accuracy by two one-sided tests: {found or 'no arm'}; not "
+        "shown for the others, which are better, worse or vary too much."
+    )
 
 
-def disagreements(task: common.Task, runs: Mapping[str, Sequence[common.Trained]]) -> list[str]:
+def disagreements(task: common.Task, runs: Mapping[str, Sequence[common.Trained]]) -> str:
     """McNemar's test of each student against that of the same seed from scratch, on the same images."""
     ids = task.split[MEASURE.value]
     apply_fn = models.apply_fn(runs["scratch"][0].module)
@@ -478,19 +481,16 @@ def disagreements(task: common.Task, runs: Mapping[str, Sequence[common.Trained]
         return np.asarray(right(run.weights, task.source.images[ids], task.source.labels[ids]))
 
     plain = [correct(run) for run in runs["scratch"]]
-    said = []
-    for name in runs:
-        if name == "scratch":
-            continue
-        found = [
-            significance.mcnemar(correct(run), other, ids_a=ids, ids_b=ids).mid_p
-            for run, other in zip(runs[name], plain, strict=True)
-        ]
-        said.append(
-            f"{name}: of {len(found)} students, {sum(p < 0.05 for p in found)} differ from that of the same seed from "
-            f"scratch by McNemar's test (mid-p below .05; median {statistics.median(found):.2g})."
-        )
-    return said
+
+    def differing(name: str) -> int:
+        pairs = zip(map(correct, runs[name]), plain, strict=True)
+        return sum(significance.mcnemar(a, b, ids_a=ids, ids_b=ids).mid_p < 0.05 for a, b in pairs)
+
+    counts = ", ".join(f"{name} {differing(name)}" for name in runs if name != "scratch")
+    return (
+        f"Students out of {len(plain)} that differ from the one of the same seed from scratch by McNemar's test on the "
+        f"same images (mid-p below .05): {counts}."
+    )
 
 
 def scaled_down(task: common.Task) -> str:
