@@ -9,7 +9,8 @@ import optax
 import pytest
 from flax import linen as nn
 
-from kdjax import curvature, saddles, train, transforms
+from kdjax import curvature, data, saddles, train, transforms
+from kdjax.types import Outputs
 
 KEY = jax.random.key(0)
 
@@ -502,6 +503,54 @@ class TestSprkd:
         inside = state.inner_opt_state
         assert reached(losses, -0.99) < 120
         assert (inside.count, inside.probes) == (60, 6)
+
+
+class TestHostCadence:
+    def test_the_trainer_asks_for_an_escape_between_dispatches(self):
+        """A linear network of two layers at zero, where every gradient is zero."""
+        rng = np.random.default_rng(0)
+        arrays = {"image": jnp.asarray(rng.normal(size=(24, 4)), jnp.float32)}
+
+        def apply_fn(params, model_state, inputs, *, train, key=None):
+            return Outputs(inputs @ params["in"] @ params["out"], {}), model_state
+
+        def objective(outputs, batch):
+            return {"square": jnp.mean((outputs.logits - batch["image"]) ** 2)}
+
+        tx = optax.sgd(0.3)
+        step = train.make_train_step(apply_fn, objective, tx)
+        run = jax.jit(train.make_run(step, lambda arrays, index, key: data.gather(arrays, index)))
+        feed = data.resident_feed(arrays, np.arange(24), seed=0, batch_size=8, steps_per_dispatch=3)
+        loss = curvature.evaluation_loss(apply_fn, objective)
+        found = []
+
+        def on_batch(batch, params):
+            return loss(params, batch, {})
+
+        on = [jax.tree_util.Partial(on_batch, {"image": half}) for half in jnp.split(arrays["image"], 2)]
+
+        def look(state, step):
+            found.append(
+                transforms.escape(
+                    on[0],
+                    state.params,
+                    optax.tree.zeros_like(state.params),
+                    jax.random.fold_in(KEY, step),
+                    num_matvecs=4,
+                    certify_fn=on[1],
+                )
+            )
+            return state._replace(params=optax.apply_updates(state.params, found[-1].updates))
+
+        def final(**options):
+            params = {"in": jnp.zeros((4, 3)), "out": jnp.zeros((3, 4))}
+            begin = train.init_state(params, {}, tx, seed=0)
+            return train.fit(run, begin, feed, epochs=40, **options).history[-1]["loss"]
+
+        assert final() == pytest.approx(float(jnp.mean(arrays["image"] ** 2)), rel=1e-5)
+        assert final(between=look) < 0.5 * final()
+        assert bool(found[0].accepted)
+        assert not bool(found[-1].accepted)
 
 
 class TestBatchNorm:
