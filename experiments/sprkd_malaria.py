@@ -428,7 +428,8 @@ def report(
         scaled_down=scaled_down(task),
         metrics=("accuracy", "loss", "events", "hvps", "gradient_equivalents"),
         notes=notes,
-        tested=[name for name in runs if name != "scratch"],
+        # What is recommended comes first, since that is what a reader is told first.
+        tested=sorted((name for name in runs if name != "scratch"), key=lambda name: name != "sprkd+kd"),
         robustness=common.robustness_of(
             task,
             arms,
