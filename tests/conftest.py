@@ -1,8 +1,13 @@
 """What every test runs under: two simulated devices, checked shapes and types, no silent broadcasting."""
 
+import contextlib
+import importlib
 import importlib.util
 import os
 from pathlib import Path
+
+import pytest
+from absl import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,3 +31,23 @@ if importlib.util.find_spec("beartype"):
     jaxtyping.install_import_hook(
         "kdjax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
     )
+
+
+@contextlib.contextmanager
+def _alone(name):
+    modules = flags.FLAGS.flags_by_module_dict().items()
+    others = [(module, flag) for module, own in modules if module.startswith("experiments.") for flag in own]
+    for _, flag in others:
+        delattr(flags.FLAGS, flag.name)
+    yield importlib.import_module(name)
+    for flag in list(flags.FLAGS.flags_by_module_dict()[name]):
+        delattr(flags.FLAGS, flag.name)
+    for module, flag in others:
+        flags.FLAGS[flag.name] = flag
+        flags.FLAGS.register_flag_by_module(module, flag)
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """Lends an experiment, the flags of others out of its way: no two flags of one name can be in one process."""
+    return _alone

@@ -8,13 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.benchmarks import curvature, curvature_peers
+from experiments.benchmarks import curvature_peers
 from kdjax import results
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_networks_have_the_parameters_of_the_study():
+@pytest.fixture(scope="module")
+def curvature(alone):
+    with alone("experiments.benchmarks.curvature") as benchmark:
+        yield benchmark
+
+
+def test_the_networks_have_the_parameters_of_the_study(curvature):
     found = curvature.make_networks(smoke=False)
     assert curvature.size(found["mlp"]) == 178_110
     assert curvature.size(found["cnn"]) == 188_810
@@ -22,7 +28,7 @@ def test_the_networks_have_the_parameters_of_the_study():
     np.testing.assert_allclose(growing, curvature.PARAMETERS, rtol=0.02)
 
 
-def test_a_network_is_read_back_as_it_was_drawn(tmp_path):
+def test_a_network_is_read_back_as_it_was_drawn(curvature, tmp_path):
     networks = curvature.make_networks(smoke=True)
     curvature.write(tmp_path / "w.npz", networks)
     problem = curvature_peers.read(tmp_path / "w.npz", "cnn")
@@ -31,7 +37,7 @@ def test_a_network_is_read_back_as_it_was_drawn(tmp_path):
     np.testing.assert_array_equal(problem.layers[-1][0], networks["cnn"]["kernel3"])
 
 
-def test_another_loss_or_spectrum_is_refused():
+def test_another_loss_or_spectrum_is_refused(curvature):
     same = {"a": [-1.0, 0.0, 2.0], "b": [-1.0, 0.5, 2.001]}
     assert curvature.check_equal("n", {"a": 1.0, "b": 1.00001}, same) == pytest.approx(0.0005)
     with pytest.raises(ValueError, match="b has the loss"):
@@ -40,7 +46,7 @@ def test_another_loss_or_spectrum_is_refused():
         curvature.check_equal("n", {"a": 1.0}, same | {"b": [-0.9, 2.0]})
 
 
-def test_ghosts_are_values_on_their_neighbour():
+def test_ghosts_are_values_on_their_neighbour(curvature):
     assert curvature.ghosts([3.0, -1.0, 3.0 + 1e-7, 2.0]) == 1
     assert curvature.ghosts([3.0, 2.999, 1.0]) == 0
 

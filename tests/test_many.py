@@ -1,7 +1,6 @@
 """Many trainings in one program against the same trainings one by one."""
 
 import functools
-import importlib
 import json
 import os
 import signal
@@ -294,18 +293,9 @@ class TestRefusals:
 
 
 @pytest.fixture(scope="class")
-def mixing_weight():
-    """The experiment, with the flags of others out of its way: no two of one name can be in one process."""
-    modules = flags.FLAGS.flags_by_module_dict().items()
-    others = [(name, flag) for name, own in modules if name.startswith("experiments.") for flag in own]
-    for _, flag in others:
-        delattr(flags.FLAGS, flag.name)
-    yield importlib.import_module("experiments.mixing_weight")
-    for flag in list(flags.FLAGS.flags_by_module_dict()["experiments.mixing_weight"]):
-        delattr(flags.FLAGS, flag.name)
-    for name, flag in others:
-        flags.FLAGS[flag.name] = flag
-        flags.FLAGS.register_flag_by_module(name, flag)
+def mixing_weight(alone):
+    with alone("experiments.mixing_weight") as experiment:
+        yield experiment
 
 
 class TestMixingWeight:
