@@ -6,8 +6,8 @@ r"""Does a student gain from the saddles that its teachers passed? SPRKD, its pa
     python -m experiments.sprkd_malaria --dataset=digits --workdir=runs/sprkd_digits --num_train=300 \
         --teacher=digits_teacher --student=digits_student --epochs=60 --measure=validation
 
-Every seed has weak teachers of its own, that are trained for --weak_epochs and leave scored snapshots, and shares
-strong ones, that are trained for --strong_epochs. A region is made of either in the shapes of the student, which
+Every seed has weak teachers of its own, that are trained for --weak_epochs and leave scored snapshots, and a strong one
+of --strong_teachers, trained for --strong_epochs. A region is made of either in the shapes of the student, which
 approaches it, and descends on the labels alone. The arms:
 
 * scratch; kd_weak and kd_strong, Hinton's distillation; response_kd, the divergence alone at T = 1, as published;

@@ -42,43 +42,35 @@ class Region(NamedTuple):
     """Student-shaped parameters, and how they came about."""
 
     params: Params
-    steps: list[int]  # of the snapshot of each teacher
+    steps: list[int]  # of the snapshots that it is made of
     strong: bool  # whether the rule found all of them; if not, one is the strongest that there was
 
 
-def make_watcher(
-    task: Task, name: str, recipe: Recipe, *, same_start: bool = False, split: str = "test"
-) -> Callable[..., Watched]:
+def make_watcher(task: Task, name: str, recipe: Recipe, *, split: str = "test") -> Callable[..., Watched]:
     """Builds ``(seed, directory) -> Watched``: trains a teacher, and scores and keeps its state after every dispatch.
 
     Args:
       task: what to learn.
       name: of the teacher's network.
       recipe: of the teacher; ``steps_per_dispatch`` lie between two snapshots.
-      same_start: whether all seeds start from the weights of ``start``, an argument of the function then, so that
-        their mean is one of like units.
       split: on which the finished teacher is measured.
     """
     module = models.build(name, num_classes=task.source.num_classes)
     score = make_scorer(task, module)
-    where: dict[str, Any] = {}
-
-    def begin(seed: int, state: train.TrainState) -> train.TrainState:
-        start = where["start"] if same_start else seed
-        params, _ = models.init(module, task.source.images.shape[1:], seed=start)
-        return state._replace(params=jax.tree.map(jnp.array, params))
+    repository = Path()  # of the teacher under way
 
     def keep(seed: int, state: train.TrainState, step: int) -> train.TrainState:
         params = jax.tree.map(np.asarray, state.params)
-        saddles.add(where["repository"], f"teacher{seed}", step, params, score(params, step))
+        saddles.add(repository, f"teacher{seed}", step, params, score(params, step))
         return state
 
-    trainer = make_trainer(task, module, scratch, recipe, split=split, begin=begin, between=keep)
+    trainer = make_trainer(task, module, scratch, recipe, split=split, between=keep)
 
-    def watch(seed: int, directory: Path, start: int = 0) -> Watched:
-        where.update(repository=directory / "saddles", start=start)
+    def watch(seed: int, directory: Path) -> Watched:
+        nonlocal repository
+        repository = directory / "saddles"
         trained = train_teacher(task, name, module, trainer, seed, directory / "teacher")
-        return Watched(trained, directory / "saddles", f"teacher{seed}")
+        return Watched(trained, repository, f"teacher{seed}")
 
     return watch
 
@@ -118,28 +110,21 @@ def region_of(
     Where the rule finds no strong saddle of a teacher, the snapshot whose negative curvature is strongest stands in.
     """
     chosen: list[saddles.Snapshot] = []
-    averages: list[Params] = []
     found = True
     for watched in teachers:
         own = [e for e in saddles.entries(watched.repository) if e.teacher == watched.name]
         like = watched.teacher.weights.params
         read = functools.partial(saddles.read, watched.repository, watched.name, like=like)
         if which == "average":
-            snapshots = [read(entry.step) for entry in own]
-            averages.append(saddles.aggregate(snapshots, which="average"))
-            continue
-        if which == "saddle" and not any(bool(RULES[rule](entry.score)) for entry in own):
-            entry, found = max(own, key=lambda entry: float(entry.score.strength)), False
+            kept = own
+        elif which == "saddle" and not any(bool(RULES[rule](entry.score)) for entry in own):
+            kept, found = [max(own, key=lambda entry: float(entry.score.strength))], False
         else:
             kind: Any = which
-            (entry,) = saddles.choose(own, which=kind, rule=RULES[rule], key=jax.random.key(seed))
-        chosen.append(read(entry.step))
-    # Each teacher has one snapshot left, which is its last.
-    params = (
-        jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves), 0), *averages)
-        if averages
-        else saddles.aggregate(chosen, which="last")
-    )
+            kept = saddles.choose(own, which=kind, rule=RULES[rule], key=jax.random.key(seed))
+        chosen += [read(entry.step) for entry in kept]
+    # Of teachers that have one snapshot left, it is the average.
+    params = saddles.aggregate(chosen, which="average")
     shape: Any = form
     return Region(saddles.recruit(params, student, form=shape), [snapshot.step for snapshot in chosen], found)
 

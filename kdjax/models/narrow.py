@@ -3,7 +3,7 @@
 A CPU computes with vectors of eight numbers or so, taken from the last axis. In ``NHWC`` these are the channels, of
 which there may be two: most of each vector is empty, and the patches of a matmul are copied number by number. With the
 images last (``CHWN``) every vector is full and patches are copies of whole rows, made for one row of the result at a
-time, which stay in the cache. (A sum of shifted maps is faster still, but takes minutes to compile in a Hessian.) All
+time, which stay in the cache. (A sum of shifted maps is faster still, but its Hessian takes long to compile.) All
 maps of a network must lie that way, since turning them around costs as much as is gained.
 
 Elsewhere these are XLA's own operations, which choose their layout themselves. As in :mod:`kdjax.models.layers`, the
