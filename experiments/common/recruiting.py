@@ -209,14 +209,7 @@ def spent(before: optax.OptState, after: optax.OptState) -> Mapping[str, jax.Arr
         def one(name):
             return optax.tree.get(state, name, jnp.zeros((), jnp.int32))
 
-        # The published form counts its looks instead: every one of them is a run of Lanczos' method.
-        products = one("hvps") + (NUM_MATVECS * one("probes") if _counts_looks_only(state) else 0)
         accepted = optax.tree.get(state, "events", one("accepted"))
-        return {"events": accepted, "hvps": products, "evaluations": one("evaluations")}
+        return {"events": accepted, "hvps": one("hvps"), "evaluations": one("evaluations")}
 
     return jax.tree.map(lambda new, old: (new - old).astype(jnp.float32), total(after), total(before))
-
-
-def _counts_looks_only(state: optax.OptState) -> bool:
-    none: Any = None
-    return optax.tree.get(state, "hvps", none) is None and optax.tree.get(state, "probes", none) is not None

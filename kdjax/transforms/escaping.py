@@ -191,6 +191,7 @@ class EigenstepState(NamedTuple):
     residual: jax.Array  # float32[], likewise
     probes: jax.Array  # int32[], how often it looked
     steps: jax.Array  # int32[], how often it found negative curvature, and added a step
+    hvps: jax.Array  # int32[], Hessian-vector products spent
 
 
 def negative_eigenstep(
@@ -236,7 +237,9 @@ def negative_eigenstep(
 
     def init(params: Params) -> EigenstepState:
         check_moved("negative_eigenstep", params, num_matvecs)
-        return EigenstepState(counter(), draws.init(), unmeasured(), unmeasured(), counter(), counter())
+        return EigenstepState(
+            counter(), draws.init(), unmeasured(), unmeasured(), *(counter() for _ in range(3))
+        )
 
     def update(updates, state, params=None, *, value_fn=None, **extra_args):
         del extra_args
@@ -268,7 +271,8 @@ def negative_eigenstep(
         updates, (lowest, residual), taken, looked = jax.lax.cond(due, look, pass_through)
         count = jnp.asarray(optax.safe_increment(state.count))
         probes, steps = state.probes + looked, state.steps + taken
-        return updates, EigenstepState(count, state.key, lowest, residual, probes, steps)
+        hvps = state.hvps + looked * num_matvecs
+        return updates, EigenstepState(count, state.key, lowest, residual, probes, steps, hvps)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
