@@ -31,8 +31,8 @@ from jaxtyping import Array, Int, PyTree
 
 from kdjax import checkpoints, files
 
-TeacherFn = Callable[[PyTree, Array], dict[str, Array]]
-ViewFn = Callable[[Array, Array, Array], Array]
+TeacherFn = Callable[[PyTree, PyTree], dict[str, Array]]
+ViewFn = Callable[[Array, Array, Array], PyTree]
 
 _HEADER = "header.json"
 _FORMAT = 1
@@ -93,7 +93,7 @@ def fill(
       settings: what else decides the rows, as in :func:`describe`.
       views: how many views of each image to store.
       view_fn: ``view_fn(images, index, view) -> inputs``, pure in the example's index and the view's number (an int32
-        scalar), traced; by default the images as they are.
+        scalar), traced; by default the images as they are. Inputs may be a pytree with rows, such as images and labels.
       dtype: how floating columns are stored.
       batch_size: rows per call of the teacher, rounded up to a multiple of the devices. By default 64 on a CPU, where
         larger buffers are mapped anew on every call, and 512 elsewhere.
@@ -300,7 +300,7 @@ def _apply_each(
 ):
     """As `_apply`, with a view for every image."""
     if view_fn is not None:
-        one = jax.vmap(lambda image, i, v: view_fn(image[None], i[None], v)[0])
+        one = jax.vmap(lambda image, i, v: jax.tree.map(lambda x: x[0], view_fn(image[None], i[None], v)))
         images = one(images, index, view)
     return fn(variables, images)
 

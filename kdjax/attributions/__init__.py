@@ -1,0 +1,41 @@
+"""What a network looks at: attributions of a score to the input, as maps to learn from and to judge.
+
+::
+
+    @jax.jit
+    def explain(variables, images, labels):
+        score_fn = attributions.class_score(lambda x: network(variables, x))
+        found = attributions.integrated_gradients(score_fn, images, targets=labels, num_steps=50)
+        return attributions.importance(found.values), found.relative_residual
+
+A path begins at zeros by default, which is the mean image if images are normalised, the published choice. Others are
+``baselines=``, normalised as the images are: black, ``jnp.zeros_like(pixels)``; the image itself after
+:func:`kdjax.robustness.gaussian_blur`; and several of uniform noise, over which the mean is taken.
+
+* :func:`integrated_gradients`, of a number of nodes by a rule; :func:`adaptive_integrated_gradients`, of as many as
+  each example needs; :func:`integrated_gradients_of_classes`, of all logits.
+* :func:`input_gradients`, :func:`gradient_times_input`, :func:`smoothgrad` to compare them with.
+* :func:`importance`, :func:`quantised`: maps, and how they are stored as columns; :func:`overlay`,
+  :func:`random_overlay`: training images blended with them. As a loss: :func:`kdjax.losses.attribution_map`.
+* :func:`removal_curve`, :func:`pointing`, :func:`mass_inside`, :func:`rank_correlation`: whether to believe a map.
+
+On a CPU use networks of :mod:`kdjax.models.layers`: XLA's own convolutions take two to three times as long in a loop.
+"""
+
+from kdjax.attributions.gradients import gradient_times_input as gradient_times_input
+from kdjax.attributions.gradients import input_gradients as input_gradients
+from kdjax.attributions.gradients import smoothgrad as smoothgrad
+from kdjax.attributions.integrated import Attributions as Attributions
+from kdjax.attributions.integrated import adaptive_integrated_gradients as adaptive_integrated_gradients
+from kdjax.attributions.integrated import class_score as class_score
+from kdjax.attributions.integrated import integrated_gradients as integrated_gradients
+from kdjax.attributions.integrated import integrated_gradients_of_classes as integrated_gradients_of_classes
+from kdjax.attributions.integrated import quadrature as quadrature
+from kdjax.attributions.judging import mass_inside as mass_inside
+from kdjax.attributions.judging import pointing as pointing
+from kdjax.attributions.judging import rank_correlation as rank_correlation
+from kdjax.attributions.judging import removal_curve as removal_curve
+from kdjax.attributions.overlaying import importance as importance
+from kdjax.attributions.overlaying import overlay as overlay
+from kdjax.attributions.overlaying import quantised as quantised
+from kdjax.attributions.overlaying import random_overlay as random_overlay

@@ -1,0 +1,559 @@
+"""Attributions against calculus, against captum's values, and against the axioms that they are derived from."""
+
+import functools
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdjax import attributions, data, parallel, teacher
+from kdjax.models import layers
+
+GOLDENS = np.load(Path(__file__).parent / "goldens" / "attributions_goldens.npz")
+RULES = ("midpoint", "gauss_legendre", "trapezoid")
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def network(x):
+    """The golden network, with the library's convolutions."""
+    for layer, activation in enumerate((jax.nn.relu, jax.nn.gelu)):
+        kernel, bias = jnp.asarray(GOLDENS[f"kernel_{layer}"]), jnp.asarray(GOLDENS[f"bias_{layer}"])
+        x = activation(layers.conv(x, kernel, padding="VALID") + bias[None, None, None])
+    return x.reshape(len(x), -1) @ GOLDENS["kernel_2"] + GOLDENS["bias_2"][None]
+
+
+def perceptron(activation, *, sizes=(12, 16, 16, 3), seed=0):
+    """With biases: without them a ReLU network is linear along a path from zero, and every rule exact."""
+    weights = [normal(*pair, seed=seed + i) for i, pair in enumerate(itertools.pairwise(sizes))]
+    biases = [normal(size, seed=seed + 10 + i) for i, size in enumerate(sizes[1:])]
+
+    def logits(x):
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            x = activation(x @ (weight / np.sqrt(len(weight))) + bias[None])
+        return x @ (weights[-1] / np.sqrt(len(weights[-1]))) + biases[-1][None]
+
+    return logits
+
+
+def smooth(x):
+    return perceptron(jax.nn.gelu)(x)[:, 0]
+
+
+def kinked(x):
+    return perceptron(jax.nn.relu)(x)[:, 0]
+
+
+class TestQuadrature:
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("steps", [2, 3, 16, 50])
+    def test_weights_add_up_to_one(self, rule, steps):
+        nodes, weights = attributions.quadrature(steps, rule)
+        assert len(nodes) == len(weights) == steps
+        assert np.all((nodes >= 0) & (nodes <= 1))
+        assert np.all(np.diff(nodes) > 0)
+        np.testing.assert_allclose(weights.sum(), 1, rtol=1e-12)
+
+    @pytest.mark.parametrize(("rule", "degree"), [("midpoint", 1), ("trapezoid", 1), ("gauss_legendre", 9)])
+    def test_integrates_polynomials_up_to_its_degree(self, rule, degree):
+        nodes, weights = attributions.quadrature(5, rule)
+        for power in range(degree + 1):
+            np.testing.assert_allclose(weights @ nodes**power, 1 / (power + 1), rtol=1e-12)
+        assert abs(weights @ nodes ** (degree + 1) - 1 / (degree + 2)) > 1e-7
+
+    def test_refuses(self):
+        with pytest.raises(ValueError, match="num_steps of 1 or more, got 0"):
+            attributions.quadrature(0, "midpoint")
+        with pytest.raises(ValueError, match="num_steps of 2 or more, got 1"):
+            attributions.quadrature(1, "trapezoid")
+        with pytest.raises(ValueError, match="got 'simpson'"):
+            attributions.quadrature(5, "simpson")
+
+
+class TestIntegratedGradients:
+    @pytest.mark.parametrize("rule", RULES)
+    def test_is_exact_for_linear_scores(self, rule):
+        weight, x, start = normal(12), normal(4, 12, seed=1), normal(4, 12, seed=2)
+        found = attributions.integrated_gradients(lambda x: x @ weight + 3, x, start, num_steps=3, rule=rule)
+        np.testing.assert_allclose(found.values, weight[None] * (x - start), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.residual, 0, atol=1e-5)
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_is_exact_for_quadratic_scores(self, rule):
+        form, x, start = normal(12, 12), normal(4, 12, seed=1), normal(4, 12, seed=2)
+        found = attributions.integrated_gradients(
+            lambda x: jnp.sum((x @ form) * x, -1), x, start, num_steps=2, rule=rule
+        )
+        wanted = (x - start) * ((x + start) / 2 @ (form + form.T))
+        np.testing.assert_allclose(found.values, wanted, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("rule", "method"), [("gauss_legendre", "gausslegendre"), ("midpoint", "riemann_middle")]
+    )
+    @pytest.mark.parametrize("steps", [5, 20])
+    def test_equals_captum(self, rule, method, steps):
+        found = attributions.integrated_gradients(
+            attributions.class_score(network),
+            jnp.asarray(GOLDENS["inputs"]),
+            jnp.asarray(GOLDENS["baselines"]),
+            targets=jnp.asarray(GOLDENS["labels"]),
+            num_steps=steps,
+            rule=rule,
+        )
+        wanted = GOLDENS[f"{method}_{steps}"]
+        np.testing.assert_allclose(found.values, wanted, atol=2e-5 * np.abs(wanted).max())
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_is_complete_where_the_score_is_smooth(self, rule):
+        found = attributions.integrated_gradients(
+            smooth, normal(16, 12), normal(16, 12, seed=1), num_steps=50, rule=rule
+        )
+        scale = np.abs(found.difference).max()
+        np.testing.assert_allclose(found.values.sum(-1), found.difference, atol=1e-3 * scale)
+        assert np.median(found.relative_residual) < 1e-3
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_the_residual_falls_like_one_over_the_nodes_at_kinks(self, rule):
+        def residual(steps):
+            found = attributions.integrated_gradients(kinked, normal(64, 12), num_steps=steps, rule=rule)
+            return float(jnp.mean(jnp.abs(found.residual)))
+
+        assert residual(320) < residual(20) / 5
+        assert residual(20) > 1e-3  # so there was something to fall
+
+    def test_the_residual_is_what_it_says(self):
+        x = normal(4, 12)
+        found = attributions.integrated_gradients(kinked, x, num_steps=3)
+        np.testing.assert_allclose(found.difference, kinked(x) - kinked(0 * x), rtol=1e-5)
+        np.testing.assert_allclose(found.residual, found.values.sum(-1) - found.difference, atol=1e-6)
+        np.testing.assert_array_equal(found.nodes, 3)
+
+    def test_sensitivity(self):
+        found = attributions.integrated_gradients(lambda x: smooth(x.at[:, 5].set(0)), normal(4, 12))
+        np.testing.assert_array_equal(found.values[:, 5], 0)
+        one = normal(1, 12)
+        other = one.at[0, 2].add(3.0)  # differs in one input, and in its score: all is due to that input
+        found = attributions.integrated_gradients(smooth, one, other)
+        assert abs(float(found.difference[0])) > 1e-2
+        np.testing.assert_allclose(found.values[0, 2], found.difference[0], rtol=1e-3)
+
+    def test_implementation_invariance(self):
+        def otherwise(x):  # the same function, by other means
+            weight, bias = normal(12, 8), normal(8, seed=1)
+            hidden = (x[..., ::-1] @ weight[::-1]) + bias[None]
+            return jnp.sum((hidden + jnp.abs(hidden)) / 2, -1)
+
+        def plainly(x):
+            return jnp.sum(jax.nn.relu(x @ normal(12, 8) + normal(8, seed=1)[None]), -1)
+
+        x = normal(4, 12, seed=3)
+        a, b = (attributions.integrated_gradients(f, x, num_steps=20) for f in (otherwise, plainly))
+        np.testing.assert_allclose(a.values, b.values, rtol=1e-4, atol=1e-5)
+
+    @settings(max_examples=15, deadline=None)
+    @given(steps=st.integers(2, 12), chunk=st.integers(1, 15), rule=st.sampled_from(RULES))
+    def test_chunks_change_nothing(self, steps, chunk, rule):
+        x = normal(3, 12)
+        a, b = (
+            attributions.integrated_gradients(kinked, x, num_steps=steps, rule=rule, chunk_size=size)
+            for size in (1, chunk)
+        )
+        np.testing.assert_allclose(a.values, b.values, rtol=1e-4, atol=1e-5)
+
+    def test_several_baselines_are_averaged(self):
+        x, starts = normal(4, 12), normal(3, 4, 12, seed=1)
+        found = attributions.integrated_gradients(kinked, x, starts, num_steps=7)
+        each = [attributions.integrated_gradients(kinked, x, start, num_steps=7) for start in starts]
+        np.testing.assert_allclose(
+            found.values, np.mean([one.values for one in each], 0), rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(found.values.sum(-1) - found.difference, found.residual, atol=1e-5)
+        np.testing.assert_array_equal(found.nodes, 21)
+
+    def test_all_classes_at_once(self):
+        logits, x = perceptron(jax.nn.relu), normal(4, 12)
+        found = attributions.integrated_gradients_of_classes(logits, x, num_steps=9)
+        for label in range(3):
+            one = attributions.integrated_gradients(
+                attributions.class_score(logits), x, targets=jnp.full(4, label), num_steps=9
+            )
+            for got, wanted in zip(found[:3], one[:3], strict=True):
+                np.testing.assert_allclose(got[label], wanted, rtol=1e-4, atol=1e-5)
+
+    def test_on_two_devices(self):
+        x, labels = normal(2, 3, 12), jnp.asarray([[0, 1, 2], [2, 2, 0]])
+
+        def explain(x, labels):
+            score = attributions.class_score(perceptron(jax.nn.relu))
+            return attributions.integrated_gradients(score, x, targets=labels, num_steps=5)
+
+        several = jax.pmap(explain)(x, labels)
+        one = jax.jit(explain)(x.reshape(6, 12), labels.reshape(6))
+        np.testing.assert_allclose(several.values.reshape(6, 12), one.values, rtol=1e-4, atol=1e-6)
+
+    def test_refuses(self):
+        x = normal(4, 12)
+        for bad in (jnp.arange(4), jnp.zeros((4, 2), jnp.uint8)):
+            with pytest.raises(ValueError, match="need a batch of floating-point inputs"):
+                attributions.integrated_gradients(lambda x: x, bad)
+        for bad in (normal(12), normal(3, 12), normal(1, 1, 4, 12)):
+            with pytest.raises(ValueError, match="need the shape of the inputs"):
+                attributions.integrated_gradients(kinked, x, bad)
+        for score in (perceptron(jax.nn.relu), jnp.sum, lambda x: jnp.argmax(x, -1)):
+            with pytest.raises(ValueError, match="one floating-point number per example"):
+                attributions.integrated_gradients(score, x)
+        with pytest.raises(ValueError, match="num_steps of 1"):
+            attributions.integrated_gradients(kinked, x, num_steps=0)
+        with pytest.raises(ValueError, match="chunk_size needs to be 1"):
+            attributions.integrated_gradients(kinked, x, chunk_size=0)
+        with pytest.raises(ValueError, match="at index"):
+            attributions.integrated_gradients(lambda x: jnp.log(x[:, 0]) + jnp.nan, x)
+        with pytest.raises(ValueError, match=r"\[batch, classes\]"):
+            attributions.integrated_gradients_of_classes(kinked, x)
+
+
+class TestAdaptive:
+    def adaptive(self, score, x, start=None, **settings):
+        run = functools.partial(attributions.adaptive_integrated_gradients, score, **settings)
+        return jax.jit(run)(x, start)
+
+    def test_equals_the_trapezoid_rule_of_the_nodes_it_used(self):
+        x, start = normal(20, 12), normal(20, 12, seed=5)
+        found = self.adaptive(kinked, x, start, bound=0.01, first=4, most=64, unit=7)
+        assert len(set(found.nodes.tolist())) > 2  # else this tests little
+        for i, nodes in enumerate(found.nodes.tolist()):
+            one = attributions.integrated_gradients(
+                kinked, x[i : i + 1], start[i : i + 1], num_steps=nodes, rule="trapezoid"
+            )
+            np.testing.assert_allclose(found.values[i], one.values[0], rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(found.residual[i], one.residual[0], atol=1e-4)
+
+    def test_stops_as_soon_as_it_may(self):
+        x = normal(32, 12)
+        found = self.adaptive(kinked, x, bound=0.01, first=4, most=64)
+        fewer = self.adaptive(kinked, x, bound=0.01, first=4, most=32)
+        under = np.asarray(found.relative_residual) <= 0.01
+        assert under.any()
+        assert np.all(under | (found.nodes == 65))
+        np.testing.assert_array_equal(np.minimum(found.nodes, 33), fewer.nodes)
+        later = np.asarray(found.nodes) == 65
+        assert later.any()
+        assert np.all(np.asarray(fewer.relative_residual)[later] > 0.01)
+
+    @settings(max_examples=10, deadline=None)
+    @given(unit=st.integers(1, 100))
+    def test_the_unit_changes_nothing(self, unit):
+        x = normal(5, 12)
+        a, b = (self.adaptive(kinked, x, bound=0.02, first=2, most=16, unit=size) for size in (3, unit))
+        np.testing.assert_array_equal(a.nodes, b.nodes)
+        np.testing.assert_allclose(a.values, b.values, rtol=1e-4, atol=1e-4)
+
+    def test_targets_stay_with_their_examples(self):
+        x, labels = normal(9, 12), jnp.asarray([0, 1, 2] * 3)
+        score = attributions.class_score(perceptron(jax.nn.relu))
+        found = attributions.adaptive_integrated_gradients(
+            score, x, targets=labels, bound=0.01, first=4, most=64, unit=4
+        )
+        wanted = score(x, labels) - score(0 * x, labels)
+        np.testing.assert_allclose(found.difference, wanted, rtol=1e-4, atol=1e-5)
+        assert np.all((np.asarray(found.relative_residual) <= 0.01) | (found.nodes == 65))
+
+    def test_a_linear_score_takes_the_first_steps_only(self):
+        found = self.adaptive(lambda x: x @ normal(12), normal(4, 12), bound=1e-4, first=4, most=64)
+        np.testing.assert_array_equal(found.nodes, 5)
+
+    def test_refuses(self):
+        x = normal(4, 12)
+        for settings_ in ({"bound": -1.0}, {"first": 0}, {"most": 8}, {"first": 16, "most": 48}):
+            with pytest.raises(ValueError, match="first times a power of two"):
+                self.adaptive(kinked, x, **settings_)
+        with pytest.raises(ValueError, match="one baseline per input"):
+            self.adaptive(kinked, x, normal(2, 4, 12))
+        with pytest.raises(ValueError, match="one floating-point number per example"):
+            self.adaptive(perceptron(jax.nn.relu), x)
+
+
+class TestGradients:
+    def test_equal_captum(self):
+        x, labels = jnp.asarray(GOLDENS["inputs"]), jnp.asarray(GOLDENS["labels"])
+        score = attributions.class_score(network)
+        for name, method in (
+            ("gradient", attributions.input_gradients),
+            ("input_times_gradient", attributions.gradient_times_input),
+        ):
+            np.testing.assert_allclose(
+                method(score, x, targets=labels), GOLDENS[name], atol=2e-5 * np.abs(GOLDENS[name]).max()
+            )
+
+    def test_smoothgrad_of_a_quadratic_score(self):
+        x, key = normal(3, 12), jax.random.key(0)
+
+        def squares(x):
+            return jnp.sum(x**2, -1)
+
+        plain = functools.partial(attributions.input_gradients, squares)
+        np.testing.assert_allclose(
+            attributions.smoothgrad(plain, x, key, num_samples=3, sigma=0.0), 2 * x, rtol=1e-5
+        )
+        width = (x.max(-1) - x.min(-1))[:, None]
+        mean = attributions.smoothgrad(plain, x, key, num_samples=2000, sigma=0.1)
+        np.testing.assert_allclose(mean, 2 * x, atol=6 * 0.2 * float(width.max()) / np.sqrt(2000))
+        square = attributions.smoothgrad(plain, x, key, num_samples=2000, sigma=0.1, squared=True)
+        np.testing.assert_allclose(square, 4 * (x**2 + (0.1 * width) ** 2), rtol=0.3, atol=0.1)
+
+    def test_smoothgrad_of_integrated_gradients_keeps_a_linear_attribution(self):
+        weight = normal(12)
+
+        def attribute(x):
+            return attributions.integrated_gradients(lambda x: x @ weight, x, num_steps=2).values
+
+        found = attributions.smoothgrad(
+            attribute, normal(3, 12), jax.random.key(0), num_samples=500, sigma=0.05
+        )
+        np.testing.assert_allclose(found, weight[None] * normal(3, 12), atol=0.1)
+
+    def test_refuses(self):
+        with pytest.raises(ValueError, match="a sample or more"):
+            attributions.smoothgrad(lambda x: x, normal(3, 12), jax.random.key(0), num_samples=0)
+
+
+class TestOverlay:
+    def test_is_the_published_blend(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype(np.uint8)
+        maps = np.random.default_rng(1).uniform(1, 9, (2, 4, 4, 1)).astype(np.float32)
+        found = attributions.overlay(jnp.asarray(pixels), jnp.asarray(maps), strength=0.5, exponent=1.7)
+        raised = maps**1.7
+        low, high = (f(axis=(1, 2, 3), keepdims=True) for f in (raised.min, raised.max))
+        wanted = 0.5 * pixels + 0.5 * 255 * (raised - low) / (high - low)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-2)
+
+    def test_neither_scale_nor_storage_of_a_map_matters(self):
+        pixels, maps = jnp.zeros((3, 8, 8, 1)), jnp.abs(normal(3, 8, 8, 1))
+        found = attributions.overlay(pixels, maps, exponent=2.0)
+        for scale in (1e-30, 1e30):
+            np.testing.assert_allclose(
+                attributions.overlay(pixels, scale * maps, exponent=2.0), found, rtol=1e-3, atol=1e-2
+            )
+        stored = attributions.quantised(maps)
+        assert stored["map"].dtype == jnp.uint8
+        np.testing.assert_allclose(stored["map_peak"], maps.max((1, 2, 3)))
+        np.testing.assert_allclose(attributions.overlay(pixels, stored["map"], exponent=2.0), found, atol=1.0)
+
+    def test_constant_maps_and_no_strength(self):
+        pixels = jnp.full((1, 4, 4, 3), 100, jnp.uint8)
+        np.testing.assert_array_equal(attributions.overlay(pixels, jnp.zeros((1, 4, 4, 1))), 50)
+        np.testing.assert_array_equal(attributions.overlay(pixels, jnp.ones((1, 4, 4, 1))), 50)
+        marked = jnp.zeros((1, 4, 4, 1)).at[0, 1, 2].set(1.0)
+        np.testing.assert_array_equal(attributions.overlay(pixels, marked, strength=0.0), 100)
+
+    def test_a_map_follows_its_image(self):
+        """A pixel marked in both is in the same place after any crop and flip, in every example of a batch."""
+        rng = np.random.default_rng(0)
+        places = rng.integers(4, 12, (64, 2))
+        pixels = np.zeros((64, 16, 16, 3), np.uint8)
+        maps = np.zeros((64, 16, 16, 1), np.uint8)
+        for i, (row, column) in enumerate(places):
+            pixels[i, row, column], maps[i, row, column] = 255, 255
+        keys = data.example_keys(jax.random.key(0), jnp.arange(64))
+        moved, followed = (
+            data.crop_and_flip(jnp.asarray(x), keys, padding=4, flip=True) for x in (pixels, maps)
+        )
+        np.testing.assert_array_equal(moved[..., :1], followed)
+        assert (np.asarray(moved) != pixels).any(axis=(1, 2, 3)).sum() > 50
+        blended = attributions.random_overlay(moved, followed, keys, probability=1.0)
+        np.testing.assert_allclose(blended, moved)  # white on white
+
+    def test_random_overlay(self):
+        pixels, maps = (
+            jnp.full((4000, 2, 2, 1), 100.0),
+            jnp.tile(jnp.asarray([[0.0, 0.5], [0.5, 1.0]]), (4000, 1, 1)),
+        )
+        keys = data.example_keys(jax.random.key(0), jnp.arange(4000))
+        found = attributions.random_overlay(
+            pixels, maps[..., None], keys, probability=0.3, exponents=(1.0, 2.0)
+        )
+        touched = np.asarray(found != pixels).any(axis=(1, 2, 3))
+        assert scipy.stats.binomtest(int(touched.sum()), 4000, 0.3).pvalue > 1e-4
+        exponent = np.log((np.asarray(found)[touched, 0, 1, 0] - 50) / 127.5) / np.log(0.5)
+        assert exponent.min() >= 0.99
+        assert exponent.max() <= 2.01
+        assert scipy.stats.kstest(np.log2(exponent.clip(1, 2)), "uniform").pvalue > 1e-4
+        again = attributions.random_overlay(pixels[7:9], maps[7:9, ..., None], keys[7:9], probability=0.3)
+        np.testing.assert_allclose(again, found[7:9], rtol=1e-5)
+
+    def test_refuses(self):
+        pixels, maps = jnp.zeros((2, 4, 4, 3)), jnp.zeros((2, 4, 4, 1))
+        for bad in (maps[:, :3], maps[:1], jnp.zeros((2, 4, 4, 3))):
+            with pytest.raises(ValueError, match="overlay needs a map"):
+                attributions.overlay(pixels, bad)
+        with pytest.raises(ValueError, match="strength from 0 to 1, got 2"):
+            attributions.overlay(pixels, maps, strength=2.0)
+        with pytest.raises(ValueError, match="exponent above 0, got 0"):
+            attributions.overlay(pixels, maps, exponent=0.0)
+        keys = data.example_keys(jax.random.key(0), jnp.arange(2))
+        for settings_ in ({"probability": 1.5}, {"exponents": (2.0, 1.0)}, {"exponents": (0.0, 1.0)}):
+            with pytest.raises(ValueError, match="probability from 0 to 1 and exponents"):
+                attributions.random_overlay(pixels, maps, keys, **settings_)
+
+
+class TestJudging:
+    def test_removal_of_a_linear_score_is_known(self):
+        weight = jnp.asarray([5.0, 1.0, 3.0, 2.0]).reshape(1, 2, 2, 1)
+        x = jnp.ones((1, 2, 2, 1))
+
+        def score(x):
+            return jnp.sum(weight * x, axis=(1, 2, 3))
+
+        def curve(kind, maps):
+            return attributions.removal_curve(score, x, maps, 0 * x, kind=kind, num_steps=4)[:, 0]
+
+        np.testing.assert_allclose(curve("deletion", weight), [11, 6, 3, 1, 0])
+        np.testing.assert_allclose(curve("insertion", weight), [0, 5, 8, 10, 11])
+        np.testing.assert_allclose(curve("deletion", -weight), [11, 10, 8, 5, 0])
+
+    def test_a_true_map_lets_the_score_fall_faster_than_a_random_one(self):
+        x, start = (jnp.asarray(GOLDENS[name]) for name in ("inputs", "baselines"))
+        labels = jnp.asarray(GOLDENS["labels"])
+        score = attributions.class_score(network)
+        found = attributions.integrated_gradients(score, x, start, targets=labels)
+        signed = jnp.sum(found.values, -1, keepdims=True)
+
+        def area(maps):
+            curve = attributions.removal_curve(score, x, maps, start, kind="deletion", targets=labels)
+            np.testing.assert_allclose(curve[0], score(x, labels), rtol=1e-5)
+            np.testing.assert_allclose(curve[-1], score(start, labels), rtol=1e-5)
+            return np.asarray(jnp.mean(curve, axis=0))
+
+        assert np.all(area(signed) < area(jnp.asarray(normal(*signed.shape))))
+
+    def test_a_known_object_is_found(self):
+        """A score that reads a patch and nothing else: maps of it lie there, and point there."""
+        masks = np.zeros((8, 12, 12, 1), bool)
+        for i in range(8):
+            masks[i, i : i + 4, 8 - i : 12 - i] = True
+        x = normal(8, 12, 12, 3)
+
+        def score(x, masks):
+            return jnp.sum(jnp.tanh(x) * masks, axis=(1, 2, 3))
+
+        found = attributions.integrated_gradients(score, x, targets=jnp.asarray(masks))
+        maps = attributions.importance(found.values)
+        assert np.all(attributions.pointing(maps, jnp.asarray(masks)))
+        np.testing.assert_allclose(attributions.mass_inside(maps, jnp.asarray(masks)), 1, rtol=1e-5)
+        even = jnp.ones_like(maps)
+        np.testing.assert_allclose(attributions.mass_inside(even, jnp.asarray(masks)), 16 / 144, rtol=1e-5)
+        assert not np.any(attributions.pointing(jnp.where(masks, 0, even), jnp.asarray(masks)))
+        np.testing.assert_array_equal(attributions.mass_inside(0 * maps, jnp.asarray(masks)), 0)
+
+    def test_rank_correlation_equals_scipy(self):
+        a, b = normal(5, 6, 6, 1), normal(5, 6, 6, 1, seed=1) + normal(5, 6, 6, 1)
+        found = attributions.rank_correlation(a, b)
+        wanted = [
+            scipy.stats.spearmanr(x.ravel(), y.ravel()).statistic
+            for x, y in zip(np.asarray(a), np.asarray(b), strict=True)
+        ]
+        np.testing.assert_allclose(found, wanted, rtol=1e-4)
+        np.testing.assert_allclose(attributions.rank_correlation(a, jnp.exp(a)), 1, rtol=1e-5)
+
+    def test_refuse(self):
+        x, maps = normal(2, 4, 4, 3), normal(2, 4, 4, 1)
+
+        def score(x):
+            return jnp.sum(x, axis=(1, 2, 3))
+
+        with pytest.raises(ValueError, match="got 'removal'"):
+            attributions.removal_curve(score, x, maps, x, kind="removal")
+        with pytest.raises(ValueError, match="a step or more"):
+            attributions.removal_curve(score, x, maps, x, kind="deletion", num_steps=0)
+        with pytest.raises(ValueError, match="of their own shape"):
+            attributions.removal_curve(score, x, x, x, kind="deletion")
+        for judge in (attributions.pointing, attributions.mass_inside, attributions.rank_correlation):
+            with pytest.raises(ValueError, match="two batches of maps"):
+                judge(maps, x)
+
+
+class TestColumns:
+    """The stage of the data pipeline: maps as columns beside logits."""
+
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3)).astype(np.uint8)
+    labels = np.random.default_rng(1).integers(0, 3, 20).astype(np.int32)
+
+    @staticmethod
+    def tell(scale, batch):
+        """What a teacher stores, of a batch with labels."""
+
+        def logits(x):
+            return scale * network(x)
+
+        x = data.normalise(batch["image"], mean=(0.5,) * 3, std=(0.5,) * 3)
+        found = attributions.adaptive_integrated_gradients(
+            attributions.class_score(logits), x, targets=batch["label"], first=4, most=16, unit=8
+        )
+        maps = attributions.importance(found.values)
+        return {"logits": logits(x), "nodes": found.nodes} | attributions.quantised(maps)
+
+    def with_labels(self, images, index, view):
+        del view
+        return {"image": images, "label": jnp.asarray(self.labels)[index]}
+
+    def fill(self, directory, scale=1.0, **more):
+        settings = {"labels": "true"}
+        scale = jnp.float32(scale)
+        return teacher.fill(
+            directory,
+            self.tell,
+            scale,
+            self.images,
+            settings=settings,
+            view_fn=self.with_labels,
+            batch_size=4,
+            chunk_size=8,
+            **more,
+        )
+
+    def test_are_filled_resumed_and_verified(self, tmp_path):
+        filled = self.fill(tmp_path)
+        assert filled.arrays["map"].shape == (20, 1, 8, 8, 1)
+        assert filled.arrays["map"].dtype == np.uint8
+        assert set(np.unique(filled.arrays["nodes"])) <= {5, 9, 17}
+        one = self.tell(1.0, {"image": jnp.asarray(self.images), "label": jnp.asarray(self.labels)})
+        np.testing.assert_allclose(filled.arrays["map"][:, 0], one["map"], atol=1)
+        teacher.verify(
+            filled, self.tell, jnp.float32(1), self.images, view_fn=self.with_labels, num_samples=8
+        )
+        chunk = sorted(tmp_path.glob("*.npz"))[1]
+        chunk.write_bytes(chunk.read_bytes()[:-7])  # as a kill in a bad moment might leave it
+        with pytest.raises(ValueError, match="damaged"):
+            teacher.load(tmp_path, header={})
+        with pytest.warns(UserWarning, match="computed again"):
+            again = self.fill(tmp_path)
+        np.testing.assert_array_equal(again.arrays["map"], filled.arrays["map"])
+
+    def test_of_a_diverged_teacher_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="at index 0"):
+            self.fill(tmp_path, scale=np.nan)
+        assert not list(tmp_path.glob("*.npz"))
+
+    def test_of_another_order_are_found_out(self, tmp_path):
+        filled = self.fill(tmp_path)
+        turned = {name: np.roll(array, 1, axis=0) for name, array in filled.arrays.items()}
+        with pytest.raises(ValueError, match="not this teacher's output"):
+            teacher.verify(
+                filled._replace(arrays=turned),
+                self.tell,
+                jnp.float32(1),
+                self.images,
+                view_fn=self.with_labels,
+            )
+
+
+def test_devices():
+    assert len(parallel.local_devices(None)) >= 2  # test_on_two_devices needs them
