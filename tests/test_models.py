@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import re
+import runpy
 import time
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -15,10 +17,16 @@ from hypothesis import strategies as st
 from jax import lax
 
 from kdjax import models
-from kdjax.models import layers
+from kdjax.models import layers, mobilenet
 from kdjax.types import Outputs
 
-SHAPES = {"malaria": (32, 32, 3), "digits": (8, 8, 1), "resnet": (32, 32, 3), "wrn": (32, 32, 3)}
+SHAPES = {
+    "malaria": (32, 32, 3),
+    "digits": (8, 8, 1),
+    "resnet": (32, 32, 3),
+    "wrn": (32, 32, 3),
+    "mobilenet": (32, 32, 3),
+}
 SMALL = {
     "keras_teacher": {"widths": (8, 12)},
     "hinton_teacher": {"widths": (24, 20)},
@@ -274,6 +282,15 @@ def test_layers_say_what_does_not_fit():
         ("wrn_16_2", 100, 703_284),
         ("wrn_40_1", 100, 569_780),
         ("wrn_40_2", 100, 2_255_156),
+        ("mobilenet_v2", 10, 2_236_682),  # torchvision's, and the study's without the last pieces
+        ("mobilenet_v2_cut3", 10, 1_019_402),
+        ("mobilenet_v2_cut5", 10, 543_498),
+        ("mobilenet_v2_cut7", 10, 306_954),
+        ("mobilenet_v2_cut9", 10, 185_738),
+        ("mobilenet_v2_cut11", 10, 77_194),
+        ("mobilenet_v2_cut13", 10, 40_970),
+        ("mobilenet_v2_cut15", 10, 16_042),
+        ("mobilenet_v2_cut17", 10, 1_994),
     ],
 )
 def test_parameter_counts(name, classes, count):
@@ -301,6 +318,7 @@ DEEP = (
     "resnet32x4",
     "wrn_40_1",
     "wrn_40_2",
+    *(name for name in models.MODELS if name.startswith("mobilenet") and name != "mobilenet_v2_cut13"),
 )  # of the families that the others stand for
 
 
@@ -381,6 +399,122 @@ def test_wide_resnet_features_and_block_by_hand():
     y = nn.relu(scale * conv(nn.relu(scale * x), kernel["stage2_block2_in"], strides=(1, 1)))
     x = x + conv(y, kernel["stage2_block2_out"], strides=(1, 1))
     np.testing.assert_allclose(features["stage2"], x, rtol=1e-3, atol=1e-3)
+
+
+GOLDENS = Path(__file__).parent / "goldens"
+BLOCK = {  # where torchvision has what a block has
+    "Conv_0": "conv.0.0",
+    "BatchNorm_0": "conv.0.1",
+    "DepthwiseConv_0": "conv.1.0",
+    "BatchNorm_1": "conv.1.1",
+    "Conv_1": "conv.2",
+    "BatchNorm_2": "conv.3",
+}
+FIRST_BLOCK = {
+    "DepthwiseConv_0": "conv.0.0",
+    "BatchNorm_0": "conv.0.1",
+    "Conv_0": "conv.1",
+    "BatchNorm_1": "conv.2",
+}
+AROUND = {
+    "Conv_0": "features.0.0",
+    "BatchNorm_0": "features.0.1",
+    "Conv_1": "features.18.0",
+    "BatchNorm_1": "features.18.1",
+    "Dense_0": "classifier.1",
+}
+LEAF = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+def torchvisions_name(module, *inner, leaf):
+    if inner:
+        stage, block = map(int, re.fullmatch("stage([0-9])_block([0-9])", module).groups())
+        piece = (0, 3, 6, 13)[stage - 1] + block
+        module = f"features.{piece}.{(FIRST_BLOCK if piece == 1 else BLOCK)[inner[0]]}"
+    return f"{AROUND.get(module, module)}.{LEAF[leaf]}"
+
+
+@pytest.mark.parametrize("removed", [0, 5])
+def test_mobilenet_equals_torchvisions(removed):
+    golden, draw = np.load(GOLDENS / "mobilenet_v2.npz"), runpy.run_path(GOLDENS / "mobilenet_v2.py")["draw"]
+
+    def fill(path, leaf):
+        *modules, last = (part.key for part in path)
+        name = torchvisions_name(*modules[1:], leaf=last)
+        if leaf.ndim == 4:
+            return draw(name, tuple(leaf.shape[axis] for axis in (3, 2, 0, 1))).transpose(2, 3, 1, 0)
+        return draw(name, leaf.shape[::-1]).T
+
+    module = models.build("mobilenet_v2_w25", num_classes=10, removed=removed)
+    images = draw("images", (2, 3, 16, 16)).transpose(0, 2, 3, 1)
+    params, state = models.init(module, images.shape[1:], seed=0)
+    variables = jax.tree.map_with_path(fill, {"params": params, **state})
+    run = jax.jit(
+        functools.partial(module.apply, train=False), compiler_options={"xla_backend_optimization_level": 0}
+    )
+    outputs = run(variables, images)
+    for stage in range(5 if removed == 0 else 4):
+        want = golden[f"stage{stage}"]
+        np.testing.assert_allclose(outputs.features[f"stage{stage}"], want, rtol=1e-4, atol=1e-4)
+        if stage:
+            np.testing.assert_array_equal(
+                outputs.features[f"preactivation{stage}"], outputs.features[f"stage{stage}"]
+            )
+    np.testing.assert_allclose(outputs.logits, golden[f"logits_removed{removed}"], rtol=1e-4, atol=1e-4)
+
+
+def mobilenet_shapes(removed):
+    """Outputs and parameters of a MobileNetV2, without computing them."""
+    module = models.build("mobilenet_v2", num_classes=3, removed=removed)
+    run = functools.partial(module.init_with_output, train=False)
+    outputs, variables = jax.eval_shape(run, jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
+    shapes = {name: x.shape[1:] for name, x in outputs.features.items()}
+    return shapes, jax.tree.map(jnp.shape, variables["params"])
+
+
+def test_mobilenet_students_are_the_first_pieces_of_the_whole():
+    maps = {
+        "stage0": (32, 32, 32),
+        "stage1": (32, 32, 24),
+        "stage2": (16, 16, 32),
+        "stage3": (8, 8, 96),
+        "stage4": (4, 4, 320),
+    }
+    features, whole = mobilenet_shapes(0)
+    before = {f"preactivation{stage}": maps[f"stage{stage}"] for stage in (1, 2, 3, 4)}
+    assert features == {**maps, **before, "embedding": (1280,)}
+    for removed, last, channels in [(1, 4, 320), (5, 3, 96), (12, 2, 32), (17, 1, 16)]:
+        features, params = mobilenet_shapes(removed)
+        assert features["embedding"] == (channels,)
+        want = {name: shape for name, shape in maps.items() if int(name[-1]) <= last}
+        want[f"stage{last}"] = (*want[f"stage{last}"][:2], channels)
+        assert {name: shape for name, shape in features.items() if name.startswith("stage")} == want
+        assert params.pop("Dense_0")["kernel"] == (channels, 3)
+        assert params == {name: whole[name] for name in params}
+
+
+def test_mobilenet_trains_every_parameter():
+    apply, params, state = small("mobilenet_v2", width=0.1, removed=11)
+    x = normal(0, 4, 8, 8, 3)
+    loss = jax.jit(jax.grad(lambda p: -nn.log_softmax(apply(p, state, x, train=True)[0].logits)[:, 0].mean()))
+    for path, gradient in jax.tree_util.tree_leaves_with_path(loss(params)):
+        assert np.all(np.isfinite(gradient)), path
+        assert np.any(gradient), path
+
+
+@pytest.mark.parametrize(
+    ("width", "channels"), [(0.25, (8, 8, 8, 8, 16, 24, 40, 80)), (0.75, (24, 16, 24, 24, 48, 72, 120, 240))]
+)
+def test_mobilenet_channels_are_rounded_as_torchvisions(width, channels):
+    rounded = [mobilenet._rounded(c * width) for c in (32, 16, 24, 32, 64, 96, 160, 320)]
+    assert tuple(rounded) == channels
+    assert mobilenet._rounded(1.3 * 8) == 16  # 8 would lose more than a tenth
 
 
 def test_batch_statistics_move_by_a_tenth_in_training_only():
@@ -561,6 +695,10 @@ def test_build_errors_name_the_way_out():
         models.build("mlp", num_classes=0)
     with pytest.raises(ValueError, match=r"6n \+ 2 layers, got 18"):
         models.build("resnet20", num_classes=10, depth=18)
+    with pytest.raises(ValueError, match="got removed=18: write 0 to 17"):
+        models.build("mobilenet_v2", num_classes=10, removed=18)
+    with pytest.raises(ValueError, match="positive factor, got 0: write 1 or"):
+        models.build("mobilenet_v2", num_classes=10, width=0)
     with pytest.raises(ValueError, match="at least one hidden layer"):
         models.build("mlp", num_classes=10, widths=())
 

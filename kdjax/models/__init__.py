@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, PyTree
 
 from kdjax.models.cnn import DigitsCnn, KerasCnn, MalariaCnn
 from kdjax.models.mlp import Mlp
+from kdjax.models.mobilenet import MobileNetV2
 from kdjax.models.resnet import ResNet
 from kdjax.models.wideresnet import WideResNet
 from kdjax.types import ApplyFn, ModelState, Params
@@ -54,6 +55,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "wrn_16_2": functools.partial(WideResNet, depth=16, width=2),
     "wrn_40_1": functools.partial(WideResNet, depth=40, width=1),
     "wrn_40_2": functools.partial(WideResNet, depth=40, width=2),
+    "mobilenet_v2": MobileNetV2,
+    **{f"mobilenet_v2_cut{n}": functools.partial(MobileNetV2, removed=n) for n in range(3, 18, 2)},
+    "mobilenet_v2_w25": functools.partial(MobileNetV2, width=0.25),  # for a CPU
+    "mobilenet_v2_w25_cut5": functools.partial(MobileNetV2, width=0.25, removed=5),
 }
 """Every network by name; the fields of its module are the overrides that :func:`build` takes."""
 
