@@ -21,7 +21,7 @@ command started again continues where it was stopped.
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 from absl import flags
@@ -145,7 +145,7 @@ def main() -> None:
         workdir,
         "mixing_weight",
         question=f"How much should a student of {DATASET.value} believe its labels, and how much its teacher?",
-        arms={"teacher": [teacher]} | {name(a): summaries(runs.values()) for a, runs in kept.items()},
+        arms={"teacher": [teacher]} | {name(a): list(runs.values()) for a, runs in kept.items()},
         arm_seeds={"teacher": [0]} | {name(a): list(runs) for a, runs in kept.items()},
         baseline=name(max(kept)),
         settings=settings,
@@ -154,6 +154,7 @@ def main() -> None:
         scaled_down=scaled_down(task),
         notes=[found, *notes],
         tested=[name(best)],
+        drawn=("teacher",),  # the sweep says what the students' end in
         swept=[
             {
                 "name": "hard_weight",
@@ -189,11 +190,6 @@ def numbers(flag: flags.FlagHolder, kind: type) -> list:
     if not found or len(set(found)) < len(found):
         raise ValueError(f"{given} must be one or more different numbers.")
     return found
-
-
-def summaries(runs: Iterable[common.Trained]) -> list[common.Trained]:
-    """Runs without their curves: eleven arms of them hide each other, and the sweep says what they end in."""
-    return [run._replace(fitted=run.fitted._replace(history=[])) for run in runs]
 
 
 def name(a: float) -> str:

@@ -408,7 +408,7 @@ def report(
         ),
     ]
     if len(numbers) >= 3:
-        notes += [apart(a, b, runs) for a, b in PARTS if a in runs and b in runs]
+        notes += [common.apart(a, b, runs) for a, b in PARTS if a in runs and b in runs]
         notes.append(equals(runs))
     notes.append(disagreements(task, runs))
     drawn = {name: runs[name] for name in DENSITIES if name in runs}
@@ -428,6 +428,7 @@ def report(
         scaled_down=scaled_down(task),
         metrics=("accuracy", "loss", "events", "hvps", "gradient_equivalents"),
         notes=notes,
+        drawn=(*DENSITIES, "kd_strong", "sprkd+kd"),
         # What is recommended comes first, since that is what a reader is told first.
         tested=sorted((name for name in runs if name != "scratch"), key=lambda name: name != "sprkd+kd"),
         robustness=common.robustness_of(
@@ -443,15 +444,6 @@ def report(
         ),
         costs=common.costs_of(task, arms),
         output=OUTPUT.value,
-    )
-
-
-def apart(a: str, b: str, runs: Mapping[str, Sequence[common.Trained]]) -> str:
-    """What Welch's test says of two arms."""
-    found = significance.welch(*([run.metrics["accuracy"] for run in runs[arm]] for arm in (a, b)))
-    return (
-        f"{a} against {b}: {100 * found.difference:+.2f} points of accuracy (95 % interval {100 * found.low:+.2f} to "
-        f"{100 * found.high:+.2f}, p = {found.p:.2g}, Welch, not corrected)."
     )
 
 

@@ -1,6 +1,6 @@
 """The end of an experiment: results.json, a figure, a page, and the last lines on the terminal."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def conclude(
     notes: Sequence[str] = (),
     output: str | None = None,
     tested: Sequence[str] | None = None,
+    drawn: Collection[str] | None = None,
     **optional: Any,
 ) -> dict[str, Any]:
     """Writes results.json, figure.png and report.html of finished arms, and says in the last lines what was found.
@@ -56,6 +57,7 @@ def conclude(
       notes: for the reader of the report.
       output: file to write the result to as well, and its figure beside it.
       tested: the arms to compare with the baseline; all by default.
+      drawn: the arms whose curves are kept and drawn; all by default. More than a few hide each other.
       **optional: further fields of the result, such as ``robustness`` and ``costs``.
     """
     totals = {arm: _total([run.sums for run in runs]) for arm, runs in arms.items()}
@@ -69,7 +71,7 @@ def conclude(
         curves={
             arm: {name: [[record.get(m) for record in t.history] for t in runs] for m, name in CURVES.items()}
             for arm, runs in arms.items()
-            if runs[0].history
+            if runs[0].history and (drawn is None or arm in drawn)
         },
         comparisons=_comparisons(arms, baseline, metrics[0], arms if tested is None else tested),
         calibration={arm: evaluate.reliability(sums) for arm, sums in totals.items()},
@@ -95,6 +97,15 @@ def publish(workdir: Path, result: Mapping[str, Any], *, metrics: Sequence[str])
         report.page(result, path=workdir / "report.html", title=result["name"])
     say(f"\n{report.markdown_table(result, metrics=metrics)}\n")
     say(report.finding(result))
+
+
+def apart(a: str, b: str, arms: Mapping[str, Sequence[Trained | Teacher]]) -> str:
+    """A note: what Welch's test says of the accuracies of two arms."""
+    found = significance.welch(*([run.metrics["accuracy"] for run in arms[arm]] for arm in (a, b)))
+    return (
+        f"{a} against {b}: {100 * found.difference:+.2f} points of accuracy (95 % interval {100 * found.low:+.2f} to "
+        f"{100 * found.high:+.2f}, p = {found.p:.2g}, Welch, not corrected)."
+    )
 
 
 def _total(sums: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

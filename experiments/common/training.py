@@ -19,6 +19,7 @@ from experiments.common.arms import companion_initialiser
 from experiments.common.launching import alone, bar, say
 from experiments.common.tasks import Task, shown
 from kdjax import checkpoints, data, evaluate, files, models, parallel, teacher, train, transforms
+from kdjax.types import ApplyFn, Batch
 
 OPTIMIZERS = {
     "adam": lambda recipe, rate: optax.adamw(rate, weight_decay=recipe.weight_decay),
@@ -57,6 +58,9 @@ class Recipe(NamedTuple):
     save_every_s: float = 60.0
 
 
+Move = Callable[[jax.Array, jax.Array], jax.Array]  # (images, keys) -> images cropped and flipped
+
+
 class Taught(NamedTuple):
     """How a teacher reaches the student: by stored columns, or by running in the step on the student's own input."""
 
@@ -64,6 +68,11 @@ class Taught(NamedTuple):
     views: int = 1
     online: teacher.TeacherFn | None = None  # of normalised images
     weights: train.Weights | None = None
+    maps: tuple[str, ...] = ()  # columns that are maps of the one stored view: they move with their image
+    choose: Callable[[Batch, jax.Array, Move], jax.Array] | None = (
+        None  # each example's key, by what it would show
+    )
+    blend: Callable[[Batch, jax.Array], jax.Array] | None = None  # pixels, from the moved batch and its keys
 
 
 def make_optimizer(recipe: Recipe, *, steps: int) -> optax.GradientTransformation:
@@ -87,12 +96,18 @@ def make_batches(task: Task, recipe: Recipe, taught: Taught) -> tuple[Callable, 
     def pixels(batch):
         return batch | {"image": data.normalise(batch["image"], mean=task.mean, std=task.std)}
 
-    def with_teacher(resident, batch, view):
+    def with_columns(resident, batch, view):
         if taught.columns is not None:
             batch |= teacher.take(resident["columns"], batch["index"], view)
+        return batch
+
+    def with_teacher(resident, batch):
         if taught.online is not None:
             batch = teacher.online(taught.online, resident["teacher"], batch)
         return batch
+
+    def moved(images, keys):
+        return data.crop_and_flip(images, keys, **move)
 
     def train_batch(resident, index, key):
         batch = data.gather(resident["data"], index)
@@ -102,19 +117,38 @@ def make_batches(task: Task, recipe: Recipe, taught: Taught) -> tuple[Callable, 
         if taught.views > 1:
             view = jax.vmap(lambda k: jax.random.randint(k, (), 0, taught.views))(keys)
             batch["image"] = data.stored_view(batch["image"], index, view, seed=VIEW_SEED, **move)
-        else:
-            batch["image"] = data.crop_and_flip(batch["image"], keys, **move)
+        batch = with_columns(resident, batch, view)
+        if taught.views == 1:
+            if taught.choose is not None:
+                keys = taught.choose(batch, keys, moved)
+            side = batch["image"].shape[1]
+            batch["image"] = moved(batch["image"], keys)
+            for name in taught.maps:
+                batch[name] = moved_map(batch[name], keys, moved, side=side)
+        if taught.blend is not None:
+            batch["image"] = taught.blend(batch, keys)
         batch = pixels(batch)
         if recipe.mixup:
             batch["image"], batch["partner"], batch["share"] = data.mixup(
                 batch["image"], mixup_key, alpha=recipe.mixup
             )
-        return with_teacher(resident, batch, view)
+        return with_teacher(resident, batch)
 
     def evaluation_batch(resident, index):
-        return with_teacher(resident, pixels(data.gather(resident["data"], index)), 0)
+        batch = pixels(data.gather(resident["data"], index))
+        return with_teacher(resident, with_columns(resident, batch, 0))
 
     return train_batch, evaluation_batch
+
+
+def moved_map(maps: jax.Array, keys: jax.Array, move: Move, *, side: int) -> jax.Array:
+    """Maps of any size that divides the images' ``side``, moved as these are; small ones by parts of a position."""
+    times = side // maps.shape[1]
+    if times == 1:
+        return move(maps, keys)
+    large = jnp.repeat(jnp.repeat(maps.astype(jnp.float32), times, axis=1), times, axis=2)
+    cells = move(large, keys).reshape(len(maps), maps.shape[1], times, maps.shape[2], times, -1)
+    return jnp.mean(cells, axis=(2, 4))
 
 
 Watcher = Callable[[str, Mapping[str, float]], None]
@@ -227,6 +261,7 @@ def make_trainer(
     record: Callable[[Any, Any], Mapping[str, jax.Array]] = lambda before, after: {},
     second: bool = False,
     between: Callable[[int, train.TrainState, int], train.TrainState] = lambda seed, state, step: state,
+    sees: Callable[[ApplyFn], ApplyFn] = lambda apply_fn: apply_fn,
 ) -> Callable[..., Trained]:
     """Builds ``(seed, directory, label) -> Trained``; its programs are compiled once for all seeds.
 
@@ -236,7 +271,8 @@ def make_trainer(
 
     ``wrap`` puts a transformation around the recipe's optimizer, ``begin(seed, state)`` returns the state that a run
     starts from, ``between(seed, state, step)`` the one that it goes on with after a dispatch, ``record`` and ``second``
-    are those of :func:`kdjax.train.make_train_step` and ``make_run``.
+    are those of :func:`kdjax.train.make_train_step` and ``make_run``. ``sees`` makes of the student what the objective
+    is shown in training, with further features.
     """
     taught = taught or Taught()
     apply_fn = models.apply_fn(module)
@@ -247,7 +283,7 @@ def make_trainer(
     steps = max(len(task.split["train"]) // recipe.batch_size, 1) * recipe.epochs
     tx = wrap(make_optimizer(recipe, steps=steps))
     step = train.make_train_step(
-        apply_fn,
+        sees(apply_fn),
         objective,
         tx,
         companions=None if companions is None else models.apply_fn(companions),
