@@ -6,16 +6,17 @@ The whole data flow on real data in about a minute on two CPU cores, without a d
 handwritten digits. A teacher is trained on the whole training split; what it says of every image is computed once,
 stored and verified; a much smaller student then learns from only --num_train of those images, over five seeds, and is
 measured on a test split that nothing was chosen on. It learns from their labels alone (scratch), with the teacher's
-softened answers beside them (kd), or likewise, but starting from what is cut out of the teacher itself and looking for
-ways down along negative curvature (sprkd+kd, as this library recommends it; experiments.sprkd_malaria takes it to
-pieces). At the end the curvature of the loss is measured where each arm came to rest.
+softened answers beside them (kd), likewise with some images overlaid with what the teacher looks at (kd+ig; see
+experiments.ig_cifar10), or likewise, but starting from what is cut out of the teacher itself and looking for ways down
+along negative curvature (sprkd+kd, as this library recommends it; experiments.sprkd_malaria takes it to pieces). At the
+end the curvature of the loss is measured where each arm came to rest.
 
 Leaves in runs/quickstart/: the checkpoints of every run, results.json, figure.png and report.html. Expect kd to beat
 scratch, and sprkd+kd to beat kd; the numbers stand in BUILD_NOTES.md, from experiments/results/quickstart.json.
 
 References:
-  Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531, 2015. Dewan, SPRKD, arXiv 2607.23346,
-  2026.
+  Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531, 2015. Hernandez et al., Knowledge
+  Distillation with Integrated Gradients, arXiv 2503.13008, 2025. Dewan, SPRKD, arXiv 2607.23346, 2026.
 """
 
 import time
@@ -69,14 +70,21 @@ def main() -> None:
     shape, _ = models.init(student, few.source.images.shape[1:], seed=0)
     region = saddles.recruit(teacher.weights.params, shape)
     recruit = recruiting.with_escapes(region, recruiting.Escape())
+    explained = common.explained_by(few, teacher, directory=workdir / "maps")
+    shown = taught._replace(
+        columns={**(taught.columns or {}), "map": explained.columns["map"]},
+        maps=("teacher_map",),
+        blend=common.overlaid(),
+    )
     learning: dict = {
-        "scratch": (common.scratch, {}),
-        "kd": (kd, {}),
-        "sprkd+kd": (kd, {"wrap": recruit, "second": True}),
+        "scratch": (common.scratch, taught, {}),
+        "kd": (kd, taught, {}),
+        "kd+ig": (kd, shown, {}),
+        "sprkd+kd": (kd, taught, {"wrap": recruit, "second": True}),
     }
     students: dict = {}
-    for arm, (objective, more) in learning.items():
-        trainer = common.make_trainer(few, student, objective, student_recipe, taught, **more)
+    for arm, (objective, told, more) in learning.items():
+        trainer = common.make_trainer(few, student, objective, student_recipe, told, **more)
         students[arm] = [trainer(seed, workdir / arm / str(seed), f"{arm}, seed {seed}") for seed in seeds]
     arms = {"teacher": [teacher], **students}
     disturbed = common.robustness_of(few, arms, workdir / "robustness")
@@ -99,6 +107,7 @@ def main() -> None:
         flatness=common.flatness_of(few, students, workdir / "flatness"),
         densities=common.densities_of(few, students, workdir / "densities"),
         surfaces=common.surfaces_of(few, students, workdir / "surfaces"),
+        overlays=common.pictures(few, explained),
         costs=common.costs_of(few, arms),
         wall_clock_s=time.monotonic() - start,  # all of the above too
     )

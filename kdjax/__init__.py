@@ -6,6 +6,7 @@ A tour, in the order in which data flows:
 * :mod:`kdjax.models`: linen networks, each returning logits and named features.
 * :mod:`kdjax.teacher`: what the teacher says of every image, computed once, stored as columns, verified.
 * :mod:`kdjax.losses`: distillation losses, one value per example.
+* :mod:`kdjax.attributions`: integrated gradients as maps to learn from, overlay on images, and judge.
 * :mod:`kdjax.curvature`: Hessian-vector products, extreme eigenpairs, spectral densities, traces.
 * :mod:`kdjax.transforms`: Optax transformations; saddle point recruitment around any optimiser.
 * :mod:`kdjax.train`: the step and the loop; :mod:`kdjax.parallel`: many devices, many hosts; :mod:`kdjax.many`: many
@@ -16,10 +17,11 @@ A tour, in the order in which data flows:
 * :mod:`kdjax.robustness`: the same metrics under corrupted images, noisy weights and attacks.
 * :mod:`kdjax.results`, :mod:`kdjax.report`: one JSON per experiment; tables, figures and a page made from it.
 
-Importing ``kdjax`` brings ``curvature``, ``losses`` and ``transforms``, which need only jax, optax, numpy and
+Importing ``kdjax`` brings ``attributions``, ``curvature``, ``losses`` and ``transforms``, which need only jax, optax, numpy and
 jaxtyping. The other modules are imported by name.
 """
 
+from kdjax import attributions as attributions
 from kdjax import curvature as curvature
 from kdjax import losses as losses
 from kdjax import transforms as transforms

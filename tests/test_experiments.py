@@ -316,5 +316,5 @@ def test_quickstart_smoke_in_a_relative_path_with_spaces(tmp_path):
     assert found["costs"]["kd"]["parameters"] == 1_626
     assert min(found["costs"]["kd"]["latency_ms"]) > 0
     for field in ("flatness", "densities", "surfaces"):
-        assert found[field].keys() == {"scratch", "kd", "sprkd+kd"}
+        assert found[field].keys() == {"scratch", "kd", "kd+ig", "sprkd+kd"}
     assert all(len(measures["loss"]) == 3 for measures in found["flatness"].values())

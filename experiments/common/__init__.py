@@ -13,6 +13,8 @@ from experiments.common.explaining import VARIANTS as VARIANTS
 from experiments.common.explaining import Explained as Explained
 from experiments.common.explaining import disturbed as disturbed
 from experiments.common.explaining import explained_by as explained_by
+from experiments.common.explaining import overlaid as overlaid
+from experiments.common.explaining import pictures as pictures
 from experiments.common.flatness import densities_of as densities_of
 from experiments.common.flatness import flatness_of as flatness_of
 from experiments.common.flatness import surfaces_of as surfaces_of

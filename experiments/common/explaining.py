@@ -1,9 +1,10 @@
 """Where a teacher looks, as columns: integrated gradients of every training image, and attention in its stages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,6 +12,7 @@ from experiments.common.launching import bar
 from experiments.common.tasks import Task
 from experiments.common.teachers import Teacher
 from kdjax import attributions, checkpoints, data, losses, models, teacher, train
+from kdjax.types import Batch
 
 VARIANTS = ("aligned", "misaligned", "noise")
 ROWS = 512  # of a file, and as many examples are explained together: a kill loses no more
@@ -104,6 +106,29 @@ def explained_by(
         columns[name][ids] = rows
     nodes, residual = (filled.arrays[name][:, 0] for name in ("nodes", "residual"))
     return Explained(columns, nodes, residual.astype(np.float32))
+
+
+def overlaid(**options: Any) -> Callable[[Batch, jax.Array], jax.Array]:
+    """What blends some of a batch's images with their teacher's maps: ``blend`` of :class:`Taught`.
+
+    ``options`` are those of :func:`kdjax.attributions.random_overlay`; by default as published.
+    """
+    return lambda batch, keys: attributions.random_overlay(
+        batch["image"], batch["teacher_map"], keys, **options
+    )
+
+
+def pictures(task: Task, explained: Explained, *, count: int = 4) -> list[dict[str, Any]]:
+    """The first training images and their maps, the field ``overlays`` of a result."""
+    source, maps = task.source, explained.columns["map"]
+    return [
+        {
+            "title": f"{source.class_names[source.labels[i]]}: what the teacher's score of it rests on",
+            "image": source.images[i].tolist(),
+            "map": (maps[i, 0, :, :, 0] / 255).round(3).tolist(),
+        }
+        for i in task.split["train"][:count]
+    ]
 
 
 def disturbed(column: np.ndarray, ids: np.ndarray, *, variant: str, seed: int) -> np.ndarray:
