@@ -40,7 +40,7 @@ from absl import flags
 
 from experiments import common
 from experiments.common import assessing, workers
-from kdjax import attributions, data, losses, models, parallel, significance, train
+from kdjax import attributions, data, losses, models, parallel, train
 from kdjax.types import ApplyFn
 
 DATASET = flags.DEFINE_string("dataset", "cifar10", "Any TFDS name, digits, a file.npz, or folder:PATH.")
@@ -435,9 +435,9 @@ def report(
     if len(seeds()) >= 3:
         notes += [common.apart(a, b, arms) for a, b in PARTS if a in runs and b in runs]
         notes += [
-            effect(factor, runs)
-            for factor in FACTORS
-            if all(a in runs and b in runs for a, b in FACTORS[factor])
+            common.main_effect(factor, pairs, runs)
+            for factor, pairs in FACTORS.items()
+            if all(name in runs for pair in pairs for name in pair)
         ]
     common.conclude(
         workdir,
@@ -475,7 +475,7 @@ def looked_at(
         apply_fn = models.apply_fn(module)
 
         @jax.jit
-        def explain(weights, images, labels):
+        def explain(weights: train.Weights, images, labels):
             def logits(x):
                 return apply_fn(*weights, x, train=False)[0].logits
 
@@ -514,17 +514,6 @@ def looked_at(
         (MEASURE.value, len(ids), BOUND.value, teacher.metrics),
         measure,
         label="where students look",
-    )
-
-
-def effect(factor: str, runs: Mapping[str, Sequence[common.Trained]]) -> str:
-    """The main effect of a factor: its mean over the four pairs of arms that differ in it alone, per seed."""
-    accuracy = {name: np.array([run.metrics["accuracy"] for run in own]) for name, own in runs.items()}
-    each = np.mean([accuracy[b] - accuracy[a] for a, b in FACTORS[factor]], axis=0)
-    found = significance.t_interval((100 * each).tolist())
-    return (
-        f"Main effect of {factor} over the factorial: {found.estimate:+.2f} points of accuracy (95 % interval "
-        f"{found.low:+.2f} to {found.high:+.2f} over {len(each)} seeds)."
     )
 
 

@@ -40,7 +40,7 @@ from absl import flags
 
 from experiments import common
 from experiments.common import recruiting, workers
-from kdjax import data, losses, models, parallel, robustness, saddles, significance, train
+from kdjax import losses, models, parallel, robustness, saddles, train
 
 DATASET = flags.DEFINE_string(
     "dataset", "malaria", "malaria, any TFDS name, digits, a file.npz, or folder:PATH of class folders."
@@ -108,7 +108,6 @@ MACHINE = (
 )  # what a run may change that goes on
 HVP, EVALUATION = 1.5, 1 / 3  # in gradients
 TARGETS = {"malaria": (0.30, 0.25, 0.20), "digits": (0.8, 0.5, 0.3), "mnist": (0.5, 0.4, 0.3)}
-DELTA = 0.01  # accuracies nearer than this are equal for practical purposes
 NOISE = ("gaussian_noise",)
 PARTS = (  # what each says: KD with it or alone, its region, saddles or not, its escapes, and both of their halves
     ("sprkd+kd", "kd_strong"),
@@ -409,8 +408,8 @@ def report(
     ]
     if len(numbers) >= 3:
         notes += [common.apart(a, b, runs) for a, b in PARTS if a in runs and b in runs]
-        notes.append(equals(runs))
-    notes.append(disagreements(task, runs))
+        notes.append(common.equal(runs, baseline="scratch"))
+    notes.append(common.disagreements(task, runs, baseline="scratch", split=MEASURE.value))
     drawn = {name: runs[name] for name in DENSITIES if name in runs}
     common.conclude(
         workdir,
@@ -444,45 +443,6 @@ def report(
         ),
         costs=common.costs_of(task, arms),
         output=OUTPUT.value,
-    )
-
-
-def equals(runs: Mapping[str, Sequence[common.Trained]]) -> str:
-    """Which arms a test of equivalence cannot tell from scratch."""
-    accuracies = {name: [run.metrics["accuracy"] for run in arm] for name, arm in runs.items()}
-    plain = accuracies.pop("scratch")
-    p = {name: significance.equivalence(a, plain, delta=DELTA).p for name, a in accuracies.items()}
-    found = ", ".join(f"{name} (p = {value:.2g})" for name, value in p.items() if value < 0.05)
-    return (
-        f"Equal to scratch within {100 * DELTA:g} point of accuracy by two one-sided tests: {found or 'no arm'}; not "
-        "shown for the others, which are better, worse or vary too much."
-    )
-
-
-def disagreements(task: common.Task, runs: Mapping[str, Sequence[common.Trained]]) -> str:
-    """McNemar's test of each student against that of the same seed from scratch, on the same images."""
-    ids = task.split[MEASURE.value]
-    apply_fn = models.apply_fn(runs["scratch"][0].module)
-
-    @jax.jit
-    def right(weights, images, labels):
-        inputs = data.normalise(images, mean=task.mean, std=task.std)
-        outputs, _ = apply_fn(weights.params, weights.model_state, inputs, train=False)
-        return jnp.argmax(outputs.logits, -1) == labels
-
-    def correct(run: common.Trained) -> np.ndarray:
-        return np.asarray(right(run.weights, task.source.images[ids], task.source.labels[ids]))
-
-    plain = [correct(run) for run in runs["scratch"]]
-
-    def differing(name: str) -> int:
-        pairs = zip(map(correct, runs[name]), plain, strict=True)
-        return sum(significance.mcnemar(a, b, ids_a=ids, ids_b=ids).mid_p < 0.05 for a, b in pairs)
-
-    counts = ", ".join(f"{name} {differing(name)}" for name in runs if name != "scratch")
-    return (
-        f"Students out of {len(plain)} that differ from the one of the same seed from scratch by McNemar's test on the "
-        f"same images (mid-p below .05): {counts}."
     )
 
 

@@ -17,8 +17,8 @@ A tour, in the order in which data flows:
 * :mod:`kdjax.robustness`: the same metrics under corrupted images, noisy weights and attacks.
 * :mod:`kdjax.results`, :mod:`kdjax.report`: one JSON per experiment; tables, figures and a page made from it.
 
-Importing ``kdjax`` brings ``attributions``, ``curvature``, ``losses`` and ``transforms``, which need only jax, optax, numpy and
-jaxtyping. The other modules are imported by name.
+Importing ``kdjax`` brings ``attributions``, ``curvature``, ``losses`` and ``transforms``, which need only jax, optax,
+numpy and jaxtyping. The other modules are imported by name.
 """
 
 from kdjax import attributions as attributions

@@ -234,18 +234,12 @@ class TestStudy:
         wanted[0, 1, 2] = 100
         np.testing.assert_allclose(found, wanted)
 
-    def test_the_main_effect_is_that_of_the_four_pairs(self, study):
-        names = sorted({name for pair in sum(study.FACTORS.values(), ()) for name in pair})
-        assert names == sorted(list(study.TABLE)[:8])
-
-        def run(accuracy):
-            return common.Trained(None, None, {"accuracy": accuracy}, {}, 0.0)  # type: ignore[arg-type]
-
-        runs = {
-            name: [run(0.5 + 0.01 * ("ig" in name) + 0.001 * seed) for seed in range(3)] for name in names
-        }
-        assert "+1.00 points" in study.effect("ig", runs)
-        assert "+0.00 points" in study.effect("kd", runs)
+    def test_each_factor_has_the_four_pairs_that_differ_in_it_alone(self, study):
+        for field, (factor, pairs) in zip(("kd", "ig", "at"), study.FACTORS.items(), strict=True):
+            assert field == factor
+            assert len({name for pair in pairs for name in pair}) == 8
+            for without, with_it in pairs:
+                assert study.TABLE[with_it] == study.TABLE[without]._replace(**{field: "aligned"})
 
     def test_arms_that_there_are_not(self, study):
         flags.FLAGS.arms = ["student", "ig+kd"]

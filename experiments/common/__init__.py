@@ -9,6 +9,10 @@ from experiments.common.arms import check_methods as check_methods
 from experiments.common.arms import make_arm as make_arm
 from experiments.common.assessing import costs_of as costs_of
 from experiments.common.assessing import robustness_of as robustness_of
+from experiments.common.comparing import apart as apart
+from experiments.common.comparing import disagreements as disagreements
+from experiments.common.comparing import equal as equal
+from experiments.common.comparing import main_effect as main_effect
 from experiments.common.explaining import VARIANTS as VARIANTS
 from experiments.common.explaining import Explained as Explained
 from experiments.common.explaining import disturbed as disturbed
@@ -29,7 +33,6 @@ from experiments.common.many import train_many as train_many
 from experiments.common.methods import METHODS as METHODS
 from experiments.common.objectives import kd as kd
 from experiments.common.objectives import scratch as scratch
-from experiments.common.reporting import apart as apart
 from experiments.common.reporting import conclude as conclude
 from experiments.common.tasks import Task as Task
 from experiments.common.tasks import build as build

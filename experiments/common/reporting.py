@@ -99,15 +99,6 @@ def publish(workdir: Path, result: Mapping[str, Any], *, metrics: Sequence[str])
     say(report.finding(result))
 
 
-def apart(a: str, b: str, arms: Mapping[str, Sequence[Trained | Teacher]]) -> str:
-    """A note: what Welch's test says of the accuracies of two arms."""
-    found = significance.welch(*([run.metrics["accuracy"] for run in arms[arm]] for arm in (a, b)))
-    return (
-        f"{a} against {b}: {100 * found.difference:+.2f} points of accuracy (95 % interval {100 * found.low:+.2f} to "
-        f"{100 * found.high:+.2f}, p = {found.p:.2g}, Welch, not corrected)."
-    )
-
-
 def _total(sums: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """The sums of several runs of an arm as one."""
     return {name: np.sum([np.asarray(run[name]) for run in sums], axis=0) for name in sums[0]}
