@@ -19,16 +19,10 @@ thread the clock is CPU time, which a busy machine disturbs least; with more it 
 See BUILD_NOTES.md for the time it takes and what to expect. `--smoke` runs the same code on tiny networks.
 """
 
-import importlib.metadata
-import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +31,18 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import common
-from experiments.benchmarks.curvature_peers import COMPILED, HOST, cores
+from experiments.benchmarks.contenders import (
+    Worker,
+    goal,
+    note,
+    over,
+    quotients,
+    tell,
+    thread_counts,
+    versions_of,
+    working,
+)
+from experiments.benchmarks.curvature_peers import COMPILED, HOST
 from kdjax import results
 
 OUTPUT = flags.DEFINE_string("output", "runs/benchmarks/curvature.json", "Where to write the result.")
@@ -55,6 +60,7 @@ SECONDS = flags.DEFINE_float("seconds", 2.0, "Length of one timing of products."
 SCALING = flags.DEFINE_bool("scaling", True, "Whether to measure growth with parameters and steps.")
 SMOKE = flags.DEFINE_bool("smoke", False, "Tiny networks, two rounds, forty steps.")
 
+MODULE = "curvature_peers"
 JAX = ("kdjax", "matfree")  # what runs in the interpreter of this process
 PACKAGES = {
     "matfree": "matfree",
@@ -72,64 +78,9 @@ DENSITY_GOALS = {
 }
 
 
-class Worker:
-    """A process of one contender, idle until it is asked."""
-
-    def __init__(self, contender: str, threads: int, workload: Path):
-        self.contender, self.threads = contender, threads
-        dropped = {"JAX_COMPILATION_CACHE_DIR", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
-        environment = {k: v for k, v in os.environ.items() if k not in dropped}
-        self.errors = open(workload.parent / f"{contender}-{threads}.log", "w+")  # noqa: SIM115
-        python = sys.executable if contender in JAX else TORCH_PYTHON.value or sys.executable
-        # No module to be launched by itself, which this one could not import names from.
-        program = "from experiments.benchmarks.curvature_peers import main; main()"
-        self.process = subprocess.Popen(
-            [python, "-c", program, contender, str(threads), str(workload)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env=environment | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-        )
-        hello = self.heard("start")
-        self.absent: str | None = hello.get("absent")
-        self.arms: list[str] = hello.get("arms", [])
-
-    def ask(self, job: str, **options: Any) -> dict[str, Any]:
-        """Sends a job and waits for the answer."""
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # whose reason is in its log
-            print(json.dumps({"job": job} | options), file=self.process.stdin, flush=True)
-        return self.heard(job)
-
-    def heard(self, job: str) -> dict[str, Any]:
-        """The next answer."""
-        assert self.process.stdout is not None
-        answer = self.process.stdout.readline()
-        if not answer:
-            self.errors.seek(0)
-            last = (self.errors.read().strip().splitlines() or ["no message"])[-1]
-            raise ValueError(f"{self.contender} with {self.threads} threads stopped at {job!r}: {last}.")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.kill()
-        self.process.communicate()
-        self.errors.close()
-
-
-@contextmanager
-def working(contenders: Sequence[str], threads: int, workload: Path) -> Iterator[list[Worker]]:
-    """Their processes, ended afterwards."""
-    workers: list[Worker] = []
-    try:
-        for contender in contenders:
-            workers.append(Worker(contender, threads, workload))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.close()
+def pythons(contenders: Sequence[str]) -> dict[str, str]:
+    """Contender → the interpreter that has it."""
+    return {x: sys.executable if x in JAX else TORCH_PYTHON.value or sys.executable for x in contenders}
 
 
 # ----------------------------------------------------------------------------------------- the networks
@@ -272,16 +223,10 @@ def measure(
     }
 
 
-def note(metrics: dict[str, list[float]], what: str, answer: Mapping[str, float]) -> None:
-    """Appends wall-clock and CPU milliseconds."""
-    for clock, suffix in (("wall", "ms"), ("cpu", "cpu_ms")):
-        metrics.setdefault(f"{what}_{suffix}".lstrip("_"), []).append(1e3 * answer[clock])
-
-
 def scale(workload: Path, networks: Sequence[str], steps: int, counts: Sequence[int], rounds: int) -> dict:
     """Densities of kdjax's default loop with one thread, beside as many products alone; arm → metric → numbers."""
     arms: dict[str, dict[str, list[float]]] = {}
-    with working(["kdjax"], 1, workload) as (worker,):
+    with working(pythons(["kdjax"]), 1, workload, peers=MODULE) as (worker,):
         cases = [(network, steps) for network in networks] + [("mlp", count) for count in counts]
         for network, count in tqdm(cases, desc="scaling", disable=None):
             arm = worker.ask("load", network=network)["default"]
@@ -299,17 +244,6 @@ def scale(workload: Path, networks: Sequence[str], steps: int, counts: Sequence[
 # ---------------------------------------------------------------------------------------------- judging
 
 
-def quotients(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
-    """Round by round."""
-    return [a / b for a, b in zip(numerator, denominator, strict=True)]
-
-
-def over(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
-    """Median, low and high of the quotients of the rounds."""
-    found = quotients(numerator, denominator)
-    return {"median": statistics.median(found), "low": min(found), "high": max(found)}
-
-
 def judge(
     found: Mapping[str, Any], network: str, threads: int
 ) -> tuple[dict[str, dict], list[dict[str, Any]]]:
@@ -318,9 +252,8 @@ def judge(
     where, density = f"{network}, {threads} thread{'s' * (threads > 1)}", f"density_{suffix}"
     ours, ratios, goals = arms[found["default"]], {}, []
 
-    def goal(said: str, needed: float, ratio: dict[str, float], *, at_most: bool = False) -> None:
-        met = ratio["median"] <= needed if at_most else ratio["median"] >= needed
-        goals.append({"goal": f"{where}: {said}", "needed": needed, **ratio, "met": met})
+    def want(said: str, needed: float, ratio: dict[str, float], **how: bool) -> None:
+        goals.append(goal(f"{where}: {said}", needed, ratio, **how))
 
     other = HOST if found["default"] == COMPILED else COMPILED
     for peer in (other, *PACKAGES):
@@ -331,11 +264,11 @@ def judge(
             ratios[f"{where}: {peer} memory"] = over(arms[peer]["peak_mib"], ours["peak_mib"])
         needed = DENSITY_GOALS[network].get(peer)
         if needed:
-            goal(f"density ≥ {needed:g}× {peer}", needed, ratio)
+            want(f"density ≥ {needed:g}× {peer}", needed, ratio)
     gradient = arms["kdjax gradient"][suffix]
     for name, needed in PRODUCT_GOALS.items():
         cost = over(arms[f"kdjax {name}"][suffix], gradient)
-        goal(f"a {name} product ≤ {needed:g} gradients", needed, cost, at_most=True)
+        want(f"a {name} product ≤ {needed:g} gradients", needed, cost, at_most=True)
     if "torch kept graph" in arms:
         pairs = {"torch gradient": "gradient", "torch kept graph": "linearised", "torch cold": "from scratch"}
         for theirs, mine in pairs.items():
@@ -347,7 +280,7 @@ def judge(
         first = found["first"]
         ratios[f"{where}: matfree first call"] = over([first["matfree"]], [first[found["default"]]])
     found_twice = over(ours["ghosts"], [1] * len(ours["ghosts"]))
-    goal("no ghosts", 0, found_twice, at_most=True)
+    want("no ghosts", 0, found_twice, at_most=True)
     return ratios, goals
 
 
@@ -361,16 +294,14 @@ def main() -> None:
     for network in NETWORKS.value:
         if network not in DENSITY_GOALS:
             raise ValueError(f"--networks={network} is none of {', '.join(DENSITY_GOALS)}.")
-    protocols = [int(x) for x in THREADS.value] or [1, 2][: 1 if SMOKE.value else len(cores())]
-    if max(protocols) > len(cores()):
-        raise ValueError(f"--threads={max(protocols)} needs as many cores, this process has {len(cores())}.")
+    protocols = thread_counts(THREADS.value, smoke=SMOKE.value)
     arms, ratios, goals, firsts, absent, notes, grown, few = {}, {}, [], {}, {}, [], {}, []
     with tempfile.TemporaryDirectory() as temporary:
         workload = Path(temporary) / "workload.npz"
         networks = make_networks(SMOKE.value)
         write(workload, networks)
         for threads in protocols:
-            with working(["kdjax", *PEERS.value], threads, workload) as workers:
+            with working(pythons(["kdjax", *PEERS.value]), threads, workload, peers=MODULE) as workers:
                 absent |= {worker.contender: worker.absent for worker in workers if worker.absent}
                 if "kdjax" in absent:
                     raise ValueError(f"kdjax cannot be measured: {absent['kdjax']}.")
@@ -427,21 +358,15 @@ def main() -> None:
     )
     content["versions"] |= peer_versions([peer for peer in PEERS.value if peer not in absent])
     results.write(OUTPUT.value, content)
-    for goal in goals:
-        verdict = "met" if goal["met"] else "NOT met"
-        print(f"{goal['goal']}: {goal['median']:.2f} ({goal['low']:.2f} to {goal['high']:.2f}), {verdict}")
+    tell(goals)
     print(f"written to {OUTPUT.value}")
 
 
 def peer_versions(peers: Sequence[str]) -> dict[str, str]:
     """Package → version, in the interpreter that each runs in."""
-    found = {PACKAGES[peer]: importlib.metadata.version(PACKAGES[peer]) for peer in peers if peer in JAX}
-    theirs = [PACKAGES[peer] for peer in peers if peer not in JAX]
-    if theirs:
-        code = "import importlib.metadata as m, json, sys; print(json.dumps([m.version(x) for x in sys.argv[1:]]))"
-        command = [TORCH_PYTHON.value or sys.executable, "-c", code, *theirs]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found |= dict(zip(theirs, json.loads(said), strict=True))
+    found = {}
+    for peer, python in pythons(peers).items():
+        found |= versions_of([PACKAGES[peer]], python=python)
     return found
 
 

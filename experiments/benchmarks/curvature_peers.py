@@ -17,11 +17,7 @@ A density is everything from weights and batch to the nodes and weights of the q
 computed once per Hessian, such as a linearised gradient or PyTorch's graph, is part of it.
 """
 
-import ctypes
-import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +25,8 @@ from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
 import numpy as np
+
+from experiments.benchmarks.contenders import cores, peak_mib, serve, timed
 
 HOST, COMPILED = "kdjax host", "kdjax compiled"
 
@@ -385,37 +383,6 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
 }
 
 
-def cores() -> list[int]:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def timed(call: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """Seconds of wall-clock and of CPU time, of all threads, and what the call returns."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    found = call()
-    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}, found
-
-
-def peak_mib(call: Callable[[], Any]) -> float | None:
-    """How much more memory is resident during the call, at most, than before; None where Linux is not there to ask."""
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not reset.exists():
-        return None
-
-    def resident(name: str) -> float:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) / 1024
-
-    ctypes.CDLL(None).malloc_trim(0)  # what is freed already would hide what is taken
-    reset.write_text("5")
-    before = resident("VmRSS")
-    call()
-    return resident("VmHWM") - before
-
-
 def in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, float]]:
     """Medians of all calls, each once per turn, in so many turns as the time allows; at least three."""
     start = time.perf_counter()
@@ -453,21 +420,4 @@ def answer(contender: Contender, workload: Path, asked: dict[str, Any]) -> dict[
 
 def main() -> None:
     """Answers lines from stdin on stdout until there are no more."""
-    name, threads, workload = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    if hasattr(os, "sched_setaffinity"):  # before any framework counts the cores
-        os.sched_setaffinity(0, cores()[-threads:])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print must not mix with the answers
-
-    def say(found: dict[str, Any]) -> None:
-        answers.write(json.dumps(found) + "\n")
-        answers.flush()
-
-    try:
-        contender = CONTENDERS[name]()
-    except ImportError as error:
-        say({"absent": str(error)})
-        return
-    say({"arms": contender.arms})
-    for line in sys.stdin:
-        say(answer(contender, workload, json.loads(line)))
+    serve(CONTENDERS, answer)
