@@ -50,6 +50,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": functools.partial(ResNet, depth=20),
     "resnet32": functools.partial(ResNet, depth=32),
     "resnet56": functools.partial(ResNet, depth=56),
+    "resnet8_w50": functools.partial(ResNet, depth=8, channels=(8, 8, 16, 32)),
+    "resnet8_w25": functools.partial(ResNet, depth=8, channels=(4, 4, 8, 16)),
     "resnet8x4": functools.partial(ResNet, depth=8, channels=(32, 64, 128, 256)),
     "resnet32x4": functools.partial(ResNet, depth=32, channels=(32, 64, 128, 256)),
     "wrn_16_2": functools.partial(WideResNet, depth=16, width=2),
