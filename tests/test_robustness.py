@@ -47,12 +47,17 @@ def keys(n):
 # Corruptions.
 
 
-@functools.cache
-def compiled(name):
-    """The corruption with severity 1 for no strength, so 2 to 6 for its five: one program for all tests of it."""
+def extended(name):
+    """The corruption with severity 1 for no strength, so 2 to 6 for its five."""
     corruption = robustness.CORRUPTIONS[name]
     strengths = (STRENGTH_OF_NOTHING.get(name, 100), *corruption.strengths)
-    corruption = dataclasses.replace(corruption, strengths=strengths)
+    return dataclasses.replace(corruption, strengths=strengths)
+
+
+@functools.cache
+def compiled(name):
+    """One program for all tests of a corruption."""
+    corruption = extended(name)
     return corruption if corruption.on_host else jax.jit(corruption)
 
 
@@ -76,9 +81,16 @@ def test_severities_grow_and_pixels_stay_in_range(name):
 
 @pytest.mark.parametrize("name", STRENGTH_OF_NOTHING)
 def test_no_strength_changes_nothing_and_one_program_serves_all(name):
-    np.testing.assert_allclose(compiled(name)(DIGITS, 1, KEY), DIGITS, atol=1e-7)
-    assert not np.array_equal(compiled(name)(DIGITS, 2, KEY), DIGITS)
-    assert compiled(name)._cache_size() == 1
+    traced = []
+
+    @jax.jit
+    def corrupt(images, severity, key):
+        traced.append(severity)
+        return extended(name)(images, severity, key)
+
+    np.testing.assert_allclose(corrupt(DIGITS, 1, KEY), DIGITS, atol=1e-7)
+    assert not np.array_equal(corrupt(DIGITS, 2, KEY), DIGITS)
+    assert len(traced) == 1
 
 
 @pytest.mark.parametrize("name", ["gaussian_noise", "occlusion", "translation"])
