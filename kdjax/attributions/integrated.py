@@ -37,8 +37,8 @@ def quadrature(num_steps: int, rule: str) -> tuple[Float[np.ndarray, " nodes"], 
     """Nodes in [0, 1] and their weights, which add up to 1.
 
     Gauss–Legendre is exact for polynomials of degree 2·num_steps - 1 and best for smooth scores. Where ReLUs put kinks
-    into the path, every rule's error falls like one over the nodes; equal steps, as the midpoint and the trapezoid
-    rule take, have then the smaller one.
+    into the path, every rule's error falls like one over the nodes, and equal steps, as the midpoint and the trapezoid
+    rule take, do as well.
 
     Raises:
       ValueError: if there are too few nodes for the rule, or it has another name.
