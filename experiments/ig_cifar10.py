@@ -196,14 +196,7 @@ def the_task(num_train: int) -> common.Task:
 
 def wanted_arms() -> list[tuple[str, str]]:
     """Arms and their students, in the table's order; a ValueError for an arm that is not there."""
-    unknown = [name for name in ARMS.value if name not in TABLE]
-    if unknown or (ARMS.value and "student" not in ARMS.value):
-        what = (
-            f"there is no arm {unknown[0]!r}"
-            if unknown
-            else "student, which all are compared with, is missing"
-        )
-        raise ValueError(f"--arms={','.join(ARMS.value)}: {what}; there are {', '.join(TABLE)}.")
+    common.check_arms(ARMS.value, list(TABLE), baseline="student")
     own = [(name, STUDENT.value) for name in TABLE if not ARMS.value or name in ARMS.value]
     return own + [(name, student) for student in SWEEP.value for name in SWEPT]
 
@@ -259,26 +252,26 @@ class Study:
                 self.wide, TEACHER.value, network, trainer, 0, self.workdir / "teacher" / "0"
             )
 
-    @functools.cache  # noqa: B019, one study a process
-    def stages(self, student: str) -> tuple[str, ...]:
-        """The maps that student and teacher both have, at one size."""
-        ours, theirs = (
-            common.shown(network, self.task).features
-            for network in (common.build(student, self.task), self.teacher.module)
-        )
-        names = [name for name in ours if name.startswith("stage") and name != "stage0" and name in theirs]
-        return tuple(sorted(name for name in names if ours[name].shape[1:3] == theirs[name].shape[1:3]))
+    @functools.cached_property
+    def maps(self) -> dict[str, jax.Array]:
+        """The teacher's maps after its stages."""
+        features = common.shown(self.teacher.module, self.task).features
+        return {n: features[n] for n in sorted(features) if n.startswith("stage") and n != "stage0"}
 
-    @functools.cache  # noqa: B019
+    def stages(self, student: str) -> tuple[str, ...]:
+        """Those that the student has too, at one size."""
+        ours = common.shown(common.build(student, self.task), self.task).features
+        return tuple(n for n, x in self.maps.items() if n in ours and ours[n].shape[1:3] == x.shape[1:3])
+
+    @functools.cache  # noqa: B019, one study a process
     def explained(self) -> common.Explained:
         """Where the teacher looks in each training image."""
-        stages = [n for n in common.shown(self.teacher.module, self.task).features if n.startswith("stage")]
         with common.alone(self.workdir / "maps.lock"):
             return common.explained_by(
                 self.task,
                 self.teacher,
                 directory=self.workdir / "maps",
-                stages=sorted(stages),
+                stages=list(self.maps),
                 bound=BOUND.value,
             )
 
@@ -331,8 +324,8 @@ class Study:
 
 def dimmed(batch, keys):
     """The images, some of them darker where their maps are low: down to 1 - --strength of the pixel."""
-    black = jnp.zeros((*batch["image"].shape[:3], 1))
-    light = attributions.overlay(black, batch["teacher_map"], strength=1.0) / 255
+    maps = batch["teacher_map"]
+    light = losses.attribution_map(maps, scale="min_max").reshape(maps.shape)
     factor = 1 - STRENGTH.value + STRENGTH.value * light
     chosen = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 5), PROBABILITY.value))(keys)
     pixels = batch["image"].astype(jnp.float32)
@@ -377,7 +370,9 @@ def objective(arm: Arm, stages: Sequence[str]) -> train.Objective:
             found["soft"] = soft_weight * jnp.mean(soft)
         if arm.at:
             each = [
-                apart_by(losses.attention_map(outputs.features[stage]), batch[f"teacher_attention_{stage}"])
+                unit_distance(
+                    losses.attention_map(outputs.features[stage]), batch[f"teacher_attention_{stage}"]
+                )
                 for stage in stages
             ]
             found["attention"] = ATTENTION_WEIGHT.value * sum(each) / len(each)
@@ -385,13 +380,13 @@ def objective(arm: Arm, stages: Sequence[str]) -> train.Objective:
             score = jax.nn.one_hot(batch["label"], outputs.logits.shape[-1])
             (slope,) = outputs.features["pullback"](score)
             own = losses.attribution_map(slope * batch["image"])
-            found["match"] = MATCH_WEIGHT.value * apart_by(own, batch["teacher_map"])
+            found["match"] = MATCH_WEIGHT.value * unit_distance(own, batch["teacher_map"])
         return found
 
     return terms
 
 
-def apart_by(own, maps):
+def unit_distance(own, maps):
     """The squared distance of unit maps, 2 - 2 cos, mean over the batch; a moved map is brought to unit norm again."""
     theirs = losses.attribution_map(maps)
     return jnp.mean(own.shape[-1] * losses.map_distance(own, theirs))

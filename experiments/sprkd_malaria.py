@@ -198,14 +198,7 @@ def the_task(num_train: int) -> common.Task:
 def wanted_arms() -> list[str]:
     """The arms in the table's order; a ValueError for one that is not there."""
     same = f"from_{WHICH.value}"  # is sprkd itself
-    unknown = [name for name in ARMS.value if name not in TABLE]
-    if unknown or (ARMS.value and "scratch" not in ARMS.value):
-        what = (
-            f"there is no arm {unknown[0]!r}"
-            if unknown
-            else "scratch, which all are compared with, is missing"
-        )
-        raise ValueError(f"--arms={','.join(ARMS.value)}: {what}; there are {', '.join(TABLE)}.")
+    common.check_arms(ARMS.value, list(TABLE), baseline="scratch")
     return [name for name in TABLE if (name in ARMS.value if ARMS.value else name != same)]
 
 

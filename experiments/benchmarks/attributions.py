@@ -13,8 +13,8 @@ PYTHON, by default the one that runs this, has torch and captum; what is missing
 Measured are, after a check that all maps agree:
 
 - 50 nodes of captum's default rule in time and memory: captum's default call, which takes all nodes in one batch (left
-  out where it would not fit into memory: the MobileNetV2 needs 19 GB for 64 images), its chunks, a loop by hand, kdjax
-  with its first call; and the floor, as many gradients and nothing else.
+  out where it would not fit into memory), its chunks, a loop by hand, kdjax with its first call; and the floor, as many
+  gradients and nothing else.
 - Each rule's residual and map error at several numbers of nodes ("swept").
 - The time to an equal residual: captum at the fewest nodes, doubled from 16, at which the 90 % quantile over the images
   of |sum of the map - difference of scores| / |difference of scores| is at most a bound, in its best chunks; beside
@@ -27,8 +27,7 @@ Measured are, after a check that all maps agree:
 Ratios are a peer's time over kdjax's in the same round, above 1 where kdjax is faster. With one thread the clock is CPU
 time, which a busy machine disturbs least; with more it is the wall clock.
 
-About an hour on two cores, training included; `--smoke` runs the same code on four digits and few nodes. See
-BUILD_NOTES.md for what to expect.
+Expect more than an hour on two cores, training included; `--smoke` runs the same code on four digits and few nodes.
 """
 
 import statistics

@@ -5,6 +5,7 @@ No flags are defined here, so that any experiment may import it.
 
 from experiments.common.arms import BASIC as BASIC
 from experiments.common.arms import Arm as Arm
+from experiments.common.arms import check_arms as check_arms
 from experiments.common.arms import check_methods as check_methods
 from experiments.common.arms import make_arm as make_arm
 from experiments.common.assessing import costs_of as costs_of

@@ -109,6 +109,18 @@ def check_methods(names: Sequence[str], *, weights: Sequence[str], mixup: bool) 
     return found
 
 
+def check_arms(wanted: Sequence[str], there: Sequence[str], *, baseline: str) -> None:
+    """Refuses a list of ``--arms`` that names one that is not there, or lacks the one that all are compared with."""
+    unknown = [name for name in wanted if name not in there]
+    if unknown or (wanted and baseline not in wanted):
+        what = (
+            f"there is no arm {unknown[0]!r}"
+            if unknown
+            else f"{baseline}, which all are compared with, is missing"
+        )
+        raise ValueError(f"--arms={','.join(wanted)}: {what}; there are {', '.join(there)}.")
+
+
 def make_arm(
     name: str,
     *,

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common.launching import bar
 from experiments.common.tasks import Task
-from experiments.common.teachers import Teacher
+from experiments.common.teachers import Teacher, filled
 from kdjax import attributions, checkpoints, data, losses, models, teacher, train
 from kdjax.types import Batch
 
@@ -77,34 +76,29 @@ def explained_by(
         "labels": checkpoints.digest_tree(labels),
         "stages": list(stages),
     }
-    with bar(label, total=len(ids), unit="image") as meter:
-
-        def progress(done: int, total: int) -> None:
-            meter.update(done - meter.n)
-
-        filled = teacher.fill(
-            directory,
-            answers,
-            source.weights,
-            images,
-            settings=settings,
-            view_fn=with_labels,
-            dtype="float16",
-            batch_size=ROWS,
-            chunk_size=ROWS,
-            devices=task.devices,
-            progress=progress,
-        )
-    maps = {name: rows for name, rows in filled.arrays.items() if rows.ndim > 2}
+    stored = filled(
+        directory,
+        answers,
+        source.weights,
+        images,
+        label=label,
+        settings=settings,
+        view_fn=with_labels,
+        dtype="float16",
+        batch_size=ROWS,
+        chunk_size=ROWS,
+        devices=task.devices,
+    )
+    maps = {name: rows for name, rows in stored.arrays.items() if rows.ndim > 2}
     # Not the nodes: an example at the very bound may take twice as many where numbers are rounded otherwise.
     teacher.verify(
-        filled._replace(arrays=maps), answers, source.weights, images, view_fn=with_labels, num_samples=32
+        stored._replace(arrays=maps), answers, source.weights, images, view_fn=with_labels, num_samples=32
     )
     columns = {}
     for name, rows in maps.items():
         columns[name] = np.zeros((len(task.source.images), *rows.shape[1:]), rows.dtype)
         columns[name][ids] = rows
-    nodes, residual = (filled.arrays[name][:, 0] for name in ("nodes", "residual"))
+    nodes, residual = (stored.arrays[name][:, 0] for name in ("nodes", "residual"))
     return Explained(columns, nodes, residual.astype(np.float32))
 
 

@@ -149,22 +149,35 @@ def taught_by(
         view_fn = stored_view
 
     images = task.source.images
+    columns = filled(
+        directory,
+        answers,
+        source.weights,
+        images,
+        label=label,
+        settings=settings,
+        views=views if view_fn else 1,
+        view_fn=view_fn,
+        dtype="float16" if features else "float32",
+        devices=task.devices,
+    )
+    teacher.verify(columns, answers, source.weights, images, view_fn=view_fn)
+    return Taught(columns=columns.arrays, views=views if view_fn else 1)
+
+
+def filled(
+    directory: Path,
+    answers: teacher.TeacherFn,
+    weights: train.Weights,
+    images: np.ndarray,
+    *,
+    label: str,
+    **options: Any,
+) -> teacher.Columns:
+    """:func:`kdjax.teacher.fill` with a progress bar of that label."""
     with bar(label, total=len(images), unit="image") as meter:
 
         def progress(done: int, total: int) -> None:
             meter.update(done - meter.n)
 
-        columns = teacher.fill(
-            directory,
-            answers,
-            source.weights,
-            images,
-            settings=settings,
-            views=views if view_fn else 1,
-            view_fn=view_fn,
-            dtype="float16" if features else "float32",
-            devices=task.devices,
-            progress=progress,
-        )
-    teacher.verify(columns, answers, source.weights, images, view_fn=view_fn)
-    return Taught(columns=columns.arrays, views=views if view_fn else 1)
+        return teacher.fill(directory, answers, weights, images, progress=progress, **options)

@@ -19,7 +19,7 @@ A path begins at zeros by default, which is the mean image if images are normali
   :func:`random_overlay`: training images blended with them. As a loss: :func:`kdjax.losses.attribution_map`.
 * :func:`removal_curve`, :func:`pointing`, :func:`mass_inside`, :func:`rank_correlation`: whether to believe a map.
 
-On a CPU use networks of :mod:`kdjax.models.layers`: XLA's own convolutions take two to three times as long in a loop.
+On a CPU use networks of :mod:`kdjax.models.layers`: XLA computes gradients of its own convolutions slowly in a loop.
 """
 
 from kdjax.attributions.gradients import gradient_times_input as gradient_times_input

@@ -1,6 +1,5 @@
 """Integrated gradients, with a fixed number of nodes or as many as an example needs."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -295,6 +294,8 @@ def _integrate(score, gradient, inputs, baselines, num_steps, rule, chunk_size) 
         jnp.asarray(np.pad(x, (0, rest)).reshape(chunks, size), inputs.dtype) for x in (nodes, weights)
     )
 
+    reached = score(inputs)
+
     def from_one(baseline):
         delta = inputs - baseline
 
@@ -309,7 +310,7 @@ def _integrate(score, gradient, inputs, baselines, num_steps, rule, chunk_size) 
         total = jnp.zeros(jax.eval_shape(gradient, inputs).shape, inputs.dtype)
         total, _ = jax.lax.scan(add, total, (nodes, weights))
         values = jnp.broadcast_to(delta, total.shape) * total
-        difference = score(inputs) - score(baseline)
+        difference = reached - score(baseline)
         attributed = jnp.sum(values.reshape(*difference.shape, -1), axis=-1)
         return values, difference, attributed - difference
 
@@ -362,11 +363,7 @@ def check_score(score_fn: ScoreFn, inputs: Array, targets: PyTree) -> Callable[[
 
 
 def _with(score_fn: ScoreFn, targets: PyTree) -> Callable[[Array], Array]:
-    return score_fn if targets is None else functools.partial(_call, score_fn, targets)
-
-
-def _call(score_fn: ScoreFn, targets: PyTree, inputs: Array) -> Array:
-    return score_fn(inputs, targets)
+    return score_fn if targets is None else lambda inputs: score_fn(inputs, targets)
 
 
 def _checked(found: Attributions) -> Attributions:

@@ -1,7 +1,5 @@
 """Whether a map shows what a network uses: by taking pixels away, by where an object is, by another map."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
@@ -105,7 +103,8 @@ def rank_correlation(maps: Map, others: Other) -> Float[Array, " batch"]:
 
 def _ranks(rows: Float[Array, "batch positions"]) -> Array:
     """Each value's place in its row's ascending order."""
-    return functools.reduce(lambda x, _: jnp.argsort(x, axis=-1, stable=True), range(2), rows)
+    order = jnp.argsort(rows, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1)
 
 
 def _check_pair(maps: Array, others: Array) -> None:
