@@ -1,5 +1,6 @@
 """Metrics against scikit-learn, and that neither padding nor sharding changes them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -105,6 +106,33 @@ def test_neither_batches_nor_devices_change_the_answer(batch_size, num_devices):
     )
     found = evaluate.summarise(run(jnp.float32(1), {}))
     assert found == pytest.approx(summary(logits[ids], label[ids], teacher=teacher[ids]), rel=1e-5)
+
+
+def test_on_simulated_devices_no_call_starts_before_the_last_has_ended(monkeypatch):
+    # Two calls at once would deadlock now and then: XLA aborts the process after forty seconds.
+    build, waited = parallel.data_parallel, []
+
+    def watched(*args, **options):
+        compiled, last = build(*args, **options), []
+
+        def call(*arguments):
+            waited.extend(x.is_ready() for x in jax.tree.leaves(last))
+            last[:] = [compiled(*arguments)]
+            return last[0]
+
+        return call
+
+    def slow(params, model_state, inputs, *, train, key=None):
+        inputs = jax.lax.fori_loop(0, 10_000, lambda _, x: jnp.tanh(x) @ params, inputs)
+        return Outputs(inputs, {}), model_state
+
+    monkeypatch.setattr(parallel, "data_parallel", watched)
+    logits, label, _ = scores()
+    devices = parallel.local_devices(2)
+    arrays = parallel.replicate({"image": logits, "label": label}, devices)
+    run = evaluate.make_evaluator(slow, data.gather, arrays, np.arange(200), batch_size=20, devices=devices)
+    run(jnp.eye(CLASSES), {})
+    assert waited and all(waited)
 
 
 def test_refuses_to_summarise_nothing():
