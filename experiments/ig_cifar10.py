@@ -101,7 +101,7 @@ MACHINE = (
     "arms",
     "sweep",
 )  # may change on a resumed run
-EXPLAINED = 128  # images whose maps are compared and whose pixels are removed
+EXPLAINED = 64  # images whose maps are compared and whose pixels are removed
 
 
 class Arm(NamedTuple):
@@ -172,6 +172,7 @@ def main() -> None:
         settings = common.settings_of(globals(), apart=MACHINE)
         workdir = common.claim_workdir(WORKDIR.value, settings)
     study = Study(task, wide, Path(WORKDIR.value))
+    study.check(arms)
     if share is not None:
         train_all(study, arms, share)
         return
@@ -252,10 +253,20 @@ class Study:
                 self.wide, TEACHER.value, network, trainer, 0, self.workdir / "teacher" / "0"
             )
 
+    def check(self, arms: Sequence[tuple[str, str]]) -> None:
+        """Raises a ValueError for an arm that has nothing to be drawn to."""
+        for name, student in arms:
+            if TABLE[name].at and not self.stages(student):
+                raise ValueError(
+                    f"{name} draws a student's attention to its teacher's, and {student} has no stage of the size of "
+                    f"one of {', '.join(self.maps)} of the teacher: choose another --student, or --arms without at."
+                )
+
     @functools.cached_property
     def maps(self) -> dict[str, jax.Array]:
         """The teacher's maps after its stages."""
-        features = common.shown(self.teacher.module, self.task).features
+        module = self.teacher.module if TEACHER_DIR.value else common.build(TEACHER.value, self.wide)
+        features = common.shown(module, self.task).features
         return {n: features[n] for n in sorted(features) if n.startswith("stage") and n != "stage0"}
 
     def stages(self, student: str) -> tuple[str, ...]:
