@@ -241,6 +241,13 @@ class TestStudy:
             for without, with_it in pairs:
                 assert study.TABLE[with_it] == study.TABLE[without]._replace(**{field: "aligned"})
 
+    def test_attention_needs_a_stage_in_common(self, study, task):
+        flags.FLAGS.teacher = "resnet8"
+        made = study.Study(task, task, None)
+        made.check([("at", "resnet14"), ("student", "mlp")])
+        with pytest.raises(ValueError, match="at draws .* mlp has no stage of the size of one of stage1"):
+            made.check([("at", "mlp")])
+
     def test_arms_that_there_are_not(self, study):
         flags.FLAGS.arms = ["student", "ig+kd"]
         with pytest.raises(ValueError, match="there is no arm 'ig"):
