@@ -270,14 +270,7 @@ def checked_flags() -> list[int]:
             f"--mixup={MIXUP.value} blends images, and no stored column knows what the teacher says of a blend; "
             f"use --teacher_mode=online in place of {TEACHER_MODE.value}, or --mixup=0."
         )
-    try:
-        seeds = [int(seed) for seed in SEEDS.value]
-    except ValueError as error:
-        raise ValueError(f"--seeds={','.join(SEEDS.value)} must be whole numbers, such as 0,1,2.") from error
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(
-            f"--seeds={','.join(SEEDS.value)} must be different numbers from 0 on, such as 0,1,2."
-        )
+    seeds = common.seeds_of(SEEDS.value)
     return seeds[:2] if SMOKE.value else seeds
 
 

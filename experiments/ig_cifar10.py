@@ -3,7 +3,7 @@ r"""Does a student gain from seeing where its teacher looks? Integrated gradient
     python -m experiments.ig_cifar10 --data_dir=data --workdir=runs/ig_cifar10 \
         --teacher_dir=runs/cifar10_teacher/teacher/0
     python -m experiments.ig_cifar10 --data_dir=data --workdir=runs/ig_cifar10_full --teacher=mobilenet_v2 \
-        --student=mobilenet_v2_cut5 --num_train=0 --epochs=100 --teacher_epochs=200 --seeds=10 \
+        --student=mobilenet_v2_cut5 --num_train=0 --epochs=100 --teacher_epochs=200 --seeds=0,1,2,3,4,5,6,7,8,9 \
         --sweep=mobilenet_v2_cut9,mobilenet_v2_cut13,mobilenet_v2_cut17
 
 Hernandez, Chang and Nordling (arXiv 2503.13008) blend a tenth of the training images with the teacher's integrated
@@ -19,9 +19,10 @@ other images than the index said, and their maps did not follow an image's crop 
 The teacher's answers, maps and attention are columns of the data set, of the images as they are. Maps are computed with
 as many nodes as each needs (--bound). Every arm of one seed starts from the same weights and sees the same order.
 
---sweep adds students of other sizes, to arms student, kd and kd+ig. --measure=validation asks nothing of the test
-split, for choosing settings; the defaults are the published ones. Beside accuracy stand the rank correlation of each
-student's maps with the teacher's (map_correlation), and the areas under its own deletion and insertion curves.
+--sweep adds students of other sizes, to arms student, kd and kd+ig. --split=validation asks nothing of the test
+split, for choosing settings, as experiments.sweep does; the defaults are the published ones. Beside accuracy stand the
+rank correlation of each student's maps with the teacher's (map_correlation), and the areas under its own deletion and
+insertion curves.
 
 The workdir receives all checkpoints, columns, results.json, figure.png and report.html. The same command started again
 continues where it was stopped. --jobs processes train side by side.
@@ -40,7 +41,7 @@ from absl import flags
 
 from experiments import common
 from experiments.common import assessing, workers
-from kdjax import attributions, data, losses, models, parallel, train
+from kdjax import attributions, checkpoints, data, losses, models, parallel, train
 from kdjax.types import ApplyFn
 
 DATASET = flags.DEFINE_string("dataset", "cifar10", "Any TFDS name, digits, a file.npz, or folder:PATH.")
@@ -56,9 +57,9 @@ TEACHER_DIR = flags.DEFINE_string(
 )
 STUDENT = flags.DEFINE_string("student", "resnet8", "As --teacher.")
 SWEEP = flags.DEFINE_list("sweep", [], "Further students, of other sizes.")
-ARMS = flags.DEFINE_list("arms", [], "Some of those above, student among them; all by default.")
-SEEDS = flags.DEFINE_integer("seeds", 5, "Students of each arm, from seed 0 on.", lower_bound=1)
-MEASURE = flags.DEFINE_enum("measure", "test", ["test", "validation"], "The split that is reported.")
+ARMS = flags.DEFINE_list("arms", [], "Some of those above; all by default.")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "One student of each arm per seed.")
+SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "The split that is reported.")
 
 EPOCHS = flags.DEFINE_integer("epochs", 30, "Of a student; 100 as published.", lower_bound=1)
 TEACHER_EPOCHS = flags.DEFINE_integer("teacher_epochs", 12, "Of the teacher.", lower_bound=1)
@@ -82,6 +83,9 @@ EXPONENT = flags.DEFINE_float("exponent", 2.0, "Largest of the exponents of a ma
 BOUND = flags.DEFINE_float("bound", 0.05, "Of the relative completeness residual of a map.", 0.0)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
+SHARED_DIR = flags.DEFINE_string(
+    "shared_dir", None, "Where runs share teachers and columns that are alike; the workdir if not given."
+)
 OUTPUT = flags.DEFINE_string("output", None, "Also write the results to this file.")
 JOBS = flags.DEFINE_integer("jobs", 1, "Processes that train side by side.", lower_bound=1)
 STEPS_PER_DISPATCH = flags.DEFINE_integer(
@@ -94,6 +98,7 @@ SMOKE = flags.DEFINE_bool(
 
 MACHINE = (
     "workdir",
+    "shared_dir",
     "output",
     "data_dir",
     "jobs",
@@ -157,17 +162,18 @@ FACTORS = {
 }
 
 
-def main() -> None:
-    """Checks the flags, then the teacher, its columns, all arms, report."""
+def main() -> dict[str, Any] | None:
+    """Checks the flags, then the teacher, its columns, all arms, report; returns the result."""
     start = time.monotonic()
     arms = wanted_arms()
+    seeds()  # refused now, if at all
     wide = the_task(TEACHER_NUM_TRAIN.value)
     # One normalisation for both, so that a teacher's maps are of what the student sees.
     task = the_task(NUM_TRAIN.value)._replace(mean=wide.mean, std=wide.std)
     parallel.check_batch_size(BATCH_SIZE.value, task.devices)
     for student in (STUDENT.value, *SWEEP.value):
         common.build(student, task)
-    share = workers.my_task()
+    share = workers.my_task("experiments.ig_cifar10")
     if share is None:
         settings = common.settings_of(globals(), apart=MACHINE)
         workdir = common.claim_workdir(WORKDIR.value, settings)
@@ -175,14 +181,14 @@ def main() -> None:
     study.check(arms)
     if share is not None:
         train_all(study, arms, share)
-        return
+        return None
     if JOBS.value > 1:
         study.explained()  # once, by all cores
         workers.in_children(
             "experiments.ig_cifar10", [{"first": k, "step": JOBS.value} for k in range(JOBS.value)]
         )
     runs = train_all(study, arms, {"first": 0, "step": 1})
-    report(study, runs, workdir, settings, start)
+    return report(study, runs, workdir, settings, start)
 
 
 def the_task(num_train: int) -> common.Task:
@@ -197,7 +203,7 @@ def the_task(num_train: int) -> common.Task:
 
 def wanted_arms() -> list[tuple[str, str]]:
     """Arms and their students, in the table's order; a ValueError for an arm that is not there."""
-    common.check_arms(ARMS.value, list(TABLE), baseline="student")
+    common.check_arms(ARMS.value, list(TABLE))
     own = [(name, STUDENT.value) for name in TABLE if not ARMS.value or name in ARMS.value]
     return own + [(name, student) for student in SWEEP.value for name in SWEPT]
 
@@ -207,9 +213,9 @@ def label_of(name: str, student: str) -> str:
     return name if student == STUDENT.value else f"{name} ({student})"
 
 
-def seeds() -> range:
+def seeds() -> list[int]:
     """Those of the students."""
-    return range(min(SEEDS.value, 3) if SMOKE.value else SEEDS.value)
+    return common.seeds_of(SEEDS.value)[: 3 if SMOKE.value else None]
 
 
 def recipe() -> common.Recipe:
@@ -237,7 +243,7 @@ class Study:
     def teacher(self) -> common.Teacher:
         """The one of --teacher_dir, or one trained here."""
         if TEACHER_DIR.value:
-            return common.load_teacher(self.task, TEACHER_DIR.value, split=MEASURE.value)
+            return common.load_teacher(self.task, TEACHER_DIR.value, split=SPLIT.value)
         network = common.build(TEACHER.value, self.wide)
         own = recipe()._replace(
             epochs=2 if SMOKE.value else TEACHER_EPOCHS.value,
@@ -247,11 +253,10 @@ class Study:
             weight_decay=5e-4,
             evaluate_every=1,
         )
-        with common.alone(self.workdir / "teacher.lock"):
-            trainer = common.make_trainer(self.wide, network, common.scratch, own, split=MEASURE.value)
-            return common.train_teacher(
-                self.wide, TEACHER.value, network, trainer, 0, self.workdir / "teacher" / "0"
-            )
+        trainer = common.make_trainer(self.wide, network, common.scratch, own, split=SPLIT.value)
+        decides = {"teacher": TEACHER.value, "recipe": own._replace(save_every_s=0)}
+        with common.shelf(SHARED_DIR.value, self.workdir / "teacher", self.wide, **decides) as home:
+            return common.train_teacher(self.wide, TEACHER.value, network, trainer, 0, home / "0")
 
     def check(self, arms: Sequence[tuple[str, str]]) -> None:
         """Raises a ValueError for an arm that has nothing to be drawn to."""
@@ -277,22 +282,18 @@ class Study:
     @functools.cache  # noqa: B019, one study a process
     def explained(self) -> common.Explained:
         """Where the teacher looks in each training image."""
-        with common.alone(self.workdir / "maps.lock"):
-            return common.explained_by(
-                self.task,
-                self.teacher,
-                directory=self.workdir / "maps",
-                stages=list(self.maps),
-                bound=BOUND.value,
-            )
+        asked: dict[str, Any] = {"stages": list(self.maps), "bound": BOUND.value}
+        decides = {"weights": checkpoints.digest_tree(self.teacher.weights)}
+        with common.shelf(SHARED_DIR.value, self.workdir / "maps", self.task, **decides, **asked) as home:
+            return common.explained_by(self.task, self.teacher, directory=home, **asked)
 
     @functools.cache  # noqa: B019
     def answers(self) -> np.ndarray:
         """What the teacher says of each image."""
-        with common.alone(self.workdir / "columns.lock"):
-            taught = common.taught_by(
-                self.task, self.teacher, recipe(), mode="centre", views=1, directory=self.workdir / "columns"
-            )
+        asked: dict[str, Any] = {"mode": "centre", "views": 1}
+        decides = {"weights": checkpoints.digest_tree(self.teacher.weights)}
+        with common.shelf(SHARED_DIR.value, self.workdir / "columns", self.task, **decides, **asked) as home:
+            taught = common.taught_by(self.task, self.teacher, recipe(), directory=home, **asked)
         return dict(taught.columns or {})["logits"]
 
     def train(self, name: str, student: str, seed: int) -> common.Trained:
@@ -310,7 +311,7 @@ class Study:
             objective(arm, stages),
             recipe(),
             self.taught(arm, stages),
-            split=MEASURE.value,
+            split=SPLIT.value,
             sees=with_pullback if arm.use == "match" else lambda apply_fn: apply_fn,
         )
 
@@ -419,8 +420,8 @@ def report(
     workdir: Path,
     settings: Mapping[str, Any],
     start: float,
-) -> None:
-    """Everything that is known of the finished students."""
+) -> dict[str, Any]:
+    """Everything that is known of the finished students, as the result."""
     task = study.task
     looks = looked_at(study, runs)
     arms: dict[str, Any] = {"teacher": [study.teacher]} | {
@@ -436,7 +437,7 @@ def report(
         f"{explained.nodes.max()}); their relative completeness residual is {np.median(explained.residual):.3f} in "
         f"the median and {np.quantile(explained.residual, 0.9):.3f} at nine tenths of {len(explained.nodes)} images.",
         "Both networks' maps in map_correlation are integrated gradients to the true class, "
-        f"of {min(EXPLAINED, len(task.split[MEASURE.value]))} images of the split that is reported.",
+        f"of {min(EXPLAINED, len(task.split[SPLIT.value]))} images of the split that is reported.",
     ]
     if len(seeds()) >= 3:
         notes += [common.apart(a, b, arms) for a, b in PARTS if a in runs and b in runs]
@@ -445,23 +446,23 @@ def report(
             for factor, pairs in FACTORS.items()
             if all(name in runs for pair in pairs for name in pair)
         ]
-    common.conclude(
+    return common.conclude(
         workdir,
         "ig_cifar10",
         question=f"Does a student of {DATASET.value} gain from seeing where its teacher looks?",
         arms=arms,
         arm_seeds={"teacher": [0]} | dict.fromkeys(runs, seeds()),
-        baseline="student",
+        baseline=next(iter(runs)),
         settings=settings,
         wall_clock_s=time.monotonic() - start,
         scaled_down=scaled_down(task),
         metrics=("accuracy", "best_accuracy", "agreement", "map_correlation", "deletion", "insertion"),
         notes=notes,
-        tested=[name for name in runs if name in TABLE and name != "student"],
+        tested=[name for name in runs if name in TABLE],
         drawn=("student", "kd", "ig", "kd+ig"),
         overlays=common.pictures(task, explained),
-        costs=common.costs_of(task, arms),
         output=OUTPUT.value,
+        **({"costs": common.costs_of(task, arms)} if SPLIT.value == "test" else {}),
     )
 
 
@@ -470,7 +471,7 @@ def looked_at(
 ) -> dict[str, dict[str, list[float]]]:
     """How each student's maps agree with the teacher's, and how its score follows the pixels that they name."""
     task, teacher = study.task, study.teacher
-    ids = task.split[MEASURE.value][:EXPLAINED]
+    ids = task.split[SPLIT.value][:EXPLAINED]
     images, labels = (
         jnp.asarray(task.source.images[ids]),
         jnp.asarray(task.source.labels[ids].astype(np.int32)),
@@ -517,7 +518,7 @@ def looked_at(
     return assessing.of_every_run(
         runs,
         study.workdir / "looks",
-        (MEASURE.value, len(ids), BOUND.value, teacher.metrics),
+        (SPLIT.value, len(ids), BOUND.value, teacher.metrics),
         measure,
         label="where students look",
     )

@@ -96,13 +96,11 @@ def mixed(outputs, batch):
 def main() -> None:
     """Checks the flags, then the teacher, its columns, all students at once, report."""
     start = time.monotonic()
-    weights, seeds = numbers(HARD_WEIGHTS, float), numbers(SEEDS, int)
+    weights, seeds = numbers(HARD_WEIGHTS, float), common.seeds_of(SEEDS.value)
     if weights != sorted(weights) or weights[0] < 0 or weights[-1] > 1:
         raise ValueError(
             f"--hard_weights={','.join(HARD_WEIGHTS.value)} must rise from 0 or more to 1 or less, such as 0,0.5,1."
         )
-    if min(seeds) < 0:
-        raise ValueError(f"--seeds={','.join(SEEDS.value)} must be numbers from 0 on, such as 0,1,2.")
     seeds = seeds[:3] if SMOKE.value else seeds
     own, teachers = recipes()
     task = the_task(NUM_TRAIN.value)

@@ -171,7 +171,7 @@ def main() -> None:
     task = the_task(NUM_TRAIN.value)._replace(mean=wide.mean, std=wide.std)
     parallel.check_batch_size(BATCH_SIZE.value, task.devices)
     study = Study(task, wide, Path(WORKDIR.value))
-    share = workers.my_task()
+    share = workers.my_task("experiments.sprkd_malaria")
     if share is not None:
         train_all(study, arms, share)
         return

@@ -6,10 +6,10 @@ r"""Which settings suit a method best, and how much of that is left on a test sp
 
 Every flag but those of the sweep itself (--help) is the experiment's own (--helpfull) and means what it means there.
 --space varies flags by name=low:high, name=low:high:log or name=a|b|c. A trial is one run of the experiment with drawn
-values, of one arm (--arm; the last --method), measured on the validation split; Optuna's TPE draws, and a trial whose
-validation accuracy is below the median of the finished ones is pruned (--spared_epochs). What does best, by the mean
-of the last validation accuracy over --seeds, is then run beside the settings of the command line, both on --final_seeds
-that no trial had: only there is the test split read.
+values, of one arm (--arm; the last of --method or --arms), measured on the validation split; Optuna's TPE draws, and a
+trial whose validation accuracy is below the median of the finished ones is pruned (--spared_epochs). What does best, by
+the mean of the last validation accuracy over --seeds, is then run beside the settings of the command line, both on
+--final_seeds that no trial had: only there is the test split read.
 
 Any experiment can be swept that has --workdir, --seeds and --split, whose trainings are called "ARM, seed N", and whose
 main() returns its result. Teachers and columns that trials have in common are computed once (--shared_dir). --workers
@@ -27,7 +27,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ EXPERIMENT = flags.DEFINE_string(
 )
 SPACE = flags.DEFINE_list("space", [], "What is varied: name=low:high, name=low:high:log, name=a|b|c.")
 NUM_TRIALS = flags.DEFINE_integer("num_trials", 30, "Trials, pruned and failed ones included.", lower_bound=1)
-ARM = flags.DEFINE_string("arm", None, "What is tuned; the last --method by default.")
+ARM = flags.DEFINE_string("arm", None, "What is tuned; the last of --method, or of --arms, by default.")
 FINAL_SEEDS = flags.DEFINE_list(
     "final_seeds", [], "Of the comparison on the test split; as many as --seeds, from 100 on, by default."
 )
@@ -65,6 +65,7 @@ WORKERS = flags.DEFINE_integer("workers", 1, "Processes that run trials side by 
 GPUS = flags.DEFINE_list("gpus", [], "One for each worker, as in 0,1; all see all by default.")
 
 METRIC = "accuracy"  # larger is better
+CHOOSERS = ("method", "arms")  # what an experiment may call the list of its arms
 MACHINE = ("workers", "gpus")  # what may change when a sweep is resumed
 
 
@@ -89,7 +90,7 @@ def main() -> dict[str, Any] | None:
     """Checks everything, runs the trials that are missing, and measures the best beside the default."""
     start = time.monotonic()
     sweep = checked_flags()
-    task = workers.my_task()
+    task = workers.my_task("experiments.sweep")
     if task is not None:
         workers.end_with_parent()
         return conclude(sweep, start) if task == "conclude" else search(sweep, task)
@@ -144,6 +145,11 @@ def flags_of(experiment: Any) -> set[str]:
     return {holder.name for holder in vars(experiment).values() if isinstance(holder, flags.FlagHolder)}
 
 
+def chooser_of(its: Collection[str]) -> str | None:
+    """Which of an experiment's flags lists its arms."""
+    return next((flag for flag in CHOOSERS if flag in its), None)
+
+
 def checked_flags() -> Sweep:
     """What is swept, once all flags make sense together.
 
@@ -170,9 +176,10 @@ def checked_flags() -> Sweep:
     check()
     with spaces.flags_set({"seeds": ",".join(final_seeds())}):
         check()
-    space = spaces.read(SPACE.value, its - {"workdir", "seeds", "split", "method", *apart})
+    space = spaces.read(SPACE.value, its - {"workdir", "seeds", "split", *CHOOSERS, *apart})
     spaces.check(space, check)
-    methods = list(given.method) if "method" in its else []
+    chooser = chooser_of(its)
+    methods = list(given[chooser].value or []) if chooser else []
     arm = ARM.value or (methods[-1] if methods else None)
     if arm is None or (methods and arm not in methods):
         raise ValueError(
@@ -198,8 +205,8 @@ def run(sweep: Sweep, name: str, values: Mapping[str, Any], *, others: bool = Fa
     """
     directory, its = sweep.workdir / name, flags_of(sweep.experiment)
     more: dict[str, Any] = {"workdir": directory}
-    if "method" in its and not others:
-        more["method"] = sweep.arm
+    if (chooser := chooser_of(its)) and not others:
+        more[chooser] = sweep.arm
     if "shared_dir" in its and flags.FLAGS.shared_dir is None:
         more["shared_dir"] = sweep.workdir / "shared"
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,8 @@ def test_on_simulated_devices_no_call_starts_before_the_last_has_ended(monkeypat
     arrays = parallel.replicate({"image": logits, "label": label}, devices)
     run = evaluate.make_evaluator(slow, data.gather, arrays, np.arange(200), batch_size=20, devices=devices)
     run(jnp.eye(CLASSES), {})
-    assert waited and all(waited)
+    assert waited
+    assert all(waited)
 
 
 def test_refuses_to_summarise_nothing():

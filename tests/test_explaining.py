@@ -245,15 +245,12 @@ class TestStudy:
         flags.FLAGS.teacher = "resnet8"
         made = study.Study(task, task, None)
         made.check([("at", "resnet14"), ("student", "mlp")])
-        with pytest.raises(ValueError, match="at draws .* mlp has no stage of the size of one of stage1"):
+        with pytest.raises(ValueError, match=r"at draws .* mlp has no stage of the size of one of stage1"):
             made.check([("at", "mlp")])
 
     def test_arms_that_there_are_not(self, study):
         flags.FLAGS.arms = ["student", "ig+kd"]
         with pytest.raises(ValueError, match="there is no arm 'ig"):
-            study.wanted_arms()
-        flags.FLAGS.arms = ["kd"]
-        with pytest.raises(ValueError, match="student, which all are compared with, is missing"):
             study.wanted_arms()
         flags.FLAGS.arms = ["kd", "student"]
         flags.FLAGS.sweep = ["resnet14"]

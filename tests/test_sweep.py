@@ -513,3 +513,31 @@ def test_workdirs_claimed_within_are_given_back(tmp_path):
     with common.released():
         common.claim_workdir(str(tmp_path / "one"), {})
     assert len(launching._locks) == held
+
+
+@pytest.mark.once
+def test_of_an_experiment_that_has_jobs_of_its_own(tmp_path):
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "experiments.sweep",
+            "--experiment=ig_cifar10",
+            f"--workdir={tmp_path / 'run'}",
+        ),
+        *("--dataset=digits", "--teacher=digits_teacher", "--student=digits_student", "--smoke", "--seeds=0"),
+        *("--arms=student,kd+ig", "--space=strength=0.2|0.8", "--num_trials=2", "--random_trials=1"),
+        *("--workers=2", "--final_seeds=1,2,3"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = results.read(tmp_path / "run" / "results.json")
+    assert [trial["outcome"] for trial in found["trials"]] == ["finished"] * 2
+    assert len(set(found["arms"]["chosen"]["accuracy"])) > 1
+    # A teacher, its maps and its answers, whichever split a run measures.
+    assert len([path for path in (tmp_path / "run" / "shared").iterdir() if path.is_dir()]) == 3
+    chosen = results.read(tmp_path / "run" / "final" / "chosen" / "results.json")
+    assert set(chosen["arms"]) == {"teacher", "student", "kd+ig"}
+    for runs in chosen["arms"].values():
+        assert all(-1 <= value <= 1 for value in runs.get("map_correlation", []))

@@ -8,6 +8,7 @@ from experiments.common.arms import Arm as Arm
 from experiments.common.arms import check_arms as check_arms
 from experiments.common.arms import check_methods as check_methods
 from experiments.common.arms import make_arm as make_arm
+from experiments.common.arms import seeds_of as seeds_of
 from experiments.common.assessing import costs_of as costs_of
 from experiments.common.assessing import robustness_of as robustness_of
 from experiments.common.comparing import apart as apart

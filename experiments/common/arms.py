@@ -109,10 +109,21 @@ def check_methods(names: Sequence[str], *, weights: Sequence[str], mixup: bool) 
     return found
 
 
-def check_arms(wanted: Sequence[str], there: Sequence[str], *, baseline: str) -> None:
+def seeds_of(values: Sequence[str]) -> list[int]:
+    """What ``--seeds`` names; a ValueError unless they are different numbers from 0 on."""
+    try:
+        seeds = [int(seed) for seed in values]
+    except ValueError as error:
+        raise ValueError(f"--seeds={','.join(values)} must be whole numbers, such as 0,1,2.") from error
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError(f"--seeds={','.join(values)} must be different numbers from 0 on, such as 0,1,2.")
+    return seeds
+
+
+def check_arms(wanted: Sequence[str], there: Sequence[str], *, baseline: str | None = None) -> None:
     """Refuses a list of ``--arms`` that names one that is not there, or lacks the one that all are compared with."""
     unknown = [name for name in wanted if name not in there]
-    if unknown or (wanted and baseline not in wanted):
+    if unknown or (wanted and baseline is not None and baseline not in wanted):
         what = (
             f"there is no arm {unknown[0]!r}"
             if unknown

@@ -216,14 +216,13 @@ def shelf(store: str | None, own: Path, task: Task, **decides: Any) -> Iterator[
 
     It is held while it is filled, so that what two runs need at the same time is computed by one of them.
     """
-    if store is None:
-        yield own
-        return
-    data_digest = checkpoints.digest_tree(
-        {"images": task.source.images, "labels": task.source.labels, "split": task.split}
-    )
-    directory = Path(store) / files.digest_json({"data": data_digest, **decides})[:16]
-    with alone(Path(store) / f"{directory.name}.lock"):
+    directory = own
+    if store is not None:
+        data_digest = checkpoints.digest_tree(
+            {"images": task.source.images, "labels": task.source.labels, "split": task.split}
+        )
+        directory = Path(store) / files.digest_json({"data": data_digest, **decides})[:16]
+    with alone(directory.with_name(f"{directory.name}.lock")):
         yield directory
 
 

@@ -14,9 +14,10 @@ from typing import Any
 _TASK = "KDJAX_TASK"  # not a flag, so that results name the command that the user gave
 
 
-def my_task() -> Any:
-    """What this process was started for by :func:`in_children`; None in the process that the user started."""
-    return json.loads(os.environ[_TASK]) if _TASK in os.environ else None
+def my_task(module: str) -> Any:
+    """What this process was started for by :func:`in_children` of ``module``; None in one that is not its child."""
+    started = json.loads(os.environ.get(_TASK, "{}"))
+    return started.get(module)
 
 
 def in_children(
@@ -44,7 +45,7 @@ def in_children(
     children: list[subprocess.Popen] = []
     try:
         for number, task in enumerate(tasks):
-            environment = os.environ | {_TASK: json.dumps(task)}
+            environment = os.environ | {_TASK: json.dumps({module: task})}
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = gpus[number]
             output = open(logs[number], "wb") if logs else None  # noqa: SIM115
