@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments.benchmarks import attributions_peers, contenders
+from experiments.benchmarks import attributions_peers, contenders, map_quality
 from kdjax import results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,52 +21,52 @@ def benchmark(alone):
         yield found
 
 
-def test_relative_residual_is_of_the_sum_and_of_each_image(benchmark):
+def test_relative_residual_is_of_the_sum_and_of_each_image():
     values = np.zeros((3, 2, 2, 1), np.float32)
     values[0, 0, 0], values[1, 1], values[2, 0, 1] = 1.5, 1.0, -1.0
-    found = benchmark.relative_residuals(values, np.array([1.0, 2.0, 0.5]))
+    found = map_quality.relative_residuals(values, np.array([1.0, 2.0, 0.5]))
     np.testing.assert_allclose(found, [0.5, 0.0, 3.0])
 
 
-def test_map_error_is_of_signed_values_and_of_each_image(benchmark):
+def test_map_error_is_of_signed_values_and_of_each_image():
     reference = np.array([3.0, -4.0, 0.0, 2.0]).reshape(2, 1, 2, 1)
     values = np.array([-3.0, -4.0, 1.0, 2.0]).reshape(2, 1, 2, 1)
-    np.testing.assert_allclose(benchmark.map_errors(values, reference), [6 / 5, 1 / 2])
+    np.testing.assert_allclose(map_quality.map_errors(values, reference), [6 / 5, 1 / 2])
 
 
-def test_a_bound_is_reached_by_nine_images_of_ten(benchmark):
+def test_a_bound_is_reached_by_nine_images_of_ten():
     residuals = np.array([0.01] * 9 + [5.0] + [0.01])  # numpy's quantile lies on the second largest of 11
-    assert benchmark.reaches(residuals, 0.05)
+    assert map_quality.reaches(residuals, 0.05)
     residuals[0] = 0.06
-    assert not benchmark.reaches(residuals, 0.05)
+    assert not map_quality.reaches(residuals, 0.05)
     nodes = {64: np.full(11, 0.01), 16: np.full(11, 0.2), 32: residuals}
-    assert benchmark.fewest(nodes, 0.05) == 64
-    assert benchmark.fewest(nodes, 0.06) == 32
-    assert benchmark.fewest(nodes, 0.001) is None
+    assert map_quality.fewest(nodes, 0.05) == 64
+    assert map_quality.fewest(nodes, 0.06) == 32
+    assert map_quality.fewest(nodes, 0.001) is None
 
 
-def test_uniform_nodes_of_a_bound_and_of_a_map_error(benchmark):
+def test_uniform_nodes_of_a_bound_and_of_a_map_error():
     def quality(residual, error):
-        return benchmark.Quality(np.full(4, residual), np.full(4, error))
+        return map_quality.Quality(np.full(4, residual), np.full(4, error))
 
     uniform = {16: quality(0.2, 0.1), 32: quality(0.01, 0.08), 64: quality(0.01, 0.02)}
-    assert benchmark.uniform_nodes(uniform, 0.05, quality(0.05, 0.03)) == (32, 64)
-    assert benchmark.uniform_nodes(uniform, 0.05, quality(0.05, 0.01)) == (32, None)
-    assert benchmark.uniform_nodes(uniform, 0.005, quality(0.005, 0.5)) == (None, 16)
+    assert map_quality.uniform_nodes(uniform, 0.05, quality(0.05, 0.03)) == (32, 64)
+    assert map_quality.uniform_nodes(uniform, 0.05, quality(0.05, 0.01)) == (32, None)
+    assert map_quality.uniform_nodes(uniform, 0.005, quality(0.005, 0.5)) == (None, 16)
 
 
-def test_other_scores_or_maps_are_refused(benchmark):
+def test_other_scores_or_maps_are_refused():
     rng = np.random.default_rng(0)
     values, scores = rng.standard_normal((2, 4, 4, 3)), np.array([1.0, -2.0])
     maps = {"kdjax": values, "torch": values * 1.001}
-    found = benchmark.check_equal("n", maps, {"kdjax": scores, "torch": scores + 1e-4})
+    found = map_quality.check_equal("n", maps, {"kdjax": scores, "torch": scores + 1e-4})
     assert found == pytest.approx(0.001)
     with pytest.raises(ValueError, match="n: torch has scores that are"):
-        benchmark.check_equal("n", maps, {"kdjax": scores, "torch": scores + 0.1})
+        map_quality.check_equal("n", maps, {"kdjax": scores, "torch": scores + 0.1})
     with pytest.raises(ValueError, match=r"n: a map of captum is 0\.5 of its size apart from that of kdjax"):
-        benchmark.check_equal("n", maps | {"captum": values * 1.5}, {"kdjax": scores})
+        map_quality.check_equal("n", maps | {"captum": values * 1.5}, {"kdjax": scores})
     with pytest.raises(ValueError, match="a map of captum is nan"):
-        benchmark.check_equal("n", maps | {"captum": values * np.nan}, {"kdjax": scores})
+        map_quality.check_equal("n", maps | {"captum": values * np.nan}, {"kdjax": scores})
 
 
 def test_goals_and_ratios_are_judged_round_by_round(benchmark):

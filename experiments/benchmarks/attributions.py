@@ -58,6 +58,15 @@ from experiments.benchmarks.contenders import (
     versions_of,
     working,
 )
+from experiments.benchmarks.map_quality import (
+    Quality,
+    check_equal,
+    map_errors,
+    reaches,
+    relative_residuals,
+    summary,
+    uniform_nodes,
+)
 from experiments.common.explaining import ROWS
 from kdjax import data, models, results
 
@@ -98,12 +107,10 @@ PACKAGES = {"captum": ["captum", "torch"], "torch": ["torch"]}
 RULES = ("gauss_legendre", "midpoint", "trapezoid")
 RULE_NODES = (8, 16, 32, 64, 128)
 FEWEST = 16  # nodes, from which captum's are doubled
-QUANTILE = 0.9
 EQUAL_ROUNDS = 3  # hundreds of nodes take long
 DEFAULT, FLOOR = "captum default", "kdjax gradients"
 GOALS = {DEFAULT: 2.0, "captum's best chunk": 1.0}  # times kdjax
 FLOOR_GOAL = 1.1
-DIFFERENT = 1e-2  # of a map; float32 rounding moves it by far less, even where it turns a ReLU over
 CIFAR = 50_000
 FREE_SHARE = 0.8  # of the free memory, beyond which a call might end other processes
 
@@ -177,87 +184,6 @@ def problem_of(task: common.Task, teacher: common.Teacher, images: int) -> Probl
     flat = flatten_dict({"params": weights.params, **weights.model_state})
     named = {"/".join(path): np.asarray(x) for path, x in flat.items()}
     return Problem(teacher.name, np.asarray(inputs), task.source.labels[ids].astype(np.int32), named)
-
-
-# --------------------------------------------------------------------------------------- how good a map is
-
-
-def relative_residuals(values: np.ndarray, difference: np.ndarray) -> np.ndarray:
-    """Per image |sum of the map - difference of scores| / |difference of scores|."""
-    total = values.reshape(len(values), -1).sum(-1, dtype=np.float64)
-    return np.abs(total - difference) / np.maximum(np.abs(difference), np.finfo(np.float32).tiny)
-
-
-def map_errors(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Per image |map - reference| / |reference|, of signed values, in the 2-norm."""
-    off, whole = (
-        np.linalg.norm(x.reshape(len(x), -1).astype(np.float64), axis=-1)
-        for x in (values - reference, reference)
-    )
-    return off / np.maximum(whole, np.finfo(np.float32).tiny)
-
-
-def reaches(residuals: np.ndarray, bound: float) -> bool:
-    """Whether the 90 % quantile over the images is at most the bound."""
-    return bool(np.quantile(residuals, QUANTILE) <= bound)
-
-
-def fewest(residuals: Mapping[int, np.ndarray], bound: float) -> int | None:
-    """The fewest of these numbers of nodes that reach the bound; None if none does."""
-    return next((nodes for nodes, found in sorted(residuals.items()) if reaches(found, bound)), None)
-
-
-class Quality(NamedTuple):
-    """Residuals and map errors of all images."""
-
-    residuals: np.ndarray
-    errors: np.ndarray
-
-    def summary(self) -> dict[str, float]:
-        """Their medians and 90 % quantiles."""
-        return summary("relative_residual", self.residuals) | summary("map_error", self.errors)
-
-
-def summary(name: str, numbers: np.ndarray) -> dict[str, float]:
-    """Median and 90 % quantile under two names."""
-    return {
-        f"{name}_median": float(np.median(numbers)),
-        f"{name}_q90": float(np.quantile(numbers, QUANTILE)),
-    }
-
-
-def check_equal(network: str, maps: Mapping[str, np.ndarray], differences: Mapping[str, np.ndarray]) -> float:
-    """Refuses to compare contenders that do not explain the same network.
-
-    Args:
-      network: its name.
-      maps: arm → attributions.
-      differences: contender → differences of scores.
-
-    Returns:
-      The largest error of any image's map against the first arm's.
-
-    Raises:
-      ValueError: if differences of scores are more than 1e-3 of the largest apart, or a map more than 1e-2 of its size.
-    """
-    (first, reference), (scorer, scores) = (next(iter(x.items())) for x in (maps, differences))
-    for contender, found in differences.items():
-        apart = float(np.max(np.abs(found - scores)) / np.max(np.abs(scores)))
-        if not apart < 1e-3:
-            raise ValueError(
-                f"{network}: {contender} has scores that are {apart:.2g} apart from those of {scorer}. A benchmark "
-                "compares forms of the same network."
-            )
-    worst = 0.0
-    for arm, found in maps.items():
-        apart = float(np.max(map_errors(found, reference)))
-        if not apart < DIFFERENT:
-            raise ValueError(
-                f"{network}: a map of {arm} is {apart:.2g} of its size apart from that of {first}. A benchmark "
-                "compares forms of the same integral."
-            )
-        worst = max(worst, apart)
-    return worst
 
 
 # -------------------------------------------------------------------------------------------- measuring
@@ -411,19 +337,6 @@ def assess(
             row["uniform"] = uniform[needed].summary()
         rows.append(row)
     return rules, rows
-
-
-def uniform_nodes(
-    uniform: Mapping[int, Quality], bound: float, adaptive: Quality
-) -> tuple[int | None, int | None]:
-    """The fewest that reach the bound, and the fewest with at most the median map error of adaptive ones."""
-    wanted = np.median(adaptive.errors)
-    return (
-        fewest({nodes: quality.residuals for nodes, quality in uniform.items()}, bound),
-        next(
-            (nodes for nodes, quality in sorted(uniform.items()) if np.median(quality.errors) <= wanted), None
-        ),
-    )
 
 
 def measure(
@@ -607,6 +520,58 @@ def check_flags() -> None:
         )
 
 
+class Findings:
+    """What the result will hold, gathered network by network."""
+
+    def __init__(self, size: Sizes, chunks: Sequence[int], bounds: Sequence[float]):
+        self.size, self.chunks, self.bounds = size, chunks, bounds
+        self.arms: dict[str, dict[str, list[float]]] = {}
+        self.arm_rounds: dict[str, list[int]] = {}  # of those that had fewer turns
+        self.ratios: dict[str, dict] = {}
+        self.goals: list[dict[str, Any]] = []
+        self.first_calls_s: dict[str, dict[str, float]] = {}
+        self.equal: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.assessed: dict[str, tuple[dict[str, dict], list[dict[str, Any]]]] = {}  # network → assess()
+        self.apart: dict[str, float] = {}  # network → largest difference of two contenders' maps
+
+    def measure(self, workers: Sequence[Worker], network: str, threads: int, explain: Explainer) -> None:
+        """One network by all contenders, with so many threads. Its maps are judged the first time."""
+        where = f"{network}, {threads} thread{'s' * (threads > 1)}"
+        begun = begin(workers, network, self.size.nodes, self.chunks, self.bounds, explain)
+        maps = {arm: begun.first[arm].values for arm in begun.fixed}
+        apart = check_equal(network, maps, begun.differences)
+        self.apart[network] = max(self.apart.get(network, 0.0), apart)
+        if network not in self.assessed:
+            self.assessed[network] = assess(begun, network, self.size, self.chunks[0], explain)
+        _, rows = self.assessed[network]
+        found = measure(begun, self.size, rows, self.chunks, where)
+        ratios, goals = judge(found, rows, where, threads, self.size.nodes)
+        self.ratios |= ratios
+        self.goals += goals
+        self.first_calls_s[where] = {arm: x.seconds for arm, x in begun.first.items()}
+        self.equal += [with_times(row, found["equal"], threads, self.size.images) for row in rows]
+        self.arms |= {f"{where}: {arm}": x for arm, x in (found["fixed"] | found["equal"]).items()}
+        turns = list(range(min(self.size.rounds, EQUAL_ROUNDS)))
+        self.arm_rounds |= {f"{where}: {arm}": turns for arm in found["equal"]}
+        if begun.left_out:
+            self.say(f"{where}: {begun.left_out}")
+        if found["best"] is not None:
+            self.notes.append(f"{where}: captum's best chunk is {found['best']} nodes of all images.")
+
+    def fill(self, task: common.Task, teacher: common.Teacher) -> dict[str, Any]:
+        """How fast columns are filled by one network."""
+        row, arm = fill(task, teacher, self.size.fill), f"{teacher.name}: filling"
+        self.arms[arm] = {"images_per_second": [row["images_per_second"]]}
+        self.arm_rounds[arm] = [0]
+        return row
+
+    def say(self, note: str) -> None:
+        """On the terminal at once, and in the result."""
+        self.notes.append(note)
+        common.say(note)
+
+
 def main() -> None:
     """Measures, writes the result and prints what was found."""
     start = time.monotonic()
@@ -624,12 +589,9 @@ def main() -> None:
         task, size, common.claim_workdir(WORKDIR.value, decides | {"smoke": SMOKE.value})
     )
     problems = {name: problem_of(task, teacher, size.images) for name, teacher in teachers.items()}
-    arms, ratios, goals, firsts, absent, few, notes = {}, {}, [], {}, {}, {}, []
-    assessed: dict[str, tuple[dict[str, dict], list[dict[str, Any]]]] = {}
-    apart: dict[str, float] = {}
-    equal: list[dict[str, Any]] = []
     torch = TORCH_PYTHON.value or sys.executable
     pythons = {"kdjax": sys.executable} | dict.fromkeys(PEERS.value, torch)
+    findings, absent = Findings(size, chunks, bounds), {}
     with tempfile.TemporaryDirectory() as temporary:
         workload = Path(temporary) / "workload.npz"
         write(workload, problems)
@@ -639,38 +601,12 @@ def main() -> None:
                 if "kdjax" in absent:
                     raise ValueError(f"kdjax cannot be measured: {absent['kdjax']}.")
                 there = [worker for worker in workers if not worker.absent]
-                explain = Explainer(Path(temporary))
                 for network in problems:
-                    where = f"{network}, {threads} thread{'s' * (threads > 1)}"
-                    begun = begin(there, network, size.nodes, chunks, bounds, explain)
-                    maps = {arm: begun.first[arm].values for arm in begun.fixed}
-                    found_apart = check_equal(network, maps, begun.differences)
-                    apart[network] = max(apart.get(network, 0.0), found_apart)
-                    if network not in assessed:
-                        assessed[network] = assess(begun, network, size, chunks[0], explain)
-                    _, rows = assessed[network]
-                    found = measure(begun, size, rows, chunks, where)
-                    more, judged = judge(found, rows, where, threads, size.nodes)
-                    ratios |= more
-                    goals += judged
-                    firsts[where] = {arm: x.seconds for arm, x in begun.first.items()}
-                    equal += [with_times(row, found["equal"], threads, size.images) for row in rows]
-                    arms |= {f"{where}: {arm}": x for arm, x in (found["fixed"] | found["equal"]).items()}
-                    turns = list(range(min(size.rounds, EQUAL_ROUNDS)))
-                    few |= {f"{where}: {arm}": turns for arm in found["equal"]}
-                    if begun.left_out:
-                        notes.append(f"{where}: {begun.left_out}")
-                        common.say(notes[-1])
-                    if found["best"] is not None:
-                        notes.append(f"{where}: captum's best chunk is {found['best']} nodes of all images.")
-    first_alone = list(teachers.values())[: 1 if SMOKE.value else None]
-    filled = [fill(task, teacher, size.fill) for teacher in first_alone if size.fill]
-    for row in filled:
-        arms[f"{row['network']}: filling"] = {"images_per_second": [row["images_per_second"]]}
-        few[f"{row['network']}: filling"] = [0]
+                    findings.measure(there, network, threads, Explainer(Path(temporary)))
+    asked = list(teachers.values())[: 1 if SMOKE.value else None] if size.fill else []
+    filled = [findings.fill(task, teacher) for teacher in asked]
     for contender, reason in absent.items():
-        notes.append(f"{contender} was not measured: {reason}.")
-        common.say(notes[-1])
+        findings.say(f"{contender} was not measured: {reason}.")
     content = results.make(
         "attributions",
         question="Are integrated gradients of a trained network faster here than with captum or a loop in PyTorch, map "
@@ -686,23 +622,23 @@ def main() -> None:
             "smoke": SMOKE.value,
         },
         seeds=range(size.rounds),
-        arms=arms,
-        arm_seeds=few,
+        arms=findings.arms,
+        arm_seeds=findings.arm_rounds,
         wall_clock_s=time.monotonic() - start,
         scaled_down=f"filling {CIFAR:,} images is extrapolated from {size.fill:,}" if size.fill else "",
-        ratios=ratios,
-        goals=goals,
-        swept=swept({name: rules for name, (rules, _) in assessed.items()}, size.rule_nodes),
-        equal=equal,
+        ratios=findings.ratios,
+        goals=findings.goals,
+        swept=swept({name: rules for name, (rules, _) in findings.assessed.items()}, size.rule_nodes),
+        equal=findings.equal,
         filled=filled,
-        first_calls_s=firsts,
+        first_calls_s=findings.first_calls_s,
         absent=absent,
-        notes=[*notes, *remarks(equal, apart, teachers, size)],
+        notes=[*findings.notes, *remarks(findings.equal, findings.apart, teachers, size)],
     )
     packages = sorted({name for peer in PEERS.value if peer not in absent for name in PACKAGES[peer]})
     content["versions"] |= versions_of(packages, python=torch)
     results.write(OUTPUT.value, content)
-    tell(goals)
+    tell(findings.goals)
     for row in filled:
         rate, hours = row["images_per_second"], row[f"hours_of_{CIFAR}_extrapolated"]
         print(f"{row['network']}: columns of {rate:.1f} images a second, {hours:.1f} hours for {CIFAR:,}")
