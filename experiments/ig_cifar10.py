@@ -353,17 +353,34 @@ def attentive(batch, keys, move):
 
 
 def with_pullback(apply_fn: ApplyFn) -> ApplyFn:
-    """The student with one more feature in training: what pulls a cotangent of its logits back to its inputs."""
+    """The student with one more feature in training: what pulls a cotangent of its logits back to its inputs.
+
+    Only weights are differentiated through it. For a cotangent v of the slope that is the derivative of the score's
+    gradient with respect to the weights as the inputs move along v: forward over reverse mode. Reverse over reverse is
+    what one would get otherwise; its convolutions have no fast form on a CPU within a loop, where training is.
+    """
+
+    def gradient(argument: int, params, model_state, key, inputs, cotangent):
+        def score(params, inputs):
+            logits = apply_fn(params, model_state, inputs, train=True, key=key)[0].logits
+            return jnp.vdot(cotangent, logits)
+
+        return jax.grad(score, argument)(params, inputs)
+
+    slope = jax.custom_vjp(functools.partial(gradient, 1))
+
+    def backward(saved, v):
+        *others, inputs, cotangent = saved
+        _, moved = jax.jvp(lambda x: gradient(0, *others, x, cotangent), (inputs,), (v,))
+        return moved, None, None, None, None
+
+    slope.defvjp(lambda *arguments: (slope(*arguments), arguments), backward)
 
     def apply(params, model_state, inputs, *, train, key=None):
+        outputs, state = apply_fn(params, model_state, inputs, train=train, key=key)
         if not train:
-            return apply_fn(params, model_state, inputs, train=False)
-
-        def forward(x):
-            outputs, state = apply_fn(params, model_state, x, train=True, key=key)
-            return outputs.logits, (outputs, state)
-
-        _, pullback, (outputs, state) = jax.vjp(forward, inputs, has_aux=True)
+            return outputs, state
+        pullback = functools.partial(slope, params, model_state, key, inputs)
         return outputs._replace(features={**outputs.features, "pullback": pullback}), state
 
     return apply
@@ -390,7 +407,7 @@ def objective(arm: Arm, stages: Sequence[str]) -> train.Objective:
             found["attention"] = ATTENTION_WEIGHT.value * sum(each) / len(each)
         if arm.use == "match":
             score = jax.nn.one_hot(batch["label"], outputs.logits.shape[-1])
-            (slope,) = outputs.features["pullback"](score)
+            slope = outputs.features["pullback"](score)
             own = losses.attribution_map(slope * batch["image"])
             found["match"] = MATCH_WEIGHT.value * unit_distance(own, batch["teacher_map"])
         return found

@@ -211,6 +211,25 @@ class TestStudy:
 
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss)(weights.params)))
 
+    def test_what_differentiates_through_a_pullback_is_the_second_derivative(self, study, teacher):
+        network, (params, state) = teacher.module, teacher.weights
+        apply_fn = models.apply_fn(network)
+        key, cotangent = jax.random.key(1), jax.nn.one_hot(jnp.arange(6), 10)
+        x, weight = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 8, 8, 3)), jnp.float32)
+
+        def through_pullback(params):
+            outputs, _ = study.with_pullback(apply_fn)(params, state, x, train=True, key=key)
+            return jnp.sum(weight * outputs.features["pullback"](cotangent) ** 2)
+
+        def twice_in_reverse(params):
+            def score(x):
+                return jnp.vdot(cotangent, apply_fn(params, state, x, train=True, key=key)[0].logits)
+
+            return jnp.sum(weight * jax.grad(score)(x) ** 2)
+
+        found, wanted = (jax.value_and_grad(f)(params) for f in (through_pullback, twice_in_reverse))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, wanted)
+
     def test_attentive_takes_the_crop_that_shows_more(self, study):
         maps = np.zeros((64, 8, 8, 1), np.uint8)
         maps[:, 0, 0] = 255  # in the corner, which half of the crops lose
