@@ -215,7 +215,7 @@ class TestStudy:
         network, (params, state) = teacher.module, teacher.weights
         apply_fn = models.apply_fn(network)
         key, cotangent = jax.random.key(1), jax.nn.one_hot(jnp.arange(6), 10)
-        x, weight = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 8, 8, 3)), jnp.float32)
+        x, weight = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 8, 8, 1)), jnp.float32)
 
         def through_pullback(params):
             outputs, _ = study.with_pullback(apply_fn)(params, state, x, train=True, key=key)
