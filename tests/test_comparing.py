@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from experiments import common
 from kdjax import data, models, significance, train
@@ -17,12 +18,14 @@ def runs(**accuracies):
     }
 
 
-def test_apart_is_welchs_test():
+def test_apart_is_welchs_test_and_an_interval_of_pairs():
     a, b = [0.91, 0.93, 0.92], [0.90, 0.90, 0.905]
     found = significance.welch(a, b)
     said = common.apart("kd", "scratch", runs(kd=a, scratch=b))
     assert said.startswith(f"kd against scratch: {100 * found.difference:+.2f} points")
     assert f"p = {found.p:.2g}" in said
+    paired = scipy.stats.ttest_rel(a, b).confidence_interval()
+    assert f"; {100 * paired.low:+.2f} to {100 * paired.high:+.2f} seed by seed)." in said
 
 
 def test_equal_needs_more_than_no_difference():
