@@ -12,7 +12,7 @@ other images than the index said, and their maps did not follow an image's crop 
 
 * student, kd, ig, at, kd+ig, kd+at, ig+at, kd+ig+at: the factorial, with each signal where it belongs;
 * NAME/misaligned: with the signal of another image, that stays where it is, as published; NAME/noise: with each map's
-  (or answer's) own values in random places; both for kd, ig, at and the ig of kd+ig;
+  (or answer's) own values in random places; both for kd, ig, at and the ig of kd+ig, the first for kd+crop;
 * kd+match: the student's own map (gradient × input) is drawn to the teacher's, as a loss; kd+crop: of two crops the
   student sees the one that shows more of the map; kd+weight: pixels are dimmed where the teacher does not look.
 
@@ -138,6 +138,7 @@ TABLE = {
     "kd+ig/noise": Arm(A, "noise"),
     "kd+match": Arm(A, A, use="match"),
     "kd+crop": Arm(A, A, use="crop"),
+    "kd+crop/misaligned": Arm(A, "misaligned", use="crop"),
     "kd+weight": Arm(A, A, use="weight"),
 }
 SWEPT = ("student", "kd", "kd+ig")  # the arms of the students of --sweep
@@ -154,6 +155,7 @@ PARTS = (  # what each says: signals alone, with distillation, and where they co
     ("at", "at/misaligned"),
     ("kd+ig", "kd+ig/misaligned"),
     ("kd+ig", "kd+ig/noise"),
+    ("kd+crop", "kd+crop/misaligned"),
 )
 FACTORS = {
     "kd": (("student", "kd"), ("ig", "kd+ig"), ("at", "kd+at"), ("ig+at", "kd+ig+at")),
