@@ -106,11 +106,18 @@ def test_docstring_example_runs(module, name, text, line, tmp_path, monkeypatch)
     assert runner.summarize(verbose=False).failed == 0, "".join(report)
 
 
-def commands(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """Every ``python -m experiments.…`` of a document, over continued lines, with the names of its flags."""
+def commands(path: Path) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Every ``python -m experiments.…`` of a document, over continued lines, what it sweeps, and its flags' names."""
     text = re.sub(r"\\\n\s*", " ", path.read_text(encoding="utf-8"))
     found = re.findall(r"python3? -m (experiments(?:\.\w+)+)([^\n`|]*)", text)
-    return [(module, tuple(re.findall(r"(?<!\S)--?([a-z]\w*)", arguments))) for module, arguments in found]
+    return [
+        (
+            module,
+            "".join(re.findall(r"--experiment=(\w+)", arguments)) or "distill",
+            tuple(re.findall(r"(?<!\S)--?([a-z]\w*)", arguments)),
+        )
+        for module, arguments in found
+    ]
 
 
 def source_of(module: str) -> Path:
@@ -137,12 +144,12 @@ def defined_flags(module: str, seen: set[str] | None = None) -> set[str]:
 COMMANDS = sorted({(path.name, *command) for path in DOCUMENTS for command in commands(path)})
 
 
-@pytest.mark.parametrize(("document", "module", "flags"), COMMANDS)
-def test_command_exists(document, module, flags):
+@pytest.mark.parametrize(("document", "module", "swept", "flags"), COMMANDS)
+def test_command_exists(document, module, swept, flags):
     assert source_of(module).exists(), f"{document} runs {module}, which is not there"
     defined = defined_flags(module) | ABSL_FLAGS
     if module == "experiments.sweep":  # its command line holds that of the experiment
-        defined |= defined_flags("experiments.distill")
+        defined |= defined_flags(f"experiments.{swept}")
     unknown = {flag for flag in flags if flag not in defined and flag.removeprefix("no") not in defined}
     assert unknown == set(), f"{document} gives {module} flags that it does not define"
 
