@@ -372,8 +372,8 @@ def with_pullback(apply_fn: ApplyFn) -> ApplyFn:
     slope = jax.custom_vjp(functools.partial(gradient, 1))
 
     def backward(saved, v):
-        *others, inputs, cotangent = saved
-        _, moved = jax.jvp(lambda x: gradient(0, *others, x, cotangent), (inputs,), (v,))
+        params, model_state, key, inputs, cotangent = saved
+        _, moved = jax.jvp(lambda x: gradient(0, params, model_state, key, x, cotangent), (inputs,), (v,))
         return moved, None, None, None, None
 
     slope.defvjp(lambda *arguments: (slope(*arguments), arguments), backward)
