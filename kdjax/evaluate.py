@@ -209,12 +209,9 @@ def make_evaluator(
 
     compiled = parallel.data_parallel(transform(sums_of), replicated=3, devices=devices)
     rows = [(parallel.process_rows(i), parallel.process_rows(v)) for i, v in zip(index, valid, strict=True)]
-    # Calls that do not wait for each other can deadlock on simulated devices: XLA's threads on a CPU, as many as there
-    # are devices or cores, may all sit in the sums of several calls, waiting for a device that finds no thread left.
-    settle = jax.block_until_ready if len(devices) > 1 and devices[0].platform == "cpu" else lambda part: part
 
     def evaluate(params: Params, model_state: ModelState, arrays: Any = arrays) -> dict[str, Any]:
-        parts = [settle(compiled(params, model_state, arrays, *row)) for row in rows]
+        parts = [compiled(params, model_state, arrays, *row) for row in rows]
         # Added up on the host in float64: counts stay exact beyond the 2^24 that float32 can hold.
         return jax.tree.map(
             lambda *values: np.sum([np.asarray(v, np.float64) for v in values], axis=0), *parts

@@ -87,7 +87,8 @@ def data_parallel(
       donate_first: reuse the memory of the first argument, which the caller must not touch again.
 
     Returns:
-      A function of the same arguments. The leading axis of each cut argument must divide by ``len(devices)``.
+      A function of the same arguments. The leading axis of each cut argument must divide by ``len(devices)``. On
+      several simulated devices of a CPU it returns when it has ended, elsewhere at once.
     """
     donate = (0,) if donate_first else ()
     if implementation == "shard_map":
@@ -104,7 +105,7 @@ def data_parallel(
             )
             return mapped(*arguments)
 
-        return jax.jit(spread, donate_argnums=donate)
+        return _one_at_a_time(jax.jit(spread, donate_argnums=donate), devices)
     if implementation != "pmap":
         raise ValueError(
             f"data_parallel knows the implementations 'pmap' and 'shard_map', got {implementation!r}."
@@ -126,7 +127,15 @@ def data_parallel(
         cut = (x.reshape(len(devices), -1, *x.shape[1:]) for x in arguments[replicated:])
         return compiled[len(arguments)](*arguments[:replicated], *cut)
 
-    return call
+    return _one_at_a_time(call, devices)
+
+
+def _one_at_a_time(call: Callable[..., Any], devices: Sequence[jax.Device]) -> Callable[..., Any]:
+    # Calls that do not need each other's results can deadlock on simulated devices: XLA's threads on a CPU, as many as
+    # there are devices or cores, may all sit in the sums of several calls, waiting for a device that finds none left.
+    if len(devices) == 1 or devices[0].platform != "cpu":
+        return call
+    return lambda *arguments: jax.block_until_ready(call(*arguments))
 
 
 def _all(devices: Sequence[jax.Device]) -> Sequence[jax.Device] | None:
