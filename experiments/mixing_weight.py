@@ -96,7 +96,7 @@ def mixed(outputs, batch):
 def main() -> None:
     """Checks the flags, then the teacher, its columns, all students at once, report."""
     start = time.monotonic()
-    weights, seeds = numbers(HARD_WEIGHTS, float), common.seeds_of(SEEDS.value)
+    weights, seeds = numbers(HARD_WEIGHTS), common.seeds_of(SEEDS.value)
     if weights != sorted(weights) or weights[0] < 0 or weights[-1] > 1:
         raise ValueError(
             f"--hard_weights={','.join(HARD_WEIGHTS.value)} must rise from 0 or more to 1 or less, such as 0,0.5,1."
@@ -178,13 +178,13 @@ SWEPT = {
 """What is recorded of every student against its weight, all of the last epoch; on the test split unless it says so."""
 
 
-def numbers(flag: flags.FlagHolder, kind: type) -> list:
+def numbers(flag: flags.FlagHolder) -> list[float]:
     """A flag's list as different numbers."""
     given = f"--{flag.name}={','.join(flag.value)}"
     try:
-        found = [kind(item) for item in flag.value]
+        found = [float(item) for item in flag.value]
     except ValueError as error:
-        raise ValueError(f"{given} must be {'whole ' * (kind is int)}numbers, such as 0,1.") from error
+        raise ValueError(f"{given} must be numbers, such as 0,1.") from error
     if not found or len(set(found)) < len(found):
         raise ValueError(f"{given} must be one or more different numbers.")
     return found
