@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from kdjax import parallel
 
@@ -118,3 +119,18 @@ def test_two_processes_equal_one_and_stop_and_resume_together(tmp_path):
         np.testing.assert_allclose(found["loss"], alone["loss"], rtol=1e-5)
         assert found["accuracy"] == alone["accuracy"]
     assert resumed[0][1]["weights"] == resumed[1][1]["weights"]
+
+
+def test_a_compiled_program_half_written_by_another_process_is_compiled_anew(tmp_path):
+    """Else a test fails when its worker reads the shared cache while another writes, as one of CI's did."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    compilation_cache.reset_cache()
+    try:
+        assert jax.jit(lambda x: 2 * x)(jnp.float32(3)) == 6
+        (entry,) = tmp_path.glob("jit__lambda*-cache")
+        entry.write_bytes(entry.read_bytes()[:20])
+        assert jax.jit(lambda x: 2 * x)(jnp.float32(3)) == 6  # another function, of the same program
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
