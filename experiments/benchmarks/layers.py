@@ -3,7 +3,7 @@ r"""Are the CPU forms of convolution and pooling faster than XLA's own, and than
     python -m experiments.benchmarks.layers --output=experiments/results/benchmarks/layers.json
     python -m experiments.benchmarks.layers --threads=2 --output=layers_2.json
 
-Takes about two minutes. Each case (a layer's forward and backward pass, a network's whole Adam step) is timed in
+Takes about four minutes. Each case (a layer's forward and backward pass, a network's whole Adam step) is timed in
 rounds, and in every round once in each form: kdjax's, XLA's own ("xla"), both again inside ``lax.scan``, and, where
 torch is installed, PyTorch in channels-last layout with the same number of threads. A ratio is the peer's time over
 kdjax's in the same round, above 1 where kdjax is faster; its low and high are those of all rounds. With one thread the
@@ -13,6 +13,7 @@ Expect every "torch" ratio of the Keras student above 1 and "xla in scan" of it 
 """
 
 import contextlib
+import functools
 import os
 import statistics
 import time
@@ -23,9 +24,12 @@ from unittest import mock
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import app, flags
+from flax.traverse_util import flatten_dict
 
+from experiments.benchmarks import attributions_peers
 from kdjax import models, results
 from kdjax.models import layers, narrow
 from kdjax.models.cnn import MalariaCnn
@@ -46,6 +50,7 @@ LAYERS = {  # name: (layer, input, kernel, strides, padding); a narrow one has i
     "conv 64 to 64": ("conv", (64, 8, 8, 64), (3, 3, 64, 64), 1, "SAME"),
     "conv 1x1": ("conv", (64, 16, 16, 96), (1, 1, 96, 24), 1, "SAME"),
     "depthwise": ("depthwise", (32, 16, 16, 96), (3, 3, 1, 96), 1, "SAME"),
+    "depthwise between ReLUs": ("between", (32, 16, 16, 96), (3, 3, 1, 96), 1, "SAME"),
     "pool 2x2": ("pool", (64, 28, 28, 16), (2, 2), 2, "VALID"),
     "pool 2x2 overlapping": ("pool", (64, 14, 14, 16), (2, 2), 1, "SAME"),
 }
@@ -54,6 +59,7 @@ NETWORKS = {  # name: (model, batch, image, classes, whether it trains)
     "malaria_teacher step": ("malaria_teacher", 64, (32, 32, 3), 2, True),
     "malaria_student step": ("malaria_student", 64, (32, 32, 3), 2, True),
     "resnet8 step": ("resnet8", 64, (32, 32, 3), 10, True),
+    "mobilenet_v2_w25 step": ("mobilenet_v2_w25", 64, (32, 32, 3), 10, True),
     "keras_teacher forward": ("keras_teacher", 64, (28, 28, 1), 10, False),
 }
 IN_SCAN = ("keras_student step", "conv 16 to 16")  # the other cases would say the same and take minutes
@@ -101,7 +107,16 @@ def layer_case(
         return (
             lambda x: x + 1e-6 * jax.grad(lambda x: jnp.sum(layers.max_pool(x, kernel, **options) ** 2))(x)
         ), x
-    form = {"conv": layers.conv, "depthwise": layers.depthwise_conv, "narrow": narrow.conv}[layer]
+
+    def between(x, kernel, **options):
+        return nn.relu6(layers.depthwise_conv(nn.relu6(x), kernel, **options))
+
+    form = {
+        "conv": layers.conv,
+        "depthwise": layers.depthwise_conv,
+        "between": between,
+        "narrow": narrow.conv,
+    }[layer]
 
     def run(carry):
         gradients = jax.grad(lambda carry: jnp.mean(form(*carry, **options) ** 2))(carry)
@@ -186,7 +201,7 @@ def torch_layer(layer: str, shape: tuple[int, ...], kernel: tuple[int, ...], str
     last = {"memory_format": torch.channels_last}
     x = torch.randn(batch, channels, height, width).to(**last).requires_grad_()
     pads = torch_pads(height, width, kernel[:2], strides, padding)
-    groups = channels if layer == "depthwise" else 1
+    groups = channels if layer in ("depthwise", "between") else 1
     w = (
         None
         if layer == "pool"
@@ -199,7 +214,8 @@ def torch_layer(layer: str, shape: tuple[int, ...], kernel: tuple[int, ...], str
             y = f.max_pool2d(f.pad(x, pads, value=float("-inf")) if any(pads) else x, kernel, strides)
         else:
             w.grad = None
-            y = torch_conv(x, w, None, strides, pads, groups)
+            y = torch_conv(f.relu6(x) if layer == "between" else x, w, None, strides, pads, groups)
+            y = f.relu6(y) if layer == "between" else y
         (y**2).mean().backward()
 
     return run
@@ -225,30 +241,36 @@ def torch_network(name: str, batch: int, shape: tuple[int, ...], classes: int, t
     import torch
     from torch.nn import functional as f
 
-    params, _ = models.init(models.build(name, num_classes=classes), shape, seed=0)
-    leaves = [torch.nn.Parameter(torch_weight(leaf)) for leaf in jax.tree.leaves(params)]
-    weights = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    params, model_state = models.init(models.build(name, num_classes=classes), shape, seed=0)
     x = torch.randn(batch, shape[2], *shape[:2]).to(memory_format=torch.channels_last)
     y = torch.arange(batch) % classes
-    forward = {"keras": torch_keras, "malaria": torch_malaria}.get(name.partition("_")[0], torch_resnet)
+    by_hand = {"keras": torch_keras, "malaria": torch_malaria}.get(name.partition("_")[0])
+    if by_hand is None:
+        flat = flatten_dict({"params": params, **model_state}, sep="/")
+        network = attributions_peers.torch_network({path: np.asarray(leaf) for path, leaf in flat.items()})
+        forward = network.train(trains).to(memory_format=torch.channels_last)
+        leaves = list(forward.parameters())
+    else:
+        leaves = [torch.nn.Parameter(torch_weight(leaf)) for leaf in jax.tree.leaves(params)]
+        weights = jax.tree.unflatten(jax.tree.structure(params), leaves)
+        forward = functools.partial(by_hand, weights)
     # on a CPU the fused form of Adam is PyTorch's fastest
     adam = torch.optim.Adam(leaves, 1e-3, fused=True)
 
     def step():
         adam.zero_grad()
-        f.cross_entropy(forward(weights, x), y).backward()
+        f.cross_entropy(forward(x), y).backward()
         adam.step()
 
     def score():
         with torch.no_grad():
-            forward(weights, x)
+            forward(x)
 
     return step if trains else score
 
 
 def torch_weight(leaf: jax.Array):
     """A kernel in PyTorch's order of axes, channels last in memory."""
-    import numpy as np
     import torch
 
     weight = torch.from_numpy(np.array(leaf))
@@ -276,27 +298,6 @@ def torch_malaria(weights, x):
     x = f.dropout(f.max_pool2d(x, 2), 0.1).flatten(1)
     x = f.dropout(f.relu(f.linear(x, weights["Dense_0"]["kernel"], weights["Dense_0"]["bias"])), 0.2)
     return f.linear(x, weights["Dense_1"]["kernel"], weights["Dense_1"]["bias"])
-
-
-def torch_resnet(weights, x):
-    """The network of ``kdjax.models.resnet.ResNet``, in training mode."""
-    import torch
-    from torch.nn import functional as f
-
-    def normed(x, layers, conv, norm, strides=1):
-        kernel = layers[conv]["kernel"]
-        y = f.conv2d(x, kernel, None, strides, kernel.shape[-1] // 2)
-        channels = y.shape[1]
-        statistics = torch.zeros(channels), torch.ones(channels)
-        return f.batch_norm(y, *statistics, layers[norm]["scale"], layers[norm]["bias"], training=True)
-
-    x = f.relu(normed(x, weights, "Conv_0", "BatchNorm_0"))
-    for name in sorted(layer for layer in weights if layer.startswith("stage")):
-        block, strides = weights[name], 2 if name.endswith("block1") and not name.startswith("stage1") else 1
-        y = f.relu(normed(x, block, "Conv_0", "BatchNorm_0", strides))
-        y = normed(y, block, "Conv_1", "BatchNorm_1")
-        x = f.relu(y + (normed(x, block, "shortcut", "shortcut_norm", strides) if "shortcut" in block else x))
-    return f.linear(x.mean((2, 3)), weights["Dense_0"]["kernel"], weights["Dense_0"]["bias"])
 
 
 def measure(case: str, *, threads: int, rounds: int, seconds: float) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ The gradients of convolutions are reverse-mode rules: ``jax.jvp`` of a network d
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -231,22 +231,22 @@ def _windows(x: Array, window: Pair, strides: Pair, pads: Pads, fill: float = 0.
 
 
 def _unwindow(
-    parts: Iterator[Array], shape: tuple[int, ...], window: Pair, strides: Pair, pads: Pads
+    part: Callable[[int, Pair], Array], shape: tuple[int, ...], window: Pair, strides: Pair, pads: Pads
 ) -> Array:
-    """Transpose of :func:`_windows`: puts each part back where it was seen and adds up.
+    """Transpose of :func:`_windows`: puts what was seen at each place of the window back and adds up.
 
-    Parts that fall on the same places modulo the stride are added as they are, and the sums interleaved once at the
-    end: spreading every part by zeros would move as many times more bytes as the window has places.
+    ``part(place, moved)`` is that, moved by rows and columns, on a map of :func:`_every` size. Parts that fall on the
+    same places modulo the stride are added as they are, and the sums interleaved once at the end: spreading every part
+    by zeros would move as many times more bytes as the window has places.
     """
-    rows, columns = (-(-size // step) for size, step in zip(shape[1:3], strides, strict=True))
+    rows, columns = _every(strides, shape[1:3])
     sums: dict[Pair, Array] = {}  # by place modulo the stride
-    for place, part in enumerate(parts):
+    for place in range(window[0] * window[1]):
         (down, i), (right, j) = (
             divmod(start - pad[0], step)
             for start, pad, step in zip(divmod(place, window[1]), pads, strides, strict=True)
         )
-        edges = ((down, rows - down - part.shape[1], 0), (right, columns - right - part.shape[2], 0))
-        moved = lax.pad(part, jnp.zeros((), part.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+        moved = part(place, (down, right))
         sums[i, j] = sums[i, j] + moved if (i, j) in sums else moved
     if strides == (1, 1):
         return sums[0, 0]
@@ -255,6 +255,18 @@ def _unwindow(
     whole = jnp.stack([jnp.stack(line, 3) for line in lines], 2)
     whole = whole.reshape(shape[0], rows * strides[0], columns * strides[1], shape[3])
     return whole[:, : shape[1], : shape[2]]
+
+
+def _every(strides: Pair, size: Sequence[int]) -> Pair:
+    """Rows and columns that are left of a map if every second, say, is taken, from the first."""
+    height, width = (-(-all_ // step) for all_, step in zip(size, strides, strict=True))
+    return height, width
+
+
+def _moved(x: Array, by: Pair, size: Pair) -> Array:
+    """Images on larger ones of zeros, so many rows and columns from their first."""
+    edges = [(b, n - b - now, 0) for b, n, now in zip(by, size, x.shape[1:3], strict=True)]
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
 
 
 def _num_chunks(batch: int, bytes_per_example: int) -> int:
@@ -333,13 +345,17 @@ def _cpu_conv_dx(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) 
         return _cpu_conv(dy, turned, (1, 1), ((top, bottom), (left, right)))
     matrix = kernel.reshape(-1, features).T
 
+    size = _every(strides, x.shape[1:3])
+
     def some(dy):
         parts = (dy.reshape(-1, features) @ matrix).reshape(*dy.shape[:3], -1, channels)
-        seen = (parts[..., place, :] for place in range(parts.shape[3]))
-        return _unwindow(seen, (dy.shape[0], *x.shape[1:]), _pair(window), strides, pads)
+        return _unwindow(
+            lambda place, by: _moved(parts[..., place, :], by, size),
+            *((dy.shape[0], *x.shape[1:]), _pair(window), strides, pads),
+        )
 
-    size = _patch_bytes(x, _pair(window), strides, pads)
-    return _in_chunks(some, dy, _num_chunks(x.shape[0], size))
+    bytes_ = _patch_bytes(x, _pair(window), strides, pads)
+    return _in_chunks(some, dy, _num_chunks(x.shape[0], bytes_))
 
 
 def _cpu_conv_dw(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) -> Array:
@@ -406,8 +422,24 @@ def _cpu_depthwise(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
 
 
 def _cpu_depthwise_dx(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) -> Array:
-    parts = (dy * weight for weight in kernel.reshape(-1, 1, 1, 1, kernel.shape[-1]))
-    return _unwindow(parts, x.shape, _pair(kernel.shape[:2]), strides, pads)
+    """Cuts the parts from one map with edges, which XLA keeps.
+
+    Were each part given edges of its own, these would be branches in one fusion with what dy comes from and goes to,
+    the gradients of ReLUs and batch norms, which is then several times slower.
+    """
+    window, weights = _pair(kernel.shape[:2]), kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])
+    height, width = _every(strides, x.shape[1:3])
+    least, most = (
+        [(start - pad[0]) // step for start, pad, step in zip(places, pads, strides, strict=True)]
+        for places in ((0, 0), (window[0] - 1, window[1] - 1))
+    )
+    wide = _moved(dy, _pair(most), (height + most[0] - least[0], width + most[1] - least[1]))
+
+    def part(place, by):
+        top, left = most[0] - by[0], most[1] - by[1]
+        return wide[:, top : top + height, left : left + width] * weights[place]
+
+    return _unwindow(part, x.shape, window, strides, pads)
 
 
 def _cpu_depthwise_dw(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) -> Array:
