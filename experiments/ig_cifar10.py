@@ -355,34 +355,19 @@ def attentive(batch, keys, move):
 
 
 def with_pullback(apply_fn: ApplyFn) -> ApplyFn:
-    """The student with one more feature in training: what pulls a cotangent of its logits back to its inputs.
+    """The student with one more feature in training: what pulls a cotangent of its logits back to its inputs."""
 
-    Only weights are differentiated through it. For a cotangent v of the slope that is the derivative of the score's
-    gradient with respect to the weights as the inputs move along v: forward over reverse mode. Reverse over reverse is
-    what one would get otherwise; its convolutions have no fast form on a CPU within a loop, where training is.
-    """
-
-    def gradient(argument: int, params, model_state, key, inputs, cotangent):
-        def score(params, inputs):
-            logits = apply_fn(params, model_state, inputs, train=True, key=key)[0].logits
-            return jnp.vdot(cotangent, logits)
-
-        return jax.grad(score, argument)(params, inputs)
-
-    slope = jax.custom_vjp(functools.partial(gradient, 1))
-
-    def backward(saved, v):
-        params, model_state, key, inputs, cotangent = saved
-        _, moved = jax.jvp(lambda x: gradient(0, params, model_state, key, x, cotangent), (inputs,), (v,))
-        return moved, None, None, None, None
-
-    slope.defvjp(lambda *arguments: (slope(*arguments), arguments), backward)
+    def score(params, inputs, model_state, key, cotangent):
+        return cotangent * apply_fn(params, model_state, inputs, train=True, key=key)[0].logits
 
     def apply(params, model_state, inputs, *, train, key=None):
         outputs, state = apply_fn(params, model_state, inputs, train=train, key=key)
         if not train:
             return outputs, state
-        pullback = functools.partial(slope, params, model_state, key, inputs)
+
+        def pullback(cotangent):
+            return attributions.trainable_input_gradients(score, params, inputs, model_state, key, cotangent)
+
         return outputs._replace(features={**outputs.features, "pullback": pullback}), state
 
     return apply

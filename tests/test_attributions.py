@@ -293,6 +293,29 @@ class TestGradients:
                 method(score, x, targets=labels), GOLDENS[name], atol=2e-5 * np.abs(GOLDENS[name]).max()
             )
 
+    def test_trainable_ones_have_the_second_derivatives_of_reverse_over_reverse(self):
+        x, labels, weight = normal(4, 6, 6, 2), jnp.arange(4) % 3, normal(4, 6, 6, 2, seed=1)
+        params = {"conv": 0.3 * normal(3, 3, 2, 4, seed=2), "dense": 0.3 * normal(144, 3, seed=3)}
+
+        def score(params, x, labels):
+            hidden = jax.nn.gelu(layers.conv(x, params["conv"]))
+            return jnp.take_along_axis(hidden.reshape(4, -1) @ params["dense"], labels[:, None], axis=-1)
+
+        def loss(params, x, *, slope):
+            return jnp.sum(weight * (x * slope(params, x)) ** 2)
+
+        def ours(params, x):
+            return attributions.trainable_input_gradients(score, params, x, labels)
+
+        def twice_in_reverse(params, x):
+            return jax.grad(lambda x: jnp.sum(score(params, x, labels)))(x)
+
+        found, wanted = (
+            jax.jit(jax.value_and_grad(functools.partial(loss, slope=slope), (0, 1)))(params, x)
+            for slope in (ours, twice_in_reverse)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), found, wanted)
+
     def test_smoothgrad_of_a_quadratic_score(self):
         x, key = normal(3, 12), jax.random.key(0)
 

@@ -14,7 +14,8 @@ A path begins at zeros by default, which is the mean image if images are normali
 
 * :func:`integrated_gradients`, of a number of nodes by a rule; :func:`adaptive_integrated_gradients`, of as many as
   each example needs; :func:`integrated_gradients_of_classes`, of all logits.
-* :func:`input_gradients`, :func:`gradient_times_input`, :func:`smoothgrad` to compare them with.
+* :func:`input_gradients`, :func:`gradient_times_input`, :func:`smoothgrad` to compare them with;
+  :func:`trainable_input_gradients`, through which a loss of them trains weights.
 * :func:`importance`, :func:`quantised`: maps, and how they are stored as columns; :func:`overlay`,
   :func:`random_overlay`: training images blended with them. As a loss: :func:`kdjax.losses.attribution_map`.
 * :func:`removal_curve`, :func:`pointing`, :func:`mass_inside`, :func:`rank_correlation`: whether to believe a map.
@@ -25,6 +26,7 @@ On a CPU use networks of :mod:`kdjax.models.layers`: XLA computes gradients of i
 from kdjax.attributions.gradients import gradient_times_input as gradient_times_input
 from kdjax.attributions.gradients import input_gradients as input_gradients
 from kdjax.attributions.gradients import smoothgrad as smoothgrad
+from kdjax.attributions.gradients import trainable_input_gradients as trainable_input_gradients
 from kdjax.attributions.integrated import Attributions as Attributions
 from kdjax.attributions.integrated import adaptive_integrated_gradients as adaptive_integrated_gradients
 from kdjax.attributions.integrated import class_score as class_score

@@ -1,6 +1,8 @@
 """What stands beside integrated gradients: plain gradients, and averages over noisy inputs."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,53 @@ def input_gradients(
     """
     score = check_score(score_fn, inputs, targets)
     return jax.grad(lambda x: jnp.sum(score(x)))(inputs)
+
+
+def trainable_input_gradients(
+    score_fn: Callable[..., Array], params: PyTree, inputs: Float[Array, "batch ..."], *constants: Any
+) -> Float[Array, "batch ..."]:
+    """:func:`input_gradients` as a term of a loss: what is made of them can be differentiated with respect to weights.
+
+    For a cotangent v of these gradients that takes the derivative of the score's gradient as the inputs move along v:
+    forward over reverse mode. ``jax.grad`` of :func:`input_gradients` would be reverse over reverse, of which the
+    second-order convolutions have no fast form on a CPU within a loop, where :func:`kdjax.train.fit` trains.
+
+    A student is drawn to a teacher's map so, times the input, as in :func:`kdjax.losses.attribution_map`::
+
+        def score(params, images, labels):
+            return jnp.take_along_axis(network(params, images), labels[:, None], axis=-1)
+
+        def loss(params, images, labels, teacher_map):
+            slope = attributions.trainable_input_gradients(score, params, images, labels)
+            own = losses.attribution_map(slope * images)
+            return jnp.mean(losses.map_distance(own, losses.attribution_map(teacher_map)))
+
+    Args:
+      score_fn: ``score_fn(params, inputs, *constants)``, of any shape: what is differentiated is its sum. Of layers
+        from :mod:`kdjax.models.layers`, whose gradients can be differentiated forwards, or of JAX's own.
+      params: a pytree of floating-point arrays.
+      inputs: what to differentiate by first.
+      constants: anything else, such as labels, batch statistics and keys. No gradient reaches them.
+
+    References:
+      Drucker, Le Cun, `Improving generalization performance using double backpropagation
+      <https://doi.org/10.1109/72.165600>`_, 1992; Pearlmutter, `Fast exact multiplication by the Hessian
+      <https://doi.org/10.1162/neco.1994.6.1.147>`_, 1994; maps as a loss: Ross, Hughes, Doshi-Velez, `Right for the
+      Right Reasons <https://arxiv.org/abs/1703.03717>`_, 2017.
+    """
+
+    def gradients(wanted, params, inputs, *constants):
+        return jax.grad(lambda p, x: jnp.sum(score_fn(p, x, *constants)), wanted)(params, inputs)
+
+    slope = jax.custom_vjp(functools.partial(gradients, 1))
+
+    def backward(saved, v):
+        params, inputs, *constants = saved
+        _, moved = jax.jvp(lambda x: gradients((0, 1), params, x, *constants), (inputs,), (v,))
+        return *moved, *[None] * len(constants)
+
+    slope.defvjp(lambda *arguments: (slope(*arguments), arguments), backward)
+    return slope(params, inputs, *constants)
 
 
 def gradient_times_input(
