@@ -229,7 +229,7 @@ def recipe() -> common.Recipe:
         schedule=SCHEDULE.value,
         padding=PADDING.value,
         flip=FLIP.value,
-        evaluate_every=1 if SMOKE.value else min(EPOCHS.value, 5),
+        evaluate_every=1 if SMOKE.value else min(EPOCHS.value, max(5, EPOCHS.value // 10)),
         steps_per_dispatch=STEPS_PER_DISPATCH.value,
         save_every_s=SAVE_EVERY.value,
     )
