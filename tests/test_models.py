@@ -208,6 +208,16 @@ def test_cpu_gradients_hold_no_convolution_that_is_slow_in_loops(channels):
         )
 
 
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_a_depthwise_gradient_pads_once(strides):
+    """Pads of nine parts would be fused with the ReLUs around them, which is slow, as benchmarks.layers shows."""
+    x, kernel = normal(0, 2, 8, 8, 4), normal(1, 3, 3, 1, 4)
+    options = {"strides": strides, "pads": ((1, 1), (1, 1))}
+    dy = layers._cpu_depthwise(x, kernel, **options)
+    dx = jax.make_jaxpr(functools.partial(layers._cpu_depthwise_dx, **options))(x, kernel, dy)
+    assert [str(equation.primitive) for equation in dx.jaxpr.eqns].count("pad") == 1
+
+
 def test_hessian_vector_products_pass_the_gradient_rules():
     x, kernel, tangent = normal(0, 3, 6, 6, 2), normal(1, 3, 3, 2, 3), normal(2, 3, 3, 2, 3)
 

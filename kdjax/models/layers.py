@@ -258,8 +258,8 @@ def _unwindow(
 
 
 def _every(strides: Pair, size: Sequence[int]) -> Pair:
-    """Rows and columns that are left of a map if every second, say, is taken, from the first."""
-    height, width = (-(-all_ // step) for all_, step in zip(size, strides, strict=True))
+    """Rows and columns that are left of a map of which one in a stride is taken, from the first."""
+    height, width = (-(-whole // step) for whole, step in zip(size, strides, strict=True))
     return height, width
 
 
@@ -343,9 +343,7 @@ def _cpu_conv_dx(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) 
             (size - 1 - pad[0], size - 1 - pad[1]) for size, pad in zip(window, pads, strict=True)
         )
         return _cpu_conv(dy, turned, (1, 1), ((top, bottom), (left, right)))
-    matrix = kernel.reshape(-1, features).T
-
-    size = _every(strides, x.shape[1:3])
+    matrix, size = kernel.reshape(-1, features).T, _every(strides, x.shape[1:3])
 
     def some(dy):
         parts = (dy.reshape(-1, features) @ matrix).reshape(*dy.shape[:3], -1, channels)
@@ -354,8 +352,8 @@ def _cpu_conv_dx(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) 
             *((dy.shape[0], *x.shape[1:]), _pair(window), strides, pads),
         )
 
-    bytes_ = _patch_bytes(x, _pair(window), strides, pads)
-    return _in_chunks(some, dy, _num_chunks(x.shape[0], bytes_))
+    chunks = _num_chunks(x.shape[0], _patch_bytes(x, _pair(window), strides, pads))
+    return _in_chunks(some, dy, chunks)
 
 
 def _cpu_conv_dw(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) -> Array:
