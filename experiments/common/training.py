@@ -199,8 +199,9 @@ def tensorboard(directory: Path) -> Iterator[None]:
             arm, seed = label.rsplit(", seed ", 1)
             # Files are named by the second, in which a training may be stopped and continued; the later would
             # overwrite the earlier.
-            options: Any = {"purge_step": step, "filename_suffix": f".{step:09d}"}
-            writers[label] = SummaryWriter(str(directory / arm / seed), **options)
+            writers[label] = SummaryWriter(
+                str(directory / arm / seed), purge_step=step, filename_suffix=f".{step:09d}"
+            )
         for name in sorted(record.keys() - {"epoch", "step"}):
             tag = name.replace("validation_", "validation/") if "validation" in name else f"training/{name}"
             writers[label].add_scalar(tag, record[name], step)

@@ -347,10 +347,11 @@ def _cpu_conv_dx(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) 
 
     def some(dy):
         parts = (dy.reshape(-1, features) @ matrix).reshape(*dy.shape[:3], -1, channels)
-        return _unwindow(
-            lambda place, by: _moved(parts[..., place, :], by, size),
-            *((dy.shape[0], *x.shape[1:]), _pair(window), strides, pads),
-        )
+
+        def part(place, by):
+            return _moved(parts[..., place, :], by, size)
+
+        return _unwindow(part, (dy.shape[0], *x.shape[1:]), _pair(window), strides, pads)
 
     chunks = _num_chunks(x.shape[0], _patch_bytes(x, _pair(window), strides, pads))
     return _in_chunks(some, dy, chunks)
