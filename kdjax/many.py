@@ -121,7 +121,8 @@ def feed(feeds: Sequence[Feed]) -> Feed:
         arguments = [one.at(step) for one in feeds]
         return arguments[0][0], np.stack([index for _, index in arguments], axis=-1)
 
-    return Feed(steps[0], at)
+    identity = {name: [one.identity.get(name) for one in feeds] for name in feeds[0].identity}
+    return Feed(steps[0], at, identity)
 
 
 def fit(run: Callable[..., Any], states: TrainState, feed: Feed, **options: Any) -> list[train.Fitted]:

@@ -238,7 +238,7 @@ class TestResuming:
         whole, _ = fitting()
         with pytest.raises(SystemExit) as stopped:
             fitting(tmp_path, stop_after=stop_after)
-        assert stopped.value.code == 0
+        assert stopped.value.code == 143
         resumed, calls = fitting(tmp_path)
         assert 0 < sum(calls) < 16, "the resumed run began again from the start"
         for a, b in zip(whole, resumed, strict=True):

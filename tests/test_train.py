@@ -303,7 +303,7 @@ class TestFit:
         whole, _ = fitting()
         with pytest.raises(SystemExit) as stopped:
             fitting(tmp_path, stop_after=stop_after)
-        assert stopped.value.code == 0
+        assert stopped.value.code == 143
         resumed, calls = fitting(tmp_path)
         assert sum(steps for steps, _ in calls) < 30, "the resumed run began again from the start"
         assert_same(whole, resumed)
