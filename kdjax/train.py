@@ -306,17 +306,9 @@ def fit(
         )
     unread: tuple[int, Metrics] | None = None  # of the newest dispatch: the step after it, and its metrics
 
-    def settled() -> _Position:
-        """The position with all metrics read, if the state is worth keeping."""
-        found = _read(position, unread, state, finite_before)
-        _check_finite(state, finite_before, step)
-        return found
-
     def evaluated() -> tuple[_Position, Weights]:
         weights = weights_of(state)
-        scores = evaluate(*weights)
-        dead, _ = _broken(state, finite_before)
-        return _with_scores(position, best, weights, scores, dead=dead, epoch=step // feed.steps_per_epoch)
+        return _with_scores(position, best, weights, evaluate(*weights), epoch=step // feed.steps_per_epoch)
 
     with stop_requests() as stop_requested:
         while step < end:
@@ -327,15 +319,17 @@ def fit(
             step, unread = step + steps, (step + steps, metrics)
             epoch, rest = divmod(step, feed.steps_per_epoch)
             if rest == 0:
-                position, unread = settled(), None
-                position = _with_record(position, epoch, feed.steps_per_epoch)
+                position, unread = _read(position, unread, state, finite_before), None
+                lost = _check_finite(state, finite_before, step)
+                position = _with_record(position, lost, epoch, feed.steps_per_epoch)
                 if evaluate is not None and (epoch % evaluate_every == 0 or step == end):
                     position, best = evaluated()
             progress(steps, position.history[-1] if position.history else {})
             stop = stop_requested(step)
             if directory is not None and (stop or step == end or time.monotonic() - last_save > save_every_s):
-                position, unread = _on_machine(settled(), state), None
-                tree = {"state": state, "best": best}
+                position, unread = _read(position, unread, state, finite_before), None
+                _check_finite(state, finite_before, step)
+                position, tree = _on_machine(position, state), {"state": state, "best": best}
                 checkpoints.save(directory, step, tree, meta=position._asdict(), identity=identity)
                 last_save = time.monotonic()
             if stop:
@@ -396,11 +390,12 @@ def _broken(state: TrainState, finite_before: Mapping[str, np.ndarray]) -> tuple
     return np.asarray(np.any([*broken.values()], axis=0)), first
 
 
-def _check_finite(state: TrainState, finite_before: Mapping[str, np.ndarray], step: int) -> None:
-    """Raises a NonFiniteLoss unless there is a training that holds finite numbers only."""
-    dead, name = _broken(state, finite_before)
-    if dead.all():
+def _check_finite(state: TrainState, finite_before: Mapping[str, np.ndarray], step: int) -> np.ndarray:
+    """Which trainings hold numbers that are not finite; a NonFiniteLoss if all do."""
+    lost, name = _broken(state, finite_before)
+    if lost.all():
         raise _diverged(name, step - 1, "though its loss and gradient are finite")
+    return lost
 
 
 def _diverged(what: str, step: int, values: str) -> NonFiniteLoss:
@@ -466,20 +461,17 @@ def _number(value: Any) -> Any:
     return np.asarray(value).tolist()
 
 
-def _with_record(position: _Position, epoch: int, steps: int) -> _Position:
-    """Closes an epoch: its sums become the means of its record."""
-    means = {name: _number(np.asarray(total) / steps) for name, total in position.sums.items()}
+def _with_record(position: _Position, lost: np.ndarray, epoch: int, steps: int) -> _Position:
+    """Closes an epoch: its sums become the means of its record, NaN for a training that is lost."""
+    means = {
+        name: _number(np.where(lost, np.nan, np.asarray(total) / steps))
+        for name, total in position.sums.items()
+    }
     return position._replace(history=[*position.history, {"epoch": float(epoch), **means}], sums={})
 
 
 def _with_scores(
-    position: _Position,
-    best: Weights,
-    weights: Weights,
-    scores: Mapping[str, Any],
-    *,
-    dead: np.ndarray,
-    epoch: int,
+    position: _Position, best: Weights, weights: Weights, scores: Mapping[str, Any], *, epoch: int
 ) -> tuple[_Position, Weights]:
     """Adds the scores to the newest record, and takes over the weights if they are the best; each training by itself."""
     if position.monitor not in scores:
@@ -487,9 +479,10 @@ def _with_scores(
             f"fit chooses the best weights by monitor={position.monitor!r}, and evaluate returned only "
             f"{', '.join(sorted(scores))}: name one of these."
         )
-    scores = {name: np.where(dead, np.nan, value) for name, value in scores.items()}
-    record = {f"validation_{name}": _number(value) for name, value in scores.items()}
     newest = position.history[-1] if position.history else {"epoch": float(epoch)}
+    lost = np.isnan(newest.get("loss", 0.0))  # the argmax of NaN is a class too, and may be right
+    scores = {name: np.where(lost, np.nan, value) for name, value in scores.items()}
+    record = {f"validation_{name}": _number(value) for name, value in scores.items()}
     score = scores[position.monitor]
     held = np.asarray(np.nan if position.best_value is None else position.best_value)
     better = np.isnan(held) | (score > held)
@@ -576,7 +569,7 @@ def _path(path: tuple[Any, ...]) -> str:
 
 def _on_machine(position: _Position, state: TrainState) -> _Position:
     """Notes if the steps before this checkpoint were computed in another way than those before the last."""
-    devices = state.step.sharding.device_set
+    devices = jnp.asarray(state.step).devices()
     kind, alone = next(iter(devices)).device_kind, jax.process_count() == 1
     machine = {"devices": len(devices), "kind": kind, "processes": jax.process_count(), "jax": jax.__version__}
     if kind == "cpu" and alone:  # XLA cuts sums by the number of cores; hosts of a pod may differ in it
