@@ -60,7 +60,7 @@ def main() -> None:
     task = common.make_task(DATASET.value, data_dir=DATA_DIR.value, num_train=256 if SMOKE.value else None)
     if OMITTED.value >= task.source.num_classes:
         raise ValueError(f"--omitted={OMITTED.value} is none of the {task.source.num_classes} classes.")
-    workdir = common.claim_workdir(WORKDIR.value, settings)
+    workdir = common.claim_workdir(WORKDIR.value, settings | {"data": task.fingerprint})
     networks = {name: common.build(f"hinton_{name}", task) for name in ("teacher", "student")}
     seeds = range(1 if SMOKE.value else NUM_SEEDS.value)
     teacher_recipe, student_recipe = (
@@ -90,7 +90,10 @@ def main() -> None:
             arm = f"{name}{what}"
             arms[arm] = [
                 common.make_trainer(seen, networks["student"], objective, student_recipe, taught[n])(
-                    n, workdir / arm.replace(", ", "_").replace(" ", "_") / str(n), f"{arm}, seed {n}"
+                    n,
+                    workdir / arm.replace(", ", "_").replace(" ", "_") / str(n),
+                    f"{arm}, seed {n}",
+                    settings,
                 )
                 for n in seeds
             ]

@@ -84,13 +84,13 @@ def save(
     if step < 0 or keep < 1:
         raise ValueError(f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}.")
     arrays = {name: np.array(value, copy=not block) for name, value in _host_arrays(tree).items()}
-    meta, identity = files.json_ready(meta), files.json_ready(dict(identity or {}))
-    if jax.process_count() > 1 and not _identical(json.dumps([step, meta, identity]) + digest_tree(arrays)):
+    meta, owner = files.json_ready(meta), files.json_ready(dict(identity or {}))
+    if jax.process_count() > 1 and not _identical(json.dumps([step, meta, owner]) + digest_tree(arrays)):
         raise ValueError(
             f"the state of step {step} differs between processes, so no single checkpoint describes the run: "
             "give every process the same seed and average gradients and statistics over all of them."
         )
-    job = functools.partial(_write, files.as_path(directory), step, arrays, meta, identity, keep)
+    job = functools.partial(_write, files.as_path(directory), step, arrays, meta, owner, keep)
     _pending = _start(job if jax.process_index() == 0 else lambda: None, background=not block)
     if block:
         wait()
@@ -367,9 +367,7 @@ def _checked_manifest(step_path: Any, identity: Mapping[str, Any] | None) -> dic
     return manifest
 
 
-def _try_read(
-    step_path: Any, target: PyTree, identity: Mapping[str, Any] | None
-) -> tuple[str | None, Any]:
+def _try_read(step_path: Any, target: PyTree, identity: Mapping[str, Any] | None) -> tuple[str | None, Any]:
     """What is wrong with a step on any process, or None and its tree and meta."""
     problem, manifest, arrays = None, {}, {}
     try:

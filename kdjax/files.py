@@ -1,6 +1,6 @@
 """Files that are whole or absent: every write goes under a temporary name and is renamed, here or in a bucket.
 
-What is written to be read again is *sealed*: it holds the digest of its content, and the identity of what it belongs to.
+What is written to be read again is *sealed*: it holds the digest of its content and the identity of what it belongs to.
 """
 
 import contextlib

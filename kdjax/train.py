@@ -275,8 +275,8 @@ def fit(
         keeps.
       directory: of this run's checkpoints; None keeps nothing on disk. A run killed at any moment and started again
         with the same arguments ends bitwise equal to one that was not.
-      identity: what the run is made from, and which one it is, as JSON: data (:func:`kdjax.data.fingerprint`), settings,
-        arm, seed. Checkpoints in ``directory`` of another identity are refused.
+      identity: what the run is made from and which one it is, as JSON: data (:func:`kdjax.data.fingerprint`),
+        settings, arm, seed. Checkpoints in ``directory`` of another identity are refused.
       save_every_s: least seconds between two checkpoints; one is also written at the end and on SIGTERM or Ctrl-C.
       between: called after each dispatch with the state and the steps done, returns the state to go on with. What is
         slow inside compiled loops, such as convolutions in ``jax.lax.cond`` on a CPU, is done here now and then.
@@ -480,7 +480,7 @@ def _with_scores(
             f"{', '.join(sorted(scores))}: name one of these."
         )
     newest = position.history[-1] if position.history else {"epoch": float(epoch)}
-    lost = np.isnan(newest.get("loss", 0.0))  # the argmax of NaN is a class too, and may be right
+    lost = ~np.isfinite(newest.get("loss", 0.0))  # the argmax of NaN is a class too, and may be right
     scores = {name: np.where(lost, np.nan, value) for name, value in scores.items()}
     record = {f"validation_{name}": _number(value) for name, value in scores.items()}
     score = scores[position.monitor]

@@ -26,8 +26,8 @@ def fingerprint(
         third of a second.
 
     Returns:
-      ``shape`` of the images, ``classes``, ``content`` (images, labels, keys), ``class_names``, ``splits`` (all digests)
-      and the size of each split.
+      ``shape`` of the images, number of ``classes``, size of each split; as digests ``content`` (images, labels, keys),
+      ``class_names`` and ``splits``.
     """
     ids = hashlib.sha256()
     for name in sorted(split):
