@@ -129,7 +129,7 @@ def fit(run: Callable[..., Any], states: TrainState, feed: Feed, **options: Any)
     """:func:`kdjax.train.fit` for many trainings: one checkpoint of all, each with its own best epoch and history.
 
     A training whose loss or weights become NaN or infinite does not stop the others, nor change them. Its records are
-    NaN from that epoch on, so that its best weights are from before; a warning and its ``notes`` name it at the end, and
+    NaN from that epoch on, and its best weights are from before. A warning and its ``notes`` name it at the end, and
     :func:`diverged_at` finds the epoch.
 
     Args:
@@ -157,7 +157,9 @@ def fit(run: Callable[..., Any], states: TrainState, feed: Feed, **options: Any)
         for k in range(count)
     ]
     weights = (unstack(whole.last), unstack(whole.best))
-    found = [train.Fitted(*parts, whole.notes) for parts in zip(*weights, best_epochs, histories, strict=True)]
+    found = [
+        train.Fitted(*parts, whole.notes) for parts in zip(*weights, best_epochs, histories, strict=True)
+    ]
     bad = {k: epoch for k, fitted in enumerate(found) if (epoch := diverged_at(fitted)) is not None}
     for k, epoch in bad.items():
         note = f"diverged in epoch {epoch}: its loss or weights are not finite"
@@ -173,7 +175,7 @@ def fit(run: Callable[..., Any], states: TrainState, feed: Feed, **options: Any)
 
 
 def diverged_at(fitted: train.Fitted) -> int | None:
-    """The first epoch whose mean training loss is not finite, or after which its weights are not; None if there is none."""
+    """The epoch in which its loss or weights became NaN or infinite, None if there is none."""
     return next((int(r["epoch"]) for r in fitted.history if not math.isfinite(r["loss"])), None)
 
 

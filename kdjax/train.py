@@ -172,11 +172,16 @@ def make_run(
 
 
 def _norm(grads: Params) -> Array:
-    """The norm of all gradients together, in float32 or better; infinite only if it is too large itself."""
+    """The norm of all gradients together, in float32 or better; infinite or NaN only if a gradient is."""
     grads = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
     norm = optax.tree.norm(grads)
-    # Squares overflow from 2^64 on, where a gradient is useless but no infinity; scaled by a power of 2, it is exact.
-    return jnp.where(jnp.isinf(norm), 2.0**70 * optax.tree.norm(optax.tree.scale(2.0**-70, grads)), norm)
+
+    def scaled():  # from 2^64 on squares overflow, though the gradients are numbers
+        largest = optax.tree.norm(grads, ord=jnp.inf)
+        relative = largest * optax.tree.norm(jax.tree.map(lambda g: g / largest, grads))
+        return jnp.where(jnp.isfinite(largest), relative, largest)
+
+    return jax.lax.cond(jnp.isfinite(norm), lambda: norm, scaled)
 
 
 def _step_key(state: TrainState, purpose: int) -> jax.Array:
@@ -225,13 +230,13 @@ class _Position(NamedTuple):
     epochs: int  # that were asked for
     monitor: str | None  # None without an evaluation
     hyperparameters: dict[str, Any]  # the injected ones, as they were asked for: a run may change its own
-    history: list[dict[str, float]] = []
-    sums: dict[str, Any] = {}  # of the unfinished epoch's metrics
-    best_value: Any = None  # None before the first evaluation
-    best_epoch: Any = 0
-    skipped: Any = 0  # steps whose gradient was not finite, which the optimizer survived
-    machine: dict[str, Any] = {}  # that computed the steps before the newest checkpoint
-    notes: list[str] = []
+    machine: dict[str, Any]  # that computed the steps before the newest checkpoint
+    history: list[dict[str, float]]
+    sums: dict[str, Any]  # of the unfinished epoch's metrics
+    skipped: Any  # steps whose gradient was not finite, which the optimizer left out
+    best_value: Any  # None before the first evaluation
+    best_epoch: Any
+    notes: list[str]
 
 
 def fit(
@@ -294,17 +299,21 @@ def fit(
     """
     _check_options(feed, epochs=epochs, evaluate_every=evaluate_every, save_every_s=save_every_s)
     identity = _identity(state, feed, identity)
-    asked = _Position(epochs, None if evaluate is None else monitor, _hyperparameters(state.opt_state))
-    best, position, finite_before = _copy(weights_of(state)), asked, _finite(state)
+    asked = (epochs, monitor if evaluate else None, _hyperparameters(state.opt_state))
+    position = _Position(*asked, {}, [], {}, 0, None, 0, [])
+    best, finite_before = _copy(weights_of(state)), _finite(state)
     if directory is not None:
-        state, best, position = _restored(directory, state, best, asked, identity)
-    step, end, last_save = _step_of(state), epochs * feed.steps_per_epoch, time.monotonic()
+        state, best, position = _restored(directory, state, best, position, identity)
+    step, end, last_save = int(np.ravel(state.step)[0]), epochs * feed.steps_per_epoch, time.monotonic()
     if step > end:
         raise ValueError(
             f"{directory or 'the state'} is at step {step} already, and epochs={epochs} are {end} steps: use epochs="
             f"{-(-step // feed.steps_per_epoch)} or more, or start anew."
         )
     unread: tuple[int, Metrics] | None = None  # of the newest dispatch: the step after it, and its metrics
+
+    def read() -> _Position:
+        return _read(position, unread, state, finite_before)
 
     def evaluated() -> tuple[_Position, Weights]:
         weights = weights_of(state)
@@ -315,11 +324,11 @@ def fit(
             state, metrics = run(state, *feed.at(step))
             steps = len(metrics["loss"])
             state = between(state, step + steps)
-            position = _read(position, unread, state, finite_before)
-            step, unread = step + steps, (step + steps, metrics)
+            position, step = read(), step + steps
+            unread = step, metrics
             epoch, rest = divmod(step, feed.steps_per_epoch)
             if rest == 0:
-                position, unread = _read(position, unread, state, finite_before), None
+                position, unread = read(), None
                 lost = _check_finite(state, finite_before, step)
                 position = _with_record(position, lost, epoch, feed.steps_per_epoch)
                 if evaluate is not None and (epoch % evaluate_every == 0 or step == end):
@@ -327,19 +336,21 @@ def fit(
             progress(steps, position.history[-1] if position.history else {})
             stop = stop_requested(step)
             if directory is not None and (stop or step == end or time.monotonic() - last_save > save_every_s):
-                position, unread = _read(position, unread, state, finite_before), None
+                position, unread = read(), None
                 _check_finite(state, finite_before, step)
                 position, tree = _on_machine(position, state), {"state": state, "best": best}
                 checkpoints.save(directory, step, tree, meta=position._asdict(), identity=identity)
                 last_save = time.monotonic()
             if stop:
                 raise Stopped(stop, step, saved=directory is not None)
-    if evaluate is not None and not _is_evaluated(position):  # a longer run was stopped here, between evaluations
+    if evaluate is not None and not _is_evaluated(
+        position
+    ):  # a longer run was stopped here, between evaluations
         position, best = evaluated()
     last = weights_of(state)
-    notes = (*position.notes, *_closing_notes(position, state, end))
     if evaluate is None:
-        return Fitted(last, last, epochs, position.history, notes)
+        best, position = last, position._replace(best_epoch=epochs)
+    notes = (*position.notes, *_closing_notes(position, state, end))
     return Fitted(last, best, position.best_epoch, position.history, notes)
 
 
@@ -350,10 +361,6 @@ def _check_options(feed: Feed, *, save_every_s: float, **whole: int) -> None:
             raise ValueError(f"fit needs {name} to be a whole number of 1 or more, got {value!r}.")
     if not save_every_s >= 0:
         raise ValueError(f"fit needs save_every_s to be 0 seconds or more, got {save_every_s}.")
-
-
-def _step_of(state: TrainState) -> int:
-    return int(np.ravel(state.step)[0])
 
 
 # What must be finite
@@ -473,7 +480,7 @@ def _with_record(position: _Position, lost: np.ndarray, epoch: int, steps: int) 
 def _with_scores(
     position: _Position, best: Weights, weights: Weights, scores: Mapping[str, Any], *, epoch: int
 ) -> tuple[_Position, Weights]:
-    """Adds the scores to the newest record, and takes over the weights if they are the best; each training by itself."""
+    """Adds scores to the newest record and takes over the weights if they are the best; each training by itself."""
     if position.monitor not in scores:
         raise ValueError(
             f"fit chooses the best weights by monitor={position.monitor!r}, and evaluate returned only "
@@ -521,7 +528,7 @@ def _identity(state: TrainState, feed: Feed, given: Mapping[str, Any] | None) ->
 def _restored(
     directory: Path, state: TrainState, best: Weights, asked: _Position, identity: Mapping[str, Any]
 ) -> tuple[TrainState, Weights, _Position]:
-    """The newest checkpoint, with what may have changed since as it is asked for now, and a note of it."""
+    """The newest checkpoint; what may differ from it is as it is asked for now, and noted."""
     found = checkpoints.restore(directory, {"state": state, "best": best}, identity=identity)
     if found is None:
         return state, best, asked
@@ -533,21 +540,21 @@ def _restored(
         )
     before, after = there.hyperparameters, asked.hyperparameters
     changed = [name for name in after if after[name] != before.get(name)]
+    opt_state = jax.tree_util.tree_map_with_path(
+        lambda path, old, new: new if _path(path) in changed else old, restored.opt_state, state.opt_state
+    )
     notes = there.notes + [
-        f"{name} was {_said(before.get(name))} up to step {found.step} and is {_said(after[name])} from there on"
+        f"{name} was {_brief(before.get(name))} up to step {found.step} and is {_brief(after[name])} from there on"
         for name in changed
     ]
     if there.epochs != asked.epochs:
         notes.append(
-            f"up to step {found.step} the run was to have {there.epochs} epochs, and has {asked.epochs}: a schedule that "
-            "depends on its length, such as a cosine, took another course than in one run of that length"
+            f"up to step {found.step} the run was to have {there.epochs} epochs, and now has {asked.epochs}: a "
+            "schedule that depends on the length took another course than in one run of this length"
         )
-    opt_state = jax.tree_util.tree_map_with_path(
-        lambda path, old, new: new if _path(path) in changed else old, restored.opt_state, state.opt_state
-    )
-    asked = asked._replace(monitor=asked.monitor or there.monitor)
-    now = {name: getattr(asked, name) for name in ("epochs", "monitor", "hyperparameters")}
-    return restored._replace(opt_state=opt_state), best, there._replace(notes=notes, **now)
+    position = there._replace(epochs=asked.epochs, hyperparameters=after, notes=notes)
+    position = position._replace(monitor=asked.monitor or there.monitor)
+    return restored._replace(opt_state=opt_state), best, position
 
 
 def _hyperparameters(opt_state: optax.OptState) -> dict[str, Any]:
@@ -559,8 +566,8 @@ def _hyperparameters(opt_state: optax.OptState) -> dict[str, Any]:
     }
 
 
-def _said(value: Any) -> str:
-    return str(np.asarray(value, np.float32))
+def _brief(value: Any) -> str:
+    return str(np.asarray(value, np.float32))  # .1, where a float64 of it has 17 digits
 
 
 def _path(path: tuple[Any, ...]) -> str:
@@ -568,36 +575,40 @@ def _path(path: tuple[Any, ...]) -> str:
 
 
 def _on_machine(position: _Position, state: TrainState) -> _Position:
-    """Notes if the steps before this checkpoint were computed in another way than those before the last."""
+    """Notes if the steps since the last checkpoint were computed by other means than those before it."""
     devices = jnp.asarray(state.step).devices()
-    kind, alone = next(iter(devices)).device_kind, jax.process_count() == 1
-    machine = {"devices": len(devices), "kind": kind, "processes": jax.process_count(), "jax": jax.__version__}
-    if kind == "cpu" and alone:  # XLA cuts sums by the number of cores; hosts of a pod may differ in it
-        machine["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    notes = position.notes
+    kind, processes = next(iter(devices)).device_kind, jax.process_count()
+    machine = {"kind": kind, "devices": len(devices), "processes": processes, "jax": jax.__version__}
+    if kind == "cpu" and processes == 1:  # XLA cuts sums by cores there; hosts of a pod may differ in them
+        machine["cores"] = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
+    notes = list(position.notes)
     if position.machine and (moved := files.differences(position.machine, machine)):
-        notes = [*notes, f"the run went on by other means than it began with ({moved}), so it is not bitwise repeatable"]
+        notes.append(
+            f"the run was resumed by other means ({moved}): its numbers are not bitwise those of an unbroken run"
+        )
         warnings.warn(notes[-1], stacklevel=3)
     return position._replace(machine=machine, notes=notes)
 
 
 def _closing_notes(position: _Position, state: TrainState, steps: int) -> list[str]:
-    """What the end of a run shows about it."""
-    notes = []
+    """What the end of a run tells about it, with a warning of what cannot have been meant."""
+    serious = []
     if position.best_value is not None and np.all(np.isnan(position.best_value)):
-        notes.append(f"{position.monitor} was NaN in every evaluation, so the best weights are the last")
-        warnings.warn(notes[-1], stacklevel=3)
-    updates = [
-        leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
-        if getattr(path[-1], "name", None) == "gradient_step"
-    ]
+        serious.append(f"{position.monitor} was NaN in every evaluation, so the best weights are the last")
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    updates = [leaf for path, leaf in leaves if path and getattr(path[-1], "name", None) == "gradient_step"]
     if updates and not np.any(updates):
-        notes.append(
-            f"nothing was trained: optax.MultiSteps gathers the gradients of more steps than the {steps} of this run "
-            "before it makes an update"
+        serious.append(
+            f"nothing was trained: optax.MultiSteps gathers more gradients for its first update than the {steps} of "
+            "this run"
         )
-        warnings.warn(notes[-1], stacklevel=3)
-    if np.ndim(position.skipped) == 0 and position.skipped:
-        notes.append(f"the gradient was not finite in {position.skipped} of {steps} steps, which the optimizer left out")
-    return notes
+    for note in serious:
+        warnings.warn(note, stacklevel=3)
+    if np.ndim(position.skipped) or not position.skipped:
+        return serious
+    left_out = (
+        f"the gradient was not finite in {position.skipped} of {steps} steps; the optimizer left it out"
+    )
+    return [*serious, left_out]

@@ -28,8 +28,8 @@ def epoch_index(ids: np.ndarray, *, seed: int, epoch: int, batch_size: int) -> n
       int32[n // batch_size, batch_size] (one row at least).
 
     Raises:
-      ValueError: if there are no ids, they are not whole numbers, the batch size is not positive, or the seed is not one
-        of 32 bits.
+      ValueError: if there are no ids, they are not row numbers, the batch size is not positive, or the seed does not
+        fit into 32 bits.
     """
     ids = _checked_ids("epoch_index", ids, batch_size)
     generator = np.random.Generator(np.random.Philox(key=(check_seed("epoch_index", seed), epoch)))
@@ -47,7 +47,7 @@ def evaluation_index(ids: np.ndarray, *, batch_size: int) -> tuple[np.ndarray, n
       int32[batches, batch_size] and the float32 mask of the same shape, 1 where the row counts.
 
     Raises:
-      ValueError: if there are no ids, they are not whole numbers, or the batch size is not positive.
+      ValueError: if there are no ids, they are not row numbers, or the batch size is not positive.
     """
     ids = _checked_ids("evaluation_index", ids, batch_size)
     padding = -len(ids) % batch_size
