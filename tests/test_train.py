@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -512,6 +513,31 @@ class TestNothingBrokenIsKept:
 class TestResuming:
     """A run is the run that its directory holds, or is refused."""
 
+    @pytest.mark.parametrize("save_every_s", [0.0, 1e9])
+    @pytest.mark.parametrize("killed_after", [1, 4, 5, 8])
+    def test_killed_without_warning_twice_it_ends_bitwise_equal(self, tmp_path, killed_after, save_every_s):
+        class Killed(Exception):
+            pass
+
+        def evaluate(params, state):  # NaN at first, so that what is best is resumed too
+            size = float(np.abs(np.asarray(params["kernel"])).sum())
+            return {"accuracy": size if size < 12.2 else np.nan}
+
+        def dying(steps, record):
+            left.pop()
+            if not left:
+                raise Killed
+
+        tx = optax.inject_hyperparams(optax.adam)(optax.cosine_decay_schedule(0.1, 15))
+        options = {"evaluate": evaluate, "save_every_s": save_every_s}
+        for _ in range(2):
+            left = [None] * killed_after
+            with pytest.raises(Killed):
+                fit_with(tx, progress=dying, directory=tmp_path, **options)
+        resumed = fit_with(tx, directory=tmp_path, **options)
+        assert_same(resumed, fit_with(tx, **options))
+        assert resumed.notes == ()
+
     def feed(self, **changed):
         options = {"seed": 3, "batch_size": 8, "ids": np.arange(40)} | changed
         return data.resident_feed(examples(), options.pop("ids"), **options)
@@ -677,6 +703,11 @@ class TestStopping:
         finally:
             signal.signal(signal.SIGINT, previous)
         assert len(fitted.history) == 6
+
+    def test_an_interactive_session_keeps_its_own_ctrl_c(self, monkeypatch):
+        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            fitting(stop_after=2, stop_by=signal.SIGINT)
 
     def test_other_threads_leave_the_handlers_alone(self):
         before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
