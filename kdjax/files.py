@@ -140,7 +140,7 @@ def write_bytes(path: Any, data: bytes) -> None:
 def json_ready(value: Any) -> Any:
     """Returns the value as JSON will give it back, or raises a ValueError."""
     try:
-        return json.loads(json.dumps(value, sort_keys=True))
+        return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"meta and settings must be plain JSON (numbers, text, lists, dicts): {error}."

@@ -145,7 +145,8 @@ def taught_by(
 
         def answer(weights: train.Weights, inputs):
             # The student's normalisation undone and the teacher's applied, so that both see the same picture.
-            pixels = 255 * (inputs * jnp.float32(task.std) + jnp.float32(task.mean))
+            mean, std = (jnp.float32(values)[None, None, None] for values in (task.mean, task.std))
+            pixels = 255 * (inputs * std + mean)
             outputs, _ = apply_fn(*weights, data.normalise(pixels, **own), train=False)
             return told(outputs)
 

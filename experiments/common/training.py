@@ -275,9 +275,9 @@ def make_trainer(
 ) -> Callable[..., Trained]:
     """Builds ``(seed, directory, label, settings={}) -> Trained``; its programs are compiled once for all seeds.
 
-    The directory ends with ``checkpoints/``, ``summary.json``, ``weights/`` and ``network.json``. A finished run is read
-    back, not run again, where these are whole and were written for this label, seed, network, recipe, data, teacher and
-    ``settings``, whatever else decides its numbers. ``companions`` is a module of further terms, as
+    The directory ends with ``checkpoints/``, ``summary.json``, ``weights/`` and ``network.json``. A finished run is
+    read back, not run again, where these are whole and were written for this label, seed, network, recipe, data,
+    teacher and ``settings`` (whatever else decides its numbers). ``companions`` is a module of further terms, as
     :func:`experiments.common.arms.make_arm` makes it. The final metrics are measured on ``split``: with ``validation``
     nothing is ever asked of the test split.
 

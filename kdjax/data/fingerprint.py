@@ -29,14 +29,19 @@ def fingerprint(
       ``shape`` of the images, number of ``classes``, size of each split; as digests ``content`` (images, labels, keys),
       ``class_names`` and ``splits``.
     """
-    ids = hashlib.sha256()
-    for name in sorted(split):
-        ids.update(f"{name}{len(split[name])} ".encode() + np.asarray(split[name], "<i8").tobytes())
+    ids = b"".join(f"{name} {len(split[name])} ".encode() + _bytes(split[name]) for name in sorted(split))
     return {
         "shape": list(source.images.shape),
         "classes": source.num_classes,
-        "content": digest(source) if source_digest is None else source_digest,
-        "class_names": hashlib.sha256("\0".join(source.class_names).encode()).hexdigest(),
-        "splits": ids.hexdigest(),
+        "content": (source_digest or digest(source))[:_LENGTH],
+        "class_names": hashlib.sha256("\0".join(source.class_names).encode()).hexdigest()[:_LENGTH],
+        "splits": hashlib.sha256(ids).hexdigest()[:_LENGTH],
         **{name: len(split[name]) for name in sorted(split)},
     }
+
+
+_LENGTH = 16  # 64 bits tell accidents apart, and leave a message readable
+
+
+def _bytes(ids: np.ndarray) -> bytes:
+    return np.asarray(ids, "<i8").tobytes()
