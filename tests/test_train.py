@@ -268,7 +268,7 @@ def fitting(tmp_path=None, *, epochs=6, stop_after=None, monitor="accuracy", rat
 
 def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, (a.last, a.best), (b.last, b.best))
-    assert a.history == b.history
+    assert repr(a.history) == repr(b.history)  # which finds NaN equal to NaN
     assert a.best_epoch == b.best_epoch
 
 
@@ -521,7 +521,7 @@ class TestResuming:
 
         def evaluate(params, state):  # NaN at first, so that what is best is resumed too
             size = float(np.abs(np.asarray(params["kernel"])).sum())
-            return {"accuracy": size if size < 12.2 else np.nan}
+            return {"accuracy": size if size < 6.4 else np.nan}
 
         def dying(steps, record):
             left.pop()
