@@ -1,5 +1,8 @@
 """What is learnt: a data set with the examples that one run uses, their split, and their arrays on the devices."""
 
+import functools
+import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +23,7 @@ class Task(NamedTuple):
     std: tuple[float, ...]
     devices: list[jax.Device]
     perturbed: np.ndarray  # ids of the training examples that were given a wrong label
+    notes: tuple[str, ...] = ()  # what a reader of the result should know about the data
 
 
 def make_task(
@@ -31,19 +35,26 @@ def make_task(
     num_validation: int | None = None,
     label_noise: float = 0.0,
     by_group: bool = True,
+    image_size: Sequence[str] | None = None,
+    skip_broken: bool = False,
 ) -> Task:
     """Loads a data set, keeps the examples that the run will use, and puts them on the devices.
 
-    Images of one patient never lie on both sides of a split, unless ``by_group`` is false.
+    Images of one patient never lie on both sides of a split, unless ``by_group`` is false. ``image_size`` is the value
+    of the flag, height and width. What is odd about the data is printed once, and becomes the task's notes.
     """
-    source = data.load(dataset, data_dir=data_dir)
-    pattern = data.GROUP_PATTERNS.get(source.name) if by_group else None
+    size = None if image_size is None else _image_size(image_size)
+    source = data.load(dataset, data_dir=data_dir, image_size=size, skip_broken=skip_broken)
+    pattern = data.GROUP_PATTERNS.get(dataset.partition(":")[0]) if by_group else None
     split = data.split_ids(source, groups=data.groups_of(source, pattern) if pattern else None)
     split["train"] = _sample(split["train"], num_train, "--num_train")
     split["validation"] = _sample(split["validation"], num_validation, "--num_validation")
     used = np.sort(np.concatenate(list(split.values())))
     source = data.take(source, used)
     split = {name: np.searchsorted(used, ids) for name, ids in split.items()}
+    notes = (*source.notes, *data.split_notes(source, split))
+    for note in notes:
+        _print_once(note)
     perturbed = np.zeros(0, np.int64)
     if label_noise:
         source, perturbed = data.with_label_noise(source, split["train"], fraction=label_noise, seed=0)
@@ -55,7 +66,7 @@ def make_task(
     position[split["train"]] = np.arange(len(split["train"]))
     arrays = {"image": source.images, "label": source.labels, "position": position}
     arrays = parallel.replicate(arrays, local)
-    return Task(source, split, arrays, mean, std, local, perturbed)
+    return Task(source, split, arrays, mean, std, local, perturbed, notes)
 
 
 def build(name: str, task: Task, **fields: Any) -> Any:
@@ -74,6 +85,20 @@ def shown(network: Any, task: Task) -> Outputs:
     """Shapes of what a network returns of two images of this task; nothing is computed."""
     images = jax.ShapeDtypeStruct((2, *task.source.images.shape[1:]), jnp.float32)
     return jax.eval_shape(lambda x: network.init_with_output(jax.random.key(0), x, train=False)[0], images)
+
+
+def _image_size(sides: Sequence[str]) -> tuple[int, int]:
+    if len(sides) != 2 or not all(side.strip().isdecimal() and int(side) for side in sides):
+        raise ValueError(
+            f"--image_size={','.join(sides)} must be HEIGHT,WIDTH in pixels, as in --image_size=32,32."
+        )
+    return int(sides[0]), int(sides[1])
+
+
+@functools.cache  # a run makes several tasks of the same data
+def _print_once(note: str) -> None:
+    if jax.process_index() == 0:
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def _sample(ids: np.ndarray, count: int | None, flag: str) -> np.ndarray:
