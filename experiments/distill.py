@@ -290,6 +290,7 @@ def the_task(num_train: int | None) -> common.Task:
         data_dir=DATA_DIR.value,
         image_size=IMAGE_SIZE.value,
         skip_broken=SKIP_BROKEN.value,
+        clip=SMOKE.value,
         devices=DEVICES.value,
         num_train=min(num_train or 256, 256) if SMOKE.value else num_train,
         num_validation=NUM_VALIDATION.value,

@@ -70,6 +70,7 @@ def main() -> None:
         data_dir=DATA_DIR.value,
         image_size=IMAGE_SIZE.value,
         skip_broken=SKIP_BROKEN.value,
+        clip=SMOKE.value,
         num_train=256 if SMOKE.value else None,
     )
     if OMITTED.value not in task.source.class_names:

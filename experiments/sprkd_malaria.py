@@ -199,6 +199,7 @@ def the_task(num_train: int) -> common.Task:
         data_dir=DATA_DIR.value,
         image_size=IMAGE_SIZE.value,
         skip_broken=SKIP_BROKEN.value,
+        clip=SMOKE.value,
         num_train=min(num_train or 256, 256) if SMOKE.value else num_train or None,
         num_validation=NUM_VALIDATION.value,
         by_group=SPLIT_BY.value == "patient",

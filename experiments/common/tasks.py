@@ -37,18 +37,20 @@ def make_task(
     by_group: bool = True,
     image_size: Sequence[str] | None = None,
     skip_broken: bool = False,
+    clip: bool = False,
 ) -> Task:
     """Loads a data set, keeps the examples that the run will use, and puts them on the devices.
 
     Images of one patient never lie on both sides of a split, unless ``by_group`` is false. ``image_size`` is the value
-    of the flag, height and width. What is odd about the data is printed once, and becomes the task's notes.
+    of the flag, height and width. ``clip`` takes what is there where there are fewer images than asked for. What is odd
+    about the data is printed once, and becomes the task's notes.
     """
     size = None if image_size is None else _image_size(image_size)
     source = data.load(dataset, data_dir=data_dir, image_size=size, skip_broken=skip_broken)
     pattern = data.GROUP_PATTERNS.get(dataset.partition(":")[0]) if by_group else None
     split = data.split_ids(source, groups=data.groups_of(source, pattern) if pattern else None)
-    split["train"] = _sample(split["train"], num_train, "--num_train")
-    split["validation"] = _sample(split["validation"], num_validation, "--num_validation")
+    split["train"] = _sample(split["train"], num_train, "--num_train", clip)
+    split["validation"] = _sample(split["validation"], num_validation, "--num_validation", clip)
     used = np.sort(np.concatenate(list(split.values())))
     source = data.take(source, used)
     split = {name: np.searchsorted(used, ids) for name, ids in split.items()}
@@ -101,9 +103,9 @@ def _print_once(note: str) -> None:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
-def _sample(ids: np.ndarray, count: int | None, flag: str) -> np.ndarray:
+def _sample(ids: np.ndarray, count: int | None, flag: str, clip: bool) -> np.ndarray:
     """``count`` of the ids, the same every time; a smaller sample is part of a larger one."""
-    if count is None:
+    if count is None or (clip and count > len(ids)):
         return ids
     if not 1 <= count <= len(ids):
         raise ValueError(f"{flag}={count} is not between 1 and the {len(ids)} examples of that split.")
