@@ -123,12 +123,12 @@ class TestDistill:
 
 def test_hinton_smoke_omits_the_digit_and_corrects_its_bias(tmp_path):
     digits = data.load("digits")
-    words = np.array("zero one two three four five six seven eight nine".split())
+    words = np.array(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
     np.savez(tmp_path / "words.npz", images=digits.images, labels=words[digits.labels])
     command = ("experiments.hinton_mnist", "--smoke", f"--dataset={tmp_path / 'words.npz'}")
     command += (f"--workdir={tmp_path / 'run'}",)
     code, output, errors = run(*command, "--omitted=3")
-    assert (code, errors[:45]) == (2, "error: --omitted=3 is none of the classes eight")
+    assert (code, errors.split(",")[0]) == (2, "error: --omitted=3 is none of the classes eight")
     code, output, errors = run(*command, "--omitted=three")
     assert code == 0, errors
     found = results.read(tmp_path / "run" / "results.json")

@@ -510,9 +510,8 @@ def test_folder_formats_depths_and_links(tmp_path):
         "b/one.png",
     ]
     assert source.images[:, 0, 0, 0].tolist() == [10, 0, 30, 20, 40, 50, 50]
-    assert "2 entries" in source.notes[0]
-    assert source.notes[0].endswith("left out: a/inside/back, a/round.")
-    assert source.notes[1].startswith("3 images lie in folders inside the class folders")
+    assert source.notes[0].endswith("names are not those of images: 2, a/inside/back, a/round.")
+    assert source.notes[1].endswith("which belong to those classes: 3.")
 
 
 def test_folder_names_and_counts_what_is_left_out(tmp_path):
@@ -533,7 +532,7 @@ def test_folder_names_and_counts_what_is_left_out(tmp_path):
     assert len(source.labels) == 4
     assert len(source.notes) == 1
     assert source.notes[0].startswith(
-        f"8 entries of {tmp_path} are not images by their names and were left out: "
+        f"Left out of {tmp_path}, since their names are not those of images: 8, "
     )
     assert source.notes[0].endswith(
         ".cache, README.md, a/.hidden.png, a/Thumbs.db, b/film.mpg, b/notes.txt, b/plot.eps, b/x.heic."
@@ -556,7 +555,7 @@ def test_folder_broken_files_are_named_at_once_or_left_out(tmp_path):
     assert source.images[:, 0, 0, 0].tolist() == [*range(12, 20), 0, 1, 2]
     assert source.labels.tolist() == [0] * 8 + [1] * 3
     assert len(source.keys) == len(source.official) == 11
-    assert source.notes[0].startswith("12 broken image files in")
+    assert "left out as broken: 12 of 23, a/0.png (empty)" in source.notes[0]
 
 
 def test_folder_decisions_are_counted(tmp_path):
@@ -565,7 +564,7 @@ def test_folder_decisions_are_counted(tmp_path):
     for i, alpha in enumerate((0, 128, 255)):  # the last is opaque
         Image.new("LA", (4, 3), (0, alpha)).save(tmp_path / "b" / f"clear{i}.png")
     source = sources.load(f"folder:{tmp_path}")
-    assert source.notes == (f"2 images of {tmp_path} have transparency, which was laid on white.",)
+    assert source.notes == (f"Images of {tmp_path} with transparency, which was laid on white: 2.",)
     assert source.images[2:, 0, 0, 0].tolist() == [255, 127, 0]
 
 
@@ -643,11 +642,11 @@ def test_split_notes_count_what_is_missing_twice_or_blank():
     split["validation"] = np.array([61, 65, 64])  # labels 1, 1 and 0
     assert sources.split_notes(source, split) == (
         case_alone,
-        "2 of 4 classes have no example in the validation split of 3: Cow, cow.",
-        "1 of the 3 validation images are also train images, pixel for pixel.",
-        "3 of the 20 test images are also train images, pixel for pixel.",
-        "2 images occur with more than one label.",
-        "2 of 100 images are of a single colour.",
+        "Classes without a validation image: 2 of 4, Cow, cow.",
+        "Images of validation that are also in train, pixel for pixel: 1 of 3.",
+        "Images of test that are also in train, pixel for pixel: 3 of 20.",
+        "Images that occur with more than one label: 2.",
+        "Images of a single colour: 2 of 100.",
     )
 
 

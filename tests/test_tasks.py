@@ -49,8 +49,8 @@ def test_photos_of_different_sizes_go_from_the_command_line_to_a_result(photos, 
     found = results.read(tmp_path / "run" / "results.json")
     assert found["class_names"] == ["cat", "sea lion"]
     assert found["flags"]["image_size"] == ["8", "8"]
-    assert any(note.startswith("1 broken image files in") for note in found["notes"])
-    assert any("were left out: cat/Thumbs.db." in note for note in found["notes"])
+    assert any("left out as broken: 1 of 61, cat/broken.jpg (" in note for note in found["notes"])
+    assert any(note.endswith("not those of images: 1, cat/Thumbs.db.") for note in found["notes"])
     for note in found["notes"]:
         assert errors.count(note) == 1  # although teacher and students each make a task
     assert "sea lion" in (tmp_path / "run" / "report.html").read_text()
@@ -88,9 +88,9 @@ def test_notes_of_a_task_count_what_its_own_examples_hide(tmp_path, capsys):
     assert task.notes == (
         f"The labels of {tmp_path / 'x.npz'} are 3, 8: they are numbered 0 to 1, and their own numbers are the "
         "names of the classes.",
-        "1 of 2 classes have no example in the test split of 4: 8.",
-        "4 of the 4 test images are also train images, pixel for pixel.",
-        "2 images occur with more than one label.",
+        "Classes without a test image: 1 of 2, 8.",
+        "Images of test that are also in train, pixel for pixel: 4 of 4.",
+        "Images that occur with more than one label: 2.",
     )
     common.make_task(str(tmp_path / "x.npz"), data_dir=None, devices=1)
     assert capsys.readouterr().err == "".join(f"note: {note}\n" for note in task.notes)

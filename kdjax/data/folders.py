@@ -83,14 +83,15 @@ def _notes(
 ) -> Iterator[str]:
     """What a reader of the result should know about how the folder was read."""
     if broken:
-        yield f"{len(broken):,} broken image files in {root} were left out: {_reasons(broken)}."
+        total = len(files) + len(broken)
+        yield f"Image files of {root} left out as broken: {len(broken):,} of {total:,}, {_reasons(broken)}."
     if others:
         left = first_ten(_key(root, path) for path in sorted(others))
-        yield f"{len(others):,} entries of {root} are not images by their names and were left out: {left}."
+        yield f"Left out of {root}, since their names are not those of images: {len(others):,}, {left}."
     if nested := sum(_key(root, file.path).count("/") > (2 if len(splits) > 1 else 1) for file in files):
-        yield f"{nested:,} images lie in folders inside the class folders of {root} and belong to those classes."
+        yield f"Images in folders inside the class folders of {root}, which belong to those classes: {nested:,}."
     for what, count in decisions.items():
-        yield f"{count:,} images of {root} have {what}."
+        yield f"Images of {root} with {what}: {count:,}."
     for split, flag in splits.items():
         if flag == 0 and split.lower() in _TESTS:
             yield f"{root / split} is used as training data; the validation split is drawn from all training data."

@@ -245,10 +245,8 @@ def _split_notes(source: Source, split: Mapping[str, np.ndarray]) -> Iterator[st
     for name, ids in split.items():
         counts = np.bincount(source.labels[ids], minlength=source.num_classes)
         if len(ids) and (missing := np.flatnonzero(counts == 0)).size:
-            yield (
-                f"{len(missing)} of {source.num_classes} classes have no example in the {name} split of "
-                f"{len(ids):,}: {first_ten(source.class_names[i] for i in missing)}."
-            )
+            lacking = first_ten(source.class_names[i] for i in missing)
+            yield f"Classes without a {name} image: {len(missing):,} of {source.num_classes:,}, {lacking}."
     digests = np.frombuffer(
         b"".join(hashlib.blake2b(image, digest_size=8).digest() for image in source.images), "<u8"
     )
@@ -256,16 +254,15 @@ def _split_notes(source: Source, split: Mapping[str, np.ndarray]) -> Iterator[st
     for i, name in enumerate(sides):
         for other in sides[i + 1 :]:
             if copies := int(np.isin(digests[split[other]], digests[split[name]]).sum()):
-                yield (
-                    f"{copies:,} of the {len(split[other]):,} {other} images are also {name} images, pixel for pixel."
-                )
+                total = len(split[other])
+                yield f"Images of {other} that are also in {name}, pixel for pixel: {copies:,} of {total:,}."
     _, image_of = np.unique(digests, return_inverse=True)
     pairs = np.unique(np.stack([image_of, source.labels]), axis=1)
     if contradicted := int((np.bincount(pairs[0]) > 1).sum()):
-        yield f"{contradicted:,} images occur with more than one label."
+        yield f"Images that occur with more than one label: {contradicted:,}."
     flat = (source.images.min((1, 2)) == source.images.max((1, 2))).all(-1)
     if flat.any():
-        yield f"{int(flat.sum()):,} of {len(flat):,} images are of a single colour."
+        yield f"Images of a single colour: {int(flat.sum()):,} of {len(flat):,}."
 
 
 def take(source: Source, ids: Int[np.ndarray, " ids"]) -> Source:
