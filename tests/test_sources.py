@@ -622,6 +622,7 @@ def test_folder_names_of_any_bytes(tmp_path):
     for name in (b"caf\xe9", b"b"):  # Latin-1, as old archives unpack
         write_images(tmp_path / os.fsdecode(name), [1, 2, 3])
     source = sources.load(f"folder:{tmp_path}")
+    assert source.class_names == ("b", r"caf\xe9")
     assert len(sources.digest(source)) == 64
     assert len(sources.split_ids(source, validation=0, test=0)["train"]) == 6
 

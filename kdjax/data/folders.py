@@ -14,13 +14,8 @@ from kdjax.data import photos, stored
 from kdjax.data.stored import first_ten
 
 _TRAINING = ("train", "training")
-_TESTS = (
-    "test",
-    "testing",
-    "val",
-    "valid",
-    "validation",
-)  # the first of them that is there is the official test split
+# The first of these that is there is the official test split.
+_TESTS = ("test", "testing", "val", "valid", "validation")
 
 
 class _File(NamedTuple):
@@ -68,7 +63,7 @@ def read(
         np.array([file.label for file in files], np.int32),
         np.array([_key(root, file.path) for file in files]),
         np.array([file.official for file in files], np.int8),
-        tuple(names),
+        tuple(map(_printable, names)),
         tuple(_notes(root, splits, files, others, broken, decisions)),
     )
 
@@ -98,7 +93,12 @@ def _notes(
 
 
 def _key(root: Path, path: Path) -> str:
-    return path.relative_to(root).as_posix()
+    return _printable(path.relative_to(root).as_posix())
+
+
+def _printable(name: str) -> str:
+    """A file name that can be written as UTF-8: on Linux it may be any bytes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _reasons(broken: dict[str, str]) -> str:

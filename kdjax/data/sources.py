@@ -211,13 +211,9 @@ def _hash_positions(units: np.ndarray, salt: str) -> np.ndarray:
     """Maps each string to a uniform number in [0, 1)."""
     prefix = f"{salt}\0"
     digests = b"".join(
-        hashlib.blake2b(_encoded(f"{prefix}{unit}"), digest_size=8).digest() for unit in units.tolist()
+        hashlib.blake2b(f"{prefix}{unit}".encode(), digest_size=8).digest() for unit in units.tolist()
     )
     return (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
-
-
-def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")  # file names may be any bytes
 
 
 def split_notes(source: Source, split: Mapping[str, Int[np.ndarray, " _"]]) -> tuple[str, ...]:
@@ -318,5 +314,5 @@ def digest(source: Source) -> str:
         total.update(f"{name}{array.shape}".encode())
         total.update(np.ascontiguousarray(array).data)
     for key in source.keys.tolist():
-        stored.update_digest(total, _encoded(key))
+        stored.update_digest(total, key.encode())
     return total.hexdigest()
