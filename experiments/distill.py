@@ -199,16 +199,19 @@ def run() -> dict[str, Any]:
     dtype = jnp.dtype(DTYPE.value)
     student = common.build(STUDENT.value, task, dtype=dtype)
     settings = common.settings_of(globals(), apart=MACHINE)
+    made_from = settings | {"data": task.fingerprint}
     runs = {student: len(METHOD.value) * len(seeds)}
     if TEACHER_DIR.value:
         teachers = [common.load_teacher(task, TEACHER_DIR.value, split=SPLIT.value, dtype=dtype)]
         arms = the_arms(task, student, teachers[0].module)
-        workdir = common.claim_workdir(WORKDIR.value, settings)
+        made_from |= {"teacher_weights": checkpoints.digest_tree(teachers[0].weights)}
+        workdir = common.claim_workdir(WORKDIR.value, made_from)
         common.check_disk(task, workdir, runs, column_bytes=column_bytes(task, teachers[0].module, arms))
     else:
         network = common.build(TEACHER.value, task, dtype=dtype)
         arms = the_arms(task, student, network)
-        workdir = common.claim_workdir(WORKDIR.value, settings)
+        wider = task if TEACHER_NUM_TRAIN.value is None else the_task(TEACHER_NUM_TRAIN.value or None)
+        workdir = common.claim_workdir(WORKDIR.value, made_from | {"teacher_data": wider.fingerprint})
         runs |= {network: TEACHER_SEEDS.value}
         common.check_disk(task, workdir, runs, column_bytes=column_bytes(task, network, arms))
         own = recipe._replace(
@@ -216,7 +219,6 @@ def run() -> dict[str, Any]:
             learning_rate=TEACHER_LEARNING_RATE.value or LEARNING_RATE.value,
             padding=PADDING.value if TEACHER_PADDING.value is None else TEACHER_PADDING.value,
         )
-        wider = task if TEACHER_NUM_TRAIN.value is None else the_task(TEACHER_NUM_TRAIN.value or None)
         trainer = common.make_trainer(wider, network, scratch, own, split=SPLIT.value)
         decides = {"teacher": TEACHER.value, "dtype": DTYPE.value, "recipe": own._replace(save_every_s=0)}
         with common.shelf(SHARED_DIR.value, workdir / "teacher", wider, **decides) as home:
@@ -242,7 +244,8 @@ def run() -> dict[str, Any]:
                 task, student, arm.objective, recipe, taught, arm.companions, split=SPLIT.value
             )
             for seed in seeds[number :: len(teachers)]:
-                finished[method].append(trainer(seed, workdir / method / str(seed), f"{method}, seed {seed}"))
+                directory, label = workdir / method / str(seed), f"{method}, seed {seed}"
+                finished[method].append(trainer(seed, directory, label, settings))
     order = [seed for number in range(len(teachers)) for seed in seeds[number :: len(teachers)]]
     unread = (
         "Every number is of the validation split, which settings are chosen on; the test split was not read."

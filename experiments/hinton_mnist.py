@@ -78,7 +78,7 @@ def main() -> None:
             f"--omitted={OMITTED.value} is none of the classes {', '.join(task.source.class_names)}."
         )
     omitted = task.source.class_names.index(OMITTED.value)
-    workdir = common.claim_workdir(WORKDIR.value, settings)
+    workdir = common.claim_workdir(WORKDIR.value, settings | {"data": task.fingerprint})
     networks = {name: common.build(f"hinton_{name}", task) for name in ("teacher", "student")}
     seeds = range(1 if SMOKE.value else NUM_SEEDS.value)
     teacher_recipe, student_recipe = (
@@ -108,7 +108,10 @@ def main() -> None:
             arm = f"{name}{what}"
             arms[arm] = [
                 common.make_trainer(seen, networks["student"], objective, student_recipe, taught[n])(
-                    n, workdir / arm.replace(", ", "_").replace(" ", "_") / str(n), f"{arm}, seed {n}"
+                    n,
+                    workdir / arm.replace(", ", "_").replace(" ", "_") / str(n),
+                    f"{arm}, seed {n}",
+                    settings,
                 )
                 for n in seeds
             ]

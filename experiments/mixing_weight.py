@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import common
-from kdjax import files, losses, many, models, parallel
+from kdjax import checkpoints, files, losses, many, models, parallel
 
 DATASET = flags.DEFINE_string(
     "dataset", "digits", "digits, a TFDS name, a file.npz, or folder:PATH of class folders."
@@ -116,15 +116,17 @@ def main() -> None:
         parallel.check_batch_size(recipe.batch_size, task.devices)
     student = common.build(STUDENT.value, task)
     settings = common.settings_of(globals(), apart=MACHINE)
+    made_from = settings | {"data": task.fingerprint}
     columns = 4 * task.source.num_classes * len(task.source.images)
     if TEACHER_DIR.value:
         teacher = common.load_teacher(task, TEACHER_DIR.value)
-        workdir = common.claim_workdir(WORKDIR.value, settings)
+        made_from |= {"teacher_weights": checkpoints.digest_tree(teacher.weights)}
+        workdir = common.claim_workdir(WORKDIR.value, made_from)
         common.check_disk(task, workdir, {student: len(weights) * len(seeds)}, column_bytes=columns)
     else:
         wider = the_task(TEACHER_NUM_TRAIN.value)
         network = common.build(TEACHER.value, wider)
-        workdir = common.claim_workdir(WORKDIR.value, settings)
+        workdir = common.claim_workdir(WORKDIR.value, made_from | {"teacher_data": wider.fingerprint})
         runs = {student: len(weights) * len(seeds), network: 1}
         common.check_disk(task, workdir, runs, column_bytes=columns)
         trainer = common.make_trainer(wider, network, common.scratch, teachers)
@@ -141,6 +143,7 @@ def main() -> None:
         seeds=[seed for _ in weights for seed in seeds],
         settings={"hard_weight": [a for a in weights for _ in seeds]},
         directory=workdir / "students",
+        identity=settings,
         label=f"{len(weights) * len(seeds)} students",
         form=FORM.value,
     )

@@ -45,21 +45,22 @@ def main() -> None:
     """Teacher, columns, students, report."""
     start = time.monotonic()
     settings = common.settings_of(globals(), apart=("workdir", "output"))
-    workdir = common.claim_workdir(WORKDIR.value, settings)
+    everything = common.make_task("digits", data_dir=None)
+    few = common.make_task("digits", data_dir=None, num_train=NUM_TRAIN.value)
+    made_from = settings | {"data": few.fingerprint, "teacher_data": everything.fingerprint}
+    workdir = common.claim_workdir(WORKDIR.value, made_from)
     seeds = range(3 if SMOKE.value else 5)
     teacher_recipe, student_recipe = (
         recipe._replace(epochs=2, evaluate_every=1) if SMOKE.value else recipe
         for recipe in (TEACHER, STUDENT)
     )
 
-    everything = common.make_task("digits", data_dir=None)
     network = common.build("digits_teacher", everything)
     trainer = common.make_trainer(everything, network, common.scratch, teacher_recipe)
     teacher = common.train_teacher(
         everything, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0"
     )
 
-    few = common.make_task("digits", data_dir=None, num_train=NUM_TRAIN.value)
     student = common.build("digits_student", few)
     taught = common.taught_by(
         few, teacher, student_recipe, mode="centre", views=1, directory=workdir / "columns"
@@ -85,7 +86,9 @@ def main() -> None:
     students: dict = {}
     for arm, (objective, told, more) in learning.items():
         trainer = common.make_trainer(few, student, objective, student_recipe, told, **more)
-        students[arm] = [trainer(seed, workdir / arm / str(seed), f"{arm}, seed {seed}") for seed in seeds]
+        students[arm] = [
+            trainer(seed, workdir / arm / str(seed), f"{arm}, seed {seed}", settings) for seed in seeds
+        ]
     arms = {"teacher": [teacher], **students}
     disturbed = common.robustness_of(few, arms, workdir / "robustness")
     common.conclude(

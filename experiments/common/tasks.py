@@ -23,7 +23,13 @@ class Task(NamedTuple):
     std: tuple[float, ...]
     devices: list[jax.Device]
     perturbed: np.ndarray  # ids of the training examples that were given a wrong label
+    source_digest: str
     notes: tuple[str, ...] = ()  # what a reader of the result should know about the data
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells a run on these data, split in this way, from one on others."""
+        return data.fingerprint(self.source, self.split, source_digest=self.source_digest)
 
 
 def make_task(
@@ -68,7 +74,7 @@ def make_task(
     position[split["train"]] = np.arange(len(split["train"]))
     arrays = {"image": source.images, "label": source.labels, "position": position}
     arrays = parallel.replicate(arrays, local)
-    return Task(source, split, arrays, mean, std, local, perturbed, notes)
+    return Task(source, split, arrays, mean, std, local, perturbed, data.digest(source), notes)
 
 
 def build(name: str, task: Task, **fields: Any) -> Any:
