@@ -263,8 +263,9 @@ FOUR = np.arange(4)
         ({"images": GREY.astype(int), "labels": FOUR}, r"must be uint8.*images.astype\(np.uint8\)"),
         (
             {"images": GREY.astype(np.uint16) + 999, "labels": FOUR},
-            r"got uint16, from 999 to 999: write \(images / 257",
+            r"got uint16: write \(images / 257",
         ),
+        ({"images": GREY.astype(str), "labels": FOUR}, r"or floats in \[0, 1\]; got <U3\."),
         ({"images": GREY > 0, "labels": FOUR}, r"got bool.*astype\(np.uint8\) \* 255"),
         ({"images": GREY + 2.0, "labels": FOUR}, r"must lie in \[0, 1\]; they lie in \[2, 2\]"),
         ({"images": GREY + np.nan, "labels": FOUR}, r"must lie in \[0, 1\].*leave out NaN"),

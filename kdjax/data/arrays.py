@@ -94,12 +94,12 @@ def _as_uint8(images: np.ndarray, what: str) -> np.ndarray:
         return np.round(images * np.float32(255)).astype(np.uint8)
     if images.dtype != np.uint8:
         advice = {
-            "b": "images.astype(np.uint8) * 255",
-            "u": "(images / 257).round().astype(np.uint8) for the full range",
+            "b": ": write images.astype(np.uint8) * 255",
+            "u": ": write (images / 257).round().astype(np.uint8) if 65535 is white",
+            "i": ": write images.astype(np.uint8) if they lie in [0, 255]",
         }
         raise ValueError(
-            f"{what} must be uint8, or floats in [0, 1]; got {images.dtype}, from {images.min()} to {images.max()}: "
-            f"write {advice.get(images.dtype.kind, 'images.astype(np.uint8) if they lie in [0, 255]')}."
+            f"{what} must be uint8, or floats in [0, 1]; got {images.dtype}{advice.get(images.dtype.kind, '')}."
         )
     return images
 

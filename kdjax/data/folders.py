@@ -123,8 +123,8 @@ def _classes(root: Path) -> tuple[dict[str, int], list[str]]:
             )
     if len(names) < 2:
         raise ValueError(
-            f"{root} must hold at least two class folders; it holds {', '.join(names) or 'none'}."
-            + (f" If the classes lie in that folder, give {root / names[0]}." if names else "")
+            f"{root / first} must hold at least two class folders; it holds {', '.join(names) or 'none'}."
+            + (f" If the classes lie in that folder, give {root / first / names[0]}." if names else "")
         )
     return splits, names
 

@@ -75,7 +75,8 @@ def load(
       ImportError: a package is missing that this data set needs.
     """
     if image_size is not None and (
-        len(image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in image_size)
+        len(image_size) != 2
+        or not all(isinstance(side, (int, np.integer)) and side > 0 for side in image_size)
     ):
         raise ValueError(f"image_size must be (height, width), two integers above 0; got {image_size}.")
     if skip_broken and not name.startswith("folder:"):
