@@ -94,3 +94,9 @@ def test_notes_of_a_task_count_what_its_own_examples_hide(tmp_path, capsys):
     )
     common.make_task(str(tmp_path / "x.npz"), data_dir=None, devices=1)
     assert capsys.readouterr().err == "".join(f"note: {note}\n" for note in task.notes)
+
+
+def test_an_array_file_called_as_a_set_of_patients_has_none(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4), np.uint8)
+    np.savez(tmp_path / "malaria.npz", images=images, labels=np.arange(60) % 2)
+    assert len(common.make_task(str(tmp_path / "malaria.npz"), data_dir=None, devices=1).source.labels) == 60

@@ -53,7 +53,10 @@ def make_task(
     """
     size = None if image_size is None else _image_size(image_size)
     source = data.load(dataset, data_dir=data_dir, image_size=size, skip_broken=skip_broken)
-    pattern = data.GROUP_PATTERNS.get(dataset.partition(":")[0]) if by_group else None
+    named = by_group and not dataset.lower().endswith(
+        ".npz"
+    )  # whose examples have no names, hence no patients
+    pattern = data.GROUP_PATTERNS.get(source.name.partition(":")[0]) if named else None
     split = data.split_ids(source, groups=data.groups_of(source, pattern) if pattern else None)
     split["train"] = _sample(split["train"], num_train, "--num_train", clip)
     split["validation"] = _sample(split["validation"], num_validation, "--num_validation", clip)
