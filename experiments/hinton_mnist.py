@@ -28,14 +28,22 @@ from absl import flags
 from experiments import common
 from kdjax import data, evaluate, models, train
 
-DATASET = flags.DEFINE_string("dataset", "mnist", "mnist, or a file.npz with images of digits.")
+DATASET = flags.DEFINE_string("dataset", "mnist", "mnist, a file.npz or folder:PATH with images of digits.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared data set lies.")
+IMAGE_SIZE = flags.DEFINE_list(
+    "image_size",
+    None,
+    "HEIGHT,WIDTH that photos and TFDS images are resized to cover and cut to, as in 32,32.",
+)
+SKIP_BROKEN = flags.DEFINE_bool(
+    "skip_broken", False, "Leave out image files of a folder that cannot be read; the result counts them."
+)
 WORKDIR = flags.DEFINE_string("workdir", "runs/hinton_mnist", "Where everything is written.")
 OUTPUT = flags.DEFINE_string("output", None, "Also write the results to this file.")
 TEMPERATURE = flags.DEFINE_float("temperature", 20.0, "Softening of both logits.", lower_bound=1e-3)
 HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Weight of the labels beside the teacher.", 0.0)
 SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.9, "Weight of the teacher's answers.", 0.0)
-OMITTED = flags.DEFINE_integer("omitted", 3, "The digit that some students never see.", 0)
+OMITTED = flags.DEFINE_string("omitted", "3", "The class that some students never see, by its name.")
 EPOCHS = flags.DEFINE_integer("epochs", 20, "Of each student.", 1)
 TEACHER_EPOCHS = flags.DEFINE_integer("teacher_epochs", 40, "Of each teacher.", 1)
 NUM_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Runs of every arm; student n has teacher n.", 1)
@@ -57,9 +65,19 @@ def main() -> None:
     """Teachers, students with and without the omitted digit, biases, report."""
     start = time.monotonic()
     settings = common.settings_of(globals(), apart=("workdir", "data_dir", "output"))
-    task = common.make_task(DATASET.value, data_dir=DATA_DIR.value, num_train=256 if SMOKE.value else None)
-    if OMITTED.value >= task.source.num_classes:
-        raise ValueError(f"--omitted={OMITTED.value} is none of the {task.source.num_classes} classes.")
+    task = common.make_task(
+        DATASET.value,
+        data_dir=DATA_DIR.value,
+        image_size=IMAGE_SIZE.value,
+        skip_broken=SKIP_BROKEN.value,
+        clip=SMOKE.value,
+        num_train=256 if SMOKE.value else None,
+    )
+    if OMITTED.value not in task.source.class_names:
+        raise ValueError(
+            f"--omitted={OMITTED.value} is none of the classes {', '.join(task.source.class_names)}."
+        )
+    omitted = task.source.class_names.index(OMITTED.value)
     workdir = common.claim_workdir(WORKDIR.value, settings | {"data": task.fingerprint})
     networks = {name: common.build(f"hinton_{name}", task) for name in ("teacher", "student")}
     seeds = range(1 if SMOKE.value else NUM_SEEDS.value)
@@ -85,7 +103,7 @@ def main() -> None:
         hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
     )
     arms: dict = {"teacher": teachers}
-    for seen, what in ((task, ""), (without(task, OMITTED.value), f", {never}")):
+    for seen, what in ((task, ""), (without(task, omitted), f", {never}")):
         for name, objective in (("scratch", common.scratch), ("kd", kd)):
             arm = f"{name}{what}"
             arms[arm] = [
@@ -99,13 +117,14 @@ def main() -> None:
             ]
     for name in ("scratch", "kd"):
         arm = f"{name}, {never}"
-        arms[f"{arm}, bias corrected"] = corrected(task, arms[arm])
+        arms[f"{arm}, bias corrected"] = corrected(task, arms[arm], omitted)
     common.conclude(
         workdir,
         "hinton_mnist",
+        task=task,
         question=f"Does a small network learn MNIST better from a teacher's soft targets at T = {TEMPERATURE.value:g}, "
         f"even a {OMITTED.value} that it never saw?",
-        arms={arm: [counted(run) for run in runs] for arm, runs in arms.items()},
+        arms={arm: [counted(run, omitted) for run in runs] for arm, runs in arms.items()},
         arm_seeds=dict.fromkeys(arms, seeds),
         baseline="scratch",
         metrics=("errors", "errors_on_omitted", "bias_shift", "accuracy", "loss", "ece"),
@@ -131,7 +150,7 @@ def without(task: common.Task, digit: int) -> common.Task:
     return task._replace(split={**task.split, "train": kept})
 
 
-def corrected(task: common.Task, runs: Sequence[common.Trained]) -> list[common.Trained]:
+def corrected(task: common.Task, runs: Sequence[common.Trained], digit: int) -> list[common.Trained]:
     """Students whose bias for the omitted digit is raised by what makes the fewest errors in validation."""
     apply_fn = models.apply_fn(runs[0].module)
 
@@ -147,10 +166,10 @@ def corrected(task: common.Task, runs: Sequence[common.Trained]) -> list[common.
         return np.concatenate(logits), task.source.labels[task.split[split]]
 
     def one(run: common.Trained) -> common.Trained:
-        shift = evaluate.best_shift(*logits_and_labels(run.weights, "validation"), OMITTED.value)
+        shift = evaluate.best_shift(*logits_and_labels(run.weights, "validation"), digit)
         last = max(run.weights.params)  # of the dense layers, which are numbered
         params = {**run.weights.params, last: dict(run.weights.params[last])}
-        params[last]["bias"] = params[last]["bias"].at[OMITTED.value].add(shift)
+        params[last]["bias"] = params[last]["bias"].at[digit].add(shift)
         weights = train.Weights(params, run.weights.model_state)
         logits, labels = map(jnp.asarray, logits_and_labels(weights, "test"))
         sums = evaluate.metric_sums(logits, labels, valid=jnp.ones(len(labels), jnp.float32))
@@ -161,11 +180,11 @@ def corrected(task: common.Task, runs: Sequence[common.Trained]) -> list[common.
     return [one(run) for run in runs]
 
 
-def counted(run: common.Trained | common.Teacher) -> common.Trained | common.Teacher:
+def counted(run: common.Trained | common.Teacher, digit: int) -> common.Trained | common.Teacher:
     """A run with its errors as Hinton counts them: on the whole test split, and on the omitted digit."""
     confusion = np.asarray(run.sums["confusion"])
     missed = confusion.sum(1) - np.diag(confusion)
-    errors = {"errors": float(missed.sum()), "errors_on_omitted": float(missed[OMITTED.value])}
+    errors = {"errors": float(missed.sum()), "errors_on_omitted": float(missed[digit])}
     return run._replace(metrics=errors | run.metrics)
 
 

@@ -48,6 +48,14 @@ DATASET = flags.DEFINE_string("dataset", "cifar10", "Any TFDS name, digits, a fi
 DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where prepared TFDS data sets lie (python -m experiments.prepare_data)."
 )
+IMAGE_SIZE = flags.DEFINE_list(
+    "image_size",
+    None,
+    "HEIGHT,WIDTH that photos and TFDS images are resized to cover and cut to, as in 32,32.",
+)
+SKIP_BROKEN = flags.DEFINE_bool(
+    "skip_broken", False, "Leave out image files of a folder that cannot be read; the result counts them."
+)
 NUM_TRAIN = flags.DEFINE_integer("num_train", 4000, "Training images that students see; 0 for all.", 0)
 TEACHER_NUM_TRAIN = flags.DEFINE_integer("teacher_num_train", 0, "Likewise the teacher.", 0)
 NUM_VALIDATION = flags.DEFINE_integer("num_validation", None, "Validation images; a tenth by default.")
@@ -201,6 +209,9 @@ def the_task(num_train: int) -> common.Task:
     return common.make_task(
         DATASET.value,
         data_dir=DATA_DIR.value,
+        image_size=IMAGE_SIZE.value,
+        skip_broken=SKIP_BROKEN.value,
+        clip=SMOKE.value,
         num_train=min(num_train or 128, 128) if SMOKE.value else num_train or None,
         num_validation=64 if SMOKE.value else NUM_VALIDATION.value,
     )
@@ -459,6 +470,7 @@ def report(
     return common.conclude(
         workdir,
         "ig_cifar10",
+        task=task,
         question=f"Does a student of {DATASET.value} gain from seeing where its teacher looks?",
         arms=arms,
         arm_seeds={"teacher": [0]} | dict.fromkeys(runs, seeds()),

@@ -35,6 +35,14 @@ DATASET = flags.DEFINE_string(
 DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where prepared TFDS data sets lie (python -m experiments.prepare_data)."
 )
+IMAGE_SIZE = flags.DEFINE_list(
+    "image_size",
+    None,
+    "HEIGHT,WIDTH that photos and TFDS images are resized to cover and cut to, as in 32,32.",
+)
+SKIP_BROKEN = flags.DEFINE_bool(
+    "skip_broken", False, "Leave out image files of a folder that cannot be read; the result counts them."
+)
 TEACHER = flags.DEFINE_string("teacher", "digits_teacher", f"One of {', '.join(sorted(models.MODELS))}.")
 TEACHER_DIR = flags.DEFINE_string(
     "teacher_dir", None, "Take up this trained teacher, such as runs/one/teacher/0."
@@ -145,6 +153,7 @@ def main() -> None:
     common.conclude(
         workdir,
         "mixing_weight",
+        task=task,
         question=f"How much should a student of {DATASET.value} believe its labels, and how much its teacher?",
         arms={"teacher": [teacher]} | {name(a): list(runs.values()) for a, runs in kept.items()},
         arm_seeds={"teacher": [0]} | {name(a): list(runs) for a, runs in kept.items()},
@@ -236,6 +245,9 @@ def the_task(num_train: int) -> common.Task:
     return common.make_task(
         DATASET.value,
         data_dir=DATA_DIR.value,
+        image_size=IMAGE_SIZE.value,
+        skip_broken=SKIP_BROKEN.value,
+        clip=SMOKE.value,
         devices=DEVICES.value,
         num_train=min(num_train or 256, 256) if SMOKE.value else num_train or None,
         num_validation=NUM_VALIDATION.value,

@@ -94,6 +94,7 @@ def main() -> None:
     common.conclude(
         workdir,
         "quickstart",
+        task=few,
         question=f"Does a small network learn more of digits from a teacher than from {NUM_TRAIN.value} labels alone?",
         arms=arms,
         arm_seeds={"teacher": [0]} | dict.fromkeys(students, seeds),

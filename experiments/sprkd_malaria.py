@@ -48,6 +48,14 @@ DATASET = flags.DEFINE_string(
 DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where prepared TFDS data sets lie (python -m experiments.prepare_data)."
 )
+IMAGE_SIZE = flags.DEFINE_list(
+    "image_size",
+    None,
+    "HEIGHT,WIDTH that photos and TFDS images are resized to cover and cut to, as in 32,32.",
+)
+SKIP_BROKEN = flags.DEFINE_bool(
+    "skip_broken", False, "Leave out image files of a folder that cannot be read; the result counts them."
+)
 SPLIT_BY = flags.DEFINE_enum(
     "split_by", "image", ["image", "patient"], "What never lies on both sides of a split; image as published."
 )
@@ -190,6 +198,9 @@ def the_task(num_train: int) -> common.Task:
     return common.make_task(
         DATASET.value,
         data_dir=DATA_DIR.value,
+        image_size=IMAGE_SIZE.value,
+        skip_broken=SKIP_BROKEN.value,
+        clip=SMOKE.value,
         num_train=min(num_train or 256, 256) if SMOKE.value else num_train or None,
         num_validation=NUM_VALIDATION.value,
         by_group=SPLIT_BY.value == "patient",
@@ -411,6 +422,7 @@ def report(
     common.conclude(
         workdir,
         "sprkd" if DATASET.value != "malaria" else "sprkd_malaria",
+        task=task,
         question=f"Does a student of {DATASET.value} gain from the saddles that its teachers passed?",
         arms=arms,
         arm_seeds=dict.fromkeys((*runs, "weak_teacher"), numbers)

@@ -15,7 +15,7 @@ from absl import flags
 
 from experiments import common, distill
 from experiments.common import launching
-from kdjax import files, models, results, train
+from kdjax import data, files, models, results, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,18 +123,25 @@ class TestDistill:
 
 
 def test_hinton_smoke_omits_the_digit_and_corrects_its_bias(tmp_path):
-    command = ("experiments.hinton_mnist", "--smoke", "--dataset=digits", f"--workdir={tmp_path / 'run'}")
-    code, output, errors = run(*command)
+    digits = data.load("digits")
+    words = np.array(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
+    np.savez(tmp_path / "words.npz", images=digits.images, labels=words[digits.labels])
+    command = ("experiments.hinton_mnist", "--smoke", f"--dataset={tmp_path / 'words.npz'}")
+    command += (f"--workdir={tmp_path / 'run'}",)
+    code, output, errors = run(*command, "--omitted=3")
+    assert (code, errors.split(",")[0]) == (2, "error: --omitted=3 is none of the classes eight")
+    code, output, errors = run(*command, "--omitted=three")
     assert code == 0, errors
     found = results.read(tmp_path / "run" / "results.json")
-    assert [arm for arm in found["arms"] if "no 3" in arm] == [
-        "scratch, no 3",
-        "kd, no 3",
-        "scratch, no 3, bias corrected",
-        "kd, no 3, bias corrected",
+    assert found["class_names"] == sorted(words)
+    assert [arm for arm in found["arms"] if "no three" in arm] == [
+        "scratch, no three",
+        "kd, no three",
+        "scratch, no three, bias corrected",
+        "kd, no three, bias corrected",
     ]
-    threes = sum(found["confusion"]["teacher"][3])
-    assert found["arms"]["scratch, no 3"]["errors_on_omitted"] == [threes]  # labels alone cannot teach it
+    threes = sum(found["confusion"]["teacher"][sorted(words).index("three")])
+    assert found["arms"]["scratch, no three"]["errors_on_omitted"] == [threes]  # labels alone cannot teach it
     for arm, (shift,) in ((a, m["bias_shift"]) for a, m in found["arms"].items() if "bias_shift" in m):
         matrix = np.array(found["confusion"][arm])
         assert found["arms"][arm]["errors"] == [matrix.sum() - np.trace(matrix)]

@@ -288,6 +288,61 @@ def test_a_data_set_prepared_by_tfds_alone_has_positions_as_keys(tmp_path):
         sources.load("shapes:9.9.9", data_dir=tmp_path)
 
 
+@pytest.mark.parametrize("shape", [(8, 8, 3), (None, None, 3), (None, None, 1)])
+def test_jpegs_of_tfds_are_shown_as_a_viewer_does(tmp_path, shape):
+    """Pixels of a fixed size are what the JPEG holds; photos are turned upright, and cut to the size asked for."""
+    stripes = np.repeat(np.array([10, 130, 250], np.uint8), 16)[None].repeat(
+        16, 0
+    )  # three squares side by side
+    grey = shape[2] == 1
+
+    def encoded(pixels, orientation):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = io.BytesIO()
+        Image.fromarray(pixels).convert("L" if grey else "RGB").save(file, "JPEG", exif=exif, quality=95)
+        return file.getvalue()
+
+    rng = np.random.default_rng(0)
+    plain = [encoded(rng.integers(0, 256, (8, 8, 3), np.uint8), 1) for _ in range(2)]
+    photos = [encoded(stripes, 1), encoded(np.rot90(stripes).copy(), 6), encoded(stripes[:, ::-1].copy(), 2)]
+    images = plain if shape[0] else photos
+
+    class Shots(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=shape, encoding_format="jpeg"),
+                "label": tfds.features.ClassLabel(names=["a", "b"]),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, image in enumerate(images):
+                yield i, {"image": io.BytesIO(image), "label": i % 2}
+
+    Shots(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
+    if shape[0]:
+        found = {image.tobytes() for image in sources.load("shots", data_dir=tmp_path).images}
+        assert found == {np.asarray(Image.open(io.BytesIO(image))).tobytes() for image in plain}
+        return
+    with pytest.raises(ValueError, match=r"differ in size: pass image_size=\(height, width\)"):
+        sources.load("shots", data_dir=tmp_path)
+    source = sources.load("shots", data_dir=tmp_path, image_size=(8, 8))
+    assert source.images.shape == (3, 8, 8, shape[2])
+    assert (
+        np.abs(source.images[:, :, 1:-1].astype(int) - 130).max() <= 6
+    )  # JPEG's errors; Lanczos sees the next stripe
+    whole = sources.load("shots", data_dir=tmp_path, image_size=(8, 24))
+    assert np.all(
+        np.diff(whole.images[:, 4, [3, 11, 19], 0].astype(int)) > 100
+    )  # dark on the left in all of them
+
+
 # Raw files that will not do.
 
 

@@ -1,6 +1,7 @@
 """Sources: what may be loaded and what is refused, splits by hash, label noise, and the checked cache."""
 
 import hashlib
+import os
 import random
 import time
 from importlib import import_module
@@ -117,7 +118,10 @@ def test_official_test_split_is_used():
         ({"validation": -0.1}, "must be >= 0"),
         ({"validation": 0.5, "test": 0.5}, "sum to less than 1"),
         ({"groups": np.array(["a", "b"])}, "one group an example, 100 in all"),
-        ({"groups": np.full(100, "a")}, "raise the fraction or pass another salt"),
+        (
+            {"groups": np.full(100, "a")},
+            "add examples, or give split_ids a larger validation fraction or another salt",
+        ),
     ],
 )
 def test_split_refuses(options, message):
@@ -256,12 +260,41 @@ FOUR = np.arange(4)
         ({"images": GREY}, "must hold images and labels"),
         ({"images": GREY, "labels": FOUR, "test_images": GREY}, "test_images with test_labels"),
         ({"images": GREY, "labels": FOUR, "lables": FOUR}, "it holds images, labels, lables"),
-        ({"images": GREY.astype(int), "labels": FOUR}, "must be uint8, or floats"),
+        ({"images": GREY.astype(int), "labels": FOUR}, r"must be uint8.*images.astype\(np.uint8\)"),
+        (
+            {"images": GREY.astype(np.uint16) + 999, "labels": FOUR},
+            r"got uint16: write \(images / 257",
+        ),
+        ({"images": GREY.astype(str), "labels": FOUR}, r"or floats in \[0, 1\]; got <U3\."),
+        ({"images": GREY > 0, "labels": FOUR}, r"got bool.*astype\(np.uint8\) \* 255"),
         ({"images": GREY + 2.0, "labels": FOUR}, r"must lie in \[0, 1\]; they lie in \[2, 2\]"),
-        ({"images": GREY + np.nan, "labels": FOUR}, r"must lie in \[0, 1\]"),
+        ({"images": GREY + np.nan, "labels": FOUR}, r"must lie in \[0, 1\].*leave out NaN"),
+        ({"images": GREY - np.inf, "labels": FOUR}, r"must lie in \[0, 1\].*leave out NaN and infinite"),
+        ({"images": GREY + 1.0025, "labels": FOUR}, r"they lie in \[1.0025, 1.0025\]: write np.clip"),
+        ({"images": GREY - 1.5, "labels": FOUR}, "undo their normalisation"),
+        ({"images": GREY + 1 / 255, "labels": FOUR}, "divided by 255 twice"),
+        (
+            {"images": GREY, "labels": FOUR, "test_images": GREY + 1 / 255, "test_labels": FOUR},
+            "test_images of .* divided by 255 twice",
+        ),
+        ({"images": GREY[:, :0], "labels": FOUR}, r"shaped \[n, height, width\]"),
         ({"images": GREY[0], "labels": FOUR}, r"shaped \[n, height, width\]"),
         ({"images": GREY, "labels": FOUR[:3]}, "must be 4 integers"),
-        ({"images": GREY, "labels": FOUR + 0.5}, "must be 4 integers"),
+        ({"images": GREY, "labels": FOUR + 0.5}, r"must be 4 integers.*float64.*labels.astype\(int\)"),
+        ({"images": GREY, "labels": FOUR > 1}, r"must be 4 integers.*bool.*labels.astype\(int\)"),
+        ({"images": GREY, "labels": FOUR[:, None]}, r"write labels\[:, 0\]"),
+        (
+            {"images": GREY, "labels": np.eye(4, dtype=int)},
+            r"write labels.argmax\(axis=1\) if they are one-hot",
+        ),
+        ({"images": GREY, "labels": FOUR * 0 + 7}, "at least two classes; all of its labels are 7"),
+        ({"images": GREY, "labels": np.full(4, "cat")}, "at least two classes; all of its labels are 'cat'"),
+        (
+            {"images": GREY, "labels": FOUR, "test_images": GREY, "test_labels": np.array(list("abcd"))},
+            "must both be integers or both text",
+        ),
+        ({"images": GREY, "labels": FOUR % 2, "names": np.array(["a", "a"])}, "one list of different names"),
+        ({"images": GREY, "labels": np.array(list("abca")), "names": np.array(["a", "b"])}, "has label c"),
         ({"images": GREY, "labels": FOUR - 1}, "count from 0; the smallest is -1"),
         ({"images": GREY, "labels": FOUR, "names": np.array(["a", "b"])}, "names 2 classes but has label 3"),
         ({"images": GREY, "labels": np.array([None] * 4)}, "no readable .npz of plain arrays"),
@@ -275,6 +308,109 @@ def test_npz_refuses(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         sources.load(str(tmp_path / "a.npz"))
+
+
+def load_npz(tmp_path, **arrays):
+    np.savez(tmp_path / "x.npz", **arrays)
+    return sources.load(str(tmp_path / "x.npz"))
+
+
+SIX = np.arange(6) % 3
+NOISE = np.random.default_rng(0).integers(0, 256, (6, 8, 8), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([1, 2, 3]),
+        np.array([0, 7, 100_000]),
+        np.array([0, 1, 2**32 + 1]),
+        np.array([0, 2**31, 2**64 - 1], np.uint64),
+    ],
+)
+def test_npz_labels_with_gaps_are_numbered_and_keep_their_ids_as_names(tmp_path, ids):
+    source = load_npz(tmp_path, images=NOISE, labels=ids[SIX], test_images=NOISE[:2], test_labels=ids[[2, 0]])
+    assert source.labels.tolist() == [*SIX.tolist(), 2, 0]
+    assert source.class_names == tuple(map(str, ids.tolist()))
+    assert len(source.notes) == 1
+    assert f"are {', '.join(map(str, ids.tolist()))}: they are numbered 0 to 2" in source.notes[0]
+
+
+def test_npz_labels_of_two_integer_types_keep_every_bit(tmp_path):
+    """Of int64 and uint64 together NumPy makes float64, which would take 2**62 + 1 for 2**62."""
+    labels = np.array([2**62, 2**62 + 1, 5])[SIX]
+    other = np.array([2**62 + 1, 5], np.uint64)
+    source = load_npz(tmp_path, images=NOISE, labels=labels, test_images=NOISE[:2], test_labels=other)
+    assert source.class_names == ("5", str(2**62), str(2**62 + 1))
+    assert source.labels.tolist() == [1, 2, 0, 1, 2, 0, 2, 0]
+
+
+@pytest.mark.parametrize("kind", [str, bytes])
+def test_npz_text_labels_are_class_names(tmp_path, kind):
+    words = np.array(["dog", "cat", "sea lion"]).astype("S8" if kind is bytes else "U8")
+    source = load_npz(tmp_path, images=NOISE, labels=words[SIX])
+    assert source.class_names == ("cat", "dog", "sea lion")
+    assert source.labels.tolist() == [1, 0, 2, 1, 0, 2]
+    ordered = load_npz(
+        tmp_path, images=NOISE, labels=words[SIX], names=np.array(["sea lion", "dog", "cat", "cow"])
+    )
+    assert ordered.class_names == ("sea lion", "dog", "cat", "cow")
+    assert ordered.labels.tolist() == [1, 2, 0, 1, 2, 0]
+    assert source.notes == ordered.notes == ()
+
+
+@pytest.mark.parametrize(
+    "shape", [(6, 3, 8, 8), (6, 1, 28, 28), (6, 3, 32, 4), (6, 16, 32, 32), (6, 5, 16, 16), (6, 4, 8, 8)]
+)
+def test_npz_channels_first_are_refused(tmp_path, shape):
+    with pytest.raises(ValueError, match=r"write images.transpose\(0, 2, 3, 1\)"):
+        load_npz(tmp_path, images=np.zeros(shape, np.uint8), labels=SIX)
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 9, 1), (6, 8, 9, 3), (6, 8, 9, 4), (6, 64, 64, 13), (6, 3, 3, 3)])
+def test_npz_channels_last_are_read(tmp_path, shape):
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    source = load_npz(tmp_path, images=images, labels=SIX)
+    assert np.array_equal(source.images, images)
+    assert [f"{shape[3]} channels" in note for note in source.notes] == [True] * (shape[3] not in (1, 3))
+
+
+def test_npz_floats_a_little_outside_are_rounded_not_clipped(tmp_path):
+    images = np.linspace(0, 1, 6 * 64).astype(np.float32).reshape(6, 8, 8)
+    images[0, 0, :2] = -1e-7, 1.0000001
+    source = load_npz(tmp_path, images=images, labels=SIX)
+    assert np.array_equal(source.images[..., 0], np.round(np.clip(images.astype(float), 0, 1) * 255))
+    half = load_npz(tmp_path, images=images.astype(np.float16), labels=SIX)
+    assert np.abs(half.images.astype(int) - source.images).max() <= 1
+
+
+def test_npz_nearly_black_or_mixed_images_are_noted(tmp_path):
+    assert "above 1 of 255" in load_npz(tmp_path, images=NOISE % 2, labels=SIX).notes[0]
+    mixed = load_npz(tmp_path, images=NOISE, labels=SIX, test_images=NOISE / 255, test_labels=SIX)
+    assert np.array_equal(mixed.images[:6], mixed.images[6:])
+    assert "one is uint8 and one floats" in mixed.notes[0]
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_with_a_flipped_bit_is_refused_or_the_same(tmp_path, save):
+    """NumPy alone reads a flip in a shape as another shape: 12 rows of 32x32 where there were 32."""
+    path = tmp_path / "x.npz"
+    save(path, images=NOISE.repeat(4, 1).repeat(4, 2), labels=SIX)
+    good, expected = path.read_bytes(), sources.load(str(path))
+    rng, refusals = random.Random(0), []
+    # every bit of the two arrays' .npy headers where they are not compressed, and anything anywhere
+    header = [8 * (good.find(b"\x93NUMPY") + i) + bit for i in range(128) for bit in range(8)]
+    places = header if save is np.savez else []
+    for at in places + [rng.randrange(8 * len(good)) for _ in range(300)]:
+        bad = bytearray(good)
+        bad[at // 8] ^= 1 << at % 8
+        path.write_bytes(bad)
+        try:
+            assert sources.digest(sources.load(str(path))) == sources.digest(expected)
+        except ValueError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 250
+    assert all(str(path) in refusal for refusal in refusals)
 
 
 def test_npz_missing_or_not_one(tmp_path):
@@ -291,8 +427,8 @@ def test_npz_missing_or_not_one(tmp_path):
 def test_folder_of_class_folders(tmp_path):
     write_images(tmp_path / "cats", [(255, 0, 0), (250, 0, 0)])
     write_images(tmp_path / "ants", [(0, 0, 255)], suffix="bmp")
-    (tmp_path / "cats" / "notes.txt").write_text("not an image")
     source = sources.load(f"folder:{tmp_path}")
+    assert source.notes == ()
     assert source.class_names == ("ants", "cats")
     assert source.images.shape == (3, 3, 4, 3)
     assert source.keys.tolist() == ["ants/0.bmp", "cats/0.png", "cats/1.png"]
@@ -340,8 +476,189 @@ def test_folder_refuses(tmp_path):
     with pytest.raises(ValueError, match="holds no images"):
         sources.load(f"folder:{tmp_path}")
     (tmp_path / "b" / "0.png").write_bytes((tmp_path / "a" / "0.png").read_bytes()[:40])
-    with pytest.raises(ValueError, match="not a readable image"):
+    with pytest.raises(ValueError, match=r"1 of the 2 image files.*cannot be read: b/0.png \("):
         sources.load(f"folder:{tmp_path}")
+    with pytest.raises(ValueError, match=r"holds no images: .*/b\. Every class needs some"):
+        sources.load(f"folder:{tmp_path}", skip_broken=True)
+    with pytest.raises(ValueError, match="skip_broken applies to folders"):
+        sources.load("digits", skip_broken=True)
+
+
+def test_folder_formats_depths_and_links(tmp_path):
+    shades = iter(range(0, 250, 10))
+    for place, suffix in (
+        ("a", "webp"),
+        ("a", "TIF"),
+        ("a/inside/deeper", "gif"),
+        ("a/inside", "jpeg"),
+        ("b", "ppm"),
+        ("elsewhere", "png"),
+    ):
+        write_images(tmp_path / "data" / place, [next(shades)], suffix=suffix)
+    (tmp_path / "data" / "elsewhere").rename(tmp_path / "elsewhere")
+    (tmp_path / "data" / "b" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "b" / "one.png").symlink_to(tmp_path / "elsewhere" / "0.png")
+    (tmp_path / "data" / "a" / "inside" / "back").symlink_to(tmp_path / "data")  # would make b's images a's
+    (tmp_path / "data" / "a" / "round").symlink_to(tmp_path / "data" / "a" / "round")
+    source = sources.load(f"folder:{tmp_path / 'data'}")
+    assert source.keys.tolist() == [
+        "a/0.TIF",
+        "a/0.webp",
+        "a/inside/0.jpeg",
+        "a/inside/deeper/0.gif",
+        "b/0.ppm",
+        "b/link/0.png",
+        "b/one.png",
+    ]
+    assert source.images[:, 0, 0, 0].tolist() == [10, 0, 30, 20, 40, 50, 50]
+    assert source.notes[0].endswith("names are not those of images: 2, a/inside/back, a/round.")
+    assert source.notes[1].endswith("which belong to those classes: 3.")
+
+
+def test_folder_names_and_counts_what_is_left_out(tmp_path):
+    for name in "ab":
+        write_images(tmp_path / name, [1, 2])
+    for name in (
+        "a/Thumbs.db",
+        "a/.hidden.png",
+        "b/notes.txt",
+        "b/x.heic",
+        "b/film.mpg",
+        "b/plot.eps",
+        "README.md",
+    ):
+        (tmp_path / name).write_bytes(b"x")
+    write_images(tmp_path / ".cache", [1])
+    source = sources.load(f"folder:{tmp_path}")
+    assert len(source.labels) == 4
+    assert len(source.notes) == 1
+    assert source.notes[0].startswith(
+        f"Left out of {tmp_path}, since their names are not those of images: 8, "
+    )
+    assert source.notes[0].endswith(
+        ".cache, README.md, a/.hidden.png, a/Thumbs.db, b/film.mpg, b/notes.txt, b/plot.eps, b/x.heic."
+    )
+    assert sources.take(source, np.arange(2)).notes == source.notes
+
+
+def test_folder_broken_files_are_named_at_once_or_left_out(tmp_path):
+    write_images(tmp_path / "a", list(range(20)))
+    write_images(tmp_path / "b", list(range(3)))
+    for i in range(12):
+        path = tmp_path / "a" / f"{i}.png"
+        path.write_bytes(b"" if i == 0 else path.read_bytes()[: 20 + i])
+    with pytest.raises(ValueError, match=r"^12 of the 23 image files in .*skip_broken=True") as caught:
+        sources.load(f"folder:{tmp_path}")
+    assert "a/0.png (empty)" in str(caught.value)
+    assert str(caught.value).count(".png (") == 10
+    assert " and 2 more." in str(caught.value)
+    source = sources.load(f"folder:{tmp_path}", skip_broken=True)
+    assert source.images[:, 0, 0, 0].tolist() == [*range(12, 20), 0, 1, 2]
+    assert source.labels.tolist() == [0] * 8 + [1] * 3
+    assert len(source.keys) == len(source.official) == 11
+    assert "left out as broken: 12 of 23, a/0.png (empty)" in source.notes[0]
+
+
+def test_folder_decisions_are_counted(tmp_path):
+    write_images(tmp_path / "a", [1])
+    write_images(tmp_path / "b", [1])
+    for i, alpha in enumerate((0, 128, 255)):  # the last is opaque
+        Image.new("LA", (4, 3), (0, alpha)).save(tmp_path / "b" / f"clear{i}.png")
+    source = sources.load(f"folder:{tmp_path}")
+    assert source.notes == (f"Images of {tmp_path} with transparency, which was laid on white: 2.",)
+    assert source.images[2:, 0, 0, 0].tolist() == [255, 127, 0]
+
+
+@pytest.mark.parametrize(
+    "names", [("Train", "Test"), ("training", "testing"), ("TRAIN", "val"), ("train", "valid")]
+)
+def test_folder_splits_are_known_however_they_are_spelled(tmp_path, names):
+    for split in names:
+        for name in "ab":
+            write_images(tmp_path / split / name, [1])
+    source = sources.load(f"folder:{tmp_path}")
+    assert source.class_names == ("a", "b")
+    assert source.official.tolist() == [0, 0, 1, 1]
+
+
+def test_folder_splits_without_their_pair_are_not_taken_for_classes(tmp_path):
+    for place in ("Train/a", "Train/b", "unlabelled"):
+        write_images(tmp_path / place, [1])
+    with pytest.raises(
+        ValueError, match=r"Train holds folders and looks like one split.*no pair of train and test"
+    ):
+        sources.load(f"folder:{tmp_path}")
+    assert sources.load(f"folder:{tmp_path / 'Train'}").class_names == ("a", "b")
+    for name in ("valid", "invalid"):  # classes that only sound like splits
+        write_images(tmp_path / "quality" / name, [1])
+    assert sources.load(f"folder:{tmp_path / 'quality'}").class_names == ("invalid", "valid")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "quality").rename(tmp_path / "one" / "quality")
+    with pytest.raises(
+        ValueError, match=r"it holds quality. If the classes lie in that folder, give .*/quality"
+    ):
+        sources.load(f"folder:{tmp_path / 'one'}")
+
+
+def test_folder_third_split_is_noted_as_training(tmp_path):
+    for split in ("train", "val", "test"):
+        for name in "ab":
+            write_images(tmp_path / split / name, [1])
+    assert sources.load(f"folder:{tmp_path}").notes == (
+        f"{tmp_path / 'val'} is used as training data; the validation split is drawn from all training data.",
+    )
+
+
+def test_folder_of_photos_is_cut_to_one_size(tmp_path):
+    stripes = np.repeat(np.array([10, 20, 30], np.uint8), 8)[None].repeat(8, 0)
+    for name, pixels in (("a", stripes), ("b", stripes.T)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / name / "0.png")
+    source = sources.load(f"folder:{tmp_path}", image_size=(4, 4))
+    assert source.images.shape == (2, 4, 4, 1)
+    assert np.abs(source.images.astype(int) - 20).max() <= 1  # Lanczos looks a little beyond the cut
+
+
+def test_folder_names_of_any_bytes(tmp_path):
+    for name in (b"caf\xe9", b"b"):  # Latin-1, as old archives unpack
+        write_images(tmp_path / os.fsdecode(name), [1, 2, 3])
+    source = sources.load(f"folder:{tmp_path}")
+    assert source.class_names == ("b", r"caf\xe9")
+    assert len(sources.digest(source)) == 64
+    assert len(sources.split_ids(source, validation=0, test=0)["train"]) == 6
+
+
+# What a split may hide.
+
+
+def test_split_notes_count_what_is_missing_twice_or_blank():
+    source = make_source(100, 4)
+    noise = np.random.default_rng(0).integers(0, 256, (100, 2, 2, 1), np.uint8)
+    source = source._replace(images=noise, class_names=("cat", "dog", "Cow", "cow"))
+    split = {"train": np.arange(60), "validation": np.arange(60, 80), "test": np.arange(80, 100)}
+    case_alone = "The names of these classes differ in case, accents or spaces alone: Cow and cow."
+    assert sources.split_notes(source, split) == (case_alone,)
+    noise[[80, 81, 82]] = noise[[0, 1, 1]]  # labels 0, 1, 2 beside 0, 1, 1
+    noise[61] = noise[3]  # label 1 beside 3
+    noise[[5, 9]] = np.array([7, 8], np.uint8).reshape(2, 1, 1, 1)
+    split["validation"] = np.array([61, 65, 64])  # labels 1, 1 and 0
+    assert sources.split_notes(source, split) == (
+        case_alone,
+        "Classes without a validation image: 2 of 4, Cow, cow.",
+        "Images of validation that are also in train, pixel for pixel: 1 of 3.",
+        "Images of test that are also in train, pixel for pixel: 3 of 20.",
+        "Images that occur with more than one label: 2.",
+        "Images of a single colour: 2 of 100.",
+    )
+
+
+def test_split_notes_are_quick():
+    source = make_source(60_000)
+    source = source._replace(images=np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8))
+    split = sources.split_ids(source)
+    start = time.process_time()
+    assert sources.split_notes(source, split) == ()
+    assert time.process_time() - start < 3  # 0.4 s on an idle core
 
 
 # Names and directories.

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from experiments.common.launching import say
+from experiments.common.tasks import Task
 from experiments.common.teachers import Teacher
 from experiments.common.training import Trained
 from kdjax import evaluate, report, results, significance
@@ -27,6 +28,7 @@ def conclude(
     workdir: Path,
     name: str,
     *,
+    task: Task,
     question: str,
     arms: Mapping[str, Sequence[Trained | Teacher]],
     arm_seeds: Mapping[str, Sequence[int]],
@@ -46,6 +48,7 @@ def conclude(
     Args:
       workdir: of the run.
       name: of the experiment.
+      task: what was learnt; its notes and the names of its classes stand in the result.
       question: that it answers.
       arms: arm → one finished training per seed.
       arm_seeds: arm → its seeds; those of the baseline are the result's.
@@ -78,7 +81,8 @@ def conclude(
         confusion={arm: sums["confusion"].astype(int).tolist() for arm, sums in totals.items()},
         wall_clock_s=wall_clock_s,
         scaled_down=scaled_down,
-        notes=list(notes),
+        notes=[*notes, *task.notes],
+        class_names=list(task.source.class_names),
         **optional,
     )
     publish(workdir, result, metrics=metrics)

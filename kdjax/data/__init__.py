@@ -21,5 +21,6 @@ from kdjax.data.sources import digest as digest
 from kdjax.data.sources import groups_of as groups_of
 from kdjax.data.sources import load as load
 from kdjax.data.sources import split_ids as split_ids
+from kdjax.data.sources import split_notes as split_notes
 from kdjax.data.sources import take as take
 from kdjax.data.sources import with_label_noise as with_label_noise

@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int8, Int32, UInt8
 
-from kdjax.data import stored
+from kdjax.data import arrays, folders, stored
+from kdjax.data.stored import first_ten
 
 GROUP_PATTERNS = {"malaria": r"C\d+(?:P\d+)?"}
 """For :func:`groups_of`: the part of a key that names the patient, of sets whose examples are not independent."""
-
-_NPZ_ARRAYS = ("images", "labels", "test_images", "test_labels", "names")
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
-_TEST_FOLDERS = ("test", "val", "validation")
 
 
 class Source(NamedTuple):
@@ -31,6 +30,7 @@ class Source(NamedTuple):
     keys: np.ndarray  # str[n]: ids that outlive a reordering, such as "train/000123" or a file name
     official: Int8[np.ndarray, " n"]  # 0 training, 1 official test split; -1 throughout where there is none
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # sentences on how the data were read, for the reader of a result
 
     @property
     def num_classes(self) -> int:
@@ -39,7 +39,11 @@ class Source(NamedTuple):
 
 
 def load(
-    name: str, *, data_dir: str | os.PathLike[str] | None = None, image_size: tuple[int, int] | None = None
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: tuple[int, int] | None = None,
+    skip_broken: bool = False,
 ) -> Source:
     """Loads a labelled image data set into memory.
 
@@ -51,28 +55,55 @@ def load(
           instance by :func:`kdjax.data.prepare`; decoded on the first load and cached beside the records,
           without TensorFlow;
         - a path ending in ``.npz`` with ``images`` and ``labels``, optionally ``test_images``,
-          ``test_labels`` and ``names``; images are ``uint8``, or floats in [0, 1], shaped [n, height, width]
-          or [n, height, width, channels];
-        - ``"folder:PATH"``: a folder of images (png, jpg, bmp) per class, or ``train`` and ``test`` (or
-          ``val``) folders of those.
+          ``test_labels`` and ``names``. Images are ``uint8``, or floats in [0, 1], shaped [n, height, width]
+          or [n, height, width, channels]. Labels are integers or text. Text, and integers that leave gaps, are
+          numbered in their order and become the names of the classes, if ``names`` does not give others;
+        - ``"folder:PATH"``: a folder of images per class, or ``train`` and ``test`` (or ``val``) folders of
+          those. Folders inside a class folder belong to the class. Images are read as a viewer shows them:
+          see :mod:`kdjax.data.photos`.
       data_dir: root of the prepared TFDS sets; by default ``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
-      image_size: height and width to resize to (Lanczos), for TFDS sets and folders. Needed where images
-        differ in size, except for ``malaria``, which becomes 32x32 unless told otherwise.
+      image_size: height and width, for TFDS sets and folders; needed where images differ in size. An image is
+        resized (Lanczos) until it just covers them, and what is left over is cut off evenly. Only ``malaria`` is
+        stretched instead, to 32x32 unless told otherwise, since its published results are of stretched cells.
+      skip_broken: for folders: leave out image files that cannot be read, with a note, instead of raising.
 
     Returns:
-      The data set, each example with a stable key.
+      The data set, each example with a stable key, and notes on what was left out or decided.
 
     Raises:
       ValueError: the name is unknown, or the data are missing, half-written, damaged or of a wrong kind.
+      ImportError: a package is missing that this data set needs.
     """
-    if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
-        raise ValueError(f"image_size must be (height, width), both at least 1; got {image_size}.")
-    if name == "digits" or name.endswith(".npz"):
+    if image_size is not None and (
+        len(image_size) != 2
+        or not all(isinstance(side, (int, np.integer)) and side > 0 for side in image_size)
+    ):
+        raise ValueError(f"image_size must be (height, width), two integers above 0; got {image_size}.")
+    if skip_broken and not name.startswith("folder:"):
+        raise ValueError(f"skip_broken applies to folders of image files; {name} is none.")
+    try:
+        return _load(name, data_dir, image_size, skip_broken)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"loading {name} needs the package {error.name}: pip install 'kdjax[experiments]'",
+            name=error.name,
+        ) from error
+
+
+def _load(
+    name: str, data_dir: str | os.PathLike[str] | None, image_size: tuple[int, int] | None, skip_broken: bool
+) -> Source:
+    if name.startswith("folder:"):
+        root = Path(name.removeprefix("folder:")).expanduser()
+        return Source(
+            root.resolve().name, *folders.read(root, image_size=image_size, skip_broken=skip_broken)
+        )
+    if name == "digits" or name.lower().endswith(".npz"):
         if image_size is not None:
             raise ValueError(f"image_size applies to TFDS sets and folders; {name} has one size already.")
-        return _digits() if name == "digits" else _npz(Path(name))
-    if name.startswith("folder:"):
-        return _folder(Path(name.removeprefix("folder:")), image_size)
+        return (
+            _digits() if name == "digits" else Source(Path(name).stem, *arrays.read(Path(name).expanduser()))
+        )
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     return Source(name, *stored.read(name, data_dir=root, image_size=image_size))
 
@@ -85,161 +116,6 @@ def _digits() -> Source:
     keys = np.array([f"digits/{i:06d}" for i in range(len(images))])
     official = np.full(len(images), -1, np.int8)
     return Source("digits", images, digits.target.astype(np.int32), keys, official, tuple("0123456789"))
-
-
-# An .npz file.
-
-
-def _npz(path: Path) -> Source:
-    if not path.is_file():
-        raise ValueError(
-            f"there is no file {path}: give the path of an .npz with the arrays images and labels."
-        )
-    arrays = _npz_arrays(path)
-    parts = [("train", arrays["images"], arrays["labels"])]
-    if "test_images" in arrays:
-        parts.append(("test", arrays["test_images"], arrays["test_labels"]))
-    images = [_as_uint8(images, f"{split} images of {path}") for split, images, _ in parts]
-    if len({part.shape[1:] for part in images}) > 1:
-        raise ValueError(
-            f"images and test_images of {path} differ in shape: {images[0].shape}, {images[1].shape}."
-        )
-    labels = [_as_labels(part[2], len(part[1]), f"{part[0]} labels of {path}") for part in parts]
-    highest = int(max(part.max() for part in labels))
-    names = tuple(map(str, arrays["names"])) if "names" in arrays else tuple(map(str, range(highest + 1)))
-    if highest >= len(names):
-        raise ValueError(
-            f"{path} names {len(names)} classes but has label {highest}: names needs one name a class."
-        )
-    keys = np.array([f"{split}/{i:06d}" for split, part, _ in parts for i in range(len(part))])
-    official = [
-        np.full(len(part), flag if len(parts) > 1 else -1, np.int8) for flag, part in enumerate(labels)
-    ]
-    return Source(
-        path.stem, np.concatenate(images), np.concatenate(labels), keys, np.concatenate(official), names
-    )
-
-
-def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
-    import zipfile
-
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is no readable .npz of plain arrays ({error}); write it with numpy.savez."
-        ) from error
-    unknown = sorted(set(arrays) - set(_NPZ_ARRAYS))
-    if (
-        unknown
-        or not {"images", "labels"} <= set(arrays)
-        or ("test_images" in arrays) != ("test_labels" in arrays)
-    ):
-        raise ValueError(
-            f"{path} must hold images and labels, and may hold test_images with test_labels, and names; "
-            f"it holds {', '.join(sorted(arrays)) or 'nothing'}."
-        )
-    return arrays
-
-
-def _as_uint8(images: np.ndarray, what: str) -> np.ndarray:
-    if images.ndim not in (3, 4) or not len(images):
-        raise ValueError(
-            f"{what} must be shaped [n, height, width] or [n, height, width, channels]; got {images.shape}."
-        )
-    if images.dtype.kind == "f":
-        low, high = float(images.min()), float(images.max())
-        if not (low >= 0 and high <= 1):  # also refuses NaN
-            raise ValueError(f"{what} are floats, which must lie in [0, 1]; they lie in [{low:g}, {high:g}].")
-        images = np.round(images * 255).astype(np.uint8)
-    if images.dtype != np.uint8:
-        raise ValueError(
-            f"{what} must be uint8, or floats in [0, 1]; got {images.dtype}: convert them first."
-        )
-    return images[..., None] if images.ndim == 3 else images
-
-
-def _as_labels(labels: np.ndarray, count: int, what: str) -> np.ndarray:
-    if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise ValueError(f"{what} must be {count} integers; got {labels.dtype} of shape {labels.shape}.")
-    if labels.min() < 0:
-        raise ValueError(f"{what} must count from 0; the smallest is {labels.min()}.")
-    return labels.astype(np.int32)
-
-
-# A folder of class folders.
-
-
-def _folder(root: Path, image_size: tuple[int, int] | None) -> Source:
-    if not root.is_dir():
-        raise ValueError(f"there is no folder {root}: give one that holds a folder of images for each class.")
-    inside = _subfolders(root)
-    tests = [name for name in _TEST_FOLDERS if name in inside]
-    parts = {"": -1}
-    if "train" in inside and tests:
-        parts = {split: int(split == tests[0]) for split in ("train", *tests)}
-    classes = {split: _subfolders(root / split) for split in parts}
-    names = classes[next(iter(parts))]
-    for split, found in classes.items():
-        if found != names:
-            raise ValueError(
-                f"{root / split} has the classes {found}, {root / 'train'} has {names}: they must agree."
-            )
-    if len(names) < 2:
-        raise ValueError(
-            f"{root} must hold at least two class folders; it holds {', '.join(names) or 'none'}."
-        )
-    paths, labels, official = [], [], []
-    for split, flag in parts.items():
-        for label, name in enumerate(names):
-            found = _image_files(root / split / name)
-            paths += found
-            labels += [label] * len(found)
-            official += [flag] * len(found)
-    keys = np.array([path.relative_to(root).as_posix() for path in paths])
-    images = _read_images(paths, image_size)
-    return Source(
-        root.name, images, np.array(labels, np.int32), keys, np.array(official, np.int8), tuple(names)
-    )
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _image_files(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
-    if not paths:
-        raise ValueError(
-            f"{folder} holds no images: every class needs some, ending in {', '.join(_IMAGE_SUFFIXES)}."
-        )
-    return paths
-
-
-def _read_images(paths: Sequence[Path], image_size: tuple[int, int] | None) -> np.ndarray:
-    """Reads images of one size, or resized to one; grey if all of them are grey, else RGB."""
-    from PIL import Image
-
-    images, grey = [], True
-    for path in stored.progress(paths, "Reading images"):
-        try:
-            with Image.open(path) as file:
-                file.load()
-                image = file.convert("L" if file.mode in ("L", "1") else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
-            raise ValueError(f"{path} is not a readable image ({error}): replace or remove it.") from error
-        if image_size is not None:
-            image = image.resize((image_size[1], image_size[0]), Image.Resampling.LANCZOS)
-        if images and image.size != images[0].size:
-            raise ValueError(
-                f"images differ in size: {paths[0]} is {images[0].size}, {path} is {image.size} (width, "
-                "height); pass image_size=(height, width) to resize them."
-            )
-        grey = grey and image.mode == "L"
-        images.append(image)
-    stacked = np.stack([np.asarray(image if grey else image.convert("RGB")) for image in images])
-    return stacked[..., None] if grey else stacked
 
 
 # Functions of a source.
@@ -326,7 +202,8 @@ def split_ids(
         if fraction > 0 and not len(ids[name]):
             raise ValueError(
                 f"nothing falls into {name} for validation={validation} and test={test}, out of "
-                f"{len(np.unique(units))} examples or groups: raise the fraction or pass another salt."
+                f"{len(np.unique(units))} examples or groups: add examples, or give split_ids a larger "
+                f"{name if fraction < 1 else 'rest'} fraction or another salt."
             )
     return ids
 
@@ -338,6 +215,51 @@ def _hash_positions(units: np.ndarray, salt: str) -> np.ndarray:
         hashlib.blake2b(f"{prefix}{unit}".encode(), digest_size=8).digest() for unit in units.tolist()
     )
     return (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
+
+
+def split_notes(source: Source, split: Mapping[str, Int[np.ndarray, " _"]]) -> tuple[str, ...]:
+    """Says what in a split makes its numbers mean less than they seem, each with counts; nothing if all is well.
+
+    Images are compared byte by byte (by their digests), so that a copy which was compressed anew is not found.
+
+    Args:
+      source: the data set, with its labels as they came, before any noise.
+      split: the ids of each split, as :func:`split_ids` returns them.
+
+    Returns:
+      Sentences: classes without an example in a split; images that lie in two splits, that bear two labels, or that
+      are of one colour throughout; class names that differ in case alone.
+    """
+    return tuple(_split_notes(source, split))
+
+
+def _split_notes(source: Source, split: Mapping[str, np.ndarray]) -> Iterator[str]:
+    spellings = defaultdict(list)
+    for name in source.class_names:
+        spellings[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
+    if alike := [" and ".join(names) for names in spellings.values() if len(names) > 1]:
+        yield f"The names of these classes differ in case, accents or spaces alone: {first_ten(alike)}."
+    for name, ids in split.items():
+        counts = np.bincount(source.labels[ids], minlength=source.num_classes)
+        if len(ids) and (missing := np.flatnonzero(counts == 0)).size:
+            lacking = first_ten(source.class_names[i] for i in missing)
+            yield f"Classes without a {name} image: {len(missing):,} of {source.num_classes:,}, {lacking}."
+    digests = np.frombuffer(
+        b"".join(hashlib.blake2b(image, digest_size=8).digest() for image in source.images), "<u8"
+    )
+    sides = list(split)
+    for i, name in enumerate(sides):
+        for other in sides[i + 1 :]:
+            if copies := int(np.isin(digests[split[other]], digests[split[name]]).sum()):
+                total = len(split[other])
+                yield f"Images of {other} that are also in {name}, pixel for pixel: {copies:,} of {total:,}."
+    _, image_of = np.unique(digests, return_inverse=True)
+    pairs = np.unique(np.stack([image_of, source.labels]), axis=1)
+    if contradicted := int((np.bincount(pairs[0]) > 1).sum()):
+        yield f"Images that occur with more than one label: {contradicted:,}."
+    flat = (source.images.min((1, 2)) == source.images.max((1, 2))).all(-1)
+    if flat.any():
+        yield f"Images of a single colour: {int(flat.sum()):,} of {len(flat):,}."
 
 
 def take(source: Source, ids: Int[np.ndarray, " ids"]) -> Source:
@@ -389,8 +311,7 @@ def with_label_noise(
 def digest(source: Source) -> str:
     """Returns one SHA-256 over images, labels and keys, with their shapes."""
     total = hashlib.sha256()
-    arrays: dict[str, Any] = {"images": source.images, "labels": source.labels.astype("<i4")}
-    for name, array in arrays.items():
+    for name, array in (("images", source.images), ("labels", source.labels.astype("<i4"))):
         total.update(f"{name}{array.shape}".encode())
         total.update(np.ascontiguousarray(array).data)
     for key in source.keys.tolist():

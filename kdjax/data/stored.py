@@ -15,17 +15,22 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdjax.data import photos
+
 OFFICIAL = ("mnist", "fashion_mnist", "cifar10", "cifar100", "malaria")
 """Data sets that :func:`kdjax.data.prepare` makes from official raw files."""
 
 DEFAULT_SIZES = {"malaria": (32, 32)}
-"""Image sizes of data sets whose stored images differ in size, used when none is asked for."""
+"""Image sizes of data sets whose stored images differ in size, used when none is asked for.
+
+Images of these sets are stretched to any size, as those of their published results were; others are cut to it.
+"""
 
 PREPARATION_FILE = "kdjax_preparation.json"
 KEYS_FILE = "kdjax_keys.json"
@@ -44,9 +49,16 @@ class Arrays(NamedTuple):
     keys: np.ndarray
     official: np.ndarray
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 # Finding.
+
+
+def first_ten(names: Iterable[object]) -> str:
+    """Returns "a, b, c": ten at most, and how many more there are."""
+    every = [str(name) for name in names]
+    return ", ".join(every[:10]) + (f" and {len(every) - 10:,} more" if len(every) > 10 else "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -244,7 +256,7 @@ def read(name: str, *, data_dir: Path, image_size: tuple[int, int] | None = None
     Args:
       name: a TFDS name.
       data_dir: root of the prepared data sets.
-      image_size: height and width to resize to; by default the stored size, or that in :data:`DEFAULT_SIZES`.
+      image_size: height and width to resize and cut to; by default the stored size, or that in :data:`DEFAULT_SIZES`.
 
     Raises:
       ValueError: the data set is unknown, missing, half-written, damaged, or no image classification.
@@ -258,8 +270,13 @@ def read_back(path: Path, name: str) -> None:
 
 
 def _read(path: Path, name: str, image_size: tuple[int, int] | None) -> Arrays:
-    size = image_size or DEFAULT_SIZES.get(name.partition(":")[0])
-    cache = path / _CACHE / ("native" if size is None else f"{size[0]}x{size[1]}")
+    base = name.partition(":")[0]
+    size, resize = (
+        image_size or DEFAULT_SIZES.get(base),
+        photos.stretch if base in DEFAULT_SIZES else photos.fit,
+    )
+    fitted = "" if resize is photos.stretch else "-cut"
+    cache = path / _CACHE / ("native" if size is None else f"{size[0]}x{size[1]}{fitted}")
     arrays = _read_cache(cache, path)
     if arrays is not None:
         return arrays
@@ -268,14 +285,14 @@ def _read(path: Path, name: str, image_size: tuple[int, int] | None) -> Arrays:
         with lock(cache.with_suffix(".lock"), wait=True, task=f"decoding {name}"):
             arrays = _read_cache(cache, path)  # perhaps another process has just finished it
             if arrays is None:
-                arrays = _decode(path, size, cache.parent)
+                arrays = _decode(path, size, resize, cache.parent)
                 _write_cache(cache, path, arrays)
         return arrays
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         warnings.warn(f"{path} cannot be written, so {name} is decoded anew on every load.", stacklevel=2)
-        return _decode(path, size, None)
+        return _decode(path, size, resize, None)
 
 
 def _read_cache(cache: Path, path: Path) -> Arrays | None:
@@ -327,7 +344,9 @@ def _write_cache(cache: Path, path: Path, arrays: Arrays) -> None:
 # Decoding.
 
 
-def _decode(path: Path, size: tuple[int, int] | None, cache: Path | None) -> Arrays:
+def _decode(
+    path: Path, size: tuple[int, int] | None, resize: Callable[..., Any], cache: Path | None
+) -> Arrays:
     import tensorflow_datasets as tfds
 
     preparation = read_preparation(path) or {"files": {}}
@@ -343,7 +362,8 @@ def _decode(path: Path, size: tuple[int, int] | None, cache: Path | None) -> Arr
     height, width = size or shape[:2]
     if height is None or width is None:
         raise ValueError(
-            f"images of {builder.info.name} differ in size: pass image_size=(height, width) to resize them."
+            f"images of {builder.info.name} differ in size: pass image_size=(height, width) to resize and cut them to "
+            "one (on the command line --image_size=32,32)."
         )
     splits = _official_splits(builder.info)
     total = sum(builder.info.splits[split].num_examples for split in splits)
@@ -358,9 +378,8 @@ def _decode(path: Path, size: tuple[int, int] | None, cache: Path | None) -> Arr
         official[start:stop] = flag
         keys += names[split] if names else [f"{split}/{i:06d}" for i in range(stop - start)]
         for row, example in enumerate(_examples(builder, split, path), start):
-            images[row] = _pixels(
-                example.features.feature[image_key].bytes_list.value[0], height, width, shape[2]
-            )
+            encoded = example.features.feature[image_key].bytes_list.value[0]
+            images[row] = _pixels(encoded, (height, width), shape[2], resize)
             labels[row] = example.features.feature[label_key].int64_list.value[0]
         start = stop
     if labels.min() < 0:
@@ -438,12 +457,11 @@ def _records(builder: Any, split: str, path: Path) -> Iterator[bytes]:
         yield from source.__getitems__(range(start, min(start + _CHUNK, len(source))))
 
 
-def _pixels(encoded: bytes, height: int, width: int, channels: int) -> np.ndarray:
-    from PIL import Image
+def _pixels(encoded: bytes, size: tuple[int, int], channels: int, resize: Callable[..., Any]) -> np.ndarray:
+    from PIL import Image, ImageOps
 
     mode = _MODES[channels]
     with Image.open(io.BytesIO(encoded)) as image:
-        image = image if image.mode == mode else image.convert(mode)
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        return np.asarray(image).reshape(height, width, channels)
+        # A data set with an alpha channel keeps it; of any other, images are as a viewer shows them.
+        upright = ImageOps.exif_transpose(image) if mode == "RGBA" else photos.as_shown(image)
+        return np.asarray(resize(upright.convert(mode), size)).reshape(*size, channels)
