@@ -12,6 +12,7 @@ from kdjax.curvature.vectors import widen
 from kdjax.transforms.shared import (
     Draws,
     ValueFn,
+    as_key,
     as_partial,
     cast_like,
     check_like,
@@ -30,6 +31,8 @@ from kdjax.transforms.shared import (
     needed,
     needs_params,
     scaled,
+    sizes,
+    transformation,
     unmeasured,
 )
 from kdjax.types import Params, Scalar
@@ -51,7 +54,7 @@ def escape(
     value_fn: ValueFn,
     params: Params,
     updates: Params,
-    key: Array,
+    key: Array | int,
     *,
     num_matvecs: int = 16,
     radius: Scalar = 0.3,
@@ -115,12 +118,13 @@ def escape(
       >>> bool(found.accepted), bool(saddle(found.updates) < -0.7)
       (True, True)
     """
+    num_matvecs, trials = sizes("escape", num_matvecs=num_matvecs, trials=trials)
     check_moved("escape", params, num_matvecs)
     check_positive("escape", radius=radius, trials=trials)
     check_positive("escape", zero=True, sigma=sigma, strength=strength)
     if direction is not None:
         check_like("escape", params, direction=direction)
-    noise_key, start_key = jax.random.split(key)
+    noise_key, start_key = jax.random.split(as_key(key))
     length = extent(params)
     noise = scaled(curvature.random_like(noise_key, params), sigma * length)
     here = moved(params, noise)
@@ -197,7 +201,7 @@ class EigenstepState(NamedTuple):
 def negative_eigenstep(
     *,
     period: int | Array,
-    key: Array,
+    key: Array | int,
     num_matvecs: int = 16,
     length: Literal["adaptive", "curvature"] = "adaptive",
     cap: Scalar = 0.1,
@@ -229,6 +233,7 @@ def negative_eigenstep(
     References:
       Dewan, SPRKD, arXiv 2607.23346, 2026.
     """
+    [num_matvecs] = sizes("negative_eigenstep", num_matvecs=num_matvecs)
     check_period("negative_eigenstep", period)
     check_positive("negative_eigenstep", cap=cap, max_gradient_norm=max_gradient_norm)
     if length not in ("adaptive", "curvature"):
@@ -274,7 +279,7 @@ def negative_eigenstep(
         hvps = state.hvps + looked * num_matvecs
         return updates, EigenstepState(count, state.key, lowest, residual, probes, steps, hvps)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 class PerturbState(NamedTuple):
@@ -285,7 +290,7 @@ class PerturbState(NamedTuple):
 
 
 def perturb(
-    *, period: int | Array, key: Array, radius: Scalar | None = None, sigma: Scalar | None = None
+    *, period: int | Array, key: Array | int, radius: Scalar | None = None, sigma: Scalar | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds Gaussian noise to the updates every so many steps.
 
@@ -335,4 +340,4 @@ def perturb(
         updates = jax.lax.cond(state.count % period == 0, disturb, lambda: updates)
         return updates, PerturbState(jnp.asarray(optax.safe_increment(state.count)), state.key)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

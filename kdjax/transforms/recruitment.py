@@ -17,7 +17,10 @@ from kdjax.transforms.shared import (
     check_period,
     check_positive,
     counter,
+    kept,
     needed,
+    sizes,
+    transformation,
     unmeasured,
 )
 from kdjax.types import Params, Scalar
@@ -47,7 +50,7 @@ class SprkdState(NamedTuple):
 def sprkd(
     base: optax.GradientTransformation,
     *,
-    key: Array,
+    key: Array | int,
     period: int | Array = 100,
     num_matvecs: int = 16,
     radius: Scalar = 0.3,
@@ -138,6 +141,7 @@ def sprkd(
       >>> round(float(loss(params)), 2)
       -1.0
     """
+    num_matvecs, trials = sizes("sprkd", num_matvecs=num_matvecs, trials=trials)
     check_period("sprkd", period)
     check_positive("sprkd", radius=radius, trials=trials, max_gradient_norm=max_gradient_norm)
     check_positive(
@@ -160,7 +164,7 @@ def sprkd(
             draws.init(),
             base.init(params),
             None if approaching is None else approaching.init(params),
-            jax.tree.map(lambda x: jnp.array(x, jnp.float32), direction),
+            None if direction is None else kept(params, direction),
             jnp.asarray(DESCEND if approaching is None else APPROACH, jnp.int32),
             counter(),
             *(unmeasured() for _ in range(3)),
@@ -225,4 +229,4 @@ def sprkd(
             *(total + more for total, more in zip(totals, spent, strict=True)),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

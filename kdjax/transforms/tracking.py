@@ -19,6 +19,8 @@ from kdjax.transforms.shared import (
     hessian_at,
     mean_over,
     needed,
+    sizes,
+    transformation,
     unmeasured,
 )
 from kdjax.types import Params
@@ -38,7 +40,7 @@ class TrackState(NamedTuple):
 
 
 def track_saddles(
-    *, period: int | Array, key: Array, num_matvecs: int = 16, axis_name: str | None = None
+    *, period: int | Array, key: Array | int, num_matvecs: int = 16, axis_name: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Records a ``kdjax.saddles.SaddleScore`` every so many steps; passes the updates through unchanged.
 
@@ -64,6 +66,7 @@ def track_saddles(
       Dewan, SPRKD, arXiv 2607.23346, 2026. Ghorbani et al., `An Investigation into Neural Net Optimization via Hessian
       Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_, 2019, section 2, for the density.
     """
+    [num_matvecs] = sizes("track_saddles", num_matvecs=num_matvecs)
     check_period("track_saddles", period)
     draws = Draws(key)
 
@@ -87,7 +90,7 @@ def track_saddles(
         probes, hvps = state.probes + looked, state.hvps + looked * num_matvecs
         return updates, TrackState(count, state.key, score, probes, hvps)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _score(value_fn, params, start, num_matvecs, axis_name) -> SaddleScore:
