@@ -108,7 +108,7 @@ class SaddleFreeState(NamedTuple):
 def saddle_free_newton(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
-    num_matvecs: int = 16,
+    num_matvecs: int | Array = 16,
     damping: Scalar = 1e-3,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -40,7 +40,7 @@ class TrackState(NamedTuple):
 
 
 def track_saddles(
-    *, period: int | Array, key: Array | int, num_matvecs: int = 16, axis_name: str | None = None
+    *, period: int | Array, key: Array | int, num_matvecs: int | Array = 16, axis_name: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Records a ``kdjax.saddles.SaddleScore`` every so many steps; passes the updates through unchanged.
 
