@@ -48,14 +48,15 @@ def removal_curve(
         raise ValueError(f"kind needs to be 'deletion' or 'insertion', got {kind!r}.")
     if num_steps < 1:
         raise ValueError(f"a removal curve needs a step or more, got num_steps={num_steps}.")
-    if maps.shape != (*inputs.shape[:3], 1) or replacements.shape != inputs.shape:
+    if inputs.ndim != 4 or maps.shape != (*inputs.shape[:3], 1) or replacements.shape != inputs.shape:
         raise ValueError(
             f"inputs {list(inputs.shape)} need maps {[*inputs.shape[:3], 1]} and replacements of their own shape, got "
             f"{list(maps.shape)} and {list(replacements.shape)}."
         )
     score = check_score(score_fn, inputs, targets)
     first, second = (inputs, replacements) if kind == "deletion" else (replacements, inputs)
-    rank = _ranks(-maps.reshape(len(maps), -1)).reshape(maps.shape)
+    # In float32, since a stored map is of uint8, whose negative wraps around.
+    rank = _ranks(-maps.astype(jnp.float32).reshape(len(maps), -1)).reshape(maps.shape)
     pixels = inputs.shape[1] * inputs.shape[2]
 
     def at(step):
@@ -71,9 +72,9 @@ def pointing(maps: Map, masks: Other) -> Bool[Array, " batch"]:
       Zhang et al., `Top-down Neural Attention by Excitation Backprop <https://arxiv.org/abs/1608.00507>`_, 2016,
       section 4.2.
     """
-    _check_pair(maps, masks)
+    _check_pair(maps, masks, mask=True)
     place = jnp.argmax(maps.reshape(len(maps), -1), axis=-1)
-    return jnp.take_along_axis(masks.reshape(len(masks), -1), place[:, None], axis=-1)[:, 0]
+    return jnp.take_along_axis(masks.reshape(len(masks), -1), place[:, None], axis=-1)[:, 0] != 0
 
 
 def mass_inside(maps: Map, masks: Other) -> Float[Array, " batch"]:
@@ -82,7 +83,7 @@ def mass_inside(maps: Map, masks: Other) -> Float[Array, " batch"]:
     References:
       Arras, Osman, Samek, `CLEVR-XAI <https://arxiv.org/abs/2003.07258>`_, 2022, section 3.3.
     """
-    _check_pair(maps, masks)
+    _check_pair(maps, masks, mask=True)
     inside, total = (jnp.sum(x, axis=(1, 2, 3)) for x in (jnp.where(masks, maps, 0), maps))
     return inside / jnp.where(total > 0, total, 1)
 
@@ -107,9 +108,13 @@ def _ranks(rows: Float[Array, "batch positions"]) -> Array:
     return jnp.argsort(order, axis=-1)
 
 
-def _check_pair(maps: Array, others: Array) -> None:
+def _check_pair(maps: Array, others: Array, mask: bool = False) -> None:
     if maps.shape != others.shape or maps.ndim != 4 or maps.shape[-1] != 1:
         raise ValueError(
             f"two batches of maps [batch, height, width, 1] are compared, got {list(maps.shape)} and "
             f"{list(others.shape)}: take attributions.importance of attributions first."
+        )
+    if mask and jnp.issubdtype(others.dtype, jnp.inexact):
+        raise ValueError(
+            f"masks need to be boolean, or integers of which 0 is outside, got {others.dtype}: write masks > 0.5."
         )

@@ -1,5 +1,7 @@
 """Maps as the pictures that training images are blended with."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Shaped
@@ -12,7 +14,17 @@ _CHOICE, _EXPONENT = 3, 4  # folded into an example's key; crop and flip fold in
 def importance(
     attributions: Float[Array, "*batch height width channels"],
 ) -> Float[Array, "*batch height width 1"]:
-    """How much each position matters: absolute attributions summed over channels."""
+    """How much each position matters: absolute attributions summed over channels.
+
+    Raises:
+      ValueError: if they are not of images; of a pytree of inputs take them one by one.
+    """
+    if getattr(attributions, "ndim", 0) < 3:
+        raise ValueError(
+            "importance needs attributions [..., height, width, channels], got "
+            f"{list(attributions.shape) if hasattr(attributions, 'shape') else type(attributions).__name__}: take "
+            "those of the images alone."
+        )
     return jnp.sum(jnp.abs(attributions), axis=-1, keepdims=True)
 
 
@@ -22,7 +34,11 @@ def quantised(maps: Float[Array, "batch height width 1"]) -> dict[str, Array]:
     Returns:
       ``map``, uint8, as shares of each map's largest value, which is 255; and ``map_peak``, that value, float32[batch],
       which is not finite where the map is not, so that ``fill`` refuses it.
+
+    Raises:
+      ValueError: if they are no maps.
     """
+    _check_maps("quantised", maps, maps.shape[:3])
     peak = jnp.max(maps, axis=(1, 2, 3))
     share = maps / jnp.where(peak > 0, peak, 1)[:, None, None, None]
     return {"map": jnp.round(255 * share).astype(jnp.uint8), "map_peak": peak}
@@ -55,14 +71,11 @@ def overlay(
       Hernandez, Chang, Nordling, `Knowledge Distillation: Enhancing Neural Network Compression with Integrated
       Gradients <https://arxiv.org/abs/2503.13008>`_, 2025. Defaults there: strength ½, exponent drawn from 1 to 2.
     """
-    if images.shape[:3] != maps.shape[:3] or maps.shape[3:] != (1,):
-        raise ValueError(
-            f"overlay needs a map [{', '.join(map(str, images.shape[:3]))}, 1] for images {list(images.shape)}, got "
-            f"{list(maps.shape)}: take attributions.importance of attributions first."
-        )
+    _check_maps("overlay", maps, images.shape[:3])
+    _check_each("overlay", len(images), strength=strength, exponent=exponent)
     if isinstance(strength, float | int) and not 0 <= strength <= 1:
         raise ValueError(f"overlay needs a strength from 0 to 1, got {strength}; ½ is as published.")
-    if isinstance(exponent, float | int) and exponent <= 0:
+    if isinstance(exponent, float | int) and not exponent > 0:
         raise ValueError(f"overlay needs an exponent above 0, got {exponent}; from 1 to 2 is as published.")
     strength, exponent = (
         jnp.reshape(jnp.asarray(x, jnp.float32), (-1, 1, 1, 1)) for x in (strength, exponent)
@@ -98,6 +111,7 @@ def random_overlay(
     Raises:
       ValueError: as there.
     """
+    _check_each("random_overlay", len(images), keys=keys)
     low, high = exponents
     if not 0 <= probability <= 1 or not 0 < low <= high:
         raise ValueError(
@@ -115,6 +129,23 @@ def random_overlay(
     chosen, exponent = jax.vmap(draw)(keys)
     blended = overlay(images, maps, strength=strength, exponent=exponent)
     return jnp.where(chosen[:, None, None, None], blended, images.astype(jnp.float32))
+
+
+def _check_maps(what: str, maps: Array, size: tuple[int, ...]) -> None:
+    if len(size) != 3 or maps.shape != (*size, 1):
+        raise ValueError(
+            f"{what} needs a map [{', '.join(map(str, size))}, 1] for each image, got {list(maps.shape)}: take "
+            "attributions.importance of attributions first."
+        )
+
+
+def _check_each(what: str, batch: int, **numbers: Any) -> None:
+    """Raises a ValueError unless there is one for all, or one for each."""
+    for name, number in numbers.items():
+        if jnp.shape(number) not in ((), (batch,)):
+            raise ValueError(
+                f"{what} needs {name} for all images or for each of {batch}, got {list(jnp.shape(number))}."
+            )
 
 
 def _most(maps: Array) -> Array:

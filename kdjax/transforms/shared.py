@@ -36,15 +36,14 @@ class Draws:
 
 def as_key(key: Array | int) -> Array:
     """A typed key from what optax accepts for one, a key or an integer seed, or from a raw key."""
-    if jax.dtypes.issubdtype(dtype := jnp.result_type(key), jax.dtypes.prng_key) and jnp.ndim(key) == 0:
-        return jnp.asarray(key)
-    if jnp.issubdtype(dtype, jnp.integer) and jnp.ndim(key) == 0:
+    dtype, shape = jnp.result_type(key), jnp.shape(key)
+    if not shape and jnp.issubdtype(dtype, jnp.integer):
         return jax.random.key(key)
-    if dtype == jnp.uint32 and jnp.ndim(key) == 1:
-        return jax.random.wrap_key_data(key)
-    raise ValueError(
-        f"key needs to be one key or an integer seed, got {dtype}{list(jnp.shape(key))}: write key=0."
-    )
+    if not shape and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return jnp.asarray(key)
+    if len(shape) == 1 and dtype == jnp.uint32:
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    raise ValueError(f"key needs to be one key or an integer seed, got {dtype}{list(shape)}: write key=0.")
 
 
 def transformation(init: Callable, update: Callable) -> optax.GradientTransformationExtraArgs:
