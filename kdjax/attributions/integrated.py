@@ -421,7 +421,7 @@ def _with(score_fn: ScoreFn, targets: PyTree) -> Callable[[PyTree], Array]:
 def _check_logits(logits: Any, batch: int) -> Any:
     if getattr(logits, "ndim", 0) != 2 or logits.shape[0] != batch:
         raise ValueError(
-            f"logits_fn needs to return [batch, classes] for {batch} inputs, got {_kind(logits)}."
+            f"logits_fn needs to return [batch, classes] for {batch} inputs, got {kind_of(logits)}."
         )
     return logits
 
@@ -429,7 +429,7 @@ def _check_logits(logits: Any, batch: int) -> Any:
 def _check_labels(labels: ArrayLike, batch: int, classes: int) -> None:
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or jnp.shape(labels) != (batch,):
         raise ValueError(
-            f"labels need to be integers [{batch}], one per example, got {_kind(labels)}: write labels.astype(int) "
+            f"labels need to be integers [{batch}], one per example, got {kind_of(labels)}: write labels.astype(int) "
             "for whole numbers, and labels[:, 0] for a column."
         )
     if not isinstance(labels, Tracer) and (largest := np.asarray(labels).max()) >= classes:
@@ -443,11 +443,12 @@ def _check_rows(targets: PyTree, batch: int) -> None:
         if jnp.shape(leaf)[:1] != (batch,):
             raise ValueError(
                 f"adaptive integrated gradients need targets{jax.tree_util.keystr(path)} with a row for each of "
-                f"{batch} inputs, got {_kind(leaf)}."
+                f"{batch} inputs, got {kind_of(leaf)}."
             )
 
 
-def _kind(array: Any) -> str:
+def kind_of(array: Any) -> str:
+    """What came, for a message: dtype and shape of an array, else the name of its type."""
     return f"{array.dtype}{list(array.shape)}" if hasattr(array, "shape") else type(array).__name__
 
 

@@ -12,7 +12,7 @@ Other = Shaped[Array, "others other_height other_width other_depth"]
 
 def removal_curve(
     score_fn: ScoreFn,
-    inputs: Float[Array, "batch height width channels"],
+    inputs: Float[Array, "..."],
     maps: Other,
     replacements: Float[Array, "..."],
     *,
@@ -28,7 +28,7 @@ def removal_curve(
 
     Args:
       score_fn: one number per example, as in :func:`kdjax.attributions.integrated_gradients`; usually a probability.
-      inputs: normalised images.
+      inputs: normalised images [batch, height, width, channels].
       maps: one per image, where larger means more important; ties in reading order.
       replacements: what stands where nothing of the image is shown: zeros, or the image blurred.
       kind: "deletion" from the images to the replacements, or "insertion" from the replacements to the images.

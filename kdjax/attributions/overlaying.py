@@ -6,29 +6,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Shaped
 
+from kdjax.attributions.integrated import kind_of
 from kdjax.types import Scalar
 
 _CHOICE, _EXPONENT = 3, 4  # folded into an example's key; crop and flip fold in others
 
 
-def importance(
-    attributions: Float[Array, "*batch height width channels"],
-) -> Float[Array, "*batch height width 1"]:
+def importance(attributions: Float[Array, "..."]) -> Float[Array, "*batch height width 1"]:
     """How much each position matters: absolute attributions summed over channels.
 
     Raises:
-      ValueError: if they are not of images; of a pytree of inputs take them one by one.
+      ValueError: if they are not of images, such as a dict of several inputs' attributions: take one of them.
     """
     if getattr(attributions, "ndim", 0) < 3:
         raise ValueError(
-            "importance needs attributions [..., height, width, channels], got "
-            f"{list(attributions.shape) if hasattr(attributions, 'shape') else type(attributions).__name__}: take "
-            "those of the images alone."
+            f"importance needs attributions [..., height, width, channels], got {kind_of(attributions)}: take those of "
+            "the images alone."
         )
     return jnp.sum(jnp.abs(attributions), axis=-1, keepdims=True)
 
 
-def quantised(maps: Float[Array, "batch height width 1"]) -> dict[str, Array]:
+def quantised(maps: Shaped[Array, "..."]) -> dict[str, Array]:
     """Maps as they are stored, to be rows of :func:`kdjax.teacher.fill`.
 
     Returns:
@@ -48,8 +46,8 @@ def overlay(
     images: Shaped[Array, "batch height width channels"],
     maps: Shaped[Array, "maps map_height map_width depth"],
     *,
-    strength: Scalar | Float[Array, " batch"] = 0.5,
-    exponent: Scalar | Float[Array, " batch"] = 1.0,
+    strength: Scalar | Float[Array, " strengths"] = 0.5,
+    exponent: Scalar | Float[Array, " exponents"] = 1.0,
 ) -> Float[Array, "batch height width channels"]:
     r"""Blends images with grey maps of what a teacher looks at.
 
@@ -92,7 +90,7 @@ def overlay(
 def random_overlay(
     images: Shaped[Array, "batch height width channels"],
     maps: Shaped[Array, "batch height width 1"],
-    keys: Key[Array, " batch"],
+    keys: Key[Array, " keys"],
     *,
     probability: float = 0.1,
     strength: float = 0.5,
