@@ -730,6 +730,16 @@ class TestJudging:
         with pytest.raises(ValueError, match="of their own shape"):
             attributions.removal_curve(score, x[..., 0], maps, x[..., 0], kind="deletion")
 
+    def test_of_no_maps_there_are_no_numbers(self):
+        none = jnp.zeros((0, 4, 4, 1))
+        assert attributions.pointing(none, none > 0).shape == (0,)
+        for judge, other in (
+            (attributions.mass_inside, none > 0),
+            (attributions.rank_correlation, none),
+        ):
+            assert judge(none, other).shape == (0,)
+        assert attributions.overlay(none, none).shape == (0, 4, 4, 1)
+
     def test_stored_maps_and_integer_masks_are_what_they_stand_for(self):
         x, maps = normal(2, 4, 4, 3), jnp.abs(normal(2, 4, 4, 1))
         stored = attributions.quantised(maps)["map"]

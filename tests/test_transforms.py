@@ -188,7 +188,7 @@ class TestHyperparameters:
             (transforms.saddle_free_newton, {}, ("num_matvecs",)),
         ],
     )
-    def test_sizes_are_named_as_what_cannot_be_traced(self, factory, options, sizes):
+    def test_sizes_are_static_and_their_defaults_are_left_alone(self, factory, options, sizes):
         tx = optax.inject_hyperparams(factory)(num_matvecs=2, **options)
         tx.init(jnp.ones(2))  # known here
         message = (
@@ -196,10 +196,14 @@ class TestHyperparameters:
         )
         with pytest.raises(ValueError, match=message):
             jax.jit(tx.init)(jnp.ones(2))
-        tx = optax.inject_hyperparams(factory, static_args=sizes)(num_matvecs=2, **options)
-        update = compiled(lambda p, s: tx.update(p, s, p, value_fn=lambda p: jnp.sum(p**2)))
-        updates, _ = update(jnp.ones(2), jax.jit(tx.init)(jnp.ones(2)))
-        assert np.isfinite(updates).all()
+        static = optax.inject_hyperparams(factory, static_args=sizes)(num_matvecs=2, **options)
+        by_default = optax.inject_hyperparams(factory)(**options)
+        for tx, params in ((static, jnp.ones(2)), (by_default, jnp.ones(16))):
+            updates, state = compiled(
+                lambda p, tx=tx: tx.update(p, tx.init(p), p, value_fn=lambda p: jnp.sum(p**2) / 2)
+            )(params)
+            assert np.isfinite(updates).all()
+            assert not set(sizes) & state.hyperparams.keys()
 
     def test_a_fraction_is_no_size(self):
         with pytest.raises(ValueError, match="num_matvecs as an integer"):

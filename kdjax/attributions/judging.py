@@ -1,5 +1,7 @@
 """Whether a map shows what a network uses: by taking pixels away, by where an object is, by another map."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
@@ -56,7 +58,7 @@ def removal_curve(
     score = check_score(score_fn, inputs, targets)
     first, second = (inputs, replacements) if kind == "deletion" else (replacements, inputs)
     # In float32, since a stored map is of uint8, whose negative wraps around.
-    rank = _ranks(-maps.astype(jnp.float32).reshape(len(maps), -1)).reshape(maps.shape)
+    rank = _ranks(-_rows(maps.astype(jnp.float32))).reshape(maps.shape)
     pixels = inputs.shape[1] * inputs.shape[2]
 
     def at(step):
@@ -73,8 +75,8 @@ def pointing(maps: Map, masks: Other) -> Bool[Array, " batch"]:
       section 4.2.
     """
     _check_pair(maps, masks, mask=True)
-    place = jnp.argmax(maps.reshape(len(maps), -1), axis=-1)
-    return jnp.take_along_axis(masks.reshape(len(masks), -1), place[:, None], axis=-1)[:, 0] != 0
+    place = jnp.argmax(_rows(maps), axis=-1)
+    return jnp.take_along_axis(_rows(masks), place[:, None], axis=-1)[:, 0] != 0
 
 
 def mass_inside(maps: Map, masks: Other) -> Float[Array, " batch"]:
@@ -97,9 +99,14 @@ def rank_correlation(maps: Map, others: Other) -> Float[Array, " batch"]:
       Adebayo et al., `Sanity Checks for Saliency Maps <https://arxiv.org/abs/1810.03292>`_, 2018, section 3.
     """
     _check_pair(maps, others)
-    a, b = (_ranks(x.reshape(len(x), -1)).astype(jnp.float32) for x in (maps, others))
+    a, b = (_ranks(_rows(x)).astype(jnp.float32) for x in (maps, others))
     a, b = (x - jnp.mean(x, axis=-1, keepdims=True) for x in (a, b))
     return jnp.sum(a * b, axis=-1) / jnp.sqrt(jnp.sum(a**2, axis=-1) * jnp.sum(b**2, axis=-1))
+
+
+def _rows(maps: Array) -> Array:
+    """Each map's values in reading order; of no maps, no rows."""
+    return maps.reshape(len(maps), math.prod(maps.shape[1:]))
 
 
 def _ranks(rows: Float[Array, "batch positions"]) -> Array:

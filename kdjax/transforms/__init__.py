@@ -21,9 +21,10 @@ batch, name their axis as ``axis_name``. (Where ``jax.shard_map`` checks varying
 mean inside the loss, and name no axis.)
 
 A ``key`` may be an integer seed. Every number may be a hyperparameter of ``optax.inject_hyperparams`` except those that
-size arrays, which it is told to leave alone::
+size arrays. Where these are not left at their defaults, name them as static::
 
-    tx = optax.inject_hyperparams(transforms.sprkd, static_args=("num_matvecs", "trials"))(optax.adam(1e-3), key=0)
+    factory = optax.inject_hyperparams(transforms.sprkd, static_args=("num_matvecs", "trials"))
+    tx = factory(optax.adam(1e-3), key=0, radius=optax.linear_schedule(0.3, 0.1, 1000), num_matvecs=8)
 
 ``optax.MultiSteps`` must go around all others, and be told to pass extra arguments on::
 

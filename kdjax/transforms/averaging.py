@@ -26,7 +26,8 @@ def parameter_ema(decay: Scalar) -> optax.GradientTransformationExtraArgs:
     ``optax.tree.get(opt_state, "ema")``.
 
     Args:
-      decay: d in [0, 1); .999 averages over about the last thousand updates.
+      decay: d in [0, 1); .999 averages over about the last thousand updates. In bfloat16 it would round to 1: with such
+        parameters, tell ``optax.inject_hyperparams`` ``hyperparam_dtype=jnp.float32``.
 
     Returns:
       A transformation whose ``update`` needs ``params``.

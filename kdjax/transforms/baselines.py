@@ -108,7 +108,7 @@ class SaddleFreeState(NamedTuple):
 def saddle_free_newton(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
-    num_matvecs: int | Array = 16,
+    num_matvecs: int | Array | None = None,
     damping: Scalar = 1e-3,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -120,7 +120,8 @@ def saddle_free_newton(
 
     Args:
       learning_rate: :math:`\eta`, or a schedule of it over updates.
-      num_matvecs: Hessian-vector products of every step, at most the number of parameters. Memory is as many vectors.
+      num_matvecs: Hessian-vector products of every step, 16 by default, at most the number of parameters. Memory is as
+        many vectors.
       damping: d, above 0.
       axis_name: of the mapped axis over which gradients come averaged, and products are to be.
 

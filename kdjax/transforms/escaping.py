@@ -202,7 +202,7 @@ def negative_eigenstep(
     *,
     period: int | Array,
     key: Array | int,
-    num_matvecs: int | Array = 16,
+    num_matvecs: int | Array | None = None,
     length: Literal["adaptive", "curvature"] = "adaptive",
     cap: Scalar = 0.1,
     max_gradient_norm: Scalar = 0.02,
@@ -217,7 +217,7 @@ def negative_eigenstep(
     Args:
       period: steps from one look to the next, the first of them at the first update.
       key: of Lanczos' starts.
-      num_matvecs: Hessian-vector products of a look, at most the number of parameters.
+      num_matvecs: Hessian-vector products of a look, 16 by default, at most the number of parameters.
       length: rule of :math:`\eta`: "adaptive" is :math:`\min(cap, 1 / |\lambda|)`, "curvature" :math:`|\lambda| / 2`.
       cap: of "adaptive".
       max_gradient_norm: the gradient's norm above which nothing is done; infinity for always.

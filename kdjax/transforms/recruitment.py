@@ -52,10 +52,10 @@ def sprkd(
     *,
     key: Array | int,
     period: int | Array = 100,
-    num_matvecs: int | Array = 16,
+    num_matvecs: int | Array | None = None,
     radius: Scalar = 0.3,
     sigma: Scalar = 0.01,
-    trials: int | Array = 6,
+    trials: int | Array | None = None,
     strength: Scalar = 0.1,
     max_gradient_norm: Scalar = float("inf"),
     budget: int | Array = 20,
@@ -98,10 +98,11 @@ def sprkd(
       base: the optimiser.
       key: of perturbations and of Lanczos' starts.
       period: updates from one look to the next.
-      num_matvecs: Hessian-vector products of a look, at most the number of parameters. Memory is as many vectors.
+      num_matvecs: Hessian-vector products of a look, 16 by default, at most the number of parameters. Memory is as many
+        vectors.
       radius: length of the longest escape, as a share of the norm of the parameters (or of 1, if that is less).
       sigma: length of the perturbation before looking, likewise; 0 for none.
-      trials: lengths to try, each half the one before, in both directions.
+      trials: lengths to try, 6 by default, each half the one before, in both directions.
       strength: how large, as a share of the largest eigenvalue, the negative one must be.
       max_gradient_norm: do not look where the gradient is longer: .02 as published. It depends on the scale of the
         loss. The gradient is ``grad``, or the updates as they come if that is not given.

@@ -80,8 +80,15 @@ def known(value: Any, otherwise: float) -> float:
     return otherwise if value is None or callable(value) or not is_known(value) else float(value)
 
 
+_SIZES = {"num_matvecs": 16, "trials": 6}
+
+
 def sizes(what: str, **values: Any) -> list[int]:
-    """Options that decide the shapes of arrays, as Python integers; a ValueError if they are traced or none."""
+    """Options that decide the shapes of arrays, as Python integers; a ValueError if they are traced or no integers.
+
+    None is the default, which inject_hyperparams leaves alone; a number it would trace.
+    """
+    values = {name: _SIZES[name] if value is None else value for name, value in values.items()}
     for name, value in values.items():
         if not is_known(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
             raise ValueError(

@@ -40,7 +40,11 @@ class TrackState(NamedTuple):
 
 
 def track_saddles(
-    *, period: int | Array, key: Array | int, num_matvecs: int | Array = 16, axis_name: str | None = None
+    *,
+    period: int | Array,
+    key: Array | int,
+    num_matvecs: int | Array | None = None,
+    axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Records a ``kdjax.saddles.SaddleScore`` every so many steps; passes the updates through unchanged.
 
@@ -51,7 +55,7 @@ def track_saddles(
     Args:
       period: steps from one look to the next, the first of them at the first update.
       key: of Lanczos' starts.
-      num_matvecs: Hessian-vector products of a look, at most the number of parameters.
+      num_matvecs: Hessian-vector products of a look, 16 by default, at most the number of parameters.
       axis_name: of the mapped axis whose devices hold parts of the batch; loss and derivatives are averaged over it.
 
     Returns:
