@@ -53,22 +53,22 @@ def approach_region(learning_rate, **options):
     )
 
 
-# Name, how it is built, what is no number or sizes an array, and its numbers, which the suite makes hyperparameters.
+# Name, how it is built, what it has beside numbers, and its numbers, which the suite makes hyperparameters.
 TRANSFORMS = {
     "parameter_ema": (after_sgd(transforms.parameter_ema), {}, {"decay": 0.9}),
     "max_norm": (after_sgd(transforms.max_norm), {}, {"limit": 10.0}),
-    "track_saddles": (after_sgd(transforms.track_saddles), {"num_matvecs": 2}, {"period": 1000, "key": 0}),
+    "track_saddles": (after_sgd(transforms.track_saddles), {}, {"period": 1000, "key": 0}),
     "approach_region": (approach_region, {"region": ...}, {"max_steps": 5}),
     "negative_eigenstep": (
         after_sgd(transforms.negative_eigenstep),
-        {"num_matvecs": 2},
+        {},
         {"period": 1000, "key": 0},
     ),
     "perturb": (after_sgd(transforms.perturb), {}, {"period": 100, "radius": 1e-3, "key": 0}),
     "accept_if_better": (after_sgd(transforms.accept_if_better), {"inner": optax.scale(2.0)}, {}),
     "perturbed_gradient_descent": (transforms.perturbed_gradient_descent, {}, {"radius": 1e-3, "key": 0}),
-    "saddle_free_newton": (transforms.saddle_free_newton, {"num_matvecs": 2}, {}),
-    "sprkd": (sprkd, {"base": ..., "num_matvecs": 2, "trials": 3}, {"period": 1000, "key": 0}),
+    "saddle_free_newton": (transforms.saddle_free_newton, {}, {}),
+    "sprkd": (sprkd, {"base": ...}, {"period": 1000, "key": 0}),
 }
 
 

@@ -198,7 +198,7 @@ class TestHyperparameters:
             jax.jit(tx.init)(jnp.ones(2))
         static = optax.inject_hyperparams(factory, static_args=sizes)(num_matvecs=2, **options)
         by_default = optax.inject_hyperparams(factory)(**options)
-        for tx, params in ((static, jnp.ones(2)), (by_default, jnp.ones(16))):
+        for tx, params in ((static, jnp.ones(2)), (by_default, jnp.ones(3)), (by_default, jnp.ones(20))):
             updates, state = compiled(
                 lambda p, tx=tx: tx.update(p, tx.init(p), p, value_fn=lambda p: jnp.sum(p**2) / 2)
             )(params)

@@ -17,6 +17,7 @@ from kdjax.transforms.shared import (
     check_positive,
     counter,
     hessian_at,
+    matvecs,
     needed,
     rate_at,
     scaled,
@@ -120,8 +121,8 @@ def saddle_free_newton(
 
     Args:
       learning_rate: :math:`\eta`, or a schedule of it over updates.
-      num_matvecs: Hessian-vector products of every step, 16 by default, at most the number of parameters. Memory is as
-        many vectors.
+      num_matvecs: Hessian-vector products of every step, at most the number of parameters, by default that or 16.
+        Memory is as many vectors.
       damping: d, above 0.
       axis_name: of the mapped axis over which gradients come averaged, and products are to be.
 
@@ -146,14 +147,15 @@ def saddle_free_newton(
     def update(updates, state, params=None, *, value_fn=None, **extra_args):
         del extra_args
         params, value_fn = needed("saddle_free_newton", params, value_fn)
+        products = matvecs(num_matvecs, params)
         gradient = flatten(updates)
         norm = jnp.linalg.norm(gradient)
         # Any start will do for a gradient of zero, whose step is zero.
         start = jnp.where(norm > 0, gradient, 1)
         operator = hessian_at(value_fn, widen(params), axis_name)
-        found = curvature.lanczos(operator, unflatten(updates, start), num_matvecs=num_matvecs)
+        found = curvature.lanczos(operator, unflatten(updates, start), num_matvecs=products)
         values, vectors, reached = ritz(found.alphas, found.betas)
-        there = jnp.arange(num_matvecs) < reached
+        there = jnp.arange(products) < reached
         values = jnp.where(there, values, values[0])
         # The gradient is its norm times the first Krylov vector.
         shares = jnp.where(there, norm * vectors[0] / (jnp.abs(values) + damping), 0)

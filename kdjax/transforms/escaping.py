@@ -26,6 +26,7 @@ from kdjax.transforms.shared import (
     hessian_at,
     inner,
     is_traced,
+    matvecs,
     mean_over,
     moved,
     needed,
@@ -56,10 +57,10 @@ def escape(
     updates: Params,
     key: Array | int,
     *,
-    num_matvecs: int | Array = 16,
+    num_matvecs: int | Array | None = None,
     radius: Scalar = 0.3,
     sigma: Scalar = 0.01,
-    trials: int | Array = 6,
+    trials: int | Array | None = None,
     strength: Scalar = 0.1,
     direction: Params | None = None,
     certify_fn: ValueFn | None = None,
@@ -89,10 +90,11 @@ def escape(
       params: θ, pytree of floating-point arrays; the curvature is computed in float32 whatever they are.
       updates: the step of the base transformation, like the parameters; zeros for none.
       key: of the perturbation and of Lanczos' start.
-      num_matvecs: Hessian-vector products, at most the number of parameters. Memory is as many vectors.
+      num_matvecs: Hessian-vector products, at most the number of parameters, by default that or 16. Memory is as many
+        vectors.
       radius: length of the longest step, as a share of c.
       sigma: length of the perturbation, as a share of c; 0 for none.
-      trials: lengths to try, each half the one before.
+      trials: lengths to try, 6 by default, each half the one before.
       strength: s, the share of :math:`\lambda_{max}` that counts as negative curvature.
       direction: where to expect negative curvature, like the parameters, of any length; such as a teacher's.
       certify_fn: the loss on other data. On a minibatch most directions of small negative curvature are noise.
@@ -120,6 +122,7 @@ def escape(
     """
     num_matvecs, trials = sizes("escape", num_matvecs=num_matvecs, trials=trials)
     check_moved("escape", params, num_matvecs)
+    num_matvecs, trials = matvecs(num_matvecs, params), 6 if trials is None else trials
     check_positive("escape", radius=radius, trials=trials)
     check_positive("escape", zero=True, sigma=sigma, strength=strength)
     if direction is not None:
@@ -217,7 +220,7 @@ def negative_eigenstep(
     Args:
       period: steps from one look to the next, the first of them at the first update.
       key: of Lanczos' starts.
-      num_matvecs: Hessian-vector products of a look, 16 by default, at most the number of parameters.
+      num_matvecs: Hessian-vector products of a look, at most the number of parameters, by default that or 16.
       length: rule of :math:`\eta`: "adaptive" is :math:`\min(cap, 1 / |\lambda|)`, "curvature" :math:`|\lambda| / 2`.
       cap: of "adaptive".
       max_gradient_norm: the gradient's norm above which nothing is done; infinity for always.
@@ -249,6 +252,7 @@ def negative_eigenstep(
     def update(updates, state, params=None, *, value_fn=None, **extra_args):
         del extra_args
         params, value_fn = needed("negative_eigenstep", params, value_fn)
+        products = matvecs(num_matvecs, params)
 
         def look():
             here = moved(params, updates)
@@ -256,7 +260,7 @@ def negative_eigenstep(
             ends = curvature.extreme_eigenpairs(
                 hessian_at(value_fn, here, axis_name),
                 curvature.random_like(draws.draw(state.key, state.probes), params),
-                num_matvecs=num_matvecs,
+                num_matvecs=products,
                 top=0,
             )
             vector = jax.tree.map(lambda v: v[0], ends.bottom.vectors)
@@ -276,7 +280,7 @@ def negative_eigenstep(
         updates, (lowest, residual), taken, looked = jax.lax.cond(due, look, pass_through)
         count = jnp.asarray(optax.safe_increment(state.count))
         probes, steps = state.probes + looked, state.steps + taken
-        hvps = state.hvps + looked * num_matvecs
+        hvps = state.hvps + looked * products
         return updates, EigenstepState(count, state.key, lowest, residual, probes, steps, hvps)
 
     return transformation(init, update)

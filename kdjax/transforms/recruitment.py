@@ -98,8 +98,8 @@ def sprkd(
       base: the optimiser.
       key: of perturbations and of Lanczos' starts.
       period: updates from one look to the next.
-      num_matvecs: Hessian-vector products of a look, 16 by default, at most the number of parameters. Memory is as many
-        vectors.
+      num_matvecs: Hessian-vector products of a look, at most the number of parameters, by default that or 16. Memory
+        is as many vectors.
       radius: length of the longest escape, as a share of the norm of the parameters (or of 1, if that is less).
       sigma: length of the perturbation before looking, likewise; 0 for none.
       trials: lengths to try, 6 by default, each half the one before, in both directions.

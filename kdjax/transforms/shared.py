@@ -80,22 +80,25 @@ def known(value: Any, otherwise: float) -> float:
     return otherwise if value is None or callable(value) or not is_known(value) else float(value)
 
 
-_SIZES = {"num_matvecs": 16, "trials": 6}
-
-
-def sizes(what: str, **values: Any) -> list[int]:
+def sizes(what: str, **values: Any) -> list[int | None]:
     """Options that decide the shapes of arrays, as Python integers; a ValueError if they are traced or no integers.
 
-    None is the default, which inject_hyperparams leaves alone; a number it would trace.
+    Their defaults are None, which inject_hyperparams leaves alone; a number it would trace.
     """
-    values = {name: _SIZES[name] if value is None else value for name, value in values.items()}
     for name, value in values.items():
+        if value is None:
+            continue
         if not is_known(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
             raise ValueError(
                 f"{what} needs {name} as an integer known at compile time, since arrays are sized by it, got {value}: "
                 f"with optax.inject_hyperparams write static_args={tuple(values)}."
             )
-    return [int(value) for value in values.values()]
+    return [None if value is None else int(value) for value in values.values()]
+
+
+def matvecs(given: int | None, params: Params) -> int:
+    """How many Hessian-vector products: as given, or 16, or one for each parameter where there are fewer."""
+    return min(16, size_of(params)) if given is None else given
 
 
 def check_period(what: str, period: Any) -> None:

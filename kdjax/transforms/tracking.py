@@ -17,6 +17,7 @@ from kdjax.transforms.shared import (
     check_period,
     counter,
     hessian_at,
+    matvecs,
     mean_over,
     needed,
     sizes,
@@ -55,7 +56,7 @@ def track_saddles(
     Args:
       period: steps from one look to the next, the first of them at the first update.
       key: of Lanczos' starts.
-      num_matvecs: Hessian-vector products of a look, 16 by default, at most the number of parameters.
+      num_matvecs: Hessian-vector products of a look, at most the number of parameters, by default that or 16.
       axis_name: of the mapped axis whose devices hold parts of the batch; loss and derivatives are averaged over it.
 
     Returns:
@@ -82,16 +83,17 @@ def track_saddles(
     def update(updates, state, params=None, *, value_fn=None, **extra_args):
         del extra_args
         params, value_fn = needed("track_saddles", params, value_fn)
+        products = matvecs(num_matvecs, params)
 
         def look():
             start = curvature.random_like(draws.draw(state.key, state.probes), params)
-            return _score(value_fn, widen(params), start, num_matvecs, axis_name)
+            return _score(value_fn, widen(params), start, products, axis_name)
 
         due = state.count % period == 0
         score = jax.lax.cond(due, look, lambda: state.score)
         count = jnp.asarray(optax.safe_increment(state.count))
         looked = due.astype(jnp.int32)
-        probes, hvps = state.probes + looked, state.hvps + looked * num_matvecs
+        probes, hvps = state.probes + looked, state.hvps + looked * products
         return updates, TrackState(count, state.key, score, probes, hvps)
 
     return transformation(init, update)
