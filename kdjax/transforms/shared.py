@@ -86,9 +86,9 @@ def sizes(what: str, **values: Any) -> list[int | None]:
     Their defaults are None, which inject_hyperparams leaves alone; a number it would trace.
     """
     for name, value in values.items():
-        if value is None:
-            continue
-        if not is_known(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        if value is not None and not (
+            is_known(value) and jnp.issubdtype(jnp.result_type(value), jnp.integer)
+        ):
             raise ValueError(
                 f"{what} needs {name} as an integer known at compile time, since arrays are sized by it, got {value}: "
                 f"with optax.inject_hyperparams write static_args={tuple(values)}."
