@@ -86,7 +86,8 @@ def fill(
 
     Args:
       directory: where to keep these columns and no others.
-      fn: ``fn(variables, images) -> {name: rows}``, pure; it sees what ``view_fn`` returns.
+      fn: ``fn(variables, images) -> {name: rows}``, pure; it sees what ``view_fn`` returns. Rows in a dict within get
+        joined names: ``{"features": {"block1": rows}}`` is the column ``features/block1``.
       variables: the teacher's parameters and statistics, passed to ``fn`` and hashed.
       images: all images by index, ``[examples, height, width, channels]``.
       settings: what else decides the rows, as in :func:`describe`.
@@ -178,7 +179,7 @@ def online(fn: TeacherFn, variables: PyTree, batch: Mapping[str, Array]) -> dict
 
     Pass ``variables`` into the jitted step as an argument: closed over, XLA would fold them into the program.
     """
-    rows = jax.lax.stop_gradient(fn(variables, batch["image"]))
+    rows = jax.lax.stop_gradient(_named(fn(variables, batch["image"])))
     return dict(batch) | {f"teacher_{name}": array for name, array in rows.items()}
 
 
@@ -291,7 +292,7 @@ class _Teacher:
 def _apply(
     fn: TeacherFn, view_fn: ViewFn | None, variables: PyTree, images: Array, index: Array, view: Array
 ):
-    return fn(variables, images if view_fn is None else view_fn(images, index, view))
+    return _named(fn(variables, images if view_fn is None else view_fn(images, index, view)))
 
 
 def _apply_each(
@@ -301,7 +302,22 @@ def _apply_each(
     if view_fn is not None:
         one = jax.vmap(lambda image, i, v: jax.tree.map(lambda x: x[0], view_fn(image[None], i[None], v)))
         images = one(images, index, view)
-    return fn(variables, images)
+    return _named(fn(variables, images))
+
+
+def _named(rows: Any) -> dict[str, Any]:
+    """The arrays of a dict, and of what it nests, by their paths."""
+    if not isinstance(rows, Mapping):
+        raise ValueError(
+            f"the teacher's fn must return a dict of arrays, {{'logits': logits}}, got {type(rows).__name__}."
+        )
+    found = jax.tree_util.tree_leaves_with_path(rows)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): array for path, array in found}
+    if len(named) < len(found):
+        raise ValueError(
+            f"the teacher's fn names two outputs alike once nested names are joined: {sorted(named)}."
+        )
+    return named
 
 
 def _stored(array: np.ndarray, name: str, start: int, dtype: str) -> np.ndarray:
@@ -330,7 +346,7 @@ def _column_specs(fn, view_fn, variables, images, dtype) -> dict[str, Any]:
     batch = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     index, view = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     rows = jax.eval_shape(lambda *args: _apply(fn, view_fn, *args), variables, batch, index, view)
-    if not isinstance(rows, dict) or not rows or any(x.shape[:1] != (1,) for x in rows.values()):
+    if not rows or any(x.shape[:1] != (1,) for x in rows.values()):
         raise ValueError(
             "the teacher's fn must return a dict of arrays with one row per image: {'logits': logits}."
         )

@@ -281,6 +281,219 @@ class TestAdaptive:
             self.adaptive(perceptron(jax.nn.relu), x)
 
 
+def tree_of(x):
+    """An input in three parts, of other shapes."""
+    return {"image": x[:, :6].reshape(-1, 2, 3), "rest": (x[:, 6:10], x[:, 10:])}
+
+
+def array_of(tree):
+    return jnp.concatenate([part.reshape(len(part), -1) for part in jax.tree.leaves(tree)], axis=-1)
+
+
+def of_tree(score):
+    return lambda tree, *targets: score(array_of(tree), *targets)
+
+
+class TestPytrees:
+    """Whatever is attributed to an array is attributed to its parts where it comes in parts."""
+
+    x, start = normal(4, 12), normal(4, 12, seed=1)
+
+    def same(self, parts, whole):
+        assert jax.tree.structure(parts) == jax.tree.structure(tree_of(self.x))
+        np.testing.assert_allclose(array_of(parts), whole, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("several", [False, True])
+    @pytest.mark.parametrize("chunk", [1, 3])
+    def test_integrated(self, several, chunk):
+        start = jnp.stack([self.start, -self.start]) if several else self.start
+        starts = jax.tree.map(lambda *parts: jnp.stack(parts), *map(tree_of, start)) if several else None
+        options = {"num_steps": 5, "chunk_size": chunk}
+        whole = attributions.integrated_gradients(kinked, self.x, start, **options)
+        parts = attributions.integrated_gradients(
+            of_tree(kinked), tree_of(self.x), starts if several else tree_of(start), **options
+        )
+        self.same(parts.values, whole.values)
+        sums = sum(v.sum(tuple(range(1, v.ndim))) for v in jax.tree.leaves(parts.values))
+        np.testing.assert_allclose(sums - parts.difference, parts.residual, atol=1e-5)
+        np.testing.assert_allclose(parts.residual, whole.residual, rtol=1e-3, atol=1e-5)
+
+    def test_adaptive_with_labels(self):
+        logits, labels = perceptron(jax.nn.relu), jnp.asarray([0, 2, 1, 2])
+        options = {"targets": labels, "bound": 0.02, "first": 4, "most": 32, "unit": 7}
+        explain = attributions.adaptive_integrated_gradients
+        whole = explain(attributions.class_score(logits), self.x, self.start, **options)
+        parts = explain(
+            attributions.class_score(of_tree(logits)), tree_of(self.x), tree_of(self.start), **options
+        )
+        assert len(set(whole.nodes.tolist())) > 1
+        np.testing.assert_array_equal(parts.nodes, whole.nodes)
+        self.same(parts.values, whole.values)
+
+    def test_of_classes(self):
+        logits = perceptron(jax.nn.relu)
+        whole = attributions.integrated_gradients_of_classes(logits, self.x, num_steps=4)
+        parts = attributions.integrated_gradients_of_classes(of_tree(logits), tree_of(self.x), num_steps=4)
+        assert parts.values["image"].shape == (3, 4, 2, 3)
+        for label in range(3):
+            self.same(jax.tree.map(lambda v, i=label: v[i], parts.values), whole.values[label])
+        np.testing.assert_allclose(parts.residual, whole.residual, rtol=1e-3, atol=1e-5)
+
+    def test_gradients(self):
+        for method in (attributions.input_gradients, attributions.gradient_times_input):
+            self.same(method(of_tree(smooth), tree_of(self.x)), method(smooth, self.x))
+
+        def weighted(scale, x):
+            return scale * smooth(array_of(x))
+
+        def size(scale):
+            found = attributions.trainable_input_gradients(weighted, scale, tree_of(self.x))
+            return jnp.sum(array_of(found) ** 2)
+
+        plain = jnp.sum(attributions.input_gradients(smooth, self.x) ** 2)
+        np.testing.assert_allclose(jax.grad(size)(3.0), 6 * plain, rtol=1e-4)
+
+    def test_smoothgrad(self):
+        def attribute(x):
+            return attributions.input_gradients(of_tree(lambda x: jnp.sum(x**2, -1)), x)
+
+        quiet = attributions.smoothgrad(
+            attribute, tree_of(self.x), jax.random.key(0), num_samples=2, sigma=0.0
+        )
+        self.same(quiet, 2 * self.x)
+        squares = attributions.smoothgrad(
+            attribute, tree_of(self.x), jax.random.key(0), num_samples=3000, sigma=0.1, squared=True
+        )
+        width = jax.tree.map(
+            lambda x: jnp.ptp(x, axis=tuple(range(1, x.ndim)), keepdims=True) * jnp.ones_like(x),
+            tree_of(self.x),
+        )
+        wanted = 4 * (self.x**2 + (0.1 * array_of(width)) ** 2)
+        np.testing.assert_allclose(array_of(squares), wanted, rtol=0.15, atol=0.05)
+
+    def test_baselines(self):
+        half = attributions.integrated_gradients(smooth, self.x, 0.5 * jnp.ones_like(self.x), num_steps=3)
+        for baseline in (0.5, jnp.float32(0.5)):
+            self.same(
+                attributions.integrated_gradients(
+                    of_tree(smooth), tree_of(self.x), baseline, num_steps=3
+                ).values,
+                half.values,
+            )
+        mixed = tree_of(0.5 * jnp.ones_like(self.x)) | {"image": 0.5}
+        found = attributions.integrated_gradients(of_tree(smooth), tree_of(self.x), mixed, num_steps=3)
+        self.same(found.values, half.values)
+
+    def test_refuse(self):
+        x = tree_of(self.x)
+
+        def explain(x, *baselines):
+            return attributions.integrated_gradients(of_tree(kinked), x, *baselines, num_steps=2)
+
+        with pytest.raises(ValueError, match=r"got inputs\['image'\] of uint8\[4,2,3\]|uint8\[4, 2, 3\]"):
+            explain(x | {"image": jnp.zeros((4, 2, 3), jnp.uint8)})
+        with pytest.raises(
+            ValueError, match=r"as many examples each, got 4 and, in inputs\['rest'\]\[1\], 3"
+        ):
+            explain(x | {"rest": (x["rest"][0], x["rest"][1][:3])})
+        with pytest.raises(ValueError, match="an example or more"):
+            explain({})
+        with pytest.raises(ValueError, match="structure of the inputs"):
+            explain(x, self.start)
+        with pytest.raises(
+            ValueError, match=r"baselines\['rest'\]\[0\] need the shape of the inputs, \[4, 4\]"
+        ):
+            explain(x, x | {"rest": (x["rest"][0][:1], x["rest"][1])})
+        for several in (0, 3):  # none, and three of one against two of another
+            more = jax.tree.map(lambda v: jnp.stack([v, v]), x)
+            with pytest.raises(ValueError, match="need the shape of the inputs"):
+                explain(x, more | {"image": jnp.zeros((several, 4, 2, 3))})
+
+
+class TestLabels:
+    logits = staticmethod(perceptron(jax.nn.relu))
+    x = normal(3, 12)
+    methods = (
+        functools.partial(attributions.integrated_gradients, num_steps=4),
+        functools.partial(attributions.adaptive_integrated_gradients, first=4, most=8),
+        attributions.input_gradients,
+        attributions.gradient_times_input,
+    )
+
+    @pytest.mark.parametrize("method", methods)
+    def test_a_negative_one_is_void(self, method):
+        score = attributions.class_score(self.logits)
+        found, whole = (method(score, self.x, targets=jnp.asarray(y)) for y in ([1, -1, 2], [1, 0, 2]))
+        if isinstance(found, attributions.Attributions):
+            np.testing.assert_array_equal(found.difference[1], 0)
+            np.testing.assert_array_equal(found.relative_residual[1], 0)
+            found, whole = found.values, whole.values
+        np.testing.assert_array_equal(found[1], 0)
+        np.testing.assert_allclose(found[::2], whole[::2], rtol=1e-5, atol=1e-6)
+        assert np.abs(whole[1]).max() > 1e-3
+
+    @pytest.mark.parametrize("method", methods)
+    def test_others_are_refused(self, method):
+        score = attributions.class_score(self.logits)
+        for labels, message in (
+            (jnp.asarray([0, 3, 1]), "below 3, as many as there are logits, got 3"),
+            (np.asarray([0, 100, -100]), "below 3, as many as there are logits, got 100"),
+            (jnp.asarray([0.0, 1.0, 2.0]), r"integers \[3\], one per example, got float32"),
+            (jnp.asarray([True, False, True]), "integers"),
+            (jnp.asarray([[0], [1], [2]]), r"got int32\[3, 1\].*labels\[:, 0\]"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                method(score, self.x, targets=labels)
+
+    def test_logits_are_expected(self):
+        for bad in (lambda x: x[:, 0], lambda x: {"logits": x}, lambda x: x[:2]):
+            with pytest.raises(ValueError, match=r"logits_fn needs to return \[batch, classes\]"):
+                attributions.input_gradients(attributions.class_score(bad), self.x, targets=jnp.arange(3))
+
+
+class TestBatches:
+    @pytest.mark.parametrize("shape", [(0, 12), (0,), ()])
+    def test_without_examples_are_refused(self, shape):
+        x = jnp.zeros(shape)
+        for method in (
+            attributions.integrated_gradients,
+            attributions.adaptive_integrated_gradients,
+            attributions.input_gradients,
+            attributions.gradient_times_input,
+            attributions.integrated_gradients_of_classes,
+            lambda f, x: attributions.smoothgrad(f, x, jax.random.key(0)),
+            lambda f, x: attributions.trainable_input_gradients(lambda p, x: f(x), {}, x),
+        ):
+            with pytest.raises(ValueError, match="an example or more"):
+                method(kinked, x)
+
+    def test_targets_have_a_row_for_each(self):
+        with pytest.raises(ValueError, match=r"targets\['weight'\] with a row for each of 3 inputs"):
+            attributions.adaptive_integrated_gradients(
+                lambda x, targets: jnp.sum(x * targets["weight"], -1),
+                normal(3, 12),
+                targets={"weight": normal(1, 12)},
+            )
+
+
+def test_what_is_not_finite_is_named():
+    x = jnp.abs(normal(3, 12)).at[1, 5].set(0)
+
+    def explain(score, x):
+        return attributions.integrated_gradients(score, x, num_steps=2, rule="trapezoid")
+
+    def root(x):
+        return jnp.sum(jnp.sqrt(x), -1)
+
+    for score, inputs, message in (
+        (kinked, x.at[2, 0].set(jnp.nan), r"1 of 3 .* index \(2,\): its input holds a NaN or an infinity"),
+        (lambda x: jnp.sum(jnp.log(x), -1), x, r"3 of 3 .* index \(0,\): the score of it or of its baseline"),
+        (root, x, r"3 of 3 .* its scores are finite, but a gradient between them is not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explain(score, inputs)
+
+
 class TestGradients:
     def test_equal_captum(self):
         x, labels = jnp.asarray(GOLDENS["inputs"]), jnp.asarray(GOLDENS["labels"])
@@ -417,6 +630,16 @@ class TestOverlay:
         for bad in (maps[:, :3], maps[:1], jnp.zeros((2, 4, 4, 3))):
             with pytest.raises(ValueError, match="overlay needs a map"):
                 attributions.overlay(pixels, bad)
+        with pytest.raises(ValueError, match="quantised needs a map"):
+            attributions.quantised(pixels)
+        with pytest.raises(ValueError, match="importance needs attributions"):
+            attributions.importance(jnp.zeros((4, 4)))
+        one, several = pixels[:1], jnp.full(2, 0.5)
+        for option in ({"strength": several}, {"exponent": several}):
+            with pytest.raises(ValueError, match=r"for all images or for each of 1, got \[2\]"):
+                attributions.overlay(one, maps[:1], **option)
+        with pytest.raises(ValueError, match=r"keys for all images or for each of 2, got \[1\]"):
+            attributions.random_overlay(pixels, maps, data.example_keys(jax.random.key(0), jnp.arange(1)))
         with pytest.raises(ValueError, match="strength from 0 to 1, got 2"):
             attributions.overlay(pixels, maps, strength=2.0)
         with pytest.raises(ValueError, match="exponent above 0, got 0"):
@@ -501,6 +724,37 @@ class TestJudging:
         for judge in (attributions.pointing, attributions.mass_inside, attributions.rank_correlation):
             with pytest.raises(ValueError, match="two batches of maps"):
                 judge(maps, x)
+        for judge in (attributions.pointing, attributions.mass_inside):
+            with pytest.raises(ValueError, match="masks need to be boolean"):
+                judge(maps, maps)
+        with pytest.raises(ValueError, match="of their own shape"):
+            attributions.removal_curve(score, x[..., 0], maps, x[..., 0], kind="deletion")
+
+    def test_of_no_maps_there_are_no_numbers(self):
+        none = jnp.zeros((0, 4, 4, 1))
+        assert attributions.pointing(none, none > 0).shape == (0,)
+        for judge, other in (
+            (attributions.mass_inside, none > 0),
+            (attributions.rank_correlation, none),
+        ):
+            assert judge(none, other).shape == (0,)
+        assert attributions.overlay(none, none).shape == (0, 4, 4, 1)
+
+    def test_stored_maps_and_integer_masks_are_what_they_stand_for(self):
+        x, maps = normal(2, 4, 4, 3), jnp.abs(normal(2, 4, 4, 1))
+        stored = attributions.quantised(maps)["map"]
+
+        def score(x):
+            return jnp.sum(x, axis=(1, 2, 3))
+
+        stored_curve, curve = (
+            attributions.removal_curve(score, x, m, 0 * x, kind="deletion", num_steps=4)
+            for m in (stored, stored.astype(jnp.float32))
+        )
+        np.testing.assert_array_equal(stored_curve, curve)
+        inside = maps > 0.5
+        for judge in (attributions.pointing, attributions.mass_inside):
+            np.testing.assert_array_equal(judge(maps, 255 * inside.astype(jnp.uint8)), judge(maps, inside))
 
 
 class TestColumns:

@@ -560,3 +560,50 @@ def test_two_processes_fill_together(tmp_path):
     alone = fill(tmp_path / "alone")
     loaded = teacher.load(tmp_path / "run", header=header())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), alone.arrays, loaded.arrays)
+
+
+class TestNestedOutputs:
+    @staticmethod
+    def nested(variables, images):
+        logits = fn(variables, images)["logits"]
+        return {"logits": logits, "features": {"early": 2 * logits, "late": (3 * logits, {"gate": -logits})}}
+
+    def test_have_joined_names_in_every_mode(self, tmp_path):
+        images, variables = make_images(), make_variables()
+        options = {"settings": SETTINGS, "batch_size": 6, "chunk_size": 8}
+        columns = teacher.fill(tmp_path, self.nested, variables, images, **options)
+        factors = {"features/early": 2, "features/late/0": 3, "features/late/1/gate": -1, "logits": 1}
+        expected = images.reshape(len(images), -1).astype(np.float64) / 255 @ variables["w"]
+        assert columns.arrays.keys() == factors.keys()
+        for name, factor in factors.items():
+            np.testing.assert_allclose(columns.arrays[name][:, 0], factor * expected, rtol=1e-5, atol=1e-5)
+        assert teacher.verify(columns, self.nested, variables, images) > 0.999
+        loaded = teacher.load(tmp_path, header=columns.header["made_from"])
+        stored = teacher.take(loaded.arrays, jnp.arange(3))
+        shown = teacher.online(self.nested, variables, {"image": jnp.asarray(images[:3])})
+        for name in factors:
+            np.testing.assert_allclose(
+                stored[f"teacher_{name}"], shown[f"teacher_{name}"], rtol=1e-5, atol=1e-5
+            )
+
+    @pytest.mark.parametrize(
+        ("returned", "message"),
+        [
+            (lambda x: x, "must return a dict of arrays"),
+            (lambda x: (x, {"features": x}), "must return a dict of arrays.*got tuple"),
+            (lambda x: {}, "one row per image"),
+            (lambda x: {"features": {}}, "one row per image"),
+            (lambda x: {"features": {"mean": jnp.mean(x)}}, "one row per image"),
+            (lambda x: {"a": {"b": x}, "a/b": x}, "names two outputs alike"),
+        ],
+    )
+    def test_others_are_refused_before_anything_is_written(self, tmp_path, returned, message):
+        with pytest.raises(ValueError, match=message):
+            teacher.fill(
+                tmp_path,
+                lambda variables, images: returned(images.astype(jnp.float32).mean((1, 2))),
+                make_variables(),
+                make_images(),
+                settings=SETTINGS,
+            )
+        assert not list(tmp_path.iterdir())

@@ -8,6 +8,10 @@
         found = attributions.integrated_gradients(score_fn, images, targets=labels, num_steps=50)
         return attributions.importance(found.values), found.relative_residual
 
+Inputs are an array [batch, ...] or a pytree of them, such as a dict of an image and a spectrum; attributions come back
+in the same structure, and add up over all of it. Labels are integers below the number of classes; a negative one is
+void, and its map is zero.
+
 A path begins at zeros by default, which is the mean image if images are normalised, the published choice. Others are
 ``baselines=``, normalised as the images are: black, ``jnp.zeros_like(pixels)``; the image itself after
 :func:`kdjax.robustness.gaussian_blur`; and several of uniform noise, over which the mean is taken.

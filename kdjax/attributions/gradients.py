@@ -6,14 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
-from kdjax.attributions.integrated import ScoreFn, check_score
+from kdjax.attributions.integrated import ScoreFn, check_inputs, check_score
 
 
-def input_gradients(
-    score_fn: ScoreFn, inputs: Float[Array, "batch ..."], *, targets: PyTree | None = None
-) -> Float[Array, "batch ..."]:
+def input_gradients(score_fn: ScoreFn, inputs: PyTree, *, targets: PyTree | None = None) -> PyTree:
     """The gradient of each example's score by its own inputs; arguments and errors as in integrated_gradients.
 
     References:
@@ -24,8 +22,8 @@ def input_gradients(
 
 
 def trainable_input_gradients(
-    score_fn: Callable[..., Array], params: PyTree, inputs: Float[Array, "batch ..."], *constants: Any
-) -> Float[Array, "batch ..."]:
+    score_fn: Callable[..., Array], params: PyTree, inputs: PyTree, *constants: Any
+) -> PyTree:
     """:func:`input_gradients` as a term of a loss: what is made of them can be differentiated with respect to weights.
 
     For a cotangent v of these gradients that takes the derivative of the score's gradient as the inputs move along v:
@@ -46,7 +44,7 @@ def trainable_input_gradients(
       score_fn: ``score_fn(params, inputs, *constants)``, of any shape: what is differentiated is its sum. Of layers
         from :mod:`kdjax.models.layers`, whose gradients can be differentiated forwards, or of JAX's own.
       params: a pytree of floating-point arrays.
-      inputs: what to differentiate by first.
+      inputs: what to differentiate by first: an array [batch, ...] or a pytree of them.
       constants: anything else, such as labels, batch statistics and keys. No gradient reaches them.
 
     References:
@@ -67,29 +65,27 @@ def trainable_input_gradients(
         return *moved, *[None] * len(constants)
 
     slope.defvjp(lambda *arguments: (slope(*arguments), arguments), backward)
-    return slope(params, inputs, *constants)
+    return slope(params, check_inputs(inputs), *constants)
 
 
-def gradient_times_input(
-    score_fn: ScoreFn, inputs: Float[Array, "batch ..."], *, targets: PyTree | None = None
-) -> Float[Array, "batch ..."]:
+def gradient_times_input(score_fn: ScoreFn, inputs: PyTree, *, targets: PyTree | None = None) -> PyTree:
     """Integrated gradients from zero with one node, at the input itself; exact where the score is linear.
 
     References:
       Shrikumar et al., `Not Just a Black Box <https://arxiv.org/abs/1605.01713>`_, 2016.
     """
-    return inputs * input_gradients(score_fn, inputs, targets=targets)
+    return jax.tree.map(jnp.multiply, inputs, input_gradients(score_fn, inputs, targets=targets))
 
 
 def smoothgrad(
-    attribute: Callable[[Float[Array, "batch ..."]], Float[Array, "batch ..."]],
-    inputs: Float[Array, "batch ..."],
+    attribute: Callable[[PyTree], PyTree],
+    inputs: PyTree,
     key: Key[Array, ""],
     *,
     num_samples: int = 50,
     sigma: float = 0.15,
     squared: bool = False,
-) -> Float[Array, "batch ..."]:
+) -> PyTree:
     """The mean of an attribution over Gaussian noise on the inputs.
 
     With :func:`input_gradients` it is SmoothGrad, with integrated gradients SmoothGrad-IG::
@@ -98,14 +94,14 @@ def smoothgrad(
 
     Args:
       attribute: from inputs to their attributions.
-      inputs: a batch.
+      inputs: a batch, of one array or a pytree of them.
       key: of the noise.
       num_samples: noisy copies of each input.
-      sigma: standard deviation of the noise, as a share of the range of each example's values.
+      sigma: standard deviation of the noise, as a share of the range of each example's values in each array.
       squared: average squares instead, which do not cancel.
 
     Raises:
-      ValueError: if there are no samples or sigma is negative.
+      ValueError: if there are no samples, sigma is negative, or the inputs are no batch of floating-point numbers.
 
     References:
       Smilkov et al., `SmoothGrad <https://arxiv.org/abs/1706.03825>`_, 2017; squares: Hooker et al., `A Benchmark for
@@ -115,12 +111,18 @@ def smoothgrad(
         raise ValueError(
             f"smoothgrad needs a sample or more and a sigma of 0 or more, got {num_samples} and {sigma}."
         )
-    flat = inputs.reshape(inputs.shape[0], -1)
-    width = (jnp.max(flat, axis=-1) - jnp.min(flat, axis=-1)).reshape(-1, *(1,) * (inputs.ndim - 1))
+    inputs = check_inputs(inputs)
+    leaves, structure = jax.tree.flatten(inputs)
+
+    def disturbed(x, key):
+        rest = tuple(range(1, x.ndim))
+        width = jnp.max(x, axis=rest, keepdims=True) - jnp.min(x, axis=rest, keepdims=True)
+        return x + sigma * width * jax.random.normal(key, x.shape, x.dtype)
 
     def add(total, number):
-        noise = jax.random.normal(jax.random.fold_in(key, number), inputs.shape, inputs.dtype)
-        found = attribute(inputs + sigma * width * noise)
-        return total + (found**2 if squared else found), None
+        keys = jax.random.split(jax.random.fold_in(key, number), len(leaves))
+        found = attribute(jax.tree.unflatten(structure, map(disturbed, leaves, keys)))
+        return jax.tree.map(lambda t, x: t + (x**2 if squared else x), total, found), None
 
-    return jax.lax.scan(add, jnp.zeros_like(inputs), jnp.arange(num_samples))[0] / num_samples
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, inputs), jnp.arange(num_samples))
+    return jax.tree.map(lambda x: x / num_samples, total)

@@ -1,5 +1,6 @@
 """Integrated gradients, with a fixed number of nodes or as many as an example needs."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
 
 ScoreFn: TypeAlias = Callable[..., Array]
 """``score_fn(inputs)``, or ``score_fn(inputs, targets)`` where targets are given: one number per example."""
@@ -19,11 +21,11 @@ UNIT = {"cpu": 64, "default": 512}
 class Attributions(NamedTuple):
     """What every input value contributes to a score, and how well the contributions add up."""
 
-    values: Float[Array, "..."]  # of the inputs' shape; signed, in units of the score
+    values: PyTree  # of the inputs' structure and shapes; signed, in units of the score
     difference: Float[Array, "*classes batch"]  # score of the input minus that of its baseline
     residual: Float[
         Array, "*classes batch"
-    ]  # sum of the values minus the difference; 0 for the exact integral
+    ]  # sum of all values minus the difference; 0 for the exact integral
     nodes: Int[Array, " batch"]  # gradients that were taken
 
     @property
@@ -61,8 +63,8 @@ def quadrature(num_steps: int, rule: str) -> tuple[Float[np.ndarray, " nodes"], 
 
 def integrated_gradients(
     score_fn: ScoreFn,
-    inputs: Shaped[Array, "batch ..."],
-    baselines: Float[Array, "..."] | None = None,
+    inputs: PyTree,
+    baselines: PyTree = None,
     *,
     targets: PyTree | None = None,
     num_steps: int = 50,
@@ -80,9 +82,11 @@ def integrated_gradients(
     Args:
       score_fn: one number per example, of which one example's depends on no other: a network in evaluation mode. For
         the logit of a class, :func:`class_score` of the network.
-      inputs: float32; normalised, as the network takes them.
-      baselines: where the paths begin; zero by default, which is the mean image if inputs are normalised. With one
-        more axis in front, the mean over several: uniform noise there gives expected gradients.
+      inputs: float32 [batch, ...]; normalised, as the network takes them. Or a pytree of such arrays, such as a dict of
+        an image and a spectrum, whose contributions add up to the difference together.
+      baselines: where the paths begin, like the inputs, or one number; zero by default, which is the mean image if
+        inputs are normalised. With one more axis in front, the mean over several: uniform noise there gives expected
+        gradients.
       targets: handed to ``score_fn`` beside the inputs, as they are: labels.
       num_steps: gradients per path.
       rule: of :func:`quadrature`.
@@ -90,8 +94,8 @@ def integrated_gradients(
         faster, and 8 elsewhere.
 
     Raises:
-      ValueError: for inputs without a gradient, baselines of another shape, too few nodes, a score that is not one
-        floating-point number per example; and for a NaN, unless traced.
+      ValueError: for inputs without examples or without a gradient, baselines of another shape, too few nodes, a score
+        that is not one floating-point number per example; and for a NaN, unless traced.
 
     References:
       Sundararajan, Taly, Yan, `Axiomatic Attribution for Deep Networks <https://arxiv.org/abs/1703.01365>`_, 2017,
@@ -107,9 +111,9 @@ def integrated_gradients(
 
 
 def integrated_gradients_of_classes(
-    logits_fn: Callable[[Array], Float[Array, "batch classes"]],
-    inputs: Shaped[Array, "batch ..."],
-    baselines: Float[Array, "..."] | None = None,
+    logits_fn: Callable[[PyTree], Float[Array, "batch classes"]],
+    inputs: PyTree,
+    baselines: PyTree = None,
     *,
     num_steps: int = 50,
     rule: str = "midpoint",
@@ -125,12 +129,8 @@ def integrated_gradients_of_classes(
       rule: as there.
       chunk_size: as there.
     """
-    _check_inputs(inputs)
-    shape = jax.eval_shape(logits_fn, inputs)
-    if getattr(shape, "ndim", 0) != 2 or shape.shape[0] != inputs.shape[0]:
-        raise ValueError(
-            f"logits_fn needs to return [batch, classes] for {inputs.shape[0]} inputs, got {shape}."
-        )
+    inputs = check_inputs(inputs)
+    shape = _check_logits(jax.eval_shape(logits_fn, inputs), batch_of(inputs))
     every = jnp.eye(shape.shape[1], dtype=shape.dtype)
 
     def gradient(points):
@@ -142,8 +142,8 @@ def integrated_gradients_of_classes(
 
 def adaptive_integrated_gradients(
     score_fn: ScoreFn,
-    inputs: Shaped[Array, "batch ..."],
-    baselines: Float[Array, "..."] | None = None,
+    inputs: PyTree,
+    baselines: PyTree = None,
     *,
     targets: PyTree | None = None,
     bound: float = 0.05,
@@ -179,25 +179,25 @@ def adaptive_integrated_gradients(
             "adaptive integrated gradients need a bound of 0 or more and most = first times a power of two, got "
             f"bound={bound}, first={first}, most={most}; .05, 16 and 256 are usual."
         )
-    inputs = _check_inputs(inputs)
-    baselines = _baselines(baselines, inputs)
-    if baselines.shape != inputs.shape:
+    inputs = check_inputs(inputs)
+    baselines, several = _baselines(baselines, inputs)
+    if several:
         raise ValueError(
             "adaptive integrated gradients take one baseline per input; average several outside."
         )
+    batch = batch_of(inputs)
+    _check_rows(targets, batch)
     check_score(score_fn, inputs, targets)
-    unit = min(unit or UNIT.get(jax.default_backend(), UNIT["default"]), len(inputs) * first)
+    unit = min(unit or UNIT.get(jax.default_backend(), UNIT["default"]), batch * first)
     path = _Path(score_fn, inputs, baselines, targets, unit)
 
-    everyone = jnp.arange(len(inputs))
-    sums, scores = path.add(
-        jnp.zeros_like(inputs), everyone, len(inputs), first + 1, lambda j: j / first, ends=first
-    )
+    everyone, nothing = jnp.arange(batch), jax.tree.map(jnp.zeros_like, inputs)
+    sums, scores = path.add(nothing, everyone, batch, first + 1, lambda j: j / first, ends=first)
     difference = scores[1] - scores[0]
 
     def measured(sums, steps):
-        values = path.delta * sums / _as_rows(steps, sums)
-        residual = jnp.sum(values.reshape(len(values), -1), axis=-1) - difference
+        values = jax.tree.map(lambda d, s: d * s / _as_rows(steps, s), path.delta, sums)
+        residual = _total(values, difference) - difference
         return values, residual, jnp.abs(residual) > bound * jnp.abs(difference)
 
     def refine(state):
@@ -207,21 +207,31 @@ def adaptive_integrated_gradients(
         steps = jnp.where(off, 2 * steps, steps)
         return sums, steps, 2 * now, off & measured(sums, steps)[2]
 
-    steps = jnp.full(len(inputs), first)
+    steps = jnp.full(batch, first)
     state = sums, steps, jnp.asarray(first), measured(sums, steps)[2]
     sums, steps, _, _ = jax.lax.while_loop(lambda s: jnp.any(s[3]) & (s[2] < most), refine, state)
     values, residual, _ = measured(sums, steps)
-    return _checked(Attributions(values, difference, residual, steps + 1))
+    return _checked(Attributions(values, difference, residual, steps + 1), inputs)
 
 
-def class_score(logits_fn: Callable[[Array], Float[Array, "batch classes"]]) -> ScoreFn:
+def class_score(logits_fn: Callable[[PyTree], Float[Array, "batch classes"]]) -> ScoreFn:
     """The logit of a class, as a score with labels for targets: ``class_score(f)(inputs, labels)``.
 
-    Labels may be the true ones or those that the network predicts, ``jnp.argmax(f(inputs), -1)``.
+    Labels are integers [batch], the true ones or those that the network predicts, ``jnp.argmax(f(inputs), -1)``. A
+    negative label is void: its score is zero, and so is its map. One beyond the classes is refused; where it is traced,
+    and cannot be, its score is NaN.
+
+    Raises:
+      ValueError: by the score, for logits or labels of another shape or dtype, and for a label beyond the classes.
     """
 
-    def score(inputs: Shaped[Array, "batch ..."], labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
-        return jnp.take_along_axis(logits_fn(inputs), labels[:, None], axis=-1)[:, 0]
+    def score(inputs: PyTree, labels: ArrayLike) -> Float[Array, " batch"]:
+        logits = logits_fn(inputs)
+        _check_logits(logits, batch_of(inputs))
+        _check_labels(labels, *logits.shape)
+        labels = jnp.asarray(labels)
+        chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+        return jnp.where(labels < 0, 0, chosen)
 
     return score
 
@@ -230,24 +240,24 @@ class _Path(NamedTuple):
     """The straight paths of a batch, on which gradients are taken in units of examples and nodes."""
 
     score_fn: ScoreFn
-    inputs: Float[Array, "batch ..."]
-    baselines: Float[Array, "batch ..."]
+    inputs: PyTree
+    baselines: PyTree
     targets: PyTree
     unit: int
 
     @property
-    def delta(self) -> Float[Array, "batch ..."]:
-        return self.inputs - self.baselines
+    def delta(self) -> PyTree:
+        return jax.tree.map(jnp.subtract, self.inputs, self.baselines)
 
     def add(
         self,
-        sums: Float[Array, "batch ..."],
+        sums: PyTree,
         order: Int[Array, " batch"],
         count: Any,
         per_example: Any,
         node_of: Callable[[Array], Array],
         ends: int | None = None,
-    ) -> tuple[Float[Array, "batch ..."], Float[Array, "2 batch"]]:
+    ) -> tuple[PyTree, Float[Array, "2 batch"]]:
         """Adds the gradients of the first ``count`` examples of an order at ``per_example`` nodes each.
 
         With ``ends``, the number of the last node, first and last count half, and their scores come back.
@@ -260,28 +270,33 @@ class _Path(NamedTuple):
             example = order[jnp.minimum(place // per_example, len(order) - 1)]
             number, valid = place % per_example, place < total
             score, gradient = self._at(example, node_of(number))
-            weight = valid.astype(sums.dtype)
+            weight = valid.astype(jnp.float32)
             if ends is not None:
                 for end, last in enumerate((0, ends)):
                     scores = scores.at[end, example].add(jnp.where(valid & (number == last), score, 0))
                 weight = jnp.where((number == 0) | (number == ends), weight / 2, weight)
-            return sums.at[example].add(_as_rows(weight, gradient) * gradient), scores
+            sums = jax.tree.map(
+                lambda s, g: s.at[example].add(_as_rows(weight, g).astype(g.dtype) * g), sums, gradient
+            )
+            return sums, scores
 
         start = sums, jnp.zeros((2, len(order)), jnp.float32)
         return jax.lax.fori_loop(0, (total + self.unit - 1) // self.unit, more, start)
 
-    def _at(self, example: Array, node: Array) -> tuple[Array, Array]:
-        begin, end = self.baselines[example], self.inputs[example]
-        score = _with(self.score_fn, jax.tree.map(lambda rows: rows[example], self.targets))
-        points = begin + _as_rows(node, end).astype(end.dtype) * (end - begin)
+    def _at(self, example: Array, node: Array) -> tuple[Array, PyTree]:
+        begin, end, targets = jax.tree.map(
+            lambda rows: jnp.asarray(rows)[example], (self.baselines, self.inputs, self.targets)
+        )
+        score = _with(self.score_fn, targets)
+        points = jax.tree.map(lambda b, e: b + _as_rows(node, e).astype(e.dtype) * (e - b), begin, end)
         values, pull = jax.vjp(score, points)
         return values.astype(jnp.float32), pull(jnp.ones_like(values))[0]
 
 
 def _integrate(score, gradient, inputs, baselines, num_steps, rule, chunk_size) -> Attributions:
     """The loop over nodes, and over baselines where there are several."""
-    inputs = _check_inputs(inputs)
-    baselines = _baselines(baselines, inputs)
+    inputs = check_inputs(inputs)
+    baselines, several = _baselines(baselines, inputs)
     nodes, weights = quadrature(num_steps, rule)
     default = 1 if jax.default_backend() == "cpu" else 8
     wanted = min(default if chunk_size is None else chunk_size, num_steps)
@@ -291,91 +306,166 @@ def _integrate(score, gradient, inputs, baselines, num_steps, rule, chunk_size) 
     size = -(-num_steps // chunks)
     rest = chunks * size - num_steps  # of no weight
     nodes, weights = (
-        jnp.asarray(np.pad(x, (0, rest)).reshape(chunks, size), inputs.dtype) for x in (nodes, weights)
+        jnp.asarray(np.pad(x, (0, rest)).reshape(chunks, size), jnp.result_type(*jax.tree.leaves(inputs)))
+        for x in (nodes, weights)
     )
 
     reached = score(inputs)
 
     def from_one(baseline):
-        delta = inputs - baseline
+        delta = jax.tree.map(jnp.subtract, inputs, baseline)
 
         def at(node):
-            return gradient(baseline + node * delta)
+            return gradient(jax.tree.map(lambda b, d: b + node.astype(d.dtype) * d, baseline, delta))
 
         def add(total, chunk):
+            place, weight = chunk
             if size == 1:
-                return total + chunk[1][0] * at(chunk[0][0]), None
-            return total + jnp.tensordot(chunk[1], jax.vmap(at)(chunk[0]), 1), None
+                part = jax.tree.map(lambda g: weight[0].astype(g.dtype) * g, at(place[0]))
+            else:
+                part = jax.tree.map(
+                    lambda g: jnp.tensordot(weight.astype(g.dtype), g, 1), jax.vmap(at)(place)
+                )
+            return jax.tree.map(jnp.add, total, part), None
 
-        total = jnp.zeros(jax.eval_shape(gradient, inputs).shape, inputs.dtype)
+        total = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), jax.eval_shape(gradient, inputs))
         total, _ = jax.lax.scan(add, total, (nodes, weights))
-        values = jnp.broadcast_to(delta, total.shape) * total
+        values = jax.tree.map(lambda d, t: jnp.broadcast_to(d, t.shape) * t, delta, total)
         difference = reached - score(baseline)
-        attributed = jnp.sum(values.reshape(*difference.shape, -1), axis=-1)
-        return values, difference, attributed - difference
+        return values, difference, _total(values, difference) - difference
 
-    count = 1
-    if baselines.ndim > inputs.ndim:
-        count = len(baselines)
+    if several:
         found = jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(from_one, baselines))
     else:
         found = from_one(baselines)
     values, difference, residual = found
-    return _checked(Attributions(values, difference, residual, jnp.full(len(inputs), count * num_steps)))
+    taken = jnp.full(batch_of(inputs), (several or 1) * num_steps)
+    return _checked(Attributions(values, difference, residual, taken), inputs)
+
+
+def _total(values: PyTree, like: Array) -> Array:
+    """The sum of all values of an example, over all arrays, where numbers per example have the shape of another."""
+    sums = jax.tree.map(lambda v: jnp.sum(v, axis=tuple(range(like.ndim, v.ndim))), values)
+    return functools.reduce(jnp.add, jax.tree.leaves(sums))
 
 
 # Checks
 
 
-def _check_inputs(inputs: Array) -> Array:
-    if not jnp.issubdtype(jnp.result_type(inputs), jnp.floating) or not jnp.ndim(inputs):
+def batch_of(inputs: PyTree) -> int:
+    """How many examples there are."""
+    return jnp.shape(jax.tree.leaves(inputs)[0])[0]
+
+
+def check_inputs(inputs: PyTree) -> PyTree:
+    """The inputs as JAX arrays, if there is a gradient by each, and all have as many examples, at least one."""
+    found = jax.tree_util.tree_leaves_with_path(inputs)
+    for path, leaf in found or [((), np.zeros(0))]:
+        dtype, shape = jnp.result_type(leaf), jnp.shape(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating) or not shape or not shape[0]:
+            raise ValueError(
+                "attributions need a batch of floating-point inputs, of which there is a gradient, and an example or "
+                f"more, got inputs{jax.tree_util.keystr(path)} of {dtype}{list(shape)}: normalise images first, "
+                "attribute to embeddings rather than to tokens, and hand over what else an example has as targets."
+            )
+        if shape[0] != batch_of(inputs):
+            raise ValueError(
+                f"attributions need arrays of as many examples each, got {batch_of(inputs)} and, in "
+                f"inputs{jax.tree_util.keystr(path)}, {shape[0]}."
+            )
+    return jax.tree.map(jnp.asarray, inputs)
+
+
+def _baselines(baselines: PyTree, inputs: PyTree) -> tuple[PyTree, int]:
+    """The baselines like the inputs, or several in front of each array; and how many, or 0."""
+    if baselines is None or (jax.tree_util.all_leaves([baselines]) and jnp.ndim(baselines) == 0):
+        baselines = jax.tree.map(lambda _: 0 if baselines is None else baselines, inputs)
+    if jax.tree.structure(baselines) != jax.tree.structure(inputs):
         raise ValueError(
-            "attributions need a batch of floating-point inputs, of which there is a gradient, got "
-            f"{jnp.result_type(inputs)}{list(jnp.shape(inputs))}: normalise images first, and attribute to embeddings "
-            "rather than to tokens."
+            f"baselines need the structure of the inputs, {jax.tree.structure(inputs)}, got "
+            f"{jax.tree.structure(baselines)}."
         )
-    return jnp.asarray(inputs)
+    pairs = zip(*map(jax.tree.leaves, (baselines, inputs)), strict=True)
+    counts = {len(b) for b, x in pairs if jnp.shape(b)[1:] == x.shape and len(b)}
+
+    def fit(path, x, baseline):
+        shape = jnp.shape(baseline)
+        if shape not in ((), x.shape) and (len(counts) != 1 or shape != (*counts, *x.shape)):
+            raise ValueError(
+                f"baselines{jax.tree_util.keystr(path)} need the shape of the inputs, {list(x.shape)}, or one axis "
+                f"more in front of it, as long for all, got {list(shape)}: write jnp.broadcast_to(baseline, "
+                "inputs.shape) if all examples share one."
+            )
+        return jnp.broadcast_to(jnp.asarray(baseline, x.dtype), (*counts, *x.shape))
+
+    return jax.tree_util.tree_map_with_path(fit, inputs, baselines), sum(counts)
 
 
-def _baselines(baselines: Array | None, inputs: Array) -> Array:
-    if baselines is None:
-        return jnp.zeros_like(inputs)
-    if jnp.shape(baselines)[-inputs.ndim :] != inputs.shape or jnp.ndim(baselines) > inputs.ndim + 1:
-        raise ValueError(
-            f"baselines need the shape of the inputs, {list(inputs.shape)}, or one axis more in front of it, got "
-            f"{list(jnp.shape(baselines))}: write jnp.broadcast_to(baseline, inputs.shape) if all share one."
-        )
-    return jnp.asarray(baselines, inputs.dtype)
-
-
-def check_score(score_fn: ScoreFn, inputs: Array, targets: PyTree) -> Callable[[Array], Array]:
+def check_score(score_fn: ScoreFn, inputs: PyTree, targets: PyTree) -> Callable[[PyTree], Array]:
     """The score as a function of inputs alone, after a look at what it returns."""
-    score = _with(score_fn, targets)
-    inputs = _check_inputs(inputs)
-    shape = jax.eval_shape(score, inputs)
-    one_each = isinstance(shape, jax.ShapeDtypeStruct) and shape.shape == inputs.shape[:1]
+    inputs, score = check_inputs(inputs), _with(score_fn, targets)
+    batch, shape = batch_of(inputs), jax.eval_shape(score, inputs)
+    one_each = isinstance(shape, jax.ShapeDtypeStruct) and shape.shape == (batch,)
     if not one_each or not jnp.issubdtype(shape.dtype, jnp.floating):
         raise ValueError(
-            f"score_fn needs to return one floating-point number per example, [{inputs.shape[0]}] here, got {shape}: "
+            f"score_fn needs to return one floating-point number per example, [{batch}] here, got {shape}: "
             "attributions.class_score(logits_fn) makes one of logits, with labels as targets."
         )
     return score
 
 
-def _with(score_fn: ScoreFn, targets: PyTree) -> Callable[[Array], Array]:
+def _with(score_fn: ScoreFn, targets: PyTree) -> Callable[[PyTree], Array]:
     return score_fn if targets is None else lambda inputs: score_fn(inputs, targets)
 
 
-def _checked(found: Attributions) -> Attributions:
-    """As it is; refuses what is not finite where that can be seen."""
-    if not isinstance(found.residual, Tracer):
-        bad: Bool[np.ndarray, "*classes batch"] = ~np.isfinite(np.asarray(found.residual))
-        if bad.any():
+def _check_logits(logits: Any, batch: int) -> Any:
+    if getattr(logits, "ndim", 0) != 2 or logits.shape[0] != batch:
+        raise ValueError(
+            f"logits_fn needs to return [batch, classes] for {batch} inputs, got {kind_of(logits)}."
+        )
+    return logits
+
+
+def _check_labels(labels: ArrayLike, batch: int, classes: int) -> None:
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or jnp.shape(labels) != (batch,):
+        raise ValueError(
+            f"labels need to be integers [{batch}], one per example, got {kind_of(labels)}: write labels.astype(int) "
+            "for whole numbers, and labels[:, 0] for a column."
+        )
+    if not isinstance(labels, Tracer) and (largest := np.asarray(labels).max()) >= classes:
+        raise ValueError(
+            f"labels need to be below {classes}, as many as there are logits, got {largest}; a negative label is void."
+        )
+
+
+def _check_rows(targets: PyTree, batch: int) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(targets):
+        if jnp.shape(leaf)[:1] != (batch,):
             raise ValueError(
-                f"the scores or gradients of {bad.sum()} of {bad.size} examples are not finite, of the first at index "
-                f"{tuple(map(int, np.argwhere(bad)[0]))}: the network has diverged or its input is bad."
+                f"adaptive integrated gradients need targets{jax.tree_util.keystr(path)} with a row for each of "
+                f"{batch} inputs, got {kind_of(leaf)}."
             )
-    return found
+
+
+def kind_of(array: Any) -> str:
+    """What came, for a message: dtype and shape of an array, else the name of its type."""
+    return f"{array.dtype}{list(array.shape)}" if hasattr(array, "shape") else type(array).__name__
+
+
+def _checked(found: Attributions, inputs: PyTree) -> Attributions:
+    """As it is; refuses what is not finite where that can be seen, and says which part of it."""
+    if isinstance(found.residual, Tracer) or (bad := ~np.isfinite(np.asarray(found.residual))).sum() == 0:
+        return found
+    first = tuple(map(int, np.argwhere(bad)[0]))
+    if not all(np.isfinite(np.asarray(x[first[-1]])).all() for x in jax.tree.leaves(inputs)):
+        reason = "its input holds a NaN or an infinity"
+    elif not np.isfinite(found.difference[first]):
+        reason = "the score of it or of its baseline is not finite: see what score_fn returns there"
+    else:
+        reason = "its scores are finite, but a gradient between them is not, as that of a square root at zero"
+    raise ValueError(
+        f"{bad.sum()} of {bad.size} attributions are not finite, the first at index {first}: {reason}."
+    )
 
 
 def _as_rows(numbers: Array, like: Array) -> Array:

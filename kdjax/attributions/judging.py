@@ -1,5 +1,7 @@
 """Whether a map shows what a network uses: by taking pixels away, by where an object is, by another map."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
@@ -12,7 +14,7 @@ Other = Shaped[Array, "others other_height other_width other_depth"]
 
 def removal_curve(
     score_fn: ScoreFn,
-    inputs: Float[Array, "batch height width channels"],
+    inputs: Float[Array, "..."],
     maps: Other,
     replacements: Float[Array, "..."],
     *,
@@ -28,7 +30,7 @@ def removal_curve(
 
     Args:
       score_fn: one number per example, as in :func:`kdjax.attributions.integrated_gradients`; usually a probability.
-      inputs: normalised images.
+      inputs: normalised images [batch, height, width, channels].
       maps: one per image, where larger means more important; ties in reading order.
       replacements: what stands where nothing of the image is shown: zeros, or the image blurred.
       kind: "deletion" from the images to the replacements, or "insertion" from the replacements to the images.
@@ -48,14 +50,15 @@ def removal_curve(
         raise ValueError(f"kind needs to be 'deletion' or 'insertion', got {kind!r}.")
     if num_steps < 1:
         raise ValueError(f"a removal curve needs a step or more, got num_steps={num_steps}.")
-    if maps.shape != (*inputs.shape[:3], 1) or replacements.shape != inputs.shape:
+    if inputs.ndim != 4 or maps.shape != (*inputs.shape[:3], 1) or replacements.shape != inputs.shape:
         raise ValueError(
             f"inputs {list(inputs.shape)} need maps {[*inputs.shape[:3], 1]} and replacements of their own shape, got "
             f"{list(maps.shape)} and {list(replacements.shape)}."
         )
     score = check_score(score_fn, inputs, targets)
     first, second = (inputs, replacements) if kind == "deletion" else (replacements, inputs)
-    rank = _ranks(-maps.reshape(len(maps), -1)).reshape(maps.shape)
+    # In float32, since a stored map is of uint8, whose negative wraps around.
+    rank = _ranks(-_rows(maps.astype(jnp.float32))).reshape(maps.shape)
     pixels = inputs.shape[1] * inputs.shape[2]
 
     def at(step):
@@ -71,9 +74,9 @@ def pointing(maps: Map, masks: Other) -> Bool[Array, " batch"]:
       Zhang et al., `Top-down Neural Attention by Excitation Backprop <https://arxiv.org/abs/1608.00507>`_, 2016,
       section 4.2.
     """
-    _check_pair(maps, masks)
-    place = jnp.argmax(maps.reshape(len(maps), -1), axis=-1)
-    return jnp.take_along_axis(masks.reshape(len(masks), -1), place[:, None], axis=-1)[:, 0]
+    _check_pair(maps, masks, mask=True)
+    place = jnp.argmax(_rows(maps), axis=-1)
+    return jnp.take_along_axis(_rows(masks), place[:, None], axis=-1)[:, 0] != 0
 
 
 def mass_inside(maps: Map, masks: Other) -> Float[Array, " batch"]:
@@ -82,7 +85,7 @@ def mass_inside(maps: Map, masks: Other) -> Float[Array, " batch"]:
     References:
       Arras, Osman, Samek, `CLEVR-XAI <https://arxiv.org/abs/2003.07258>`_, 2022, section 3.3.
     """
-    _check_pair(maps, masks)
+    _check_pair(maps, masks, mask=True)
     inside, total = (jnp.sum(x, axis=(1, 2, 3)) for x in (jnp.where(masks, maps, 0), maps))
     return inside / jnp.where(total > 0, total, 1)
 
@@ -96,9 +99,14 @@ def rank_correlation(maps: Map, others: Other) -> Float[Array, " batch"]:
       Adebayo et al., `Sanity Checks for Saliency Maps <https://arxiv.org/abs/1810.03292>`_, 2018, section 3.
     """
     _check_pair(maps, others)
-    a, b = (_ranks(x.reshape(len(x), -1)).astype(jnp.float32) for x in (maps, others))
+    a, b = (_ranks(_rows(x)).astype(jnp.float32) for x in (maps, others))
     a, b = (x - jnp.mean(x, axis=-1, keepdims=True) for x in (a, b))
     return jnp.sum(a * b, axis=-1) / jnp.sqrt(jnp.sum(a**2, axis=-1) * jnp.sum(b**2, axis=-1))
+
+
+def _rows(maps: Array) -> Array:
+    """Each map's values in reading order; of no maps, no rows."""
+    return maps.reshape(len(maps), math.prod(maps.shape[1:]))
 
 
 def _ranks(rows: Float[Array, "batch positions"]) -> Array:
@@ -107,9 +115,13 @@ def _ranks(rows: Float[Array, "batch positions"]) -> Array:
     return jnp.argsort(order, axis=-1)
 
 
-def _check_pair(maps: Array, others: Array) -> None:
+def _check_pair(maps: Array, others: Array, mask: bool = False) -> None:
     if maps.shape != others.shape or maps.ndim != 4 or maps.shape[-1] != 1:
         raise ValueError(
             f"two batches of maps [batch, height, width, 1] are compared, got {list(maps.shape)} and "
             f"{list(others.shape)}: take attributions.importance of attributions first."
+        )
+    if mask and jnp.issubdtype(others.dtype, jnp.inexact):
+        raise ValueError(
+            f"masks need to be boolean, or integers of which 0 is outside, got {others.dtype}: write masks > 0.5."
         )

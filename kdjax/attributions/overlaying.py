@@ -1,28 +1,42 @@
 """Maps as the pictures that training images are blended with."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Shaped
 
+from kdjax.attributions.integrated import kind_of
 from kdjax.types import Scalar
 
 _CHOICE, _EXPONENT = 3, 4  # folded into an example's key; crop and flip fold in others
 
 
-def importance(
-    attributions: Float[Array, "*batch height width channels"],
-) -> Float[Array, "*batch height width 1"]:
-    """How much each position matters: absolute attributions summed over channels."""
+def importance(attributions: Float[Array, "..."]) -> Float[Array, "*batch height width 1"]:
+    """How much each position matters: absolute attributions summed over channels.
+
+    Raises:
+      ValueError: if they are not of images, such as a dict of several inputs' attributions: take one of them.
+    """
+    if getattr(attributions, "ndim", 0) < 3:
+        raise ValueError(
+            f"importance needs attributions [..., height, width, channels], got {kind_of(attributions)}: take those of "
+            "the images alone."
+        )
     return jnp.sum(jnp.abs(attributions), axis=-1, keepdims=True)
 
 
-def quantised(maps: Float[Array, "batch height width 1"]) -> dict[str, Array]:
+def quantised(maps: Shaped[Array, "..."]) -> dict[str, Array]:
     """Maps as they are stored, to be rows of :func:`kdjax.teacher.fill`.
 
     Returns:
       ``map``, uint8, as shares of each map's largest value, which is 255; and ``map_peak``, that value, float32[batch],
       which is not finite where the map is not, so that ``fill`` refuses it.
+
+    Raises:
+      ValueError: if they are no maps.
     """
+    _check_maps("quantised", maps, maps.shape[:3])
     peak = jnp.max(maps, axis=(1, 2, 3))
     share = maps / jnp.where(peak > 0, peak, 1)[:, None, None, None]
     return {"map": jnp.round(255 * share).astype(jnp.uint8), "map_peak": peak}
@@ -32,8 +46,8 @@ def overlay(
     images: Shaped[Array, "batch height width channels"],
     maps: Shaped[Array, "maps map_height map_width depth"],
     *,
-    strength: Scalar | Float[Array, " batch"] = 0.5,
-    exponent: Scalar | Float[Array, " batch"] = 1.0,
+    strength: Scalar | Float[Array, " strengths"] = 0.5,
+    exponent: Scalar | Float[Array, " exponents"] = 1.0,
 ) -> Float[Array, "batch height width channels"]:
     r"""Blends images with grey maps of what a teacher looks at.
 
@@ -55,14 +69,11 @@ def overlay(
       Hernandez, Chang, Nordling, `Knowledge Distillation: Enhancing Neural Network Compression with Integrated
       Gradients <https://arxiv.org/abs/2503.13008>`_, 2025. Defaults there: strength ½, exponent drawn from 1 to 2.
     """
-    if images.shape[:3] != maps.shape[:3] or maps.shape[3:] != (1,):
-        raise ValueError(
-            f"overlay needs a map [{', '.join(map(str, images.shape[:3]))}, 1] for images {list(images.shape)}, got "
-            f"{list(maps.shape)}: take attributions.importance of attributions first."
-        )
+    _check_maps("overlay", maps, images.shape[:3])
+    _check_each("overlay", len(images), strength=strength, exponent=exponent)
     if isinstance(strength, float | int) and not 0 <= strength <= 1:
         raise ValueError(f"overlay needs a strength from 0 to 1, got {strength}; ½ is as published.")
-    if isinstance(exponent, float | int) and exponent <= 0:
+    if isinstance(exponent, float | int) and not exponent > 0:
         raise ValueError(f"overlay needs an exponent above 0, got {exponent}; from 1 to 2 is as published.")
     strength, exponent = (
         jnp.reshape(jnp.asarray(x, jnp.float32), (-1, 1, 1, 1)) for x in (strength, exponent)
@@ -79,7 +90,7 @@ def overlay(
 def random_overlay(
     images: Shaped[Array, "batch height width channels"],
     maps: Shaped[Array, "batch height width 1"],
-    keys: Key[Array, " batch"],
+    keys: Key[Array, " keys"],
     *,
     probability: float = 0.1,
     strength: float = 0.5,
@@ -98,6 +109,7 @@ def random_overlay(
     Raises:
       ValueError: as there.
     """
+    _check_each("random_overlay", len(images), keys=keys)
     low, high = exponents
     if not 0 <= probability <= 1 or not 0 < low <= high:
         raise ValueError(
@@ -115,6 +127,23 @@ def random_overlay(
     chosen, exponent = jax.vmap(draw)(keys)
     blended = overlay(images, maps, strength=strength, exponent=exponent)
     return jnp.where(chosen[:, None, None, None], blended, images.astype(jnp.float32))
+
+
+def _check_maps(what: str, maps: Array, size: tuple[int, ...]) -> None:
+    if len(size) != 3 or maps.shape != (*size, 1):
+        raise ValueError(
+            f"{what} needs a map [{', '.join(map(str, size))}, 1] for each image, got {list(maps.shape)}: take "
+            "attributions.importance of attributions first."
+        )
+
+
+def _check_each(what: str, batch: int, **numbers: Any) -> None:
+    """Raises a ValueError unless there is one for all, or one for each."""
+    for name, number in numbers.items():
+        if jnp.shape(number) not in ((), (batch,)):
+            raise ValueError(
+                f"{what} needs {name} for all images or for each of {batch}, got {list(jnp.shape(number))}."
+            )
 
 
 def _most(maps: Array) -> Array:

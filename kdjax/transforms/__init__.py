@@ -12,13 +12,19 @@ fixed, and its state records what one would want to plot or to evaluate.
 
 ::
 
-    tx = transforms.sprkd(optax.adam(1e-3), region=region, key=jax.random.key(0))
+    tx = transforms.sprkd(optax.adam(1e-3), region=region, key=0)
     updates, state = tx.update(grads, state, params, value_fn=loss_of_params)
 
 The train step of :mod:`kdjax.train` passes ``value``, ``grad`` and ``value_fn``. Keep batch statistics and the key of a
 dropout fixed inside ``value_fn``, else its curvature is that of something else. Where several devices hold parts of the
 batch, name their axis as ``axis_name``. (Where ``jax.shard_map`` checks varying axes, gradients arrive summed: take the
 mean inside the loss, and name no axis.)
+
+A ``key`` may be an integer seed. Every number may be a hyperparameter of ``optax.inject_hyperparams`` except those that
+size arrays. Where these are not left at their defaults, name them as static::
+
+    factory = optax.inject_hyperparams(transforms.sprkd, static_args=("num_matvecs", "trials"))
+    tx = factory(optax.adam(1e-3), key=0, radius=optax.linear_schedule(0.3, 0.1, 1000), num_matvecs=8)
 
 ``optax.MultiSteps`` must go around all others, and be told to pass extra arguments on::
 

@@ -13,6 +13,7 @@ from kdjax.transforms.shared import (
     finite_or_infinite,
     mean_over,
     needed,
+    transformation,
 )
 from kdjax.types import Params
 
@@ -87,4 +88,4 @@ def accept_if_better(
         counts = (a + b for a, b in zip(state[1:], spent, strict=True))
         return kept, AcceptState(inner_state, *counts)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

@@ -13,7 +13,9 @@ from kdjax.transforms.shared import (
     check_moved,
     check_positive,
     counter,
+    kept,
     needs_params,
+    transformation,
     unmeasured,
 )
 from kdjax.types import Params, Scalar
@@ -73,8 +75,7 @@ def approach_region(
     def init(params: Params) -> ApproachState:
         check_moved("approach_region", params)
         check_like("approach_region", params, region=region)
-        copied = jax.tree.map(lambda x: jnp.array(x, jnp.float32), region)
-        return ApproachState(counter(), copied, unmeasured(), jnp.asarray(False))
+        return ApproachState(counter(), kept(params, region), unmeasured(), jnp.asarray(False))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -92,4 +93,4 @@ def approach_region(
         updates = jax.tree.map(lambda u, s: jnp.where(arrived, u, s.astype(u.dtype)), updates, steps)
         return updates, ApproachState(count, state.region, distance, arrived)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

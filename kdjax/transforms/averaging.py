@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kdjax.types import Params
+from kdjax.transforms.shared import counter, known, needs_params, transformation
+from kdjax.types import Params, Scalar
 
 
 class ParameterEmaState(NamedTuple):
@@ -16,7 +17,7 @@ class ParameterEmaState(NamedTuple):
     ema: Params  # float32 average of the parameters, without the bias of its start
 
 
-def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
+def parameter_ema(decay: Scalar) -> optax.GradientTransformationExtraArgs:
     r"""Keeps a moving average of the parameters beside them; passes the updates through unchanged.
 
     Put it last in a chain, since it averages ``params + updates``. The weight of the newest parameters is
@@ -25,7 +26,8 @@ def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
     ``optax.tree.get(opt_state, "ema")``.
 
     Args:
-      decay: d in [0, 1); .999 averages over about the last thousand updates.
+      decay: d in [0, 1); .999 averages over about the last thousand updates. In bfloat16 it would round to 1: with such
+        parameters, tell ``optax.inject_hyperparams`` ``hyperparam_dtype=jnp.float32``.
 
     Returns:
       A transformation whose ``update`` needs ``params``.
@@ -44,25 +46,21 @@ def parameter_ema(decay: float) -> optax.GradientTransformationExtraArgs:
       >>> optax.tree.get(state, "ema").round(2).tolist()
       [0.8999999761581421, 0.8999999761581421, 0.8999999761581421]
     """
-    if not 0 <= decay < 1:
+    if not 0 <= known(decay, otherwise=0) < 1:
         raise ValueError(f"parameter_ema needs a decay in [0, 1), got {decay}; .99 to .9999 are usual.")
 
     def init(params: Params) -> ParameterEmaState:
         # A copy, not a cast: a state that shares buffers with the parameters could not be donated with them.
-        return ParameterEmaState(
-            jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
-        )
+        return ParameterEmaState(counter(), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(
-                "parameter_ema needs the current parameters: call update(updates, state, params)."
-            )
+        params = needs_params("parameter_ema", params)
         count = jnp.asarray(optax.safe_increment(state.count))
-        weight = (1 - decay) / (1 - jnp.asarray(decay, jnp.float32) ** count)
+        rate = jnp.asarray(decay, jnp.float32)
+        weight = (1 - rate) / (1 - rate**count)
         new_params = optax.apply_updates(params, updates)
         ema = jax.tree.map(lambda e, p: e + weight * (p.astype(jnp.float32) - e), state.ema, new_params)
         return updates, ParameterEmaState(count, ema)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

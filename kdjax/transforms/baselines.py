@@ -17,8 +17,12 @@ from kdjax.transforms.shared import (
     check_positive,
     counter,
     hessian_at,
+    matvecs,
     needed,
+    rate_at,
     scaled,
+    sizes,
+    transformation,
     unmeasured,
 )
 from kdjax.types import Params, Scalar
@@ -34,9 +38,9 @@ class PerturbedGradientState(NamedTuple):
 
 
 def perturbed_gradient_descent(
-    learning_rate: Scalar,
+    learning_rate: optax.ScalarOrSchedule,
     *,
-    key: Array,
+    key: Array | int,
     radius: Scalar = 0.01,
     max_gradient_norm: Scalar = 0.02,
     wait: int | Array = 20,
@@ -47,7 +51,7 @@ def perturbed_gradient_descent(
     paper stops when the loss has hardly fallen after a wait; here that is left to whoever calls.
 
     Args:
-      learning_rate: :math:`\eta`.
+      learning_rate: :math:`\eta`, or a schedule of it over updates.
       key: of the jumps.
       radius: r, of the ball, in absolute terms.
       max_gradient_norm: :math:`g_{thres}`, the norm of the updates as they come at which it jumps.
@@ -80,7 +84,8 @@ def perturbed_gradient_descent(
             return cast_like(noise, updates), jnp.asarray(wait, jnp.int32), jnp.ones((), jnp.int32)
 
         def descend():
-            down = jax.tree.map(lambda g: (-learning_rate * g).astype(g.dtype), updates)
+            rate = rate_at(learning_rate, state.count)
+            down = jax.tree.map(lambda g: (-rate * g).astype(g.dtype), updates)
             return down, jnp.maximum(state.wait - 1, 0), counter()
 
         stalled = (optax.tree.norm(widen(updates)) <= max_gradient_norm) & (state.wait == 0)
@@ -88,7 +93,7 @@ def perturbed_gradient_descent(
         count = jnp.asarray(optax.safe_increment(state.count))
         return steps, PerturbedGradientState(count, state.key, left, state.perturbations + jumps)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 class SaddleFreeState(NamedTuple):
@@ -102,9 +107,9 @@ class SaddleFreeState(NamedTuple):
 
 
 def saddle_free_newton(
-    learning_rate: Scalar = 1.0,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
-    num_matvecs: int = 16,
+    num_matvecs: int | Array | None = None,
     damping: Scalar = 1e-3,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -115,8 +120,9 @@ def saddle_free_newton(
     direction, as it is zero at the saddle itself.
 
     Args:
-      learning_rate: :math:`\eta`.
-      num_matvecs: Hessian-vector products of every step, at most the number of parameters. Memory is as many vectors.
+      learning_rate: :math:`\eta`, or a schedule of it over updates.
+      num_matvecs: Hessian-vector products of every step, at most the number of parameters, by default that or 16.
+        Memory is as many vectors.
       damping: d, above 0.
       axis_name: of the mapped axis over which gradients come averaged, and products are to be.
 
@@ -131,6 +137,7 @@ def saddle_free_newton(
       Dauphin et al., `Identifying and attacking the saddle point problem in high-dimensional non-convex optimization
       <https://arxiv.org/abs/1406.2572>`_, 2014, algorithm 1, with one step in each Krylov space and a fixed damping.
     """
+    [num_matvecs] = sizes("saddle_free_newton", num_matvecs=num_matvecs)
     check_positive("saddle_free_newton", learning_rate=learning_rate, damping=damping)
 
     def init(params: Params) -> SaddleFreeState:
@@ -140,22 +147,23 @@ def saddle_free_newton(
     def update(updates, state, params=None, *, value_fn=None, **extra_args):
         del extra_args
         params, value_fn = needed("saddle_free_newton", params, value_fn)
+        products = matvecs(num_matvecs, params)
         gradient = flatten(updates)
         norm = jnp.linalg.norm(gradient)
         # Any start will do for a gradient of zero, whose step is zero.
         start = jnp.where(norm > 0, gradient, 1)
         operator = hessian_at(value_fn, widen(params), axis_name)
-        found = curvature.lanczos(operator, unflatten(updates, start), num_matvecs=num_matvecs)
+        found = curvature.lanczos(operator, unflatten(updates, start), num_matvecs=products)
         values, vectors, reached = ritz(found.alphas, found.betas)
-        there = jnp.arange(num_matvecs) < reached
+        there = jnp.arange(products) < reached
         values = jnp.where(there, values, values[0])
         # The gradient is its norm times the first Krylov vector.
         shares = jnp.where(there, norm * vectors[0] / (jnp.abs(values) + damping), 0)
-        step = -learning_rate * jnp.matmul(
+        step = -rate_at(learning_rate, state.count) * jnp.matmul(
             vectors @ shares, jnp.asarray(found.basis), precision=jax.lax.Precision.HIGHEST
         )
         steps = cast_like(unflatten(updates, step), updates)
         ends = (jnp.min(values).astype(jnp.float32), jnp.max(values).astype(jnp.float32))
         return steps, SaddleFreeState(jnp.asarray(optax.safe_increment(state.count)), *ends)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

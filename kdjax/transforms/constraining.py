@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kdjax.transforms.shared import known, needs_params, transformation
+from kdjax.types import Scalar
 
-def max_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+
+def max_norm(limit: Scalar) -> optax.GradientTransformationExtraArgs:
     r"""Keeps the incoming weights of every unit within a ball: the weight constraint that goes with dropout.
 
     Put it last in a chain, since it looks at ``params + updates``: a unit whose weight vector would leave the ball is
@@ -32,18 +35,17 @@ def max_norm(limit: float) -> optax.GradientTransformationExtraArgs:
       >>> jnp.linalg.norm(optax.apply_updates(params, updates), axis=0).round(3).tolist()
       [1.0, 0.5]
     """
-    if not limit > 0:
+    if not known(limit, otherwise=1) > 0:
         raise ValueError(
             f"max_norm needs a limit above 0, got {limit}; 15 ** 0.5 is the one published for MNIST."
         )
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError("max_norm needs the current parameters: call update(updates, state, params).")
+        params = needs_params("max_norm", params)
 
         def constrain(update, param):
-            if param.ndim < 2:
+            if jnp.ndim(param) < 2:
                 return update
             new = (param + update).astype(jnp.float32)
             norm = jnp.sqrt(jnp.sum(new**2, axis=tuple(range(new.ndim - 1)), keepdims=True))
@@ -53,4 +55,4 @@ def max_norm(limit: float) -> optax.GradientTransformationExtraArgs:
 
         return jax.tree.map(constrain, updates, params), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return transformation(lambda params: optax.EmptyState(), update)

@@ -12,6 +12,7 @@ from kdjax.curvature.vectors import widen
 from kdjax.transforms.shared import (
     Draws,
     ValueFn,
+    as_key,
     as_partial,
     cast_like,
     check_like,
@@ -25,11 +26,14 @@ from kdjax.transforms.shared import (
     hessian_at,
     inner,
     is_traced,
+    matvecs,
     mean_over,
     moved,
     needed,
     needs_params,
     scaled,
+    sizes,
+    transformation,
     unmeasured,
 )
 from kdjax.types import Params, Scalar
@@ -51,12 +55,12 @@ def escape(
     value_fn: ValueFn,
     params: Params,
     updates: Params,
-    key: Array,
+    key: Array | int,
     *,
-    num_matvecs: int = 16,
+    num_matvecs: int | Array | None = None,
     radius: Scalar = 0.3,
     sigma: Scalar = 0.01,
-    trials: int = 6,
+    trials: int | Array | None = None,
     strength: Scalar = 0.1,
     direction: Params | None = None,
     certify_fn: ValueFn | None = None,
@@ -86,10 +90,11 @@ def escape(
       params: θ, pytree of floating-point arrays; the curvature is computed in float32 whatever they are.
       updates: the step of the base transformation, like the parameters; zeros for none.
       key: of the perturbation and of Lanczos' start.
-      num_matvecs: Hessian-vector products, at most the number of parameters. Memory is as many vectors.
+      num_matvecs: Hessian-vector products, at most the number of parameters, by default that or 16. Memory is as many
+        vectors.
       radius: length of the longest step, as a share of c.
       sigma: length of the perturbation, as a share of c; 0 for none.
-      trials: lengths to try, each half the one before.
+      trials: lengths to try, 6 by default, each half the one before.
       strength: s, the share of :math:`\lambda_{max}` that counts as negative curvature.
       direction: where to expect negative curvature, like the parameters, of any length; such as a teacher's.
       certify_fn: the loss on other data. On a minibatch most directions of small negative curvature are noise.
@@ -115,12 +120,14 @@ def escape(
       >>> bool(found.accepted), bool(saddle(found.updates) < -0.7)
       (True, True)
     """
+    num_matvecs, trials = sizes("escape", num_matvecs=num_matvecs, trials=trials)
     check_moved("escape", params, num_matvecs)
+    num_matvecs, trials = matvecs(num_matvecs, params), 6 if trials is None else trials
     check_positive("escape", radius=radius, trials=trials)
     check_positive("escape", zero=True, sigma=sigma, strength=strength)
     if direction is not None:
         check_like("escape", params, direction=direction)
-    noise_key, start_key = jax.random.split(key)
+    noise_key, start_key = jax.random.split(as_key(key))
     length = extent(params)
     noise = scaled(curvature.random_like(noise_key, params), sigma * length)
     here = moved(params, noise)
@@ -197,8 +204,8 @@ class EigenstepState(NamedTuple):
 def negative_eigenstep(
     *,
     period: int | Array,
-    key: Array,
-    num_matvecs: int = 16,
+    key: Array | int,
+    num_matvecs: int | Array | None = None,
     length: Literal["adaptive", "curvature"] = "adaptive",
     cap: Scalar = 0.1,
     max_gradient_norm: Scalar = 0.02,
@@ -213,7 +220,7 @@ def negative_eigenstep(
     Args:
       period: steps from one look to the next, the first of them at the first update.
       key: of Lanczos' starts.
-      num_matvecs: Hessian-vector products of a look, at most the number of parameters.
+      num_matvecs: Hessian-vector products of a look, at most the number of parameters, by default that or 16.
       length: rule of :math:`\eta`: "adaptive" is :math:`\min(cap, 1 / |\lambda|)`, "curvature" :math:`|\lambda| / 2`.
       cap: of "adaptive".
       max_gradient_norm: the gradient's norm above which nothing is done; infinity for always.
@@ -229,6 +236,7 @@ def negative_eigenstep(
     References:
       Dewan, SPRKD, arXiv 2607.23346, 2026.
     """
+    [num_matvecs] = sizes("negative_eigenstep", num_matvecs=num_matvecs)
     check_period("negative_eigenstep", period)
     check_positive("negative_eigenstep", cap=cap, max_gradient_norm=max_gradient_norm)
     if length not in ("adaptive", "curvature"):
@@ -244,6 +252,7 @@ def negative_eigenstep(
     def update(updates, state, params=None, *, value_fn=None, **extra_args):
         del extra_args
         params, value_fn = needed("negative_eigenstep", params, value_fn)
+        products = matvecs(num_matvecs, params)
 
         def look():
             here = moved(params, updates)
@@ -251,7 +260,7 @@ def negative_eigenstep(
             ends = curvature.extreme_eigenpairs(
                 hessian_at(value_fn, here, axis_name),
                 curvature.random_like(draws.draw(state.key, state.probes), params),
-                num_matvecs=num_matvecs,
+                num_matvecs=products,
                 top=0,
             )
             vector = jax.tree.map(lambda v: v[0], ends.bottom.vectors)
@@ -271,10 +280,10 @@ def negative_eigenstep(
         updates, (lowest, residual), taken, looked = jax.lax.cond(due, look, pass_through)
         count = jnp.asarray(optax.safe_increment(state.count))
         probes, steps = state.probes + looked, state.steps + taken
-        hvps = state.hvps + looked * num_matvecs
+        hvps = state.hvps + looked * products
         return updates, EigenstepState(count, state.key, lowest, residual, probes, steps, hvps)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 class PerturbState(NamedTuple):
@@ -285,7 +294,7 @@ class PerturbState(NamedTuple):
 
 
 def perturb(
-    *, period: int | Array, key: Array, radius: Scalar | None = None, sigma: Scalar | None = None
+    *, period: int | Array, key: Array | int, radius: Scalar | None = None, sigma: Scalar | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds Gaussian noise to the updates every so many steps.
 
@@ -335,4 +344,4 @@ def perturb(
         updates = jax.lax.cond(state.count % period == 0, disturb, lambda: updates)
         return updates, PerturbState(jnp.asarray(optax.safe_increment(state.count)), state.key)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

@@ -17,7 +17,10 @@ from kdjax.transforms.shared import (
     check_period,
     check_positive,
     counter,
+    kept,
     needed,
+    sizes,
+    transformation,
     unmeasured,
 )
 from kdjax.types import Params, Scalar
@@ -47,12 +50,12 @@ class SprkdState(NamedTuple):
 def sprkd(
     base: optax.GradientTransformation,
     *,
-    key: Array,
+    key: Array | int,
     period: int | Array = 100,
-    num_matvecs: int = 16,
+    num_matvecs: int | Array | None = None,
     radius: Scalar = 0.3,
     sigma: Scalar = 0.01,
-    trials: int = 6,
+    trials: int | Array | None = None,
     strength: Scalar = 0.1,
     max_gradient_norm: Scalar = float("inf"),
     budget: int | Array = 20,
@@ -95,10 +98,11 @@ def sprkd(
       base: the optimiser.
       key: of perturbations and of Lanczos' starts.
       period: updates from one look to the next.
-      num_matvecs: Hessian-vector products of a look, at most the number of parameters. Memory is as many vectors.
+      num_matvecs: Hessian-vector products of a look, at most the number of parameters, by default that or 16. Memory
+        is as many vectors.
       radius: length of the longest escape, as a share of the norm of the parameters (or of 1, if that is less).
       sigma: length of the perturbation before looking, likewise; 0 for none.
-      trials: lengths to try, each half the one before, in both directions.
+      trials: lengths to try, 6 by default, each half the one before, in both directions.
       strength: how large, as a share of the largest eigenvalue, the negative one must be.
       max_gradient_norm: do not look where the gradient is longer: .02 as published. It depends on the scale of the
         loss. The gradient is ``grad``, or the updates as they come if that is not given.
@@ -138,6 +142,7 @@ def sprkd(
       >>> round(float(loss(params)), 2)
       -1.0
     """
+    num_matvecs, trials = sizes("sprkd", num_matvecs=num_matvecs, trials=trials)
     check_period("sprkd", period)
     check_positive("sprkd", radius=radius, trials=trials, max_gradient_norm=max_gradient_norm)
     check_positive(
@@ -160,7 +165,7 @@ def sprkd(
             draws.init(),
             base.init(params),
             None if approaching is None else approaching.init(params),
-            jax.tree.map(lambda x: jnp.array(x, jnp.float32), direction),
+            None if direction is None else kept(params, direction),
             jnp.asarray(DESCEND if approaching is None else APPROACH, jnp.int32),
             counter(),
             *(unmeasured() for _ in range(3)),
@@ -225,4 +230,4 @@ def sprkd(
             *(total + more for total, more in zip(totals, spent, strict=True)),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

@@ -19,11 +19,10 @@ ValueFn = Callable[[Params], Array]
 
 
 class Draws:
-    """A key in the form in which a state keeps it: raw, since typed keys do not serialise."""
+    """A key, or the seed of one, in the form in which a state keeps it: raw, since typed keys do not serialise."""
 
-    def __init__(self, key: Array):
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        key = key if typed else jax.random.wrap_key_data(key)
+    def __init__(self, key: Array | int):
+        key = as_key(key)
         self._impl, self.data = jax.random.key_impl(key), jax.random.key_data(key)
 
     def init(self) -> Array:
@@ -33,6 +32,37 @@ class Draws:
     def draw(self, data: Array, count: Array) -> Array:
         """The key of one of many draws."""
         return jax.random.fold_in(jax.random.wrap_key_data(data, impl=self._impl), count)
+
+
+def as_key(key: Array | int) -> Array:
+    """A typed key from what optax accepts for one, a key or an integer seed, or from a raw key."""
+    dtype, shape = jnp.result_type(key), jnp.shape(key)
+    if not shape and jnp.issubdtype(dtype, jnp.integer):
+        return jax.random.key(key)
+    if not shape and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return jnp.asarray(key)
+    if len(shape) == 1 and dtype == jnp.uint32:
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    raise ValueError(f"key needs to be one key or an integer seed, got {dtype}{list(shape)}: write key=0.")
+
+
+def transformation(init: Callable, update: Callable) -> optax.GradientTransformationExtraArgs:
+    """Both functions as a transformation that leaves a tree without arrays as it is.
+
+    Such a tree is the empty group of an ``optax.partition``.
+    """
+
+    def update_unless_empty(updates, state, params=None, **extra_args):
+        if not jax.tree.leaves(updates):
+            return updates, state
+        return update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update_unless_empty)
+
+
+def rate_at(learning_rate: optax.ScalarOrSchedule, count: Array) -> Any:
+    """The learning rate of an update, whether it is a number or a schedule."""
+    return learning_rate(count) if callable(learning_rate) else learning_rate
 
 
 def counter() -> Array:
@@ -45,28 +75,63 @@ def unmeasured() -> Array:
     return jnp.full((), jnp.nan, jnp.float32)
 
 
+def known(value: Any, otherwise: float) -> float:
+    """An option as a number to check, or one that passes the check for None, a schedule or a traced number."""
+    return otherwise if value is None or callable(value) or not is_known(value) else float(value)
+
+
+def sizes(what: str, **values: Any) -> list[int | None]:
+    """Options that decide the shapes of arrays, as Python integers; a ValueError if they are traced or no integers.
+
+    Their defaults are None, which inject_hyperparams leaves alone; a number it would trace.
+    """
+    for name, value in values.items():
+        if value is not None and not (
+            is_known(value) and jnp.issubdtype(jnp.result_type(value), jnp.integer)
+        ):
+            raise ValueError(
+                f"{what} needs {name} as an integer known at compile time, since arrays are sized by it, got {value}: "
+                f"with optax.inject_hyperparams write static_args={tuple(values)}."
+            )
+    return [None if value is None else int(value) for value in values.values()]
+
+
+def matvecs(given: int | None, params: Params) -> int:
+    """How many Hessian-vector products: as given, or 16, or one for each parameter where there are fewer."""
+    return min(16, size_of(params)) if given is None else given
+
+
 def check_period(what: str, period: Any) -> None:
     """Raises a ValueError unless a period known by now is 1 or more."""
-    if isinstance(period, int) and period < 1:
+    if known(period, otherwise=1) < 1:
         raise ValueError(f"{what} needs a period of 1 step or more, got {period}.")
 
 
 def check_positive(what: str, *, zero: bool = False, **values: Any) -> None:
     """Raises a ValueError unless the numbers known by now are positive, or zero where that is allowed."""
     for name, value in values.items():
-        if isinstance(value, (int, float)) and not (value > 0 or (zero and value == 0)):
+        number = known(value, otherwise=1)
+        if not (number > 0 or (zero and number == 0)):
             raise ValueError(f"{what} needs {name} {'of 0 or more' if zero else 'above 0'}, got {value}.")
 
 
 def check_moved(what: str, params: Params, num_matvecs: int | None = None) -> None:
-    """Raises a ValueError unless the parameters are floating, and as many as the Krylov space has dimensions."""
+    """Raises a ValueError unless the parameters are floating, and as many as the Krylov space has dimensions.
+
+    A tree without arrays passes: ``optax.tree.map_params`` calls ``init`` with a placeholder, to see where parameters
+    stand in the state.
+    """
+    if not jax.tree.leaves(params):
+        return
     check_arrays(what, params)
     if num_matvecs is not None:
         check_num_matvecs(what, num_matvecs, size_of(params))
 
 
 def check_like(what: str, params: Params, **trees: Params) -> None:
-    """Raises a ValueError unless trees, named as arguments, have the structure and shapes of the parameters."""
+    """Raises a ValueError unless trees, named as arguments, have the structure and shapes of the parameters, if any."""
+    if not jax.tree.leaves(params):
+        return
     for name, tree in trees.items():
         wanted, got = jax.tree.structure(params), jax.tree.structure(tree)
         if wanted != got:
@@ -81,6 +146,11 @@ def check_like(what: str, params: Params, **trees: Params) -> None:
                     f"{what} needs {name}{jax.tree_util.keystr(path)} of shape {jnp.shape(param)} like the "
                     f"parameter, got {jnp.shape(leaf)}: make it with kdjax.saddles.recruit."
                 )
+
+
+def kept(params: Params, tree: Params) -> Params:
+    """What a state keeps of a tree like the parameters: copies in float32, or the placeholder that stands for them."""
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree) if jax.tree.leaves(params) else params
 
 
 def needed(what: str, params: Params | None, value_fn: ValueFn | None) -> tuple[Params, ValueFn]:

@@ -17,8 +17,11 @@ from kdjax.transforms.shared import (
     check_period,
     counter,
     hessian_at,
+    matvecs,
     mean_over,
     needed,
+    sizes,
+    transformation,
     unmeasured,
 )
 from kdjax.types import Params
@@ -38,7 +41,11 @@ class TrackState(NamedTuple):
 
 
 def track_saddles(
-    *, period: int | Array, key: Array, num_matvecs: int = 16, axis_name: str | None = None
+    *,
+    period: int | Array,
+    key: Array | int,
+    num_matvecs: int | Array | None = None,
+    axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Records a ``kdjax.saddles.SaddleScore`` every so many steps; passes the updates through unchanged.
 
@@ -49,7 +56,7 @@ def track_saddles(
     Args:
       period: steps from one look to the next, the first of them at the first update.
       key: of Lanczos' starts.
-      num_matvecs: Hessian-vector products of a look, at most the number of parameters.
+      num_matvecs: Hessian-vector products of a look, at most the number of parameters, by default that or 16.
       axis_name: of the mapped axis whose devices hold parts of the batch; loss and derivatives are averaged over it.
 
     Returns:
@@ -64,6 +71,7 @@ def track_saddles(
       Dewan, SPRKD, arXiv 2607.23346, 2026. Ghorbani et al., `An Investigation into Neural Net Optimization via Hessian
       Eigenvalue Density <https://arxiv.org/abs/1901.10159>`_, 2019, section 2, for the density.
     """
+    [num_matvecs] = sizes("track_saddles", num_matvecs=num_matvecs)
     check_period("track_saddles", period)
     draws = Draws(key)
 
@@ -75,19 +83,20 @@ def track_saddles(
     def update(updates, state, params=None, *, value_fn=None, **extra_args):
         del extra_args
         params, value_fn = needed("track_saddles", params, value_fn)
+        products = matvecs(num_matvecs, params)
 
         def look():
             start = curvature.random_like(draws.draw(state.key, state.probes), params)
-            return _score(value_fn, widen(params), start, num_matvecs, axis_name)
+            return _score(value_fn, widen(params), start, products, axis_name)
 
         due = state.count % period == 0
         score = jax.lax.cond(due, look, lambda: state.score)
         count = jnp.asarray(optax.safe_increment(state.count))
         looked = due.astype(jnp.int32)
-        probes, hvps = state.probes + looked, state.hvps + looked * num_matvecs
+        probes, hvps = state.probes + looked, state.hvps + looked * products
         return updates, TrackState(count, state.key, score, probes, hvps)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _score(value_fn, params, start, num_matvecs, axis_name) -> SaddleScore:
