@@ -281,7 +281,8 @@ def fit(
         with the same arguments ends bitwise equal to one that was not.
       identity: what the run is made from and which one it is, as JSON: data (:func:`kdjax.data.fingerprint`),
         settings, arm, seed. Checkpoints in ``directory`` of another identity are refused.
-      save_every_s: least seconds between two checkpoints; one is also written at the end and on SIGTERM or Ctrl-C.
+      save_every_s: least seconds between two checkpoints, which several processes write only between epochs; one is
+        also written at the end and on SIGTERM or Ctrl-C.
       between: called after each dispatch with the state and the steps done, returns the state to go on with. What is
         slow inside compiled loops, such as convolutions in ``jax.lax.cond`` on a CPU, is done here now and then.
       progress: called after each dispatch with the number of its steps and the newest epoch's record.
@@ -330,7 +331,7 @@ def fit(
                     position, best = _evaluated(evaluate, weights_of(state), epoch, position, best)
             progress(steps, position.history[-1] if position.history else {})
             stop = stop_requested(step)
-            if directory is not None and (stop or step == end or time.monotonic() - last_save > save_every_s):
+            if directory is not None and (stop or step == end or _is_due(last_save + save_every_s, rest)):
                 position, unread = read(), None
                 if rest:  # else it has just been done
                     _check_finite(state, finite_before, step)
@@ -355,6 +356,18 @@ def _check_options(feed: Feed, *, save_every_s: float, **whole: int) -> None:
             raise ValueError(f"fit needs {name} to be a whole number of 1 or more, got {value!r}.")
     if not save_every_s >= 0:
         raise ValueError(f"fit needs save_every_s to be 0 seconds or more, got {save_every_s}.")
+
+
+def _is_due(moment: float, rest: int) -> bool:
+    """Whether it is time to save. A pod goes by the clock of its first process, and looks at it between epochs only."""
+    due = time.monotonic() > moment
+    if jax.process_count() == 1:
+        return due
+    if rest:  # asking makes the host wait for the device, as the end of an epoch does anyway
+        return False
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
 
 
 # What must be finite

@@ -71,6 +71,7 @@ def main(directory: Path, *, stop_at: int) -> dict:
         epochs=8,
         evaluate=lambda *weights: evaluate.summarise(sums(*weights)),
         directory=directory,
+        save_every_s=0.02,  # clocks of two processes disagree on when that is over
         progress=progress,
     )
     return {
