@@ -60,8 +60,11 @@ def main() -> None:
     task = common.make_task(DATASET.value, data_dir=DATA_DIR.value, num_train=256 if SMOKE.value else None)
     if OMITTED.value >= task.source.num_classes:
         raise ValueError(f"--omitted={OMITTED.value} is none of the {task.source.num_classes} classes.")
-    workdir = common.claim_workdir(WORKDIR.value, settings)
+    kd = common.kd(
+        hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
+    )
     networks = {name: common.build(f"hinton_{name}", task) for name in ("teacher", "student")}
+    workdir = common.claim_workdir(WORKDIR.value, settings)
     seeds = range(1 if SMOKE.value else NUM_SEEDS.value)
     teacher_recipe, student_recipe = (
         recipe._replace(epochs=1 if SMOKE.value else epochs, evaluate_every=1 if SMOKE.value else 2)
@@ -81,9 +84,6 @@ def main() -> None:
         for n in seeds
     ]
     never = f"no {OMITTED.value}"
-    kd = common.kd(
-        hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
-    )
     arms: dict = {"teacher": teachers}
     for seen, what in ((task, ""), (without(task, OMITTED.value), f", {never}")):
         for name, objective in (("scratch", common.scratch), ("kd", kd)):

@@ -2,8 +2,8 @@ r"""What is each loss, what does it need and what does it cost? One page from th
 
     python -m experiments.loss_page --output=docs/losses.md
 
-Takes some seconds. Nothing is run: names, signatures and docstrings are read from the source, and what the page says of a
-loss (its formula, needs, result, cost and papers) stands there. A test fails where the page differs from what this
+Takes some seconds. Nothing is run: names, signatures and docstrings are read from the source, and what the page says of
+a loss (its formula, needs, result, cost and papers) stands there. A test fails where the page differs from what this
 command writes; it also says what a docstring lacks.
 """
 

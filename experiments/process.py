@@ -1,4 +1,4 @@
-"""How a launched process ends when it is asked to stop. Imports nothing heavy, so that it works from the first second."""
+"""How a launched process ends when it is asked to stop; imports nothing heavy, so that it does from the start."""
 
 import os
 import signal

@@ -45,7 +45,9 @@ def main() -> None:
     """Teacher, columns, students, report."""
     start = time.monotonic()
     settings = common.settings_of(globals(), apart=("workdir", "output"))
-    workdir = common.claim_workdir(WORKDIR.value, settings)
+    kd = common.kd(
+        hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
+    )
     seeds = range(3 if SMOKE.value else 5)
     teacher_recipe, student_recipe = (
         recipe._replace(epochs=2, evaluate_every=1) if SMOKE.value else recipe
@@ -54,18 +56,16 @@ def main() -> None:
 
     everything = common.make_task("digits", data_dir=None)
     network = common.build("digits_teacher", everything)
+    few = common.make_task("digits", data_dir=None, num_train=NUM_TRAIN.value)
+    workdir = common.claim_workdir(WORKDIR.value, settings)
     trainer = common.make_trainer(everything, network, common.scratch, teacher_recipe)
     teacher = common.train_teacher(
         everything, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0"
     )
 
-    few = common.make_task("digits", data_dir=None, num_train=NUM_TRAIN.value)
     student = common.build("digits_student", few)
     taught = common.taught_by(
         few, teacher, student_recipe, mode="centre", views=1, directory=workdir / "columns"
-    )
-    kd = common.kd(
-        hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
     )
     shape, _ = models.init(student, few.source.images.shape[1:], seed=0)
     region = saddles.recruit(teacher.weights.params, shape)

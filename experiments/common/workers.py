@@ -59,18 +59,18 @@ def in_children(
             children.append(subprocess.Popen(command, env=environment, process_group=0, **pipes))
             if output:
                 output.close()  # the child has its own
-        while any([child.poll() is None for child in children]) and not received:
-            if any(child.returncode for child in children):
+        codes: list[int | None] = []
+        while not received:
+            codes = [child.poll() for child in children]
+            if any(codes) or None not in codes:
                 break
             time.sleep(0.5)
             meanwhile()
-        codes = [child.returncode for child in children]
     if received:
         raise process.Stopped(received[0], "the workers have saved; the same command continues.")
-    failed = next((number for number, code in enumerate(codes) if code), None)
+    failed, code = next(((number, code) for number, code in enumerate(codes) if code), (None, 0))
     if failed is None:
         return
-    code = codes[failed]
     for asked in process.SIGNALS:
         if code in (-asked, 128 + asked):
             raise process.Stopped(
@@ -117,6 +117,8 @@ def _ended(children: Sequence[subprocess.Popen]) -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+            if child.stdin:
+                child.stdin.close()
 
 
 def end_with_parent() -> None:
