@@ -188,9 +188,7 @@ def test_a_damaged_compiled_program_is_replaced(start, tmp_path, damage):
         data[len(data) // 2] ^= 1
         path.write_bytes(data[: len(data) // 2] if damage == "cut" else data)
     for said in ("note: a damaged program", ""):
-        again = outcome(
-            start(f"--workdir={tmp_path / 'run'}", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"), **cache)
-        )
+        again = run()
         assert again[:2] == whole[:2]
         assert again[2].startswith(said)
         assert bool(again[2]) == bool(said)
