@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from scipy import special, stats
-from statsmodels.stats import weightstats
+from statsmodels.stats import multitest, weightstats
 
 from kdjax import significance
 
@@ -306,6 +306,14 @@ def test_holm_on_published_examples():
     ]
     adjusted = significance.holm({str(i): value for i, value in enumerate(p)})
     assert [i for i, value in adjusted.items() if value <= 0.05] == ["0", "1", "2"]
+
+
+@pytest.mark.usefixtures("quick_gc")
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_holm_is_that_of_statsmodels(n):
+    p = np.random.default_rng(n).uniform(0, 0.4, n).round(1)  # some are equal, some grow beyond 1
+    adjusted = significance.holm({str(i): value for i, value in enumerate(p)})
+    np.testing.assert_allclose([*adjusted.values()], multitest.multipletests(p, method="holm")[1], atol=1e-12)
 
 
 def test_holm_of_no_arms_and_of_what_is_no_p():

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int, Int8, Int32, UInt8
 
 from kdjax.data import stored
+from kdjax.extras import extra
 
 GROUP_PATTERNS = {"malaria": r"C\d+(?:P\d+)?"}
 """For :func:`groups_of`: the part of a key that names the patient, of sets whose examples are not independent."""
@@ -78,7 +79,8 @@ def load(
 
 
 def _digits() -> Source:
-    from sklearn.datasets import load_digits
+    with extra("experiments"):
+        from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
     images = (digits.images.astype(np.int32) * 255 // 16).astype(np.uint8)[..., None]
