@@ -331,7 +331,6 @@ def test_welch_errs_in_one_table_of_twenty(sd):
     assert abs(np.mean(np.array(p) <= 0.05) - 0.05) <= 0.01
 
 
-@pytest.mark.usefixtures("quick_gc")
 @pytest.mark.parametrize("real", [0, 2, 4])
 @pytest.mark.once
 def test_holm_errs_in_no_more_than_one_table_of_twenty(real):
