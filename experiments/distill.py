@@ -211,7 +211,9 @@ def run() -> dict[str, Any]:
         settings |= dict.fromkeys(OF_TRAINED_TEACHERS) | {"teacher": teachers[0].name}
         arms = the_arms(task, student, teachers[0].module)
         common.check_disk(task, directory, runs, column_bytes=column_bytes(task, teachers[0].module, arms))
-        workdir = common.claim_workdir(WORKDIR.value, settings)
+        weights = checkpoints.digest_tree(teachers[0].weights)
+        made_from = settings | {"data": task.fingerprint, "teacher_weights": weights}
+        workdir = common.claim_workdir(WORKDIR.value, made_from)
     else:
         network = common.build(TEACHER.value, task, dtype=dtype)
         arms = the_arms(task, student, network)
@@ -224,7 +226,8 @@ def run() -> dict[str, Any]:
         )
         wider = task if TEACHER_NUM_TRAIN.value is None else the_task(TEACHER_NUM_TRAIN.value or None)
         common.check_recipe(wider, own, of="the teacher's")
-        workdir = common.claim_workdir(WORKDIR.value, settings)
+        made_from = settings | {"data": task.fingerprint, "teacher_data": wider.fingerprint}
+        workdir = common.claim_workdir(WORKDIR.value, made_from)
         trainer = common.make_trainer(wider, network, scratch, own, split=SPLIT.value)
         decides = {"teacher": TEACHER.value, "dtype": DTYPE.value, "recipe": own._replace(save_every_s=0)}
         with common.shelf(SHARED_DIR.value, workdir / "teacher", wider, **decides) as home:
@@ -250,7 +253,8 @@ def run() -> dict[str, Any]:
                 task, student, arm.objective, recipe, taught, arm.companions, split=SPLIT.value
             )
             for seed in seeds[number :: len(teachers)]:
-                finished[method].append(trainer(seed, workdir / method / str(seed), f"{method}, seed {seed}"))
+                directory, label = workdir / method / str(seed), f"{method}, seed {seed}"
+                finished[method].append(trainer(seed, directory, label, settings))
     order = [seed for number in range(len(teachers)) for seed in seeds[number :: len(teachers)]]
     unread = (
         "Every number is of the validation split, which settings are chosen on; the test split was not read."

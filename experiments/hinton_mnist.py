@@ -64,7 +64,7 @@ def main() -> None:
         hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
     )
     networks = {name: common.build(f"hinton_{name}", task) for name in ("teacher", "student")}
-    workdir = common.claim_workdir(WORKDIR.value, settings)
+    workdir = common.claim_workdir(WORKDIR.value, settings | {"data": task.fingerprint})
     seeds = range(1 if SMOKE.value else NUM_SEEDS.value)
     teacher_recipe, student_recipe = (
         recipe._replace(epochs=1 if SMOKE.value else epochs, evaluate_every=1 if SMOKE.value else 2)
@@ -90,7 +90,10 @@ def main() -> None:
             arm = f"{name}{what}"
             arms[arm] = [
                 common.make_trainer(seen, networks["student"], objective, student_recipe, taught[n])(
-                    n, workdir / arm.replace(", ", "_").replace(" ", "_") / str(n), f"{arm}, seed {n}"
+                    n,
+                    workdir / arm.replace(", ", "_").replace(" ", "_") / str(n),
+                    f"{arm}, seed {n}",
+                    settings,
                 )
                 for n in seeds
             ]

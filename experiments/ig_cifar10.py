@@ -192,7 +192,10 @@ def main() -> dict[str, Any] | None:
     settings = common.settings_of(globals(), apart=MACHINE)
     if TEACHER_DIR.value:
         settings |= dict.fromkeys(OF_TRAINED_TEACHERS) | {"teacher": study.teacher.name}
-    workdir = common.claim_workdir(WORKDIR.value, settings)
+    made_from = settings | {"data": task.fingerprint, "teacher_data": wide.fingerprint}
+    if TEACHER_DIR.value:
+        made_from |= {"teacher_weights": common.network_in(TEACHER_DIR.value)["weights"]}
+    workdir = common.claim_workdir(WORKDIR.value, made_from)
     if JOBS.value > 1:
         study.explained()  # once, by all cores
         workers.in_children(
@@ -317,7 +320,8 @@ class Study:
         """One student of one arm."""
         label = label_of(name, student)
         directory = self.workdir / "students" / label / str(seed)
-        return self._trainer(name, student)(seed, directory, f"{label}, seed {seed}")
+        settings = common.settings_of(globals(), apart=MACHINE)
+        return self._trainer(name, student)(seed, directory, f"{label}, seed {seed}", settings)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019, an arm's seeds follow each other, and its columns lie on the device
     def _trainer(self, name: str, student: str) -> Callable[..., common.Trained]:
@@ -348,7 +352,9 @@ class Study:
             probability=PROBABILITY.value, strength=STRENGTH.value, exponents=(1.0, EXPONENT.value)
         )
         uses = {"overlay": {"blend": overlaid}, "crop": {"choose": attentive}, "weight": {"blend": dimmed}}
-        return common.Taught(columns, maps=tuple(moving), **(uses.get(arm.use, {}) if arm.ig else {}))
+        more = uses.get(arm.use, {}) if arm.ig else {}
+        identity = {"weights": checkpoints.digest_tree(self.teacher.weights)}
+        return common.Taught(columns, maps=tuple(moving), identity=identity, **more)
 
 
 def dimmed(batch, keys):
@@ -537,7 +543,7 @@ def looked_at(
     return assessing.of_every_run(
         runs,
         study.workdir / "looks",
-        (SPLIT.value, len(ids), BOUND.value, teacher.metrics),
+        (task.fingerprint, SPLIT.value, len(ids), BOUND.value, checkpoints.digest_tree(teacher.weights)),
         measure,
         label="where students look",
     )

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import common
-from kdjax import files, losses, many, models, parallel
+from kdjax import checkpoints, files, losses, many, models, parallel
 
 DATASET = flags.DEFINE_string(
     "dataset", "digits", "digits, a TFDS name, a file.npz, or folder:PATH of class folders."
@@ -127,13 +127,16 @@ def main() -> None:
         settings |= dict.fromkeys(OF_TRAINED_TEACHERS) | {"teacher": teacher.name}
         runs = {student: len(weights) * len(seeds)}
         common.check_disk(task, Path(WORKDIR.value), runs, column_bytes=columns)
-        workdir = common.claim_workdir(WORKDIR.value, settings)
+        weights_digest = checkpoints.digest_tree(teacher.weights)
+        made_from = settings | {"data": task.fingerprint, "teacher_weights": weights_digest}
+        workdir = common.claim_workdir(WORKDIR.value, made_from)
     else:
         wider = the_task(TEACHER_NUM_TRAIN.value)
         network = common.build(TEACHER.value, wider)
         runs = {student: len(weights) * len(seeds), network: 1}
         common.check_disk(task, Path(WORKDIR.value), runs, column_bytes=columns)
-        workdir = common.claim_workdir(WORKDIR.value, settings)
+        made_from = settings | {"data": task.fingerprint, "teacher_data": wider.fingerprint}
+        workdir = common.claim_workdir(WORKDIR.value, made_from)
         trainer = common.make_trainer(wider, network, common.scratch, teachers)
         teacher = common.train_teacher(wider, TEACHER.value, network, trainer, 0, workdir / "teacher" / "0")
     if LABEL_NOISE.value:
@@ -148,6 +151,7 @@ def main() -> None:
         seeds=[seed for _ in weights for seed in seeds],
         settings={"hard_weight": [a for a in weights for _ in seeds]},
         directory=workdir / "students",
+        identity=settings,
         label=f"{len(weights) * len(seeds)} students",
         form=FORM.value,
     )

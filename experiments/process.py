@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-SIGNALS = {signal.SIGINT: "stopped", signal.SIGTERM: "stopped by SIGTERM"}
+SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 WORKER = "KDJAX_TASK"  # set in the processes that another one started and speaks for
 
 
@@ -16,7 +16,12 @@ class Stopped(SystemExit):
 
     def __init__(self, number: int, message: str):
         super().__init__(128 + number)
-        self.message = f"{SIGNALS[signal.Signals(number)]}: {message}"
+        self.message = f"stopped by {SIGNALS[signal.Signals(number)]}; {message}"
+
+
+def heeded() -> list[signal.Signals]:
+    """The signals that this process is not told to ignore, as a shell does with Ctrl-C for a job in the background."""
+    return [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
 def end_on_signals(advice: Callable[[], str] = lambda: "nothing was written.") -> None:
@@ -42,7 +47,7 @@ def end_on_signals(advice: Callable[[], str] = lambda: "nothing was written.") -
                 finally:
                     os._exit(128 + number)
 
-    for number in SIGNALS:
+    for number in heeded():
         signal.signal(number, handler)
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     # The thread holds the sending end too, which would otherwise be closed here.

@@ -57,7 +57,8 @@ def main() -> None:
     everything = common.make_task("digits", data_dir=None)
     network = common.build("digits_teacher", everything)
     few = common.make_task("digits", data_dir=None, num_train=NUM_TRAIN.value)
-    workdir = common.claim_workdir(WORKDIR.value, settings)
+    made_from = settings | {"data": few.fingerprint, "teacher_data": everything.fingerprint}
+    workdir = common.claim_workdir(WORKDIR.value, made_from)
     trainer = common.make_trainer(everything, network, common.scratch, teacher_recipe)
     teacher = common.train_teacher(
         everything, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0"
@@ -85,7 +86,9 @@ def main() -> None:
     students: dict = {}
     for arm, (objective, told, more) in learning.items():
         trainer = common.make_trainer(few, student, objective, student_recipe, told, **more)
-        students[arm] = [trainer(seed, workdir / arm / str(seed), f"{arm}, seed {seed}") for seed in seeds]
+        students[arm] = [
+            trainer(seed, workdir / arm / str(seed), f"{arm}, seed {seed}", settings) for seed in seeds
+        ]
     arms = {"teacher": [teacher], **students}
     disturbed = common.robustness_of(few, arms, workdir / "robustness")
     common.conclude(

@@ -57,18 +57,22 @@ def main() -> None:
 
 def write_page(found: Mapping[Path, Any], problems: Sequence[str], root: Path) -> None:
     """Writes the page, with a bar for the results that are drawn, and says how large it is."""
-    names = [name_of(path, root) for path in found]
-    with common.bar(OUTPUT.value, total=len(found), unit="result") as meter:
+    output, names = Path(OUTPUT.value or ""), [name_of(path, root) for path in found]
+    with common.bar(str(output), total=len(found), unit="result") as meter:
+
+        def progress(done: int) -> None:
+            meter.update(done - meter.n)
+
         report.page(
             list(found.values()),
-            path=OUTPUT.value,
+            path=output,
             title=TITLE.value,
             names=names,
             problems=problems,
-            progress=lambda done: meter.update(done - meter.n),
+            progress=progress,
         )
-    size = Path(OUTPUT.value).stat().st_size / 1e6
-    print(f"{OUTPUT.value}: {len(found)} of {len(found) + len(problems)} results, {size:.1f} MB.")
+    size = output.stat().st_size / 1e6
+    print(f"{output}: {len(found)} of {len(found) + len(problems)} results, {size:.1f} MB.")
 
 
 def name_of(path: Path, root: Path) -> str:

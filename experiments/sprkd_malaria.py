@@ -41,7 +41,7 @@ from absl import flags
 
 from experiments import common
 from experiments.common import recruiting, workers
-from kdjax import losses, models, parallel, robustness, saddles, train
+from kdjax import checkpoints, losses, models, parallel, robustness, saddles, train
 
 DATASET = flags.DEFINE_string(
     "dataset", "malaria", "malaria, any TFDS name, digits, a file.npz, or folder:PATH of class folders."
@@ -179,7 +179,8 @@ def main() -> None:
         train_all(study, arms, share)
         return
     settings = common.settings_of(globals(), apart=MACHINE)
-    workdir = common.claim_workdir(WORKDIR.value, settings)
+    made_from = settings | {"data": task.fingerprint, "teacher_data": wide.fingerprint}
+    workdir = common.claim_workdir(WORKDIR.value, made_from)
     if JOBS.value > 1:
         shares = [{"first": k, "step": JOBS.value} for k in range(JOBS.value)]
         workers.in_children("experiments.sprkd_malaria", shares)
@@ -302,7 +303,10 @@ class Study:
         if taught is not None or name not in self._trainers:  # what a teacher says belongs to one seed
             self._trainers[name] = self._trainer(arm, taught)
         self._region = params
-        return self._trainers[name](seed, self.workdir / name / str(seed), f"{name}, seed {seed}")
+        decides = common.settings_of(globals(), apart=MACHINE)
+        if params is not None:
+            decides["region"] = checkpoints.digest_tree(params)
+        return self._trainers[name](seed, self.workdir / name / str(seed), f"{name}, seed {seed}", decides)
 
     def _trainer(self, arm: Arm, taught: common.Taught | None) -> Callable[..., common.Trained]:
         template = self.shapes if arm.which else None

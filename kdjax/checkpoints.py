@@ -19,7 +19,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from kdjax import files
 
 _STEP = re.compile(r"step_(\d{8,})")
 _MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 
 _pending: Future | None = None  # the write that `save(block=False)` left running
 
@@ -55,6 +55,7 @@ def save(
     tree: PyTree,
     *,
     meta: dict[str, Any],
+    identity: Mapping[str, Any] | None = None,
     keep: int = 2,
     block: bool = True,
 ) -> None:
@@ -68,6 +69,8 @@ def save(
       step: training step, at least 0. A step that is there already is replaced.
       tree: arrays and Python numbers, replicated over processes. Typed PRNG keys are refused.
       meta: anything JSON can hold; returned by :func:`restore`.
+      identity: what the run is made from and which one it is (data, settings, arm, seed), as JSON; :func:`restore` can
+        then tell it from another run's.
       keep: how many steps to keep, this one included.
       block: if false, the arrays are copied and written in the background; the next ``save``, ``restore`` or
         :func:`wait` waits for it and raises its error. Call :func:`wait` before the process ends.
@@ -81,13 +84,13 @@ def save(
     if step < 0 or keep < 1:
         raise ValueError(f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}.")
     arrays = {name: np.array(value, copy=not block) for name, value in _host_arrays(tree).items()}
-    meta = files.json_ready(meta)
-    if jax.process_count() > 1 and not _identical(json.dumps([step, meta]) + digest_tree(arrays)):
+    meta, owner = files.json_ready(meta), files.json_ready(dict(identity or {}))
+    if jax.process_count() > 1 and not _identical(json.dumps([step, meta, owner]) + digest_tree(arrays)):
         raise ValueError(
             f"the state of step {step} differs between processes, so no single checkpoint describes the run: "
             "give every process the same seed and average gradients and statistics over all of them."
         )
-    job = functools.partial(_write, files.as_path(directory), step, arrays, meta, keep)
+    job = functools.partial(_write, files.as_path(directory), step, arrays, meta, owner, keep)
     _pending = _start(job if jax.process_index() == 0 else lambda: None, background=not block)
     if block:
         wait()
@@ -102,7 +105,13 @@ def wait() -> None:
     raise_together(pending.exception(), doing="saving a checkpoint")
 
 
-def restore(directory: str | os.PathLike, target: PyTree, *, step: int | None = None) -> Restored | None:
+def restore(
+    directory: str | os.PathLike,
+    target: PyTree,
+    *,
+    step: int | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> Restored | None:
     """Restores the newest step that is exactly what was saved.
 
     Args:
@@ -110,6 +119,7 @@ def restore(directory: str | os.PathLike, target: PyTree, *, step: int | None = 
       target: the state's structure, as arrays or ``jax.ShapeDtypeStruct``. A leaf comes back as what stands here: on
         the target's devices, as a NumPy array, or as a Python number.
       step: one step to restore instead of the newest; then damage is an error.
+      identity: what :func:`save` must have been given; None takes any.
 
     Returns:
       The step, its tree and its meta, or None if no step was saved yet.
@@ -117,6 +127,7 @@ def restore(directory: str | os.PathLike, target: PyTree, *, step: int | None = 
     Raises:
       ValueError: if the saved state has another structure, shape or dtype than ``target``; if steps are there but all
         are damaged; if ``step`` is not there.
+      kdjax.files.Mismatch: if a step was saved with another identity; the message says what differs.
     """
     wait()
     path = files.as_path(directory)
@@ -131,7 +142,7 @@ def restore(directory: str | os.PathLike, target: PyTree, *, step: int | None = 
         steps = [step]
     damaged = []
     for candidate in steps:
-        problem, loaded = _try_read(path / _name(candidate), target)
+        problem, loaded = _try_read(path / _name(candidate), target, identity)
         if problem is None:
             return Restored(candidate, *loaded)
         damaged.append(f"{path / _name(candidate)}: {problem}")
@@ -244,14 +255,21 @@ def _steps(path: Any) -> list[int]:
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
-def _write(path: Any, step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any], keep: int) -> None:
+def _write(
+    path: Any,
+    step: int,
+    arrays: dict[str, np.ndarray],
+    meta: dict[str, Any],
+    identity: dict[str, Any],
+    keep: int,
+) -> None:
     """Writes beside the steps, renames, then tidies up."""
     final, temporary, old = (path / f"{_name(step)}{end}" for end in ("", ".tmp", ".old"))
     described = {
         name: {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": _digest_array(array)}
         for name, array in arrays.items()
     }
-    if _holds(final, described, meta):
+    if _holds(final, described, meta, identity):
         return
     size = sum(array.nbytes for array in arrays.values())
     with _removed_on_failure(temporary), files.explained(f"save step {step} to {path}", size):
@@ -271,7 +289,7 @@ def _write(path: Any, step: int, arrays: dict[str, np.ndarray], meta: dict[str, 
             "arrays": described,
             "files": _file_digests(temporary),
         }
-        files.write_sealed(temporary / _MANIFEST, body)
+        files.write_sealed(temporary / _MANIFEST, body, identity=identity)
         if final.exists():
             final.rename(old)
         temporary.rename(final)
@@ -283,11 +301,11 @@ def _write(path: Any, step: int, arrays: dict[str, np.ndarray], meta: dict[str, 
         old.rmtree()
 
 
-def _holds(final: Any, described: dict[str, Any], meta: dict[str, Any]) -> bool:
+def _holds(final: Any, described: dict[str, Any], meta: dict[str, Any], identity: dict[str, Any]) -> bool:
     """Whether this very state is already there, undamaged."""
     try:
-        manifest = _checked_manifest(final) if final.exists() else {}
-    except _Damaged:
+        manifest = _checked_manifest(final, identity) if final.exists() else {}
+    except (_Damaged, files.Mismatch):
         return False
     return manifest.get("arrays") == described and manifest.get("meta") == meta
 
@@ -331,25 +349,29 @@ def _file_digests(step_path: Any) -> dict[str, str]:
     return digests
 
 
-def _checked_manifest(step_path: Any) -> dict[str, Any]:
+def _checked_manifest(step_path: Any, identity: Mapping[str, Any] | None) -> dict[str, Any]:
     """The manifest, once every file it lists has been found unchanged."""
     try:
-        manifest = files.read_sealed(step_path / _MANIFEST)
+        manifest = files.read_sealed(step_path / _MANIFEST, identity=identity)
         if manifest["format"] != _FORMAT:
             raise ValueError(f"its format is {manifest['format']}, and this version reads {_FORMAT}.")
         for name, digest in manifest["files"].items():
             if hashlib.sha256((step_path / name).read_bytes()).hexdigest() != digest:
                 raise ValueError(f"{name} has changed since it was saved")
+    except files.Mismatch as error:
+        raise files.Mismatch(
+            f"{error} Move {step_path.parent} away or delete it to start anew, or choose another directory."
+        ) from error
     except (ValueError, OSError) as error:
         raise _Damaged(str(error)) from error
     return manifest
 
 
-def _try_read(step_path: Any, target: PyTree) -> tuple[str | None, Any]:
+def _try_read(step_path: Any, target: PyTree, identity: Mapping[str, Any] | None) -> tuple[str | None, Any]:
     """What is wrong with a step on any process, or None and its tree and meta."""
     problem, manifest, arrays = None, {}, {}
     try:
-        manifest = _checked_manifest(step_path)
+        manifest = _checked_manifest(step_path, identity)
         _check_structure(step_path, manifest["arrays"], target)
         arrays = _read_arrays(step_path, manifest["arrays"])
     except _Damaged as error:

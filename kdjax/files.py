@@ -1,10 +1,22 @@
-"""Files that are whole or absent: every write goes under a temporary name and is renamed, here or in a bucket."""
+"""Files that are whole or absent: every write goes under a temporary name and is renamed, here or in a bucket.
+
+What is written to be read again is *sealed*: it holds the digest of its content and the identity of what it belongs to.
+"""
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+
+class Damaged(ValueError):
+    """A file is not what was written."""
+
+
+class Mismatch(ValueError):
+    """A file is whole, and belongs to something else than the caller asked for."""
 
 
 def write_text(path: Any, text: str) -> None:
@@ -21,23 +33,95 @@ def write_json(path: Any, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def write_sealed(path: Any, body: Any) -> None:
-    """Writes JSON with its own SHA-256, by rename, so that it is whole and any later change to it is noticed."""
-    body = json_ready(body)
-    sealed = {"sha256": digest_json(body), "body": body}
-    write_bytes(path, json.dumps(sealed, indent=1, sort_keys=True).encode())
+def write_sealed(path: Any, body: Any, *, identity: Mapping[str, Any] | None = None) -> None:
+    """Writes JSON with its own SHA-256, by rename, so that it is whole and any later change to it is noticed.
+
+    Args:
+      path: of the file.
+      body: what to keep: plain JSON.
+      identity: what the body belongs to and was made from, such as data, settings, arm and seed, so that a file that is
+        whole but another run's is noticed too.
+    """
+    content = {"identity": json_ready(dict(identity or {})), "body": json_ready(body)}
+    write_bytes(path, json.dumps({"sha256": digest_json(content), **content}, indent=1).encode())
 
 
-def read_sealed(path: Any) -> Any:
-    """Reads what :func:`write_sealed` wrote; ValueError if a byte of it has changed."""
+def read_sealed(path: Any, *, identity: Mapping[str, Any] | None = None) -> Any:
+    """Reads what :func:`write_sealed` wrote.
+
+    Args:
+      path: of the file.
+      identity: what it must have been written with; None takes any.
+
+    Raises:
+      Damaged: if a byte of it has changed.
+      Mismatch: if it was written with another identity; the message says what differs.
+      FileNotFoundError: if there is none.
+    """
+    data = as_path(path).read_bytes()
     try:
-        sealed = json.loads(as_path(path).read_bytes())
-        intact = sealed["sha256"] == digest_json(sealed["body"])
+        sealed = json.loads(data)
+        content = {name: sealed[name] for name in ("identity", "body")}
+        intact = sealed["sha256"] == digest_json(content)
     except (ValueError, KeyError, TypeError, RecursionError):
-        intact = False
+        raise Damaged(
+            f"{path} is damaged, or of an earlier version: it is not JSON with the digest of its content."
+        ) from None
     if not intact:
-        raise ValueError(f"{path} is damaged: its content does not match the digest inside it.")
-    return sealed["body"]
+        raise Damaged(f"{path} is damaged: its content does not match the digest inside it.")
+    if identity is not None and (different := differences(content["identity"], json_ready(dict(identity)))):
+        raise Mismatch(f"{path} was written by another run ({different}).")
+    return content["body"]
+
+
+def cached(path: Any, compute: Callable[[], Any], *, identity: Mapping[str, Any], writes: bool = True) -> Any:
+    """The body of a sealed file, or what ``compute`` returns, which is then written there.
+
+    A file that is damaged or of another identity is named in a warning and computed again.
+
+    Args:
+      path: of the file.
+      compute: returns plain JSON.
+      identity: everything that decides what ``compute`` returns.
+      writes: whether this process is the one that writes.
+    """
+    try:
+        return read_sealed(path, identity=identity)
+    except FileNotFoundError:
+        pass
+    except (Damaged, Mismatch) as error:
+        warnings.warn(f"{error} It is computed again.", stacklevel=2)
+    body = json_ready(compute())
+    if writes:
+        write_sealed(path, body, identity=identity)
+    return body
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], *, most: int = 4) -> str:
+    """What two nested mappings disagree on, as in ``seed 0 there and 1 here``; empty where they are equal."""
+    there, here = _flat(there), _flat(here)
+    names = [name for name in sorted(there | here) if there.get(name, _ABSENT) != here.get(name, _ABSENT)]
+    said = [f"{name} {_brief(there, name)} there and {_brief(here, name)} here" for name in names[:most]]
+    return ", ".join(said + [f"and {len(names) - most} more"] * (len(names) > most))
+
+
+_ABSENT = object()
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in mapping.items():
+        inside = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
+    return flat
+
+
+def _brief(flat: Mapping[str, Any], name: str) -> str:
+    if name not in flat:
+        return "missing"
+    text = repr(flat[name])
+    return text if len(text) <= 60 else f"{text[:24]}..."
 
 
 def write_bytes(path: Any, data: bytes) -> None:
@@ -56,7 +140,7 @@ def write_bytes(path: Any, data: bytes) -> None:
 def json_ready(value: Any) -> Any:
     """Returns the value as JSON will give it back, or raises a ValueError."""
     try:
-        return json.loads(json.dumps(value, sort_keys=True))
+        return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"meta and settings must be plain JSON (numbers, text, lists, dicts): {error}."

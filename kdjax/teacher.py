@@ -17,7 +17,6 @@ The other mode is :func:`online`: the teacher sees the student's own augmented i
 
 import hashlib
 import io
-import json
 import math
 import os
 import warnings
@@ -409,19 +408,10 @@ def _begin(
 
 def _compare(path: Any, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuses columns that were made from something else."""
-
-    def brief(value):
-        text = json.dumps(value, sort_keys=True)
-        return text if len(text) <= 60 else f"{text[:24]}..."
-
-    different = [
-        name for name in sorted(stored.keys() | wanted.keys()) if stored.get(name) != wanted.get(name)
-    ]
-    if different:
-        there, here = (", ".join(f"{n}={brief(x.get(n))}" for n in different) for x in (stored, wanted))
-        raise ValueError(
-            f"the teacher's columns in {path} were made with {there}, and this run needs {here}: delete that directory "
-            "to compute them again, or choose another one."
+    if different := files.differences(stored, wanted):
+        raise files.Mismatch(
+            f"the teacher's columns in {path} were made from something else ({different}): delete that directory to "
+            "compute them again, or choose another one."
         )
 
 

@@ -222,6 +222,7 @@ def fit(
     monitor: str = "accuracy",
     weights_of: Callable[[TrainState], Weights] = weights_of,
     directory: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
     save_every_s: float = 60.0,
     between: Callable[[TrainState, int], TrainState] = lambda state, step: state,
     progress: Callable[[int, Mapping[str, float]], None] = lambda steps, record: None,
@@ -245,6 +246,8 @@ def fit(
         keeps.
       directory: of this run's checkpoints; None keeps nothing on disk. A run killed at any moment and started again
         with the same arguments ends bitwise equal to one that was not.
+      identity: what the run is made from and which one it is, as JSON: data (:func:`kdjax.data.fingerprint`),
+        settings, arm, seed. Checkpoints in ``directory`` of another identity are refused.
       save_every_s: least seconds between two checkpoints; one is also written at the end and on SIGTERM.
       between: called after each dispatch with the state and the steps done, returns the state to go on with. What is
         slow inside compiled loops, such as convolutions in ``jax.lax.cond`` on a CPU, is done here now and then.
@@ -260,7 +263,7 @@ def fit(
     best = _copy(weights_of(state))
     position = _Position([], {}, None, 0)
     if directory is not None:
-        state, best, position = _restored(directory, state, best, position)
+        state, best, position = _restored(directory, state, best, position, identity)
     step, end, last_save = int(np.ravel(state.step)[0]), epochs * feed.steps_per_epoch, time.monotonic()
     unread: tuple[int, Metrics] | None = None  # of the newest dispatch: the step after it, and its metrics
 
@@ -288,7 +291,13 @@ def fit(
             stop = stop_requested(step)
             if directory is not None and (stop or step == end or time.monotonic() - last_save > save_every_s):
                 position, unread = _read(position, unread), None
-                checkpoints.save(directory, step, {"state": state, "best": best}, meta=position._asdict())
+                checkpoints.save(
+                    directory,
+                    step,
+                    {"state": state, "best": best},
+                    meta=position._asdict(),
+                    identity=identity,
+                )
                 last_save = time.monotonic()
             if stop:
                 raise SystemExit(0)
@@ -355,8 +364,8 @@ def _copy(weights: Weights) -> Weights:
     return jax.tree.map(jnp.copy, weights)  # since the state's own arrays may be donated to the next step
 
 
-def _restored(directory, state, best, position):
-    found = checkpoints.restore(directory, {"state": state, "best": best})
+def _restored(directory, state, best, position, identity):
+    found = checkpoints.restore(directory, {"state": state, "best": best}, identity=identity)
     if found is None:
         return state, best, position
     return found.tree["state"], found.tree["best"], _Position(**found.meta)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -311,6 +312,76 @@ def test_sealed_json_notices_any_change(tmp_path):
         path.write_bytes(damage)
         with pytest.raises(ValueError, match=r"x\.json is damaged"):
             files.read_sealed(path)
+
+
+HERE = {"arm": "kd", "seed": 0, "data": {"train": 90, "content": "ab"}}
+
+
+class TestIdentity:
+    @pytest.mark.parametrize(
+        ("there", "said"),
+        [
+            ({**HERE, "seed": 1}, "seed 1 there and 0 here"),
+            (
+                {**HERE, "data": {"train": 91, "content": "cd"}},
+                "data.content 'cd' there and 'ab' here, data.train 91",
+            ),
+            ({"seed": 0, "data": HERE["data"]}, "arm missing there and 'kd' here"),
+            ({**HERE, "split": None}, "split None there and missing here"),
+            ({**HERE, "seed": True}, "seed True there and 0 here"),
+            ({**HERE, "data": {}}, "data {} there and missing here"),
+        ],
+    )
+    def test_of_another_run_is_named(self, tmp_path, there, said):
+        files.write_sealed(tmp_path / "x.json", 1, identity=there)
+        with pytest.raises(files.Mismatch, match=re.escape(said)):
+            files.read_sealed(tmp_path / "x.json", identity=HERE)
+        assert files.read_sealed(tmp_path / "x.json") == 1
+        assert files.read_sealed(tmp_path / "x.json", identity=there) == 1
+
+    def test_cannot_be_changed_without_notice(self, tmp_path):
+        path = tmp_path / "x.json"
+        files.write_sealed(path, 1, identity=HERE)
+        path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+        with pytest.raises(files.Damaged, match=r"x\.json is damaged"):
+            files.read_sealed(path, identity={**HERE, "seed": 1})
+
+    def test_a_checkpoint_of_another_run_is_refused_and_the_advice_works(self, tmp_path):
+        tree = {"x": np.arange(3.0)}
+        checkpoints.save(tmp_path / "a", 1, tree, meta={}, identity=HERE)
+        assert checkpoints.restore(tmp_path / "a", tree, identity=HERE).step == 1
+        assert checkpoints.restore(tmp_path / "a", tree).step == 1
+        with pytest.raises(
+            files.Mismatch, match=r"a/step_0.*seed 0 there and 1 here.*[Dd]elete it to start anew"
+        ):
+            checkpoints.restore(tmp_path / "a", tree, identity={**HERE, "seed": 1})
+        shutil.rmtree(tmp_path / "a")
+        assert checkpoints.restore(tmp_path / "a", tree, identity={**HERE, "seed": 1}) is None
+
+    def test_equal_arrays_of_another_run_are_saved_over(self, tmp_path):
+        tree = {"x": np.arange(3.0)}
+        for identity in (HERE, {**HERE, "seed": 1}):
+            checkpoints.save(tmp_path, 1, tree, meta={}, identity=identity)
+            assert checkpoints.restore(tmp_path, tree, identity=identity).step == 1
+
+    def test_cached_computes_what_is_missing_damaged_or_of_another_run_once(self, tmp_path):
+        path, calls = tmp_path / "deep" / "x.json", []
+
+        def compute():
+            calls.append(None)
+            return {"b": (1, 2.5), "a": float(len(calls))}
+
+        found = [files.cached(path, compute, identity=HERE) for _ in range(2)]
+        assert found == [{"b": [1, 2.5], "a": 1.0}] * 2
+        assert list(found[0]) == ["b", "a"]  # in the order in which it was computed
+        with pytest.warns(UserWarning, match=r"x\.json was written by another run.*computed again"):
+            assert files.cached(path, compute, identity={**HERE, "seed": 1})["a"] == 2
+        path.write_bytes(path.read_bytes()[:40])
+        with pytest.warns(UserWarning, match=r"x\.json is damaged.*computed again"):
+            assert files.cached(path, compute, identity=HERE, writes=False)["a"] == 3
+        with pytest.warns(UserWarning, match=r"x\.json is damaged"):  # this process does not write
+            assert files.cached(path, compute, identity=HERE)["a"] == 4
+        assert files.cached(path, compute, identity=HERE)["a"] == 4
 
 
 SAVE_FOREVER = """

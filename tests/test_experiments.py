@@ -70,11 +70,12 @@ class TestDistill:
         stored = np.load(next((tmp_path / "run" / "columns" / "0").glob("*.npz")))
         assert {"teacher_logits", "teacher_stage2", "teacher_embedding"} == set(stored.files)
         summary = tmp_path / "run" / "kd" / "1" / "summary.json"
-        files.write_json(summary, {"weights": json.loads(summary.read_text())["weights"]})  # as once written
+        summary.write_text(summary.read_text().replace('"accuracy": 0.', '"accuracy": 0.9', 1))
         code, _, errors = run(
             *small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views", METHODS)
         )
         assert code == 0, errors
+        assert f"{summary} is damaged" in errors
         assert results.read(tmp_path / "run" / "results.json")["arms"] == found["arms"]
         assert "robustness" not in found
 
@@ -245,18 +246,15 @@ def test_absl_refuses_values_out_of_range_and_unknown_flags(tmp_path, argument):
 
 def test_a_teacher_of_other_classes_or_images_is_refused(tmp_path):
     task = common.make_task("digits", data_dir=None)
-    description = {
-        "model": "digits_teacher",
-        "num_classes": 10,
-        "image_shape": [8, 8, 1],
-        "mean": [0.3],
-        "std": [0.4],
-    }
+    names = list(task.source.class_names)
+    description = {"class_names": names, "image_shape": [8, 8, 1], "mean": [0.3], "std": [0.4]}
+    description["network"] = models.describe(models.build("digits_teacher", num_classes=10))
     for change, said in (
-        ({"num_classes": 100}, "100 classes apart, digits has 10"),
+        ({"class_names": [*names, "ten"]}, "11 classes apart, digits has 10"),
         ({"image_shape": [28, 28, 1]}, "28"),
+        ({"network": {"class": "Transformer"}}, "Transformer, which is not one of kdjax.models"),
     ):
-        files.write_json(tmp_path / "network.json", description | change)
+        files.write_sealed(tmp_path / "network.json", description | change)
         with pytest.raises(ValueError, match=said):
             common.load_teacher(task, str(tmp_path))
 

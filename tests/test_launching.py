@@ -96,16 +96,16 @@ def test_help_is_no_error_and_misuse_is_one_sentence(start, tmp_path):
 @pytest.mark.parametrize(
     ("number", "do", "said"),
     [
-        (signal.SIGINT, "load", "stopped: nothing was lost; start the same command again.\n"),
+        (signal.SIGINT, "load", "stopped by Ctrl-C; nothing was lost; start the same command again.\n"),
         (
             signal.SIGINT,
             "work",
-            "stopped: what is finished in {run} is kept, and the same command continues.\n",
+            "stopped by Ctrl-C; what is finished in {run} is kept, and the same command continues.\n",
         ),
         (
             signal.SIGTERM,
             "work",
-            "stopped by SIGTERM: what is finished in {run} is kept, and the same command continues.\n",
+            "stopped by SIGTERM; what is finished in {run} is kept, and the same command continues.\n",
         ),
     ],
 )
@@ -125,14 +125,14 @@ def test_while_it_still_imports_too(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "stopped: nothing was written."
+    assert errors.splitlines()[-1] == "stopped by Ctrl-C; nothing was written."
     assert "Traceback" not in errors
 
 
 @pytest.mark.once
 def test_what_training_says_when_it_is_stopped_is_passed_on(start, tmp_path):
     process = start(f"--workdir={tmp_path / 'run'}", "--do=stopped")
-    assert outcome(process) == (143, "", "stopped by SIGTERM: saved at step 7.\n")
+    assert outcome(process) == (143, "", "stopped by SIGTERM; saved at step 7.\n")
 
 
 @pytest.mark.once

@@ -1,6 +1,7 @@
 """The saddle study: the regions that students start from, and the whole command in small."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +25,13 @@ def task():
 
 
 @pytest.fixture(scope="module")
-def watched(task, tmp_path_factory):
+def watch(task):
     recipe = common.Recipe(epochs=1, batch_size=32, learning_rate=2e-3, steps_per_dispatch=2)
-    watch = recruiting.make_watcher(task, "digits_student", recipe, split="validation")
+    return recruiting.make_watcher(task, "digits_student", recipe, split="validation")
+
+
+@pytest.fixture(scope="module")
+def watched(watch, tmp_path_factory):
     directory = tmp_path_factory.mktemp("watched")
     return [watch(seed, directory / str(seed)) for seed in (3, 4)]
 
@@ -55,6 +60,32 @@ class TestWatching:
         loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, task.source.labels[ids]).mean()
         np.testing.assert_allclose(score.loss, loss, rtol=1e-5)
         assert score.lambda_min < 0 < score.lambda_max
+
+
+class TestSnapshotsOfAFinishedTeacher:
+    @pytest.mark.parametrize(
+        ("harm", "said"),
+        [
+            (
+                lambda own, other: shutil.rmtree(own / "saddles/teacher3/step_00000002"),
+                r"steps \[2\] are missing",
+            ),
+            (lambda own, other: shutil.rmtree(own / "saddles"), "is no repository"),
+            (
+                lambda own, other: shutil.copytree(
+                    other / "saddles/teacher4", own / "saddles/teacher3", dirs_exist_ok=True
+                ),
+                "seed 4 there and 3 here",
+            ),
+        ],
+    )
+    def test_that_are_not_all_there_and_its_own_are_refused(self, watched, watch, tmp_path, harm, said):
+        own, other = tmp_path / "own", watched[1].repository.parent
+        shutil.copytree(watched[0].repository.parent, own)
+        assert watch(3, own).identity == watched[0].identity
+        harm(own, other)
+        with pytest.raises(ValueError, match=f"{said}.*Delete .* to train this teacher again"):
+            watch(3, own)
 
 
 class TestRegion:

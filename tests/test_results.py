@@ -78,6 +78,7 @@ def test_what_is_written_is_read_back(tmp_path):
     made = result()
     results.write(tmp_path / "deep" / "x.json", made)
     assert results.read(tmp_path / "deep" / "x.json") == made
+    assert list(results.read(tmp_path / "deep" / "x.json")["arms"]) == list(made["arms"])
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.json"]
 
 
@@ -340,3 +341,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_changed_number_is_noticed_when_it_is_read(tmp_path):
+    path = tmp_path / "x.json"
+    made = result(arms={"scratch": {"accuracy": [0.8645, 0.5, 0.5]}})
+    results.write(path, made)
+    path.write_text(path.read_text().replace("0.8645", "0.8665"))
+    with pytest.raises(ValueError, match=r"x\.json: its content has changed since it was written"):
+        results.read(path)
+    path.write_text(json.dumps(made))  # as versions without a digest wrote it
+    assert results.read(path) == made

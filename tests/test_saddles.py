@@ -252,6 +252,16 @@ class TestRepository:
         with pytest.raises(ValueError, match="manifest cannot be read"):
             saddles.entries(tmp_path)
 
+    def test_snapshots_of_another_run_are_refused(self, tmp_path):
+        item, mine = snapshot("a", 1), {"data": {"train": 90}, "seed": 0}
+        saddles.add(tmp_path, item.teacher, item.step, item.params, item.score, identity=mine)
+        assert len(saddles.entries(tmp_path, identity=mine)) == len(saddles.entries(tmp_path)) == 1
+        saddles.read(tmp_path, "a", 1, item.params, identity=mine)
+        other = {"data": {"train": 100}, "seed": 0}
+        for look in (saddles.entries, partial(saddles.read, teacher="a", step=1, like=item.params)):
+            with pytest.raises(files.Mismatch, match=r"another run \(data\.train 90 there and 100 here\)"):
+                look(tmp_path, identity=other)
+
     def test_other_directories(self, tmp_path):
         item = snapshot("a", 1)
         for look in (saddles.entries, partial(saddles.read, teacher="a", step=1, like=item.params)):

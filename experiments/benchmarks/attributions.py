@@ -585,9 +585,8 @@ def main() -> None:
         num_validation=size.images if SMOKE.value else None,
     )
     decides = {"dataset": size.dataset, "num_train": max(size.num_train, size.fill), "epochs": size.epochs}
-    teachers = make_networks(
-        task, size, common.claim_workdir(WORKDIR.value, decides | {"smoke": SMOKE.value})
-    )
+    decides |= {"smoke": SMOKE.value, "data": task.fingerprint}
+    teachers = make_networks(task, size, common.claim_workdir(WORKDIR.value, decides))
     problems = {name: problem_of(task, teacher, size.images) for name, teacher in teachers.items()}
     torch = TORCH_PYTHON.value or sys.executable
     pythons = {"kdjax": sys.executable} | dict.fromkeys(PEERS.value, torch)

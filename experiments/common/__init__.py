@@ -43,6 +43,7 @@ from experiments.common.tasks import make_task as make_task
 from experiments.common.tasks import shown as shown
 from experiments.common.teachers import Teacher as Teacher
 from experiments.common.teachers import load_teacher as load_teacher
+from experiments.common.teachers import network_in as network_in
 from experiments.common.teachers import taught_by as taught_by
 from experiments.common.teachers import train_teacher as train_teacher
 from experiments.common.training import LEAST_RATE as LEAST_RATE

@@ -1,7 +1,6 @@
 """What else is known of finished networks beside their accuracy: how they fare when disturbed, and what they cost."""
 
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +53,10 @@ def robustness_of(
     def assess(run: Trained | Teacher) -> dict[str, float]:
         return assessor(run.module, *normalisation_of(task, run))(*run.weights, jax.random.key(0))
 
-    return of_every_run(arms, directory, (split, options), assess, label="disturbed networks")
+    decides = {"data": task.fingerprint, "split": split}
+    # Of named functions, such as corruptions, the names.
+    decides |= {name: sorted(o) if isinstance(o, Mapping) else o for name, o in options.items()}
+    return of_every_run(arms, directory, decides, assess, label="disturbed networks")
 
 
 def of_every_run(
@@ -65,7 +67,7 @@ def of_every_run(
     Args:
       arms: arm → finished runs.
       directory: where each run's numbers are kept; they are not computed again for equal weights and options.
-      options: what decides the numbers beside the weights; told apart by its ``repr``.
+      options: what decides the numbers beside the weights, the data among it, as plain JSON.
       measure: run → its numbers by name.
       label: of the progress bar.
     """
@@ -87,15 +89,8 @@ def normalisation_of(task: Task, run: Trained | Teacher) -> tuple[tuple[float, .
 
 def kept(path: Path, run: Trained | Teacher, options: Any, measure: Callable[[Any], Any]) -> Any:
     """What an earlier start has kept of these weights and options; or what is measured now, and kept."""
-    made_from = {"weights": checkpoints.digest_tree(run.weights), "options": repr(options)}
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if {name: there.get(name) for name in made_from} == made_from:
-            return there["scores"]
-    scores = measure(run)
-    if jax.process_index() == 0:
-        files.write_json(path, made_from | {"scores": scores})
-    return scores
+    identity = {"weights": checkpoints.digest_tree(run.weights), "options": options}
+    return files.cached(path, lambda: measure(run), identity=identity, writes=jax.process_index() == 0)
 
 
 def costs_of(task: Task, arms: Arms) -> dict[str, dict[str, Any]]:

@@ -68,7 +68,7 @@ def flatness_of(
       Minimization <https://arxiv.org/abs/2010.01412>`_, 2021, equation 1. Kwon et al., `ASAM
       <https://arxiv.org/abs/2102.11600>`_, 2021, section 3, by filters.
     """
-    options = (split, num_images, num_matvecs, radius)
+    options = (task.fingerprint, split, num_images, num_matvecs, radius)
     problem = _problem(task, split, num_images)
 
     def measure(run: Trained | Teacher) -> dict[str, float]:
@@ -125,7 +125,7 @@ def densities_of(
     Returns:
       Arm → ``{"grid": [...], "density": [one list per probe]}``, the field ``densities`` of a result.
     """
-    options = (split, num_images, num_matvecs, num_probes)
+    options = (task.fingerprint, split, num_images, num_matvecs, num_probes)
     problem = _problem(task, split, num_images)
 
     def measure(run: Trained | Teacher) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def surfaces_of(
     """
     if points < 3 or points % 2 == 0:
         raise ValueError(f"points must be odd and 3 or more, so that one is in the centre, got {points}.")
-    options = (split, num_images, points, radius)
+    options = (task.fingerprint, split, num_images, points, radius)
     problem = _problem(task, split, num_images)
     steps = np.arange(1 - points, points, 2) * radius / (points - 1)
 

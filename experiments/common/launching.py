@@ -3,10 +3,10 @@
 import contextlib
 import errno
 import io
-import json
 import logging as python_logging
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -73,8 +73,9 @@ def _parsed(argv: Sequence[str]) -> list[str]:
 def check_finite(values: flags.FlagValues) -> None:
     """Refuses NaN and infinity, which pass the range of any flag or break the loss in the end."""
     for name in values:
-        if isinstance(values[name].value, float) and not math.isfinite(values[name].value):
-            raise ValueError(f"flag --{name}={values[name].value} must be a finite number")
+        value = values[name].value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"flag --{name}={value} must be a finite number")
 
 
 def refuse_given(names: Iterable[str], because: str) -> None:
@@ -93,6 +94,10 @@ def _refusing() -> Iterator[None]:
     except SystemExit as ended:
         process.say_stopped(ended)
         raise
+    except KeyboardInterrupt:  # by a second Ctrl-C, while training is about to save
+        stopped = process.Stopped(signal.SIGINT, _advice())
+        process.say_stopped(stopped)
+        raise stopped from None
     except (ValueError, train.NonFiniteLoss) as error:
         _refuse(str(error))
     except ImportError as error:
@@ -133,46 +138,56 @@ def _advice() -> str:
     return f"what is finished in {Path(_locks[0].name).parent} is kept, and the same command continues."
 
 
-def claim_workdir(path: str, settings: Mapping[str, Any]) -> Path:
+def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
     """Makes the workdir this run's own, or takes it up again if an equal run was begun there.
 
+    A record that is missing or damaged is written again: everything else that is read back from a workdir carries the
+    identity of its run too, and is refused if it is another's.
+
+    Args:
+      path: of the workdir.
+      made_from: every setting that decides the run's numbers, the fingerprint of its data, and the digest of the
+        weights of a teacher that it takes up.
+
     Raises:
-      ValueError: if it holds a run with other settings, or files of something else.
+      ValueError: if it holds a run that was made from something else, or files of something else.
     """
-    workdir, record = Path(path), Path(path) / "run.json"
+    workdir, record, wanted = Path(path), Path(path) / "run.json", files.json_ready(dict(made_from))
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={path} is a file; name a directory.")
-    wanted = json.loads(json.dumps(settings))
-    if record.exists():
-        there = json.loads(record.read_text())
-        other = [key for key in sorted(wanted.keys() | there.keys()) if wanted.get(key) != there.get(key)]
-        if other:
-            differences = ", ".join(
-                f"{key} {there.get(key)!r} there and {wanted.get(key)!r} here" for key in other[:4]
-            )
-            raise ValueError(
-                f"--workdir={path} holds another run ({differences}); name another directory, or delete that one."
-            )
-    elif workdir.exists() and any(workdir.iterdir()):
+    if not record.exists() and not (workdir / _LOCK).exists() and workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"--workdir={path} holds files of something else; name an empty or a new directory.")
-    elif jax.process_index() == 0:
-        files.write_json(record, wanted)
+    try:
+        different = files.differences(files.read_sealed(record), wanted, most=6)
+    except FileNotFoundError:
+        different = ""
+    except files.Damaged as error:
+        warnings.warn(f"{error} It is written again.", stacklevel=2)
+        different = ""
+    if different:
+        raise ValueError(
+            f"--workdir={path} holds another run ({different}); name another directory, or delete that one."
+        )
     _lock(workdir)
+    if jax.process_index() == 0:
+        files.write_sealed(record, wanted)
     return workdir
 
 
+_LOCK = ".lock"  # in every workdir, from before anything else is
 _locks: list[Any] = []  # open until the process ends
 
 
 def _lock(workdir: Path) -> None:
     """Holds the workdir for this process; a ValueError if another one is at work there."""
+    if jax.process_index() > 0:
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    handle = open(workdir / _LOCK, "w")  # noqa: SIM115
     try:
         import fcntl
     except ImportError:  # Windows
         return
-    if jax.process_index() > 0:
-        return
-    handle = open(workdir / ".lock", "w")  # noqa: SIM115
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

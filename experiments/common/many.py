@@ -5,14 +5,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
 from experiments.common.launching import bar
 from experiments.common.tasks import Task
-from experiments.common.training import Recipe, Taught, Trained, make_batches, make_evaluator, make_optimizer
-from kdjax import checkpoints, data, evaluate, files, many, models, parallel, train
+from experiments.common.training import (
+    Recipe,
+    Taught,
+    Trained,
+    identity_of,
+    make_batches,
+    make_evaluator,
+    make_optimizer,
+    save_network,
+)
+from kdjax import data, evaluate, many, models, parallel, train
 
 
 def train_many(
@@ -25,6 +33,7 @@ def train_many(
     seeds: Sequence[int],
     settings: Mapping[str, Sequence[float]],
     directory: Path,
+    identity: Mapping[str, Any],
     label: str,
     form: str = "vmap",
 ) -> list[Trained]:
@@ -38,7 +47,9 @@ def train_many(
       taught: how the teacher reaches them.
       seeds: of initialisation and order; the same seed may stand here with several settings.
       settings: name → one number per student.
-      directory: ends with ``checkpoints/``, ``weights/`` (stacked) and ``summary.json``.
+      directory: ends with ``checkpoints/`` of all, and a numbered directory for each student that has not diverged,
+        with its weights and the ``network.json`` by which it can be used by itself.
+      identity: every setting that decides the numbers, to tell this run's files from another's.
       label: of the progress bar.
       form: of :func:`kdjax.many.make_run`.
 
@@ -90,6 +101,9 @@ def train_many(
             steps_per_dispatch=recipe.steps_per_dispatch,
             rows_of=parallel.process_rows,
         )
+    whole = {"run": label, **identity_of(task, module, recipe), "teacher": dict(taught.identity)}
+    whole |= {"settings": dict(identity)}
+    students = {"seeds": list(seeds), "students": {name: values.tolist() for name, values in own.items()}}
     with bar(label, total=steps, unit="step") as meter:
 
         def progress(done: int, record: Mapping[str, Any]) -> None:
@@ -106,6 +120,7 @@ def train_many(
             evaluate_every=recipe.evaluate_every,
             weights_of=weights_of,
             directory=directory / "checkpoints",
+            identity=whole | students,
             save_every_s=recipe.save_every_s,
             progress=progress,
         )
@@ -115,14 +130,19 @@ def train_many(
     for scored, one in zip(metrics, of_best, strict=True):
         scores = evaluate.summarise(one)
         scored |= {f"best_{name}": scores[name] for name in ("accuracy", "loss")}
-    checkpoints.save(directory / "weights", steps, last, meta={})
-    summary = [
-        {"seed": seed, "settings": {name: float(values[k]) for name, values in settings.items()}}
-        | {"metrics": metrics[k], "best_epoch": fitted[k].best_epoch, "history": fitted[k].history}
-        for k, seed in enumerate(seeds)
-    ]
-    if jax.process_index() == 0:
-        files.write_json(directory / "summary.json", summary)
+    for k, (one, scored) in enumerate(zip(fitted, metrics, strict=True)):
+        if many.diverged_at(one) is None:
+            which = {"seed": seeds[k], "student": {name: values[k].item() for name, values in own.items()}}
+            summary = {"split": "test", "metrics": scored}
+            save_network(
+                directory / str(k),
+                task,
+                module,
+                one.last,
+                step=steps,
+                summary=summary,
+                identity=whole | which,
+            )
     seconds = (time.monotonic() - start) / len(seeds)
     return [
         Trained(module, one, scored, totals, seconds)

@@ -13,8 +13,8 @@ import optax
 from experiments.common.objectives import scratch
 from experiments.common.tasks import Task
 from experiments.common.teachers import Teacher, train_teacher
-from experiments.common.training import Recipe, make_trainer
-from kdjax import curvature, data, models, parallel, saddles, train, transforms
+from experiments.common.training import Recipe, identity_of, make_trainer
+from kdjax import curvature, data, files, models, parallel, saddles, train, transforms
 from kdjax.types import Params
 
 NUM_MATVECS = 16  # of every look at a spectrum
@@ -36,6 +36,7 @@ class Watched(NamedTuple):
     teacher: Teacher
     repository: Path
     name: str  # in the repository
+    identity: dict[str, Any]  # of its snapshots
 
 
 class Region(NamedTuple):
@@ -59,9 +60,12 @@ def make_watcher(task: Task, name: str, recipe: Recipe, *, split: str = "test") 
     score = make_scorer(task, module)
     repository = Path()  # of the teacher under way
 
+    def identity(seed: int) -> dict[str, Any]:
+        return {"run": "weak teacher", "seed": seed, **identity_of(task, module, recipe)}
+
     def keep(seed: int, state: train.TrainState, step: int) -> train.TrainState:
         params = jax.tree.map(np.asarray, state.params)
-        saddles.add(repository, f"teacher{seed}", step, params, score(params, step))
+        saddles.add(repository, f"teacher{seed}", step, params, score(params, step), identity=identity(seed))
         return state
 
     trainer = make_trainer(task, module, scratch, recipe, split=split, between=keep)
@@ -70,9 +74,23 @@ def make_watcher(task: Task, name: str, recipe: Recipe, *, split: str = "test") 
         nonlocal repository
         repository = directory / "saddles"
         trained = train_teacher(task, name, module, trainer, seed, directory / "teacher")
-        return Watched(trained, repository, f"teacher{seed}")
+        _check_complete(directory, identity(seed))
+        return Watched(trained, repository, f"teacher{seed}", identity(seed))
 
     return watch
+
+
+def _check_complete(directory: Path, identity: dict[str, Any]) -> None:
+    """Refuses the snapshots of a finished teacher if one is missing, damaged or another teacher's."""
+    try:
+        found = [entry.step for entry in saddles.entries(directory / "saddles", identity=identity)]
+        listed = files.cached(
+            directory / "snapshots.json", lambda: found, identity=identity, writes=jax.process_index() == 0
+        )
+        if missing := sorted(set(listed) - set(found)):
+            raise ValueError(f"of the snapshots in {directory}/saddles those of steps {missing} are missing.")
+    except ValueError as error:
+        raise ValueError(f"{error} Delete {directory} to train this teacher again.") from error
 
 
 def make_scorer(task: Task, module: Any) -> Callable[[Params, int], saddles.SaddleScore]:
@@ -112,9 +130,15 @@ def region_of(
     chosen: list[saddles.Snapshot] = []
     found = True
     for watched in teachers:
-        own = [e for e in saddles.entries(watched.repository) if e.teacher == watched.name]
-        like = watched.teacher.weights.params
-        read = functools.partial(saddles.read, watched.repository, watched.name, like=like)
+        listed = saddles.entries(watched.repository, identity=watched.identity)
+        own = [entry for entry in listed if entry.teacher == watched.name]
+        read = functools.partial(
+            saddles.read,
+            watched.repository,
+            watched.name,
+            like=watched.teacher.weights.params,
+            identity=watched.identity,
+        )
         if which == "average":
             kept = own
         elif which == "saddle" and not any(bool(RULES[rule](entry.score)) for entry in own):

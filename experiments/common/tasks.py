@@ -20,6 +20,12 @@ class Task(NamedTuple):
     std: tuple[float, ...]
     devices: list[jax.Device]
     perturbed: np.ndarray  # ids of the training examples that were given a wrong label
+    source_digest: str
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells a run on these data, split in this way, from one on others."""
+        return data.fingerprint(self.source, self.split, source_digest=self.source_digest)
 
 
 def make_task(
@@ -55,7 +61,7 @@ def make_task(
     position[split["train"]] = np.arange(len(split["train"]))
     arrays = {"image": source.images, "label": source.labels, "position": position}
     arrays = parallel.replicate(arrays, local)
-    return Task(source, split, arrays, mean, std, local, perturbed)
+    return Task(source, split, arrays, mean, std, local, perturbed, data.digest(source))
 
 
 def build(name: str, task: Task, **fields: Any) -> Any:

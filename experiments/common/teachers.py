@@ -1,11 +1,9 @@
 """Teachers: trained or taken up again, and brought to the student by columns or in the step."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,7 +29,7 @@ class Teacher(NamedTuple):
 def train_teacher(
     task: Task, name: str, module: Any, trainer: Callable[..., Trained], seed: int, directory: Path
 ) -> Teacher:
-    """Trains a teacher and leaves beside its weights what :func:`load_teacher` needs to take it up again.
+    """Trains a teacher; :func:`load_teacher` can take it up again.
 
     Args:
       task: what to learn.
@@ -42,54 +40,74 @@ def train_teacher(
       directory: of this teacher.
     """
     trained = trainer(seed, directory, f"teacher, seed {seed}")
-    description = {
-        "model": name,
-        "num_classes": task.source.num_classes,
-        "class_names": list(task.source.class_names),
-        "image_shape": list(task.source.images.shape[1:]),
-        "mean": list(task.mean),
-        "std": list(task.std),
-    }
-    if jax.process_index() == 0:
-        files.write_json(directory / "network.json", description)
     return Teacher(
         name, module, trained.weights, task.mean, task.std, trained.metrics, trained.sums, trained.history
     )
 
 
+def network_in(directory: str) -> dict[str, Any]:
+    """What ``network.json`` says of the finished run in a directory; see :func:`save_network`.
+
+    Raises:
+      ValueError: if there is no finished run, or the file is damaged.
+    """
+    try:
+        return files.read_sealed(Path(directory) / "network.json")
+    except FileNotFoundError:
+        raise ValueError(
+            f"--teacher_dir={directory} holds no finished network (network.json is missing); name the directory of a "
+            "finished run, such as runs/one/teacher/0 or runs/one/kd/0."
+        ) from None
+    except files.Damaged as error:
+        raise ValueError(f"{error} Start the run that trained it again, which repairs it.") from error
+
+
 def load_teacher(task: Task, directory: str, *, split: str = "test", **fields) -> Teacher:
-    """Takes up a teacher that an earlier run trained, and measures it on a split of this task.
+    """Takes up a network that an earlier run trained, and measures it on a split of this task.
 
     Raises:
       ValueError: if there is none, or it tells other classes apart or takes other images than this task has.
     """
-    path = Path(directory)
-    if not (path / "network.json").exists():
+    there = network_in(directory)
+    _check_fits(task, directory, there)
+    module: Any = models.from_description(there["network"]).clone(**fields)
+    shape = task.source.images.shape[1:]
+    found = checkpoints.restore(
+        Path(directory) / "weights", train.Weights(*models.init(module, shape, seed=0))
+    )
+    if found is None or checkpoints.digest_tree(found.tree) != there["weights"]:
         raise ValueError(
-            f"--teacher_dir={directory} holds no finished teacher (network.json is missing); name a directory such as "
-            "runs/one/teacher/0 of a run whose teacher is trained."
+            f"{directory}/weights does not hold the weights that network.json beside it is about; start the run that "
+            "trained it again, which repairs them."
         )
-    there = json.loads((path / "network.json").read_text())
-    if there["num_classes"] != task.source.num_classes:
-        raise ValueError(
-            f"the teacher in {directory} tells {there['num_classes']} classes apart, {task.source.name} has "
-            f"{task.source.num_classes}; soft targets need the same classes, so train a teacher on this data set."
-        )
-    shape = tuple(there["image_shape"])
-    if shape != task.source.images.shape[1:]:
-        raise ValueError(
-            f"the teacher in {directory} takes images of shape {shape}, {task.source.name} has "
-            f"{task.source.images.shape[1:]}; resize the data, or train a teacher on this data set."
-        )
-    module = models.build(there["model"], num_classes=there["num_classes"], **fields)
-    found = checkpoints.restore(path / "weights", train.Weights(*models.init(module, shape, seed=0)))
-    if found is None:
-        raise ValueError(f"--teacher_dir={directory} holds no weights; start the run that trained it again.")
     apply_fn, weights = models.apply_fn(module), parallel.replicate(found.tree, task.devices)
     mean, std = tuple(there["mean"]), tuple(there["std"])
     _, evaluation_batch = make_batches(task._replace(mean=mean, std=std), Recipe(1, 1, 0.0), Taught())
     sums = make_evaluator(task, apply_fn, evaluation_batch, {"data": task.arrays}, split)(*weights)
-    return Teacher(there["model"], module, weights, mean, std, evaluate.summarise(sums), sums, [])
+    return Teacher(models.name_of(module), module, weights, mean, std, evaluate.summarise(sums), sums, [])
+
+
+def _check_fits(task: Task, directory: str, there: Mapping[str, Any]) -> None:
+    """Refuses a network that was trained for other classes or images than those of the task."""
+    name, theirs, ours = task.source.name, there["class_names"], list(task.source.class_names)
+    if len(theirs) != len(ours):
+        raise ValueError(
+            f"the teacher in {directory} tells {len(theirs)} classes apart, {name} has {len(ours)}; soft targets need "
+            "the same classes, so train a teacher on this data set."
+        )
+    numbers = list(map(str, range(len(ours))))  # what classes without names are called
+    if theirs != ours and numbers not in (theirs, ours):
+        first = next(i for i in range(len(ours)) if theirs[i] != ours[i])
+        raise ValueError(
+            f"class {first} of the teacher in {directory} is {theirs[first]!r}, and {ours[first]!r} in {name}; soft "
+            "targets need the same classes in the same order, so train a teacher on this data set."
+        )
+    shape = tuple(there["image_shape"])
+    if shape != task.source.images.shape[1:]:
+        raise ValueError(
+            f"the teacher in {directory} takes images of shape {shape}, {name} has {task.source.images.shape[1:]}; "
+            "resize the data, or train a teacher on this data set."
+        )
 
 
 def taught_by(
@@ -116,6 +134,8 @@ def taught_by(
       label: of the progress bar.
     """
     own = {"mean": source.mean, "std": source.std}
+    identity = {"weights": checkpoints.digest_tree(source.weights), "normalisation": own, "mode": mode}
+    identity |= {"views": views if mode == "views" else 1, "features": list(features)}
     apply_fn = models.apply_fn(source.module)
 
     def told(outputs):
@@ -125,11 +145,12 @@ def taught_by(
 
         def answer(weights: train.Weights, inputs):
             # The student's normalisation undone and the teacher's applied, so that both see the same picture.
-            pixels = 255 * (inputs * jnp.float32(task.std) + jnp.float32(task.mean))
+            mean, std = (jnp.float32(values)[None, None, None] for values in (task.mean, task.std))
+            pixels = 255 * (inputs * std + mean)
             outputs, _ = apply_fn(*weights, data.normalise(pixels, **own), train=False)
             return told(outputs)
 
-        return Taught(online=answer, weights=source.weights)
+        return Taught(online=answer, weights=source.weights, identity=identity)
 
     def answers(weights: train.Weights, images):
         outputs, _ = apply_fn(*weights, data.normalise(images, **own), train=False)
@@ -162,7 +183,7 @@ def taught_by(
         devices=task.devices,
     )
     teacher.verify(columns, answers, source.weights, images, view_fn=view_fn)
-    return Taught(columns=columns.arrays, views=views if view_fn else 1)
+    return Taught(columns=columns.arrays, views=views if view_fn else 1, identity=identity)
 
 
 def filled(

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import math
 import shutil
 import time
@@ -76,6 +75,7 @@ class Taught(NamedTuple):
         None  # each example's key, by what it would show
     )
     blend: Callable[[Batch, jax.Array], jax.Array] | None = None  # pixels, from the moved batch and its keys
+    identity: Mapping[str, Any] = {}  # of the teacher and of how it is asked
 
 
 def make_optimizer(recipe: Recipe, *, steps: int) -> optax.GradientTransformation:
@@ -236,10 +236,7 @@ def shelf(store: str | None, own: Path, task: Task, **decides: Any) -> Iterator[
     """
     directory = own
     if store is not None:
-        data_digest = checkpoints.digest_tree(
-            {"images": task.source.images, "labels": task.source.labels, "split": task.split}
-        )
-        directory = Path(store) / files.digest_json({"data": data_digest, **decides})[:16]
+        directory = Path(store) / files.digest_json({"data": task.fingerprint, **decides})[:16]
     with alone(directory.with_name(f"{directory.name}.lock")):
         yield directory
 
@@ -264,6 +261,16 @@ class Trained(NamedTuple):
         return self.fitted.history
 
 
+def identity_of(task: Task, module: Any, recipe: Recipe) -> dict[str, Any]:
+    """What decides a training, beside its objective, its teacher and its seed."""
+    return {
+        "data": task.fingerprint,
+        "normalisation": [list(task.mean), list(task.std)],
+        "network": models.describe(module),
+        "recipe": recipe._replace(save_every_s=0)._asdict(),
+    }
+
+
 def make_trainer(
     task: Task,
     module: Any,
@@ -280,11 +287,13 @@ def make_trainer(
     between: Callable[[int, train.TrainState, int], train.TrainState] = lambda seed, state, step: state,
     sees: Callable[[ApplyFn], ApplyFn] = lambda apply_fn: apply_fn,
 ) -> Callable[..., Trained]:
-    """Builds ``(seed, directory, label) -> Trained``; its programs are compiled once for all seeds.
+    """Builds ``(seed, directory, label, settings={}) -> Trained``; its programs are compiled once for all seeds.
 
-    The directory ends with ``checkpoints/`` and ``summary.json``; a run that has both is read back, not run again.
-    ``companions`` is a module of further terms, as :func:`experiments.common.arms.make_arm` makes it. The final metrics
-    are measured on ``split``: with ``validation`` nothing is ever asked of the test split.
+    The directory ends with ``checkpoints/``, ``summary.json``, ``weights/`` and ``network.json``. A finished run is
+    read back, not run again, where these are whole and were written for this label, seed, network, recipe, data,
+    teacher and ``settings`` (whatever else decides its numbers). ``companions`` is a module of further terms, as
+    :func:`experiments.common.arms.make_arm` makes it. The final metrics are measured on ``split``: with ``validation``
+    nothing is ever asked of the test split.
 
     ``wrap`` puts a transformation around the recipe's optimizer, ``begin(seed, state)`` returns the state that a run
     starts from, ``between(seed, state, step)`` the one that it goes on with after a dispatch, ``record`` and ``second``
@@ -331,8 +340,10 @@ def make_trainer(
         scores = evaluate.summarise(sums_on["validation"](params, model_state))
         return {name: scores[name] for name in ("accuracy", "loss")}
 
-    def trainer(seed: int, directory: Path, label: str) -> Trained:
+    def trainer(seed: int, directory: Path, label: str, settings: Mapping[str, Any] | None = None) -> Trained:
         start = time.monotonic()
+        identity = {"run": label, "seed": seed, **identity_of(task, module, recipe)}
+        identity |= {"teacher": dict(taught.identity), "settings": dict(settings or {})}
         params, model_state = models.init(module, task.source.images.shape[1:], seed=seed)
         if companions is not None:
             more, kept = init_companions(seed)
@@ -376,6 +387,7 @@ def make_trainer(
                 evaluate_every=recipe.evaluate_every,
                 weights_of=weights_of,
                 directory=directory / "checkpoints",
+                identity=identity,
                 save_every_s=recipe.save_every_s,
                 between=functools.partial(between, seed),
                 progress=progress,
@@ -383,31 +395,59 @@ def make_trainer(
         newest = fitted.history[-1]
         watch(newest)
         say(f"{label}: loss {newest['loss']:.4g}, validation accuracy {newest['validation_accuracy']:.2%}")
-        weights = checkpoints.digest_tree(fitted.last)
-        if (directory / "summary.json").exists():  # a finished run, whose every number stands there
-            summary = json.loads((directory / "summary.json").read_text())
-            # One without sums is of an earlier version.
-            if summary["weights"] == weights and summary.get("split") == split and "sums" in summary:
-                sums = {name: np.asarray(value) for name, value in summary["sums"].items()}
-                return Trained(module, fitted, summary["metrics"], sums, time.monotonic() - start)
-        sums = sums_on[split](*fitted.last)
-        metrics = evaluate.summarise(sums)
-        best = evaluate.summarise(sums_on[split](*fitted.best))
-        metrics |= {f"best_{name}": best[name] for name in ("accuracy", "loss")}
-        checkpoints.save(directory / "weights", steps, fitted.last, meta={})
-        summary = {
-            "split": split,
-            "metrics": metrics,
-            "sums": {name: np.asarray(value).tolist() for name, value in sums.items()},
-            "best_epoch": fitted.best_epoch,
-            "history": fitted.history,
-            "weights": weights,
-        }
-        if jax.process_index() == 0:
-            files.write_json(directory / "summary.json", summary)
-        return Trained(module, fitted, metrics, sums, time.monotonic() - start)
+
+        def measure() -> dict[str, Any]:
+            sums, best = (sums_on[split](*weights) for weights in (fitted.last, fitted.best))
+            metrics, of_best = evaluate.summarise(sums), evaluate.summarise(best)
+            return {
+                "split": split,
+                "metrics": metrics | {f"best_{name}": of_best[name] for name in ("accuracy", "loss")},
+                "sums": {name: np.asarray(value).tolist() for name, value in sums.items()},
+                "best_epoch": fitted.best_epoch,
+                "history": fitted.history,
+            }
+
+        found = files.cached(
+            directory / "summary.json",
+            measure,
+            identity={**identity, "split": split, "weights": checkpoints.digest_tree(fitted.last)},
+            writes=jax.process_index() == 0,
+        )
+        save_network(directory, task, module, fitted.last, step=steps, summary=found, identity=identity)
+        sums = {name: np.asarray(value) for name, value in found["sums"].items()}
+        return Trained(module, fitted, found["metrics"], sums, time.monotonic() - start)
 
     return trainer
+
+
+def save_network(
+    directory: Path,
+    task: Task,
+    module: Any,
+    weights: train.Weights,
+    *,
+    step: int,
+    summary: Mapping[str, Any],
+    identity: Mapping[str, Any],
+) -> None:
+    """Leaves a finished network in a directory so that it can be used by itself, as a teacher for instance.
+
+    ``weights/`` are written where they are not there whole; ``network.json`` says what using them needs: architecture,
+    preprocessing, class names, how good it was on which split, and the digest of the weights.
+    """
+    checkpoints.save(directory / "weights", step, weights, meta={}, identity=identity)
+    description = {
+        "network": models.describe(module),
+        "class_names": list(task.source.class_names),
+        "image_shape": list(task.source.images.shape[1:]),
+        "mean": list(task.mean),
+        "std": list(task.std),
+        "split": summary["split"],
+        "metrics": summary["metrics"],
+        "weights": checkpoints.digest_tree(weights),
+    }
+    if jax.process_index() == 0:
+        files.write_sealed(directory / "network.json", description, identity=identity)
 
 
 def example_batch(train_batch: Callable, resident: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -94,7 +94,7 @@ def in_children(
 def _signals() -> Iterator[list[int]]:
     """Collects the numbers of the signals by which this process is asked to stop, for the caller to act on."""
     received: list[int] = []
-    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in process.SIGNALS}
+    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in process.heeded()}
     try:
         yield received
     finally:

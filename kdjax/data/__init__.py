@@ -13,6 +13,7 @@ from kdjax.data.batches import epoch_index as epoch_index
 from kdjax.data.batches import evaluation_index as evaluation_index
 from kdjax.data.batches import gather as gather
 from kdjax.data.batches import resident_feed as resident_feed
+from kdjax.data.fingerprint import fingerprint as fingerprint
 from kdjax.data.prepare import prepare as prepare
 from kdjax.data.sources import GROUP_PATTERNS as GROUP_PATTERNS
 from kdjax.data.sources import Source as Source

@@ -18,7 +18,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.errors
@@ -65,6 +65,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 """Every network by name; the fields of its module are the overrides that :func:`build` takes."""
 
 
+_NETWORKS: tuple[Any, ...] = (DigitsCnn, KerasCnn, MalariaCnn, Mlp, MobileNetV2, ResNet, WideResNet)
+
+
 def build(name: str, *, num_classes: int, **overrides: Any) -> nn.Module:
     """Makes a network by name.
 
@@ -92,6 +95,53 @@ def build(name: str, *, num_classes: int, **overrides: Any) -> nn.Module:
         if field not in allowed:
             raise ValueError(f"the model {name!r} has no field {field!r}; it has {', '.join(allowed)}.")
     return constructor(num_classes=num_classes, **overrides)
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """A network as plain JSON: its class, and its fields by name; :func:`from_description` builds it again.
+
+    ``axis_name`` is left out: it says how a network is trained, not what it computes.
+    """
+    fields = (f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name", "axis_name"))
+    return {"class": type(module).__name__} | {name: _plain(name, getattr(module, name)) for name in fields}
+
+
+def from_description(description: Mapping[str, Any]) -> nn.Module:
+    """The network of :func:`kdjax.models` that :func:`describe` described.
+
+    Raises:
+      ValueError: if it is none of this package's networks, or of a version with other fields.
+    """
+    known = {network.__name__: network for network in _NETWORKS}
+    fields = {name: value for name, value in description.items() if name != "class"}
+    if description.get("class") not in known:
+        raise ValueError(
+            f"the network is a {description.get('class')}, which is not one of kdjax.models "
+            f"({', '.join(known)}): build it yourself and restore its weights with kdjax.checkpoints.restore."
+        )
+    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
+    try:
+        return known[description["class"]](**values | {"dtype": getattr(jnp, values["dtype"])})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"the network {dict(description)} is of another version of kdjax: {error}."
+        ) from error
+
+
+def name_of(module: nn.Module) -> str:
+    """The name in :data:`MODELS` of such a network, whatever its dtype; that of its class if it has none."""
+    wanted: dict[str, Any] = describe(module) | {"dtype": "float32"}
+    classes = wanted.get("num_classes", 1)
+    return next((n for n in MODELS if describe(build(n, num_classes=classes)) == wanted), wanted["class"])
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A field as JSON has it; a value of another kind, in a user's own network, by its ``repr``."""
+    if name == "dtype":
+        return jnp.dtype(value).name
+    if isinstance(value, tuple):
+        return list(value)
+    return value if isinstance(value, bool | int | float | str | None) else repr(value)
 
 
 def apply_fn(module: nn.Module) -> ApplyFn:

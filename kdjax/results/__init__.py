@@ -61,6 +61,9 @@ What else an experiment has measured stands in optional fields. An arm in one of
     list of ``{"title": str, "image": uint8 [height][width][1 or 3], "map": numbers [height][width]}``: what a network
     looked at; a map may be signed.
 
+``sha256``
+    digest of all other fields, put there by :func:`write`; :func:`read` checks it and leaves it out.
+
 Any other field is the experiment's own and is kept. Version 1 had the fields up to ``notes``; :func:`read` reads it
 too.
 """

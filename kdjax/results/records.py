@@ -91,17 +91,17 @@ def make(
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Checks a result made by :func:`make` and writes it atomically."""
+    """Checks a result made by :func:`make` and writes it atomically, with the digest of its content."""
     schema.check(content)
-    files.write_json(path, content)
+    files.write_json(path, {**content, "sha256": files.digest_json(content)})
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads and checks one result file of this schema or an older one.
 
     Raises:
-      ValueError: if the file is no JSON (truncated, foreign), of a newer schema, or breaks it; it names the file and
-        the field.
+      ValueError: if the file is no JSON (truncated, foreign), of a newer schema, or breaks it, naming the file and the
+        field; or if its content has changed since :func:`write` noted its digest, which older results do not have.
     """
     text = Path(path).read_bytes()
     if not text.strip():
@@ -111,6 +111,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a result file: {error}. Run its experiment again.") from error
     try:
+        noted = content.pop("sha256", None) if isinstance(content, dict) else None
+        if noted not in (None, files.digest_json(content)):
+            raise ValueError("its content has changed since it was written. Run its experiment again.")
         content = schema.upgrade(content)
         schema.check(content)
     except ValueError as error:

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
@@ -32,6 +32,8 @@ class Snapshot(NamedTuple):
     score: SaddleScore
     params: Params
 
+
+Identity = Mapping[str, Any] | None
 
 _Item = TypeVar("_Item", Entry, Snapshot)
 
@@ -73,9 +75,9 @@ def _teachers(path: Any) -> list[Any]:
     return sorted((entry for entry in path.iterdir() if entry.is_dir()), key=lambda entry: entry.name)
 
 
-def _manifest(step_path: Any) -> dict[str, Any]:
+def _manifest(step_path: Any, identity: Identity) -> dict[str, Any]:
     try:
-        return files.read_sealed(step_path / "manifest.json")
+        return files.read_sealed(step_path / "manifest.json", identity=identity)
     except OSError as error:
         raise ValueError(f"{step_path} is damaged, its manifest cannot be read: remove it.") from error
 
@@ -84,7 +86,15 @@ def _score(meta: dict[str, Any]) -> SaddleScore:
     return SaddleScore(**{name: jnp.float32(value) for name, value in meta["score"].items()})
 
 
-def add(directory: str | os.PathLike, teacher: str, step: int, params: Params, score: SaddleScore) -> None:
+def add(
+    directory: str | os.PathLike,
+    teacher: str,
+    step: int,
+    params: Params,
+    score: SaddleScore,
+    *,
+    identity: Identity = None,
+) -> None:
     """Adds a snapshot to a repository, which is made if there is none.
 
     It lies in ``<directory>/<teacher>/step_00000012``, as :mod:`kdjax.checkpoints` writes it, and is whole or absent.
@@ -97,6 +107,7 @@ def add(directory: str | os.PathLike, teacher: str, step: int, params: Params, s
       step: of its training.
       params: any pytree of arrays; to keep batch statistics with them, ``{"params": params, **model_state}``.
       score: of this very point.
+      identity: what the teacher's run is made from and which one it is (data, settings, seed), as JSON.
 
     Raises:
       ValueError: if the directory holds other files, the name is no name, or the score is one of several points.
@@ -109,30 +120,36 @@ def add(directory: str | os.PathLike, teacher: str, step: int, params: Params, s
     path = files.as_path(directory)
     checkpoints.raise_together(_opened(path), doing="opening the repository of saddles")
     meta = {"score": {name: float(value) for name, value in score._asdict().items()}}
-    checkpoints.save(path / teacher, step, {"params": params}, meta=meta, keep=sys.maxsize)
+    checkpoints.save(path / teacher, step, {"params": params}, meta=meta, identity=identity, keep=sys.maxsize)
 
 
-def entries(directory: str | os.PathLike) -> list[Entry]:
+def entries(directory: str | os.PathLike, *, identity: Identity = None) -> list[Entry]:
     """Lists the snapshots of a repository by teacher and step, with their scores; no weights are read.
 
     Args:
       directory: of the repository.
+      identity: what every snapshot must have been added with; None takes any.
 
     Raises:
       ValueError: if there is no repository or nothing in it, or a score has changed since it was written.
+      kdjax.files.Mismatch: if a snapshot was added with another identity.
     """
     path = _repository(directory)
     found = []
     for folder in _teachers(path):
         for step_path in sorted(folder.iterdir(), key=lambda entry: (len(entry.name), entry.name)):
             if match := re.fullmatch(r"step_(\d{8,})", step_path.name):
-                found.append(Entry(folder.name, int(match[1]), _score(_manifest(step_path)["meta"])))
+                found.append(
+                    Entry(folder.name, int(match[1]), _score(_manifest(step_path, identity)["meta"]))
+                )
     if not found:
         raise ValueError(f"the repository {directory} is empty: fill it with add while a teacher trains.")
     return found
 
 
-def read(directory: str | os.PathLike, teacher: str, step: int, like: Params) -> Snapshot:
+def read(
+    directory: str | os.PathLike, teacher: str, step: int, like: Params, *, identity: Identity = None
+) -> Snapshot:
     """Reads one snapshot, which is exactly what was added.
 
     Args:
@@ -140,6 +157,7 @@ def read(directory: str | os.PathLike, teacher: str, step: int, like: Params) ->
       teacher: as in :func:`entries`.
       step: as in :func:`entries`.
       like: the structure of the parameters, as arrays or ``jax.ShapeDtypeStruct``.
+      identity: as in :func:`entries`.
 
     Raises:
       ValueError: if there is no such repository or snapshot, any byte of it has changed, or the parameters have another
@@ -149,7 +167,7 @@ def read(directory: str | os.PathLike, teacher: str, step: int, like: Params) ->
     teachers = [folder.name for folder in _teachers(path)]
     if teacher not in teachers:
         raise ValueError(f"there is no teacher {teacher!r} in {directory}; there are {teachers}.")
-    restored = checkpoints.restore(path / teacher, {"params": like}, step=step)
+    restored = checkpoints.restore(path / teacher, {"params": like}, step=step, identity=identity)
     assert restored is not None  # with a step, it is there or an error
     return Snapshot(teacher, step, _score(restored.meta), restored.tree["params"])
 

@@ -1,0 +1,230 @@
+"""What a run reads back is whole and its own; anything else is named, and refused or computed again."""
+
+import functools
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import common, distill
+from experiments.common import launching
+from kdjax import checkpoints, data, files, models, report, results, train
+from kdjax.models.mlp import Mlp
+
+pytestmark = pytest.mark.once
+
+
+def write_npz(path, *, seed=0, examples=90):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(examples) % 3
+    images = rng.integers(0, 120, (examples, 8, 8, 1)) + (60 * labels)[:, None, None, None]
+    np.savez(path, images=images.astype(np.uint8), labels=labels)
+    return path
+
+
+def distilled(workdir, npz, *more):
+    """The arms' numbers of a small distillation in this process, and what was warned of."""
+    flags.FLAGS.unparse_flags()
+    for flag in flags.FLAGS.flags_by_module_dict()["experiments.distill"]:
+        flag.unparse()
+    arguments = [f"--dataset={npz}", f"--workdir={workdir}", "--teacher=wide", "--student=narrow"]
+    flags.FLAGS(["distill", *arguments, "--seeds=0,1", "--epochs=1", "--batch_size=16", *map(str, more)])
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        for name, width in (("wide", 16), ("narrow", 8)):
+            patch.setitem(models.MODELS, name, functools.partial(Mlp, widths=(width,)))
+        for name in ("page", "save_figure"):  # what is drawn is not read back, and takes half of the time
+            patch.setattr(report, name, lambda *_, **__: None)
+        warnings.simplefilter("always")
+        with common.released():
+            arms = distill.main()["arms"]
+    return arms, [str(warning.message) for warning in caught]
+
+
+NARROW = Mlp(num_classes=3, widths=(8,))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run with everything that is read back, its data, and its numbers."""
+    home = tmp_path_factory.mktemp("finished")
+    npz = write_npz(home / "data.npz")
+    arms, _ = distilled(home / "run", npz, "--robustness")
+    return home / "run", npz, arms
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    workdir, npz, arms = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    return tmp_path / "run", npz, arms
+
+
+class TestData:
+    @pytest.mark.parametrize("mode", ["centre", "online"])
+    def test_changed_data_are_refused_and_the_advice_leads_to_their_own_numbers(self, tmp_path, mode):
+        npz, run = write_npz(tmp_path / "data.npz"), tmp_path / "run"
+        asked = (f"--teacher_mode={mode}", "--method=kd")
+        first, _ = distilled(run, npz, *asked)
+        write_npz(npz, seed=1, examples=96)
+        with pytest.raises(
+            ValueError, match=r"data\.content '.*data\.train \d+ there and \d+ here"
+        ) as refused:
+            distilled(run, npz, *asked)
+        assert "name another directory, or delete that one" in str(refused.value)
+        elsewhere, _ = distilled(tmp_path / "another", npz, *asked)
+        shutil.rmtree(run)
+        again, _ = distilled(run, npz, *asked)
+        assert again == elsewhere != first
+
+    def test_everything_that_decides_the_numbers_is_in_the_fingerprint(self):
+        source = data.load("digits")
+        split = data.split_ids(source)
+        labels = source.labels.copy()
+        labels[5] = (labels[5] + 1) % 10
+        images = source.images.copy()
+        images[7, 0, 0, 0] += 1
+        noisy, _ = data.with_label_noise(source, split["train"], fraction=0.01, seed=0)
+        moved = {**split, "train": split["train"][1:], "test": np.append(split["test"], split["train"][0])}
+        renamed = source._replace(class_names=(*source.class_names[1:], source.class_names[0]))
+        found = [
+            data.fingerprint(source, split),
+            data.fingerprint(source._replace(labels=labels), split),
+            data.fingerprint(source._replace(images=images), split),
+            data.fingerprint(source._replace(keys=source.keys[::-1]), split),
+            data.fingerprint(noisy, split),
+            data.fingerprint(source, moved),
+            data.fingerprint(source, {**split, "train": split["train"][::-1]}),
+            data.fingerprint(renamed, split),
+        ]
+        assert len({files.digest_json(one) for one in found}) == len(found)
+        assert data.fingerprint(source._replace(images=source.images.copy()), dict(split)) == found[0]
+        assert json.loads(json.dumps(found[0])) == found[0]
+
+    def test_a_teacher_with_other_weights_is_another_run(self, finished, tmp_path):
+        workdir, npz, _ = finished
+        shutil.copytree(workdir / "teacher" / "0", tmp_path / "teacher")
+        asked = (f"--teacher_dir={tmp_path / 'teacher'}", "--method=kd", "--teacher_mode=online")
+        distilled(tmp_path / "run", npz, *asked)
+        shutil.rmtree(tmp_path / "teacher")
+        shutil.copytree(workdir / "kd" / "0", tmp_path / "teacher")  # a student can be a teacher too
+        with pytest.raises(ValueError, match="teacher_weights"):
+            distilled(tmp_path / "run", npz, *asked)
+
+
+def flipped(path):
+    """Another digit in place of one in the middle: JSON still, and plausible."""
+    text = bytearray(path.read_bytes())
+    at = [i for i, byte in enumerate(text) if chr(byte).isdigit()]
+    at = at[len(at) // 2]
+    text[at] = ord("0") + (text[at] - ord("0") + 3) % 10
+    path.write_bytes(text)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def removed(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def of_another(path):
+    """The same file, or folder, of the other seed."""
+    other = {"0": "1", "1": "0"}[path.parent.name]
+    removed(path)
+    source = path.parent.parent / other / path.name
+    shutil.copytree(source, path) if source.is_dir() else shutil.copy(source, path)
+
+
+RECORDS = ("kd/1/summary.json", "scratch/0/network.json", "robustness/kd/1.json")
+
+
+class TestFiles:
+    @pytest.mark.parametrize(
+        ("harm", "names"),
+        [
+            (flipped, [*RECORDS, "run.json"]),
+            (truncated, [*RECORDS, "run.json"]),
+            (removed, [*RECORDS, "run.json", "scratch/0/weights", "teacher/0/weights"]),
+            (of_another, ["kd/1/summary.json", "kd/0/network.json", "scratch/0/weights"]),
+        ],
+    )
+    def test_what_is_damaged_missing_or_of_another_run_is_made_again(self, finished, copied, harm, names):
+        whole, (workdir, npz, arms) = finished[0], copied
+        for name in names:
+            harm(workdir / name)
+        again, said = distilled(workdir, npz, "--robustness")
+        assert again == arms
+        read = {"run.json", "kd/1/summary.json", "robustness/kd/1.json"} & set(names)
+        for name in read if harm is not removed else ():
+            assert any(f"{workdir / name} " in message for message in said), name
+        for name in names:
+            if name.endswith(".json"):
+                assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+        like = train.Weights(*models.init(NARROW, (8, 8, 1), seed=0))
+        found = (checkpoints.restore(home / "scratch/0/weights", like) for home in (workdir, whole))
+        assert len({checkpoints.digest_tree(one.tree) for one in found}) == 1
+
+    def test_a_robustness_file_of_the_same_name_is_computed_again(self, copied):
+        workdir, npz, arms = copied
+        shutil.copy(workdir / "robustness/kd/0.json", workdir / "robustness/kd/1.json")
+        with open(workdir / "results.json") as file:
+            before = json.load(file)["robustness"]
+        again, said = distilled(workdir, npz, "--robustness")
+        assert again == arms
+        assert results.read(workdir / "results.json")["robustness"] == before
+        assert any("robustness/kd/1.json was written by another run" in message for message in said)
+
+    @pytest.mark.parametrize(
+        ("target", "source"),
+        [
+            ("kd/1", "kd/0"),  # another seed
+            ("kd/0/checkpoints", "scratch/0/checkpoints"),  # another arm
+            ("teacher/0/checkpoints", "kd/0/checkpoints"),
+        ],
+    )
+    def test_a_folder_of_another_run_is_refused_and_the_advice_works(self, copied, target, source):
+        workdir, npz, arms = copied
+        shutil.rmtree(workdir / target)
+        shutil.copytree(workdir / source, workdir / target)
+        with pytest.raises(
+            ValueError, match=r"checkpoints.*was written by another run \(.* there and .* here"
+        ):
+            distilled(workdir, npz, "--robustness")
+        folder = workdir / target
+        shutil.rmtree(folder if folder.name == "checkpoints" else folder / "checkpoints")
+        assert distilled(workdir, npz, "--robustness")[0] == arms
+
+    def test_a_run_of_other_settings_is_refused(self, copied, tmp_path):
+        workdir, npz, arms = copied
+        distilled(tmp_path / "other", npz, "--learning_rate=0.002", "--method=kd")
+        shutil.rmtree(workdir / "kd")
+        shutil.copytree(tmp_path / "other" / "kd", workdir / "kd")
+        with pytest.raises(ValueError, match=r"learning_rate 0\.002 there and 0\.001 here"):
+            distilled(workdir, npz, "--robustness")
+        shutil.rmtree(workdir / "kd" / "0")
+        shutil.rmtree(workdir / "kd" / "1")
+        assert distilled(workdir, npz, "--robustness")[0] == arms
+
+    def test_a_teacher_whose_weights_are_not_the_described_ones_is_refused(self, copied, tmp_path):
+        workdir, npz, arms = copied
+        shutil.rmtree(workdir / "kd/0/weights")
+        shutil.copytree(workdir / "kd/1/weights", workdir / "kd/0/weights")
+        with pytest.raises(ValueError, match=r"kd/0/weights does not hold the weights.*which repairs them"):
+            distilled(tmp_path / "next", npz, f"--teacher_dir={workdir / 'kd/0'}")
+        assert distilled(workdir, npz, "--robustness")[0] == arms  # as the message advises
+        distilled(tmp_path / "next", npz, f"--teacher_dir={workdir / 'kd/0'}", "--method=kd")
+
+
+class TestClaim:
+    def test_a_kill_while_the_record_is_written_leaves_a_workdir_that_can_be_claimed(self, tmp_path):
+        with common.released():
+            workdir = common.claim_workdir(str(tmp_path / "run"), {"a": 1})
+        (workdir / "run.json").rename(workdir / "run.json.tmp")
+        with common.released():
+            common.claim_workdir(str(workdir), {"a": 1})
+        assert files.read_sealed(workdir / "run.json") == {"a": 1}
+        assert not launching._locks
