@@ -99,7 +99,7 @@ def main() -> dict[str, Any] | None:
         jax.config.update("jax_platforms", "cpu")  # the devices are for the workers
     elif GPUS.value:
         os.environ["CUDA_VISIBLE_DEVICES"] = GPUS.value[0]
-    common.claim_workdir(str(sweep.workdir), sweep.settings)
+    common.claim_workdir(str(sweep.workdir), sweep.settings | data_of(sweep.experiment))
     trials.unlock_journal(sweep.workdir)
     study = sweep.study()
     left = trials.unfinished(study)
@@ -192,6 +192,14 @@ def checked_flags() -> Sweep:
 def final_seeds() -> list[str]:
     """Of the comparison on the test split."""
     return FINAL_SEEDS.value or [str(100 + k) for k in range(len(flags.FLAGS.seeds))]
+
+
+def data_of(experiment: Any) -> dict[str, Any]:
+    """The fingerprint of all the data that trials draw from, so that a sweep does not go on with others.
+
+    Of an experiment that has a function ``the_task``, as distill has; nothing is known of the data of another.
+    """
+    return {"data": experiment.the_task(None).fingerprint} if hasattr(experiment, "the_task") else {}
 
 
 # Trials, and the end.

@@ -125,6 +125,23 @@ class TestDistill:
         assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_training_it_says_what_is_kept_and_goes_on(tmp_path, number):
+    command = small_run(tmp_path / "run", "--save_every_s=0", "--method=kd")
+    process = start(*command[:1], *command[2:], "--epochs=5000")  # without --smoke
+    end = time.monotonic() + 120
+    while not [*(tmp_path / "run").rglob("checkpoints/*")]:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output) == (128 + number, "")
+    assert errors.startswith("stopped by ")
+    assert errors.endswith("; the same command continues.\n")
+    assert errors.count("\n") == 1
+
+
 def test_hinton_smoke_omits_the_digit_and_corrects_its_bias(tmp_path):
     command = ("experiments.hinton_mnist", "--smoke", "--dataset=digits", f"--workdir={tmp_path / 'run'}")
     code, output, errors = run(*command)
@@ -205,7 +222,7 @@ def bad_npz(path, classes):
             ["--method=decoupled_kl", "--mixup=0.2", "--teacher_mode=online"],
             "--method=decoupled_kl reads one label per image",
         ),
-        (["--teacher_dir={tmp}"], "holds no finished teacher"),
+        (["--teacher_dir={tmp}"], "holds no finished network"),
         (["--student=keras_student", "--dataset=folder:{tmp}/none"], "none"),
     ],
 )

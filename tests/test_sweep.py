@@ -308,6 +308,16 @@ class TestSearch:
         found = swept(*FAKE, "--num_trials=4", *again)
         assert again or found["arms"] == whole["arms"]
 
+    def test_data_that_changed_need_another_workdir(self, swept, tmp_path, monkeypatch):
+        monkeypatch.setattr(distill, "main", fake_main(rising))
+        images, labels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8), np.arange(60) % 3
+        data = tmp_path / "data.npz"
+        np.savez(data, images=images, labels=labels)
+        swept(*FAKE, f"--dataset={data}", "--num_trials=2")
+        np.savez(data, images=255 - images, labels=labels)
+        with pytest.raises(ValueError, match=r"holds another run \(data"):
+            swept(*FAKE, f"--dataset={data}", "--num_trials=3")
+
     def test_another_space_needs_another_workdir(self, swept, monkeypatch):
         monkeypatch.setattr(distill, "main", fake_main(rising))
         swept(*FAKE, "--num_trials=2")
