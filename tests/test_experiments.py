@@ -138,7 +138,7 @@ def test_stopped_in_training_it_says_what_is_kept_and_goes_on(tmp_path, number):
     output, errors = process.communicate(timeout=120)
     assert (process.returncode, output) == (128 + number, "")
     assert errors.startswith("stopped by ")
-    assert errors.endswith("; the same command continues.\n")
+    assert errors.endswith(" the same command continues.\n")
     assert errors.count("\n") == 1
 
 
