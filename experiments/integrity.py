@@ -2,10 +2,12 @@ r"""Does a damaged or half-written file ever come back as wrong numbers?
 
     python -m experiments.integrity --output=experiments/results/integrity.json
 
-Takes a minute or two on two cores. A checkpoint of a student with its Adam state and a teacher's columns for the
+Takes about twenty minutes on two cores. A checkpoint of a student with its Adam state and a teacher's columns for the
 digits are written; then, again and again, one byte anywhere among their files is changed, or one file is cut short,
-and they are read. Each time the outcome is one of three: refused, with the file named; exact, bit for bit what was
-saved (a change to white space does no harm); or wrong. Columns are also shuffled in memory and given to
+and they are read. The same is done to a small finished distillation, in any of its files; or a file or folder of it is
+removed, or replaced by its namesake of another seed, arm or learning rate. Then the run is started again. Each time the
+outcome is one of three: refused, with the file named; exact, bit for bit what was saved or measured (a change to white
+space does no harm, and a run makes again what it can); or wrong. Columns are also shuffled in memory and given to
 `teacher.verify`. Processes that do nothing but save, or fill columns, are killed at random moments (SIGKILL), and what
 they left is restored or taken up again: exact, if it is whole and no older than the last save announced as done.
 For comparison, the same changes are made to what Orbax wrote, and Orbax alone reads it.
@@ -14,6 +16,7 @@ Expect no wrong outcome in any arm but orbax_alone_flipped, where about a third 
 """
 
 import contextlib
+import functools
 import io
 import random
 import shutil
@@ -134,6 +137,58 @@ def some_columns(directory: Path) -> Subject:
     return Subject(directory, is_exact)
 
 
+@functools.cache
+def digits() -> common.Task:
+    """Few of the digits."""
+    return common.make_task("digits", data_dir=None, num_train=200, num_validation=100)
+
+
+def distilled(workdir: Path, learning_rate: float = 2e-3) -> dict[str, Any]:
+    """The numbers of a teacher and of two students by two arms, also under noise; what is there is not made again."""
+    task, seeds = digits(), (0, 1)
+    network, student = (common.build(name, task) for name in ("digits_teacher", "digits_student"))
+    recipe = common.Recipe(epochs=2, batch_size=20, learning_rate=learning_rate)
+    settings = {"learning_rate": learning_rate}
+    with common.released():
+        common.claim_workdir(str(workdir), settings | {"data": task.fingerprint})
+        trainer = common.make_trainer(task, network, common.scratch, recipe)
+        source = common.train_teacher(task, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0")
+        taught = common.taught_by(
+            task, source, recipe, mode="centre", views=1, directory=workdir / "columns" / "0"
+        )
+        objectives = {
+            "scratch": common.scratch,
+            "kd": common.kd(hard_weight=0.1, soft_weight=0.9, temperature=4),
+        }
+        arms: dict[str, Any] = {"teacher": [source]}
+        for arm, objective in objectives.items():
+            trainer = common.make_trainer(task, student, objective, recipe, taught)
+            arms[arm] = [
+                trainer(seed, workdir / arm / str(seed), f"{arm}, seed {seed}", settings) for seed in seeds
+            ]
+        noise = {"corruptions": {}, "weight_noise": (0.1,), "draws": 1, "epsilons": ()}
+        disturbed = common.robustness_of(task, arms, workdir / "robustness", **noise)
+    weights = {arm: [checkpoints.digest_tree(run.weights) for run in runs] for arm, runs in arms.items()}
+    metrics = {arm: [run.metrics for run in runs] for arm, runs in arms.items()}
+    return {"metrics": metrics, "robustness": disturbed, "weights": weights}
+
+
+def a_run(directory: Path) -> Subject:
+    """A finished run; exact if it ends with the same numbers when started again, and its networks can be taken up."""
+    wanted = distilled(directory)
+
+    def is_exact(path):
+        if distilled(path) != wanted:
+            return False
+        for arm in ("teacher", "kd"):
+            taken_up = common.load_teacher(digits(), str(path / arm / "0"))
+            if checkpoints.digest_tree(taken_up.weights) != wanted["weights"][arm][0]:
+                return False
+        return True
+
+    return Subject(directory, is_exact)
+
+
 def flipped(content: bytes, chosen: random.Random) -> bytes:
     """One byte replaced by another."""
     changed = bytearray(content)
@@ -147,9 +202,14 @@ def cut(content: bytes, chosen: random.Random) -> bytes:
 
 
 def damaged(
-    subject: Subject, harm: Callable[[bytes, random.Random], bytes], trials: int, seed: int
+    subject: Subject,
+    harm: Callable[[bytes, random.Random], bytes],
+    trials: int,
+    seed: int,
+    *,
+    by_size: bool = True,
 ) -> dict[str, int]:
-    """Reads copies with one file harmed; every byte of every file is as likely to be hit."""
+    """Reads copies with one file harmed; every byte is as likely to be hit, or else every file."""
     chosen = random.Random(seed)
     if not subject.is_exact(subject.directory):
         raise ValueError(
@@ -159,7 +219,7 @@ def damaged(
     counts = no_outcomes()
     copy = subject.directory.with_name("copy")
     for _ in range(trials):
-        (victim,) = chosen.choices(files, [path.stat().st_size for path in files])
+        (victim,) = chosen.choices(files, [path.stat().st_size if by_size else 1 for path in files])
         shutil.copytree(subject.directory, copy)
         harmed = copy / victim.relative_to(subject.directory)
         harmed.write_bytes(harm(victim.read_bytes(), chosen))
@@ -169,6 +229,40 @@ def damaged(
             counts["refused"] += 1
         shutil.rmtree(copy)
     return counts
+
+
+def misplaced(subject: Subject, other: Path, trials: int, seed: int) -> dict[str, int]:
+    """Starts copies of a run with a file or folder removed, or replaced by its namesake there or in another run."""
+    chosen, counts = random.Random(seed), no_outcomes()
+    names = [path.relative_to(subject.directory) for path in sorted(subject.directory.rglob("*"))]
+    names = [
+        name for name in names if "arrays" not in name.parts and not name.name.startswith((".", "chunk_"))
+    ]
+    copy = subject.directory.with_name("copy")
+    for _ in range(trials):
+        name = chosen.choice(names)
+        namesakes = [
+            home / path
+            for home in (subject.directory, other)
+            for path in names
+            if path.name == name.name and (home, path) != (subject.directory, name) and (home / path).exists()
+        ]
+        shutil.copytree(subject.directory, copy)
+        remove(copy / name)
+        source = chosen.choice([None, *namesakes])
+        if source is not None:
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
+        try:
+            counts["exact" if subject.is_exact(copy) else "wrong"] += 1
+        except ValueError:
+            counts["refused"] += 1
+        shutil.rmtree(copy)
+    return counts
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def shuffled(directory: Path, trials: int, seed: int) -> dict[str, int]:
@@ -272,12 +366,17 @@ def measure(workdir: Path, trials: int, kills: int, seed: int) -> dict[str, dict
         some_columns(workdir / "columns" / "digits"),
     )
     orbax = orbax_alone(workdir / "orbax" / "run")
+    run, few = a_run(workdir / "run" / "run"), -(-trials // 2)
+    distilled(workdir / "run" / "other", learning_rate=1e-3)
     return {
         "checkpoint_flipped": damaged(checkpoint, flipped, trials, seed),
         "checkpoint_cut": damaged(checkpoint, cut, trials, seed),
         "columns_flipped": damaged(columns, flipped, trials, seed),
         "columns_cut": damaged(columns, cut, trials, seed),
         "columns_shuffled": shuffled(columns.directory, trials, seed),
+        "run_flipped": damaged(run, flipped, few, seed, by_size=False),
+        "run_cut": damaged(run, cut, few, seed, by_size=False),
+        "run_misplaced": misplaced(run, workdir / "run" / "other", few, seed),
         "save_killed": killed("save", left_by_save, workdir, kills, seed),
         "fill_killed": killed("fill", left_by_fill, workdir, kills, seed),
         "orbax_alone_flipped": damaged(orbax, flipped, trials, seed),
@@ -299,7 +398,7 @@ def main() -> None:
         common.say(f"{arm:20} " + "  ".join(f"{name} {number:3d}" for name, number in outcome.items()))
     result = results.make(
         "integrity",
-        question="Does a damaged or half-written checkpoint or teacher column ever come back as wrong numbers?",
+        question="Does a damaged, misplaced or half-written file ever come back as wrong numbers?",
         flags={"trials": trials, "kills": kills, "seed": SEED.value, "smoke": SMOKE.value},
         seeds=[SEED.value],
         arms={arm: {name: [number] for name, number in outcome.items()} for arm, outcome in counts.items()},

@@ -121,14 +121,16 @@ def feed(feeds: Sequence[Feed]) -> Feed:
         arguments = [one.at(step) for one in feeds]
         return arguments[0][0], np.stack([index for _, index in arguments], axis=-1)
 
-    return Feed(steps[0], at)
+    identity = {name: [one.identity.get(name) for one in feeds] for name in feeds[0].identity}
+    return Feed(steps[0], at, identity)
 
 
 def fit(run: Callable[..., Any], states: TrainState, feed: Feed, **options: Any) -> list[train.Fitted]:
     """:func:`kdjax.train.fit` for many trainings: one checkpoint of all, each with its own best epoch and history.
 
-    A training whose loss becomes NaN or infinite does not stop the others, nor change them; a warning names it at the
-    end, and :func:`diverged_at` finds its epoch.
+    A training whose loss or weights become NaN or infinite does not stop the others, nor change them. Its records are
+    NaN from that epoch on, and its best weights are from before. A warning and its ``notes`` name it at the end, and
+    :func:`diverged_at` finds the epoch.
 
     Args:
       run: by :func:`make_run`, compiled.
@@ -141,8 +143,8 @@ def fit(run: Callable[..., Any], states: TrainState, feed: Feed, **options: Any)
       One outcome per training, with its weights as NumPy arrays.
 
     Raises:
-      NonFiniteLoss: once no training is left whose loss is finite.
-      SystemExit: with code 0, after saving, if the process received SIGTERM.
+      NonFiniteLoss: once no training is left that is finite.
+      Stopped: with code 143 or 130, after saving, if the process received SIGTERM or Ctrl-C.
     """
     count = len(states.step)
     whole = train.fit(run, states, feed, **options)
@@ -155,20 +157,25 @@ def fit(run: Callable[..., Any], states: TrainState, feed: Feed, **options: Any)
         for k in range(count)
     ]
     weights = (unstack(whole.last), unstack(whole.best))
-    found = [train.Fitted(*parts) for parts in zip(*weights, best_epochs, histories, strict=True)]
+    found = [
+        train.Fitted(*parts, whole.notes) for parts in zip(*weights, best_epochs, histories, strict=True)
+    ]
     bad = {k: epoch for k, fitted in enumerate(found) if (epoch := diverged_at(fitted)) is not None}
+    for k, epoch in bad.items():
+        note = f"diverged in epoch {epoch}: its loss or weights are not finite"
+        found[k] = found[k]._replace(notes=(*whole.notes, note))
     if bad:
         named = ", ".join(f"{k} in epoch {epoch}" for k, epoch in bad.items())
         warnings.warn(
-            f"{len(bad)} of {count} trainings diverged, counted from 0: {named}. Their loss is not finite; lower the "
-            "learning rate or clip the gradients (optax.clip_by_global_norm). The others are not affected.",
+            f"{len(bad)} of {count} trainings diverged, counted from 0: {named}. Their loss or weights are not finite; "
+            "lower the learning rate or clip the gradients (optax.clip_by_global_norm). The others are not affected.",
             stacklevel=2,
         )
     return found
 
 
 def diverged_at(fitted: train.Fitted) -> int | None:
-    """The first epoch whose mean training loss is not finite, None if there is none."""
+    """The epoch in which its loss or weights became NaN or infinite, None if there is none."""
     return next((int(r["epoch"]) for r in fitted.history if not math.isfinite(r["loss"])), None)
 
 

@@ -79,3 +79,59 @@ def test_feed_takes_this_processes_rows():
     np.testing.assert_array_equal(
         feed.at(0)[1], data.epoch_index(np.arange(32), seed=1, epoch=0, batch_size=8)[:1].T[4:]
     )
+
+
+@pytest.mark.parametrize("function", [data.epoch_index, data.evaluation_index, data.resident_feed])
+@pytest.mark.parametrize(
+    ("ids", "batch_size", "said"),
+    [
+        (
+            np.arange(6) % 2 == 0,
+            2,
+            r"row numbers .* got bool\[6\]; a mask becomes row numbers by np.flatnonzero",
+        ),
+        (np.arange(6.0), 2, r"row numbers .* got float64\[6\]"),
+        (np.arange(6).reshape(2, 3), 2, r"row numbers .* got int64\[2, 3\]"),
+        (np.array([0, -1]), 2, "row numbers"),
+        (np.array([0, 2**31]), 2, "row numbers"),
+        (np.arange(6), 0, "batch size of 1 or more, got 0"),
+        (np.zeros(0, np.int64), 2, "at least one id"),
+    ],
+)
+def test_refuses_ids_that_are_no_row_numbers(function, ids, batch_size, said):
+    more = {
+        data.epoch_index: {"seed": 0, "epoch": 0},
+        data.evaluation_index: {},
+        data.resident_feed: {"arrays": {}, "seed": 0},
+    }[function]
+    with pytest.raises(ValueError, match=said):
+        function(ids=ids, batch_size=batch_size, **more)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 20240101123456])
+def test_refuses_a_seed_that_does_not_fit_into_32_bits(seed):
+    with pytest.raises(ValueError, match=rf"from 0 to 4294967295, got {seed}"):
+        data.epoch_index(np.arange(6), seed=seed, epoch=0, batch_size=2)
+    with pytest.raises(ValueError, match=rf"from 0 to 4294967295, got {seed}"):
+        data.resident_feed({}, np.arange(6), seed=seed, batch_size=2)
+
+
+def test_refuses_dispatches_of_no_steps():
+    with pytest.raises(ValueError, match="steps_per_dispatch of 1 or more, got 0"):
+        data.resident_feed({}, np.arange(6), seed=0, batch_size=2, steps_per_dispatch=0)
+
+
+def test_a_feed_is_known_by_what_decides_its_steps():
+    def identity(ids=range(6), **changed):
+        options = {"seed": 0, "batch_size": 2} | changed
+        return data.resident_feed({}, np.array(ids), **options).identity
+
+    assert identity() == identity(steps_per_dispatch=3)
+    others = [
+        identity(seed=1),
+        identity(batch_size=3),
+        identity(range(7)),
+        identity(range(1, 7)),
+        identity([5, 4, 3, 2, 1, 0]),
+    ]
+    assert len({str(one) for one in [identity(), *others]}) == 6

@@ -231,6 +231,41 @@ class TestDivergence:
         with pytest.raises(train.NonFiniteLoss, match=r"not finite at step 0 .*learning rate"):
             fitting(weights=(float("nan"),) * 3)
 
+    @pytest.mark.parametrize("at", [7, 15])  # the last step of the second epoch, and of the run
+    def test_weights_lost_under_a_finite_loss_have_no_score(self, tmp_path, at):
+        def rooted(outputs, batch):  # a root at 0, whose value is 0 and whose gradient NaN
+            lost = (batch["step"] == at) & (batch["settings"]["hard_weight"] == 2)
+            size = jnp.sum(outputs.logits**2)
+            return weighted(outputs, batch) | {"root": jnp.sqrt(jnp.where(lost, 0.0, 1.0) * size) * 1e-3}
+
+        def constant(params, model_state):  # NaN logits are a class too, and may be right
+            return {"accuracy": np.array([0.5, 0.9, 0.5])}
+
+        run = jax.jit(many.make_run(one_run(objective=rooted)))
+        options = {"evaluate": constant, "directory": tmp_path}
+        arrays = the_arrays((1.0, 2.0, 0.25))
+        for epochs in (3, 4) if at == 7 else (4,):  # resumed with what is lost
+            with pytest.warns(
+                UserWarning, match=rf"1 of 3 trainings diverged.*: 1 in epoch {(at + 1) // 4}\."
+            ):
+                found = many.fit(run, begin(), the_feed(arrays), epochs=epochs, **options)
+            lost = found[1]
+            assert [fitted.best_epoch for fitted in found] == [1, 1, 1]
+            assert np.isfinite(lost.best.params["kernel"]).all()
+            assert np.isnan([r["validation_accuracy"] for r in lost.history[(at + 1) // 4 - 1 :]]).all()
+            assert "diverged in epoch" in lost.notes[-1]
+            assert not any("diverged" in note for fitted in (found[0], found[2]) for note in fitted.notes)
+            assert all(np.isfinite(r["loss"]) for r in found[0].history)
+
+    def test_a_training_lost_before_its_first_score_is_never_best_by_it(self):
+        scores = iter(np.array([[0.1, 0.2, 0.3], [0.4, 0.1, 0.2]]))
+        with pytest.warns(UserWarning, match="1 of 3 trainings diverged"):
+            found, _ = fitting(
+                weights=(1.0, float("nan"), 0.25), evaluate=lambda p, s: {"accuracy": next(scores)}, epochs=2
+            )
+        assert [found[0].best_epoch, found[2].best_epoch] == [2, 1]
+        assert np.isnan([r["validation_accuracy"] for r in found[1].history]).all()
+
 
 class TestResuming:
     @pytest.mark.parametrize("stop_after", [1, 3, 7])
@@ -238,7 +273,7 @@ class TestResuming:
         whole, _ = fitting()
         with pytest.raises(SystemExit) as stopped:
             fitting(tmp_path, stop_after=stop_after)
-        assert stopped.value.code == 0
+        assert stopped.value.code == 143
         resumed, calls = fitting(tmp_path)
         assert 0 < sum(calls) < 16, "the resumed run began again from the start"
         for a, b in zip(whole, resumed, strict=True):
@@ -262,6 +297,33 @@ class TestResuming:
         found, _ = fitting(evaluate=None, epochs=2)
         assert [fitted.best_epoch for fitted in found] == [2, 2, 2]
         assert [record["epoch"] for record in found[1].history] == [1, 2]
+
+    def test_other_seeds_or_their_order_are_another_run(self, tmp_path):
+        fitting(tmp_path, epochs=2)
+        ids, arrays = np.arange(40), the_arrays()
+        feeds = [data.resident_feed(arrays, ids, seed=s, batch_size=10) for s in (4, 3, 3)]
+        with pytest.raises(ValueError, match=r"batches\.seed \[3, 4, 3\] there and \[4, 3, 3\] here"):
+            many.fit(compiled("vmap"), begin(), many.feed(feeds), epochs=4, directory=tmp_path)
+
+    def test_each_takes_its_own_new_learning_rate(self, tmp_path):
+        def states(rates):
+            return many.stack(
+                [
+                    train.init_state(*linear_weights(s), optax.inject_hyperparams(optax.sgd)(rate), seed=s)
+                    for s, rate in zip(SEEDS, rates, strict=True)
+                ]
+            )
+
+        tx = optax.inject_hyperparams(optax.sgd)(0.1)
+        step = train.make_train_step(noisy_linear, weighted, tx)
+        run = jax.jit(many.make_run(train.make_run(step, make_batch)))
+        options = {"feed": the_feed(the_arrays()), "directory": tmp_path}
+        many.fit(run, states((0.1, 0.1, 0.2)), epochs=1, **options)
+        found = many.fit(run, states((0.1, 0.0, 0.2)), epochs=2, **options)
+        still = many.fit(run, states((0.1, 0.1, 0.2)), feed=the_feed(the_arrays()), epochs=1)
+        jax.tree.map(np.testing.assert_array_equal, found[1].last.params, still[1].last.params)
+        assert not np.array_equal(found[0].last.params["kernel"], still[0].last.params["kernel"])
+        assert "learning_rate was [0.1 0.1 0.2] up to step 4 and is [0.1 0.  0.2]" in found[0].notes[0]
 
 
 class TestRefusals:
@@ -320,9 +382,9 @@ class TestMixingWeight:
         assert "validation split chooses a = " in found["notes"][0]
         assert found["notes"][0] in done.stdout
         assert len(json.loads((tmp_path / "run" / "perturbed.json").read_text())) == 10
-        for name in ("report.html", "figure.png", "students/summary.json", "teacher/0/network.json"):
+        for name in ("report.html", "figure.png", "students/0/network.json", "teacher/0/network.json"):
             assert (tmp_path / "run" / name).stat().st_size > 0
-        assert {len(json.loads((tmp_path / "run" / "students" / "summary.json").read_text()))} == {9}
+        assert len([*(tmp_path / "run" / "students").glob("*/network.json")]) == 9
 
     def test_the_weight_is_chosen_on_validation_and_ties_go_to_the_smaller_loss(self, mixing_weight):
         def trained(test, validation, loss):

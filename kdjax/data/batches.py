@@ -1,6 +1,8 @@
 """Which examples form which batch: pure functions of a seed and an epoch, so that a run's position is one number."""
 
 import functools
+import hashlib
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -26,14 +28,12 @@ def epoch_index(ids: np.ndarray, *, seed: int, epoch: int, batch_size: int) -> n
       int32[n // batch_size, batch_size] (one row at least).
 
     Raises:
-      ValueError: if there are no ids or the batch size is not positive.
+      ValueError: if there are no ids, they are not row numbers, the batch size is not positive, or the seed does not
+        fit into 32 bits.
     """
-    if len(ids) == 0:
-        raise ValueError("epoch_index needs at least one id to draw from, got none.")
-    if batch_size < 1:
-        raise ValueError(f"epoch_index needs a batch size of 1 or more, got {batch_size}.")
-    generator = np.random.Generator(np.random.Philox(key=(seed, epoch)))
-    order = np.asarray(ids, np.int32)[generator.permutation(len(ids))]
+    ids = _checked_ids("epoch_index", ids, batch_size)
+    generator = np.random.Generator(np.random.Philox(key=(check_seed("epoch_index", seed), epoch)))
+    order = ids[generator.permutation(len(ids))]
     if len(order) < batch_size:
         order = np.resize(order, batch_size)
     steps = len(order) // batch_size
@@ -45,13 +45,40 @@ def evaluation_index(ids: np.ndarray, *, batch_size: int) -> tuple[np.ndarray, n
 
     Returns:
       int32[batches, batch_size] and the float32 mask of the same shape, 1 where the row counts.
+
+    Raises:
+      ValueError: if there are no ids, they are not row numbers, or the batch size is not positive.
     """
-    if len(ids) == 0:
-        raise ValueError("evaluation_index needs at least one id, got none; is this split empty?")
+    ids = _checked_ids("evaluation_index", ids, batch_size)
     padding = -len(ids) % batch_size
-    index = np.concatenate([np.asarray(ids, np.int32), np.zeros(padding, np.int32)])
+    index = np.concatenate([ids, np.zeros(padding, np.int32)])
     valid = np.concatenate([np.ones(len(ids), np.float32), np.zeros(padding, np.float32)])
     return index.reshape(-1, batch_size), valid.reshape(-1, batch_size)
+
+
+def check_seed(what: str, seed: Any) -> int:
+    """The seed as a number; a ValueError unless it is one of 32 bits, which is what a run keeps of it."""
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**32:
+        raise ValueError(f"{what} needs a seed that is a whole number from 0 to {2**32 - 1}, got {seed!r}.")
+    return number
+
+
+def _checked_ids(what: str, ids: Any, batch_size: int) -> np.ndarray:
+    ids = np.asarray(ids)
+    if ids.size == 0:
+        raise ValueError(f"{what} needs at least one id, got none; is this split empty?")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31:
+        raise ValueError(
+            f"{what} needs ids that are a list of row numbers below {2**31}, got {ids.dtype.name}{list(ids.shape)}; "
+            "a mask becomes row numbers by np.flatnonzero(mask)."
+        )
+    if batch_size < 1:
+        raise ValueError(f"{what} needs a batch size of 1 or more, got {batch_size}.")
+    return ids.astype(np.int32)
 
 
 def gather(arrays: Mapping[str, Any], index: Int[Array, " batch"]) -> dict[str, jax.Array]:
@@ -79,10 +106,15 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 
 
 class Feed(NamedTuple):
-    """The arguments of every dispatch of a training run, as a pure function of the step that it starts at."""
+    """The arguments of every dispatch of a training run, as a pure function of the step that it starts at.
+
+    ``identity`` is what decides which examples a step sees, as plain JSON; a run whose feed has another identity is not
+    the same run, and its checkpoints are not taken up.
+    """
 
     steps_per_epoch: int
     at: Callable[[int], tuple[Any, ...]]
+    identity: Mapping[str, Any] = {}
 
 
 def resident_feed(
@@ -106,8 +138,15 @@ def resident_feed(
       rows_of: this process's part of a global batch, :func:`kdjax.parallel.process_rows` where there are several.
 
     Returns:
-      A feed whose arguments are ``(arrays, int32[batch, steps])``.
+      A feed whose arguments are ``(arrays, int32[batch, steps])``. Its identity is seed, batch size, number of examples
+      and a digest of their ids; ``steps_per_dispatch`` is no part of it.
+
+    Raises:
+      ValueError: as of :func:`epoch_index`, or if ``steps_per_dispatch`` is not positive.
     """
+    ids, seed = _checked_ids("resident_feed", ids, batch_size), check_seed("resident_feed", seed)
+    if steps_per_dispatch < 1:
+        raise ValueError(f"resident_feed needs steps_per_dispatch of 1 or more, got {steps_per_dispatch}.")
     steps_per_epoch = max(len(ids) // batch_size, 1)
     most = min(steps_per_dispatch, steps_per_epoch)
     equal = max(k for k in range(1, most + 1) if steps_per_epoch % k == 0)
@@ -121,4 +160,10 @@ def resident_feed(
         number, start = divmod(step, steps_per_epoch)
         return arrays, rows_of(epoch(number)[start : start + steps].T)
 
-    return Feed(steps_per_epoch, at)
+    identity = {
+        "seed": seed,
+        "batch_size": batch_size,
+        "examples": len(ids),
+        "ids": hashlib.sha256(ids.tobytes()).hexdigest()[:16],
+    }
+    return Feed(steps_per_epoch, at, identity)
