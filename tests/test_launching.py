@@ -125,7 +125,8 @@ def test_while_it_still_imports_too(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "stopped by Ctrl-C; nothing was written."
+    # Among what Python says of every import.
+    assert "stopped by Ctrl-C; nothing was written.\n" in errors
     assert "Traceback" not in errors
 
 
