@@ -107,10 +107,12 @@ TEACHER_NUM_TRAIN = flags.DEFINE_integer(
 TEACHER_PADDING = flags.DEFINE_integer(
     "teacher_padding", None, "Pixels of the teacher's random crop, if others.", 0
 )
-TEACHER_LEARNING_RATE = flags.DEFINE_float("teacher_learning_rate", None, "Of each teacher, if another.", 0.0)
+TEACHER_LEARNING_RATE = flags.DEFINE_float(
+    "teacher_learning_rate", None, "Of each teacher, if another.", common.LEAST_RATE
+)
 TEACHER_SEEDS = flags.DEFINE_integer("teacher_seeds", 1, "Teachers; the students take turns among them.", 1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per step over all devices.", lower_bound=1)
-LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak.", lower_bound=0.0)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak.", lower_bound=common.LEAST_RATE)
 OPTIMIZER = flags.DEFINE_enum(
     "optimizer", "adam", list(common.OPTIMIZERS), "adam is AdamW; sgd has momentum .9."
 )
@@ -180,6 +182,16 @@ def scratch(outputs, batch):
 MACHINE = ("workdir", "shared_dir", "data_dir", "devices", "save_every_s", "pod", "tensorboard", "robustness")
 
 
+OF_TRAINED_TEACHERS = (
+    "teacher",
+    "teacher_epochs",
+    "teacher_num_train",
+    "teacher_padding",
+    "teacher_learning_rate",
+    "teacher_seeds",
+)  # what decides nothing with --teacher_dir
+
+
 def main() -> dict[str, Any]:
     """The whole run, written for TensorBoard too if that is asked for; returns its result."""
     board = common.tensorboard(Path(WORKDIR.value) / "tensorboard")
@@ -196,29 +208,34 @@ def run() -> dict[str, Any]:
     recipe = the_recipe()
     task = the_task(NUM_TRAIN.value)
     parallel.check_batch_size(recipe.batch_size, task.devices)
+    common.check_recipe(task, recipe)
     dtype = jnp.dtype(DTYPE.value)
     student = common.build(STUDENT.value, task, dtype=dtype)
     settings = common.settings_of(globals(), apart=MACHINE)
-    made_from = settings | {"data": task.fingerprint}
-    runs = {student: len(METHOD.value) * len(seeds)}
+    runs, directory = {student: len(METHOD.value) * len(seeds)}, Path(WORKDIR.value)
+    # Whatever may be refused is refused before claim_workdir, which is the first to write.
     if TEACHER_DIR.value:
         teachers = [common.load_teacher(task, TEACHER_DIR.value, split=SPLIT.value, dtype=dtype)]
+        settings |= dict.fromkeys(OF_TRAINED_TEACHERS) | {"teacher": teachers[0].name}
         arms = the_arms(task, student, teachers[0].module)
-        made_from |= {"teacher_weights": checkpoints.digest_tree(teachers[0].weights)}
+        common.check_disk(task, directory, runs, column_bytes=column_bytes(task, teachers[0].module, arms))
+        weights = checkpoints.digest_tree(teachers[0].weights)
+        made_from = settings | {"data": task.fingerprint, "teacher_weights": weights}
         workdir = common.claim_workdir(WORKDIR.value, made_from)
-        common.check_disk(task, workdir, runs, column_bytes=column_bytes(task, teachers[0].module, arms))
     else:
         network = common.build(TEACHER.value, task, dtype=dtype)
         arms = the_arms(task, student, network)
-        wider = task if TEACHER_NUM_TRAIN.value is None else the_task(TEACHER_NUM_TRAIN.value or None)
-        workdir = common.claim_workdir(WORKDIR.value, made_from | {"teacher_data": wider.fingerprint})
         runs |= {network: TEACHER_SEEDS.value}
-        common.check_disk(task, workdir, runs, column_bytes=column_bytes(task, network, arms))
+        common.check_disk(task, directory, runs, column_bytes=column_bytes(task, network, arms))
         own = recipe._replace(
             epochs=1 if SMOKE.value else TEACHER_EPOCHS.value or EPOCHS.value,
             learning_rate=TEACHER_LEARNING_RATE.value or LEARNING_RATE.value,
             padding=PADDING.value if TEACHER_PADDING.value is None else TEACHER_PADDING.value,
         )
+        wider = task if TEACHER_NUM_TRAIN.value is None else the_task(TEACHER_NUM_TRAIN.value or None)
+        common.check_recipe(wider, own, of="the teacher's")
+        made_from = settings | {"data": task.fingerprint, "teacher_data": wider.fingerprint}
+        workdir = common.claim_workdir(WORKDIR.value, made_from)
         trainer = common.make_trainer(wider, network, scratch, own, split=SPLIT.value)
         decides = {"teacher": TEACHER.value, "dtype": DTYPE.value, "recipe": own._replace(save_every_s=0)}
         with common.shelf(SHARED_DIR.value, workdir / "teacher", wider, **decides) as home:
@@ -275,8 +292,14 @@ def checked_flags() -> list[int]:
     if TEMPERATURE.value <= 0:
         raise ValueError(f"--temperature={TEMPERATURE.value} must be above 0; the field uses 1 to 20.")
     common.check_methods(METHOD.value, weights=WEIGHTS.value, mixup=bool(MIXUP.value))
-    if len(set(METHOD.value)) < len(METHOD.value):
-        raise ValueError(f"--method={','.join(METHOD.value)} names an arm twice.")
+    if "kd" in METHOD.value:
+        common.kd(**kd_settings())
+    if EMA.value == 1:
+        raise ValueError("--ema=1 would keep the first weights for ever; .99 to .9999 are usual.")
+    if TEACHER_DIR.value:
+        common.refuse_given(OF_TRAINED_TEACHERS, "--teacher_dir takes up a teacher that is trained already")
+    if TEACHER_MODE.value != "views":
+        common.refuse_given(["views"], f"--teacher_mode={TEACHER_MODE.value} stores no augmented views")
     if MIXUP.value and METHOD.value != ["scratch"] and TEACHER_MODE.value != "online":
         raise ValueError(
             f"--mixup={MIXUP.value} blends images, and no stored column knows what the teacher says of a blend; "
@@ -284,6 +307,15 @@ def checked_flags() -> list[int]:
         )
     seeds = common.seeds_of(SEEDS.value)
     return seeds[:2] if SMOKE.value else seeds
+
+
+def kd_settings() -> dict[str, float]:
+    """Of Hinton's distillation, as the flags give them."""
+    return {
+        "hard_weight": HARD_WEIGHT.value,
+        "soft_weight": SOFT_WEIGHT.value,
+        "temperature": TEMPERATURE.value,
+    }
 
 
 def the_task(num_train: int | None) -> common.Task:
@@ -319,11 +351,7 @@ def the_arms(task: common.Task, student: nn.Module, teacher: nn.Module) -> dict[
             labels=task.source.labels[task.split["train"]],
             hard=hard_loss,
             weights=weights,
-            kd={
-                "hard_weight": HARD_WEIGHT.value,
-                "soft_weight": SOFT_WEIGHT.value,
-                "temperature": TEMPERATURE.value,
-            },
+            kd=kd_settings(),
         )
         for name in METHOD.value
     }

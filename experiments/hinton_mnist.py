@@ -78,8 +78,11 @@ def main() -> None:
             f"--omitted={OMITTED.value} is none of the classes {', '.join(task.source.class_names)}."
         )
     omitted = task.source.class_names.index(OMITTED.value)
-    workdir = common.claim_workdir(WORKDIR.value, settings | {"data": task.fingerprint})
+    kd = common.kd(
+        hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
+    )
     networks = {name: common.build(f"hinton_{name}", task) for name in ("teacher", "student")}
+    workdir = common.claim_workdir(WORKDIR.value, settings | {"data": task.fingerprint})
     seeds = range(1 if SMOKE.value else NUM_SEEDS.value)
     teacher_recipe, student_recipe = (
         recipe._replace(epochs=1 if SMOKE.value else epochs, evaluate_every=1 if SMOKE.value else 2)
@@ -99,9 +102,6 @@ def main() -> None:
         for n in seeds
     ]
     never = f"no {OMITTED.value}"
-    kd = common.kd(
-        hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
-    )
     arms: dict = {"teacher": teachers}
     for seen, what in ((task, ""), (without(task, omitted), f", {never}")):
         for name, objective in (("scratch", common.scratch), ("kd", kd)):

@@ -72,8 +72,10 @@ SPLIT = flags.DEFINE_enum("split", "test", ["test", "validation"], "The split th
 EPOCHS = flags.DEFINE_integer("epochs", 30, "Of a student; 100 as published.", lower_bound=1)
 TEACHER_EPOCHS = flags.DEFINE_integer("teacher_epochs", 12, "Of the teacher.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per step.", lower_bound=1)
-LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of Adam.", lower_bound=0.0)
-TEACHER_LEARNING_RATE = flags.DEFINE_float("teacher_learning_rate", 0.05, "Of the teacher's SGD.", 0.0)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of Adam.", common.LEAST_RATE)
+TEACHER_LEARNING_RATE = flags.DEFINE_float(
+    "teacher_learning_rate", 0.05, "Of the teacher's SGD.", common.LEAST_RATE
+)
 SCHEDULE = flags.DEFINE_enum("schedule", "constant", list(common.SCHEDULES), "Of a student's learning rate.")
 PADDING = flags.DEFINE_integer("padding", 4, "Pixels of the random crop.", lower_bound=0)
 FLIP = flags.DEFINE_bool("flip", True, "Whether images are mirrored at random.")
@@ -114,6 +116,11 @@ MACHINE = (
     "arms",
     "sweep",
 )  # may change on a resumed run
+OF_TRAINED_TEACHERS = (
+    "teacher",
+    "teacher_epochs",
+    "teacher_learning_rate",
+)  # what --teacher_dir leaves undecided
 EXPLAINED = 64  # images whose maps are compared and whose pixels are removed
 
 
@@ -183,18 +190,20 @@ def main() -> dict[str, Any] | None:
     parallel.check_batch_size(BATCH_SIZE.value, task.devices)
     for student in (STUDENT.value, *SWEEP.value):
         common.build(student, task)
-    share = workers.my_task("experiments.ig_cifar10")
-    if share is None:
-        settings = common.settings_of(globals(), apart=MACHINE)
-        made_from = settings | {"data": task.fingerprint, "teacher_data": wide.fingerprint}
-        if TEACHER_DIR.value:
-            made_from |= {"teacher_weights": common.network_in(TEACHER_DIR.value)["weights"]}
-        workdir = common.claim_workdir(WORKDIR.value, made_from)
     study = Study(task, wide, Path(WORKDIR.value))
     study.check(arms)
+    share = workers.my_task("experiments.ig_cifar10")
     if share is not None:
+        workers.end_with_parent()
         train_all(study, arms, share)
         return None
+    settings = common.settings_of(globals(), apart=MACHINE)
+    if TEACHER_DIR.value:
+        settings |= dict.fromkeys(OF_TRAINED_TEACHERS) | {"teacher": study.teacher.name}
+    made_from = settings | {"data": task.fingerprint, "teacher_data": wide.fingerprint}
+    if TEACHER_DIR.value:
+        made_from |= {"teacher_weights": common.network_in(TEACHER_DIR.value)["weights"]}
+    workdir = common.claim_workdir(WORKDIR.value, made_from)
     if JOBS.value > 1:
         study.explained()  # once, by all cores
         workers.in_children(
@@ -220,6 +229,12 @@ def the_task(num_train: int) -> common.Task:
 def wanted_arms() -> list[tuple[str, str]]:
     """Arms and their students, in the table's order; a ValueError for an arm that is not there."""
     common.check_arms(ARMS.value, list(TABLE))
+    if len({STUDENT.value, *SWEEP.value}) <= len(SWEEP.value):
+        raise ValueError(
+            f"--sweep={','.join(SWEEP.value)} must name different networks, --student not among them."
+        )
+    if TEACHER_DIR.value:
+        common.refuse_given(OF_TRAINED_TEACHERS, "--teacher_dir takes up a teacher that is trained already")
     own = [(name, STUDENT.value) for name in TABLE if not ARMS.value or name in ARMS.value]
     return own + [(name, student) for student in SWEEP.value for name in SWEPT]
 

@@ -2,21 +2,21 @@ r"""What is each loss, what does it need and what does it cost? One page from th
 
     python -m experiments.loss_page --output=docs/losses.md
 
-Takes a second. Nothing is run: names, signatures and docstrings are read from the source, and what the page says of a
-loss (its formula, needs, result, cost and papers) stands there. A test fails where the page differs from what this
+Takes some seconds. Nothing is run: names, signatures and docstrings are read from the source, and what the page says of
+a loss (its formula, needs, result, cost and papers) stands there. A test fails where the page differs from what this
 command writes; it also says what a docstring lacks.
 """
 
 import ast
 import re
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
 
+from experiments import common
 from kdjax import files
 
 OUTPUT = flags.DEFINE_string("output", "docs/losses.md", "Page to write.")
@@ -66,15 +66,12 @@ class Entry(NamedTuple):
         return ".. math::" in self.body
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Writes the page."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: the page is named by --output.")
     entries = read(ROOT / LOSSES)
     lacking = [f"{entry.name} lacks {what}" for entry in entries for what in lacks(entry)]
     if lacking:
-        print("error: " + "; ".join(lacking), file=sys.stderr)
-        sys.exit(2)
+        raise ValueError("; ".join(lacking))
     files.write_text(OUTPUT.value, page(entries))
     print(f"{OUTPUT.value}: {len(entries)} names.")
 
@@ -319,4 +316,4 @@ def markdown(text: str, names: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.launch(main)

@@ -19,9 +19,11 @@ The workdir receives the checkpoints, results.json (with the field "swept"), fig
 command started again continues where it was stopped.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax.numpy as jnp
 from absl import flags
@@ -67,8 +69,10 @@ EPOCHS = flags.DEFINE_integer("epochs", 150, "Of the students.", lower_bound=1)
 TEACHER_EPOCHS = flags.DEFINE_integer("teacher_epochs", 30, "Of the teacher.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 20, "Images per step of a student, over all devices.", 1)
 TEACHER_BATCH_SIZE = flags.DEFINE_integer("teacher_batch_size", 64, "Likewise of the teacher.", 1)
-LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Of the students, before its cosine decay.", 0.0)
-TEACHER_LEARNING_RATE = flags.DEFINE_float("teacher_learning_rate", 2e-3, "Likewise of the teacher.", 0.0)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Before its cosine decay.", common.LEAST_RATE)
+TEACHER_LEARNING_RATE = flags.DEFINE_float(
+    "teacher_learning_rate", 2e-3, "Likewise of the teacher.", common.LEAST_RATE
+)
 EVALUATE_EVERY = flags.DEFINE_integer("evaluate_every", 10, "Epochs between two validations.", lower_bound=1)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
@@ -92,6 +96,13 @@ MACHINE = (
     "devices",
     "save_every_s",
 )  # what may change when a run is resumed
+OF_TRAINED_TEACHERS = (
+    "teacher",
+    "teacher_num_train",
+    "teacher_epochs",
+    "teacher_batch_size",
+    "teacher_learning_rate",
+)  # what decides nothing with --teacher_dir
 
 
 def mixed(outputs, batch):
@@ -109,6 +120,8 @@ def main() -> None:
         raise ValueError(
             f"--hard_weights={','.join(HARD_WEIGHTS.value)} must rise from 0 or more to 1 or less, such as 0,0.5,1."
         )
+    if TEACHER_DIR.value:
+        common.refuse_given(OF_TRAINED_TEACHERS, "--teacher_dir takes up a teacher that is trained already")
     seeds = seeds[:3] if SMOKE.value else seeds
     own, teachers = recipes()
     task = the_task(NUM_TRAIN.value)
@@ -116,19 +129,22 @@ def main() -> None:
         parallel.check_batch_size(recipe.batch_size, task.devices)
     student = common.build(STUDENT.value, task)
     settings = common.settings_of(globals(), apart=MACHINE)
-    made_from = settings | {"data": task.fingerprint}
     columns = 4 * task.source.num_classes * len(task.source.images)
     if TEACHER_DIR.value:
         teacher = common.load_teacher(task, TEACHER_DIR.value)
-        made_from |= {"teacher_weights": checkpoints.digest_tree(teacher.weights)}
+        settings |= dict.fromkeys(OF_TRAINED_TEACHERS) | {"teacher": teacher.name}
+        runs = {student: len(weights) * len(seeds)}
+        common.check_disk(task, Path(WORKDIR.value), runs, column_bytes=columns)
+        weights_digest = checkpoints.digest_tree(teacher.weights)
+        made_from = settings | {"data": task.fingerprint, "teacher_weights": weights_digest}
         workdir = common.claim_workdir(WORKDIR.value, made_from)
-        common.check_disk(task, workdir, {student: len(weights) * len(seeds)}, column_bytes=columns)
     else:
         wider = the_task(TEACHER_NUM_TRAIN.value)
         network = common.build(TEACHER.value, wider)
-        workdir = common.claim_workdir(WORKDIR.value, made_from | {"teacher_data": wider.fingerprint})
         runs = {student: len(weights) * len(seeds), network: 1}
-        common.check_disk(task, workdir, runs, column_bytes=columns)
+        common.check_disk(task, Path(WORKDIR.value), runs, column_bytes=columns)
+        made_from = settings | {"data": task.fingerprint, "teacher_data": wider.fingerprint}
+        workdir = common.claim_workdir(WORKDIR.value, made_from)
         trainer = common.make_trainer(wider, network, common.scratch, teachers)
         teacher = common.train_teacher(wider, TEACHER.value, network, trainer, 0, workdir / "teacher" / "0")
     if LABEL_NOISE.value:
@@ -197,7 +213,7 @@ def numbers(flag: flags.FlagHolder) -> list[float]:
         found = [float(item) for item in flag.value]
     except ValueError as error:
         raise ValueError(f"{given} must be numbers, such as 0,1.") from error
-    if not found or len(set(found)) < len(found):
+    if not found or len(set(found)) < len(found) or not all(map(math.isfinite, found)):
         raise ValueError(f"{given} must be one or more different numbers.")
     return found
 

@@ -45,17 +45,20 @@ def main() -> None:
     """Teacher, columns, students, report."""
     start = time.monotonic()
     settings = common.settings_of(globals(), apart=("workdir", "output"))
-    everything = common.make_task("digits", data_dir=None)
-    few = common.make_task("digits", data_dir=None, num_train=NUM_TRAIN.value)
-    made_from = settings | {"data": few.fingerprint, "teacher_data": everything.fingerprint}
-    workdir = common.claim_workdir(WORKDIR.value, made_from)
+    kd = common.kd(
+        hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
+    )
     seeds = range(3 if SMOKE.value else 5)
     teacher_recipe, student_recipe = (
         recipe._replace(epochs=2, evaluate_every=1) if SMOKE.value else recipe
         for recipe in (TEACHER, STUDENT)
     )
 
+    everything = common.make_task("digits", data_dir=None)
     network = common.build("digits_teacher", everything)
+    few = common.make_task("digits", data_dir=None, num_train=NUM_TRAIN.value)
+    made_from = settings | {"data": few.fingerprint, "teacher_data": everything.fingerprint}
+    workdir = common.claim_workdir(WORKDIR.value, made_from)
     trainer = common.make_trainer(everything, network, common.scratch, teacher_recipe)
     teacher = common.train_teacher(
         everything, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0"
@@ -64,9 +67,6 @@ def main() -> None:
     student = common.build("digits_student", few)
     taught = common.taught_by(
         few, teacher, student_recipe, mode="centre", views=1, directory=workdir / "columns"
-    )
-    kd = common.kd(
-        hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
     )
     shape, _ = models.init(student, few.source.images.shape[1:], seed=0)
     region = saddles.recruit(teacher.weights.params, shape)

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import flags
 
 from experiments import common
@@ -80,7 +81,7 @@ STRONG_TEACHERS = flags.DEFINE_integer(
     1,
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images per step.", lower_bound=1)
-LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of Adam.", lower_bound=0.0)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of Adam.", common.LEAST_RATE)
 SCHEDULE = flags.DEFINE_enum("schedule", "constant", list(common.SCHEDULES), "Of a student's learning rate.")
 TEMPERATURE = flags.DEFINE_float("temperature", 4.0, "Of Hinton's distillation.", lower_bound=1e-3)
 HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Of the labels there.", lower_bound=0.0)
@@ -174,6 +175,7 @@ def main() -> None:
     """Checks the flags, then weak and strong teachers, all arms, report."""
     start = time.monotonic()
     arms = wanted_arms()
+    hinton()  # refused now, if at all
     wide = the_task(TEACHER_NUM_TRAIN.value)
     # One normalisation for both, so that a teacher's weights mean the same to a student.
     task = the_task(NUM_TRAIN.value)._replace(mean=wide.mean, std=wide.std)
@@ -181,6 +183,7 @@ def main() -> None:
     study = Study(task, wide, Path(WORKDIR.value))
     share = workers.my_task("experiments.sprkd_malaria")
     if share is not None:
+        workers.end_with_parent()
         train_all(study, arms, share)
         return
     settings = common.settings_of(globals(), apart=MACHINE)
@@ -243,6 +246,7 @@ class Study:
         # Whether the student can take the teacher's place at all.
         saddles.recruit(models.init(teacher, shape, seed=0)[0], self.shapes)
         self.escape = recruiting.Escape(PERIOD.value, RADIUS.value, SIGMA.value, STRENGTH.value, BUDGET.value)
+        recruiting.with_escapes(None, self.escape)(optax.identity())  # refused now, if at all
         self.fallbacks: dict[str, set[int]] = {}  # arm → seeds whose teachers had no strong saddle
         self._trainers: dict[str, Callable[..., common.Trained]] = {}
 

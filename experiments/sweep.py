@@ -25,7 +25,6 @@ import importlib
 import importlib.util
 import os
 import statistics
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +82,9 @@ class Sweep(NamedTuple):
         spared = SPARED_EPOCHS.value
         if spared is None:  # the first seed whole where no flag says how long it is
             spared = -(-flags.FLAGS.epochs // 2) if "epochs" in flags.FLAGS else trials.SEED_STEPS
-        return trials.open_study(self.workdir, random_trials=RANDOM_TRIALS.value, spared_epochs=spared)
+        return trials.open_study(
+            self.workdir, self.settings, random_trials=RANDOM_TRIALS.value, spared_epochs=spared
+        )
 
 
 def main() -> dict[str, Any] | None:
@@ -98,18 +99,14 @@ def main() -> dict[str, Any] | None:
         jax.config.update("jax_platforms", "cpu")  # the devices are for the workers
     elif GPUS.value:
         os.environ["CUDA_VISIBLE_DEVICES"] = GPUS.value[0]
-    common.claim_workdir(str(sweep.workdir), sweep.settings)
-    trials.mend_journal(sweep.workdir)
+    common.claim_workdir(str(sweep.workdir), sweep.settings | data_of(sweep.experiment))
+    trials.unlock_journal(sweep.workdir)
     study = sweep.study()
     left = trials.unfinished(study)
     if WORKERS.value == 1:
         search(sweep, left)
         return conclude(sweep, start)
     side_by_side(sweep, study, [left[k :: WORKERS.value] for k in range(WORKERS.value)])
-    missing = NUM_TRIALS.value - len(trials.ended(study))
-    if missing > 0:  # a worker was asked to stop, and saved
-        common.say(f"Stopped with {missing} of {NUM_TRIALS.value} trials to do; the same command continues.")
-        sys.exit(0)
     workers.in_children("experiments.sweep", ["conclude"], gpus=GPUS.value)
     return None
 
@@ -177,7 +174,6 @@ def checked_flags() -> Sweep:
     with spaces.flags_set({"seeds": ",".join(final_seeds())}):
         check()
     space = spaces.read(SPACE.value, its - {"workdir", "seeds", "split", *CHOOSERS, *apart})
-    spaces.check(space, check)
     chooser = chooser_of(its)
     methods = list(given[chooser].value or []) if chooser else []
     arm = ARM.value or (methods[-1] if methods else None)
@@ -185,6 +181,9 @@ def checked_flags() -> Sweep:
         raise ValueError(
             f"--arm={arm} must be one of {', '.join(methods) or 'those that the experiment runs'}."
         )
+    with spaces.flags_set({chooser: arm} if chooser else {}):  # as trials are run
+        check()
+        spaces.check(space, check)
     settings = common.settings_of(globals(), apart=MACHINE)
     settings |= common.settings_of(vars(experiment), apart=apart)
     return Sweep(experiment, space, arm, Path(given.workdir), settings)
@@ -193,6 +192,14 @@ def checked_flags() -> Sweep:
 def final_seeds() -> list[str]:
     """Of the comparison on the test split."""
     return FINAL_SEEDS.value or [str(100 + k) for k in range(len(flags.FLAGS.seeds))]
+
+
+def data_of(experiment: Any) -> dict[str, Any]:
+    """The fingerprint of all the data that trials draw from, so that a sweep does not go on with others.
+
+    Of an experiment that has a function ``the_task``, as distill has; nothing is known of the data of another.
+    """
+    return {"data": experiment.the_task(None).fingerprint} if hasattr(experiment, "the_task") else {}
 
 
 # Trials, and the end.
@@ -213,7 +220,7 @@ def run(sweep: Sweep, name: str, values: Mapping[str, Any], *, others: bool = Fa
     with (
         spaces.flags_set({**values, **more}),
         common.released(),
-        open(f"{directory}.log", "a") as log,
+        open(f"{directory}.log", "a", encoding="utf-8", errors="replace") as log,
         contextlib.redirect_stdout(log),
     ):
         try:
@@ -307,7 +314,7 @@ def conclude(sweep: Sweep, start: float) -> dict[str, Any]:
     result = results.make(
         "sweep",
         question=f"Is {sweep.arm} in {EXPERIMENT.value} better with settings chosen on validation than with {default}?",
-        flags=sweep.settings,
+        flags=sweep.settings | as_run(sweep, runs["default"]),
         seeds=seeds["default"],
         arm_seeds={} if seeds["chosen"] == seeds["default"] else {"chosen": seeds["chosen"]},
         arms=arms,
@@ -325,6 +332,12 @@ def conclude(sweep: Sweep, start: float) -> dict[str, Any]:
     reporting.publish(workdir, result, metrics=shown)
     common.say(f"results.json, figure.png and report.html are in {workdir}/, both runs in {workdir}/final/.")
     return result
+
+
+def as_run(sweep: Sweep, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The experiment's flags as one of its runs records them, such as the network of a teacher that was taken up."""
+    chosen = {"seeds", "split", *CHOOSERS}
+    return {k: v for k, v in result.get("flags", {}).items() if k in sweep.settings.keys() - chosen}
 
 
 def notes(study: optuna.Study, best: FrozenTrial, seeds: Sequence[int]) -> list[str]:

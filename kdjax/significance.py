@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdjax.extras import extra
+
 Values = Sequence[float] | np.ndarray
 
 FEWEST = 3  # repeats of an arm below which nothing here is said about it
@@ -101,7 +103,8 @@ def t_interval(values: Values, *, confidence: float = 0.95) -> Interval:
     References:
       Student, The probable error of a mean, 1908.
     """
-    from scipy import stats
+    with extra("experiments"):
+        from scipy import stats
 
     _fraction("confidence", confidence)
     (array,) = _arms("t_interval", values)
@@ -143,7 +146,8 @@ def bootstrap_interval(
     References:
       Efron, Better bootstrap confidence intervals, 1987.
     """
-    from scipy import stats
+    with extra("experiments"):
+        from scipy import stats
 
     _fraction("confidence", confidence)
     (array,) = _arms("bootstrap_interval", values)
@@ -220,7 +224,8 @@ def paired(
     References:
       Student, The probable error of a mean, 1908.
     """
-    from scipy import stats
+    with extra("experiments"):
+        from scipy import stats
 
     _fraction("confidence", confidence)
     if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
@@ -273,8 +278,9 @@ def mcnemar(correct_a: Any, correct_b: Any, *, ids_a: Any, ids_b: Any) -> McNema
       Fagerland, Lydersen and Laake, The McNemar test for binary matched-pairs data: mid-p and asymptotic are better
       than exact conditional, 2013, for the mid-p.
     """
-    from scipy import stats
-    from statsmodels.stats import contingency_tables
+    with extra("experiments"):
+        from scipy import stats
+        from statsmodels.stats import contingency_tables
 
     (a, ids_a), (b, ids_b) = _flags(correct_a, ids_a), _flags(correct_b, ids_b)
     if not np.array_equal(ids_a, ids_b):
@@ -315,7 +321,8 @@ def equivalence(a: Values, b: Values, *, delta: float, alpha: float = 0.05) -> M
       Schuirmann, A comparison of the two one-sided tests procedure and the power approach for assessing the
       equivalence of average bioavailability, 1987.
     """
-    from statsmodels.stats import weightstats
+    with extra("experiments"):
+        from statsmodels.stats import weightstats
 
     a, b, compared = _against_margin("equivalence", a, b, delta, alpha)
     p = weightstats.ttost_ind(a, b, -delta, delta, usevar="unequal")[0]
@@ -370,12 +377,12 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     outside = [f"{arm}: {p}" for arm, p in p_values.items() if not 0 <= p <= 1]
     if outside:
         raise ValueError(f"holm needs p-values between 0 and 1, got {', '.join(outside)}.")
-    if len(p_values) < 2:
-        return dict(p_values)
-    from statsmodels.stats import multitest
-
-    adjusted: Any = multitest.multipletests(list(p_values.values()), method="holm")[1]
-    return dict(zip(p_values, adjusted.tolist(), strict=True))
+    # Not statsmodels' multipletests, which collects garbage in each call: .1 s of a process that holds figures.
+    adjusted, largest = {}, 0.0
+    for rank, arm in enumerate(sorted(p_values, key=lambda arm: p_values[arm])):
+        largest = max(largest, min((len(p_values) - rank) * p_values[arm], 1.0))
+        adjusted[arm] = largest
+    return {arm: adjusted[arm] for arm in p_values}
 
 
 def hedges_g(a: Values, b: Values, *, confidence: float = 0.95) -> Interval:
@@ -399,8 +406,9 @@ def hedges_g(a: Values, b: Values, *, confidence: float = 0.95) -> Interval:
       Hedges, Distribution theory for Glass's estimator of effect size and related estimators, 1981.
       Steiger and Fouladi, Noncentrality interval estimation and the evaluation of statistical models, 1997.
     """
-    from scipy import special
-    from statsmodels.stats import meta_analysis
+    with extra("experiments"):
+        from scipy import special
+        from statsmodels.stats import meta_analysis
 
     _fraction("confidence", confidence)
     a, b = _arms("hedges_g", a, b)
@@ -432,7 +440,8 @@ def seeds_needed(sd: float, delta: float, *, power: float = 0.8, alpha: float = 
     References:
       Cohen, Statistical power analysis for the behavioral sciences, 1988, chapter 2.
     """
-    from statsmodels.stats import power as power_analysis
+    with extra("experiments"):
+        from statsmodels.stats import power as power_analysis
 
     _fraction("power", power)
     _fraction("alpha", alpha)
@@ -468,7 +477,8 @@ def _arms(test: str, *arms: Values) -> list[np.ndarray]:
 
 def _t_test(a: np.ndarray, b: np.ndarray, **options: Any) -> Any:
     """Runs scipy's t-test of two samples without its warning that one is constant, which is no fault."""
-    from scipy import stats
+    with extra("experiments"):
+        from scipy import stats
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import optax
 import pytest
 from absl import flags
 
@@ -94,6 +95,8 @@ class TestDistill:
         again = results.read(tmp_path / "online" / "results.json")
         there, here = (r["arms"]["teacher"]["accuracy"] for r in (found, again))
         assert here == pytest.approx(there, abs=0.02)  # bfloat16 here
+        assert again["flags"]["teacher"] == "digits_teacher"  # as it was loaded
+        assert again["flags"]["teacher_epochs"] is None
         assert again["robustness"]["teacher"]["clean"] == [pytest.approx(h) for h in here]
 
     @pytest.mark.once
@@ -120,6 +123,23 @@ class TestDistill:
         assert errors.startswith("error: ")
         assert "digits" in errors
         assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_training_it_says_what_is_kept_and_goes_on(tmp_path, number):
+    command = small_run(tmp_path / "run", "--save_every_s=0", "--method=kd")
+    process = start(*command[:1], *command[2:], "--epochs=5000")  # without --smoke
+    end = time.monotonic() + 120
+    while not [*(tmp_path / "run").rglob("checkpoints/*")]:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output) == (128 + number, "")
+    assert errors.startswith("stopped by ")
+    assert errors.endswith(" the same command continues.\n")
+    assert errors.count("\n") == 1
 
 
 def test_hinton_smoke_omits_the_digit_and_corrects_its_bias(tmp_path):
@@ -166,15 +186,39 @@ def bad_npz(path, classes):
         (["--batch_size=65"], "65 does not divide over 2 devices; use 64 or 66"),
         (["--temperature=0"], "--temperature=0.0 must be above 0"),
         (["--method=scratch,kdd"], "--method=kdd: there is no arm kdd; did you mean kd"),
-        (["--method=kd,kd"], "names an arm twice"),
+        (["--method=kd,kd"], "--method=kd,kd must name one or more different arms"),
+        (["--method="], "--method= must name one or more"),
+        (["--hard_weight=0", "--soft_weight=0"], "leave kd nothing to learn"),
+        (["--ema=1"], "--ema=1 would keep the first weights"),
+        (
+            ["--smoke", "--accumulate=9"],
+            "than the students' whole training has, which is 4; use --accumulate=4",
+        ),
+        (
+            ["--epochs=3", "--teacher_num_train=64", "--accumulate=9"],
+            "than the teacher's whole training has, which is 3",
+        ),
+        (["--teacher_num_train=5000"], "--num_train=5000 is not between 1 and the"),
+        (["--views=4"], "--views=4 would change nothing: --teacher_mode=centre stores no"),
+        (
+            ["--teacher_dir={tmp}", "--teacher=resnet56", "--teacher_epochs=50"],
+            "--teacher=resnet56 and --teacher_epochs=50 would change nothing: --teacher_dir takes up",
+        ),
         (["--seeds=0,one"], "--seeds=0,one must be whole numbers"),
         (["--seeds=1,1"], "must be different numbers"),
+        (["--seeds="], "--seeds= must be different numbers"),
+        (["--seeds=-1"], "must be different numbers from 0"),
+        (["--seeds=4294967296"], "must be different numbers from 0 to 4294967295"),
         (["--num_train=5000"], "--num_train=5000 is not between 1 and the"),
         (["--devices=3"], "3 devices were asked for, this process has 2"),
         (["--mixup=0.2"], "--teacher_mode=online"),
         (["--method=kd,scratch+hint"], "--method=scratch.hint: there is no arm scratch"),
         (["--method=hint", "--weights=hint=big"], "--weights=hint=big must be NAME=NUMBER"),
+        (["--method=hint", "--weights=hint=nan"], "--weights=hint=nan must be NAME=NUMBER"),
+        (["--method=hint", "--weights=hint=-1"], "with a number from 0 on"),
+        (["--method=hint", "--weights=hint=1,hint=2"], "--weights=hint=1,hint=2 has two weights of hint"),
         (["--method=hint", "--weights=hnit=3"], "there is no method hnit"),
+        (["--method=kd,rkd", "--weights=hint=3"], "--weights=hint=3: no arm of --method=kd,rkd has hint"),
         (
             ["--method=attention_transfer", "--padding=1"],
             "--method=attention_transfer compares maps.*online or views",
@@ -185,7 +229,7 @@ def bad_npz(path, classes):
             ["--method=decoupled_kl", "--mixup=0.2", "--teacher_mode=online"],
             "--method=decoupled_kl reads one label per image",
         ),
-        (["--teacher_dir={tmp}"], "holds no finished teacher"),
+        (["--teacher_dir={tmp}"], "holds no finished network"),
         (["--student=keras_student", "--dataset=folder:{tmp}/none"], "none"),
     ],
 )
@@ -197,10 +241,27 @@ def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch, arguments, 
     flags_set(f"--workdir={tmp_path / 'run'}", *(a.format(tmp=tmp_path) for a in arguments))
     with pytest.raises(ValueError, match=said):
         distill.main()
+    assert not (tmp_path / "run").exists()  # so the corrected command finds an empty place
+
+
+def test_the_largest_seed_is_a_seed():
+    (seed,) = common.seeds_of(["4294967295"])
+    params, model_state = models.init(models.build("digits_student", num_classes=10), (8, 8, 1), seed=seed)
+    assert int(train.init_state(params, model_state, optax.sgd(0.1), seed=seed).seed) == 2**32 - 1
+    feed = data.resident_feed((), np.arange(64), seed=seed, batch_size=8, steps_per_dispatch=8)
+    assert sorted(feed.at(0)[1].ravel()) == list(range(64))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_that_are_none_are_refused(tmp_path, value):
+    flags_set(f"--workdir={tmp_path}", f"--learning_rate={value}")
+    with pytest.raises(ValueError, match=f"--learning_rate={value} must be a finite number"):
+        launching.check_finite(flags.FLAGS)
 
 
 @pytest.mark.parametrize(
-    "argument", ["--hard_weight=-0.1", "--soft_weight=-1", "--epochs=0", "--tempreture=3"]
+    "argument",
+    ["--hard_weight=-0.1", "--soft_weight=-1", "--epochs=0", "--tempreture=3", "--learning_rate=0"],
 )
 def test_absl_refuses_values_out_of_range_and_unknown_flags(tmp_path, argument):
     with pytest.raises(flags.Error, match=argument.split("=")[0].strip("-")):

@@ -13,7 +13,7 @@ LIBRARY = ROOT / "kdjax"
 EXPERIMENTS = ROOT / "experiments"
 
 LAYERS = [
-    {"types", "files", "interrupts"},
+    {"types", "files", "extras", "interrupts"},
     {"checkpoints", "results"},
     {"losses", "attributions", "curvature", "landscape", "saddles", "models", "data", "parallel"},
     {"transforms", "teacher", "train", "evaluate", "significance"},

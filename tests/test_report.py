@@ -628,8 +628,10 @@ def test_command_reports_a_directory_and_names_every_damaged_file(tmp_path):
     for name, (content, _) in NAMED.items():
         (folder / f"{name}.json").write_text(content)
     done = run_report("--results=found", "--output=all.html", directory=tmp_path)
-    assert (done.returncode, done.stdout) == (1, f"all.html: 3 of {3 + len(NAMED)} results.\n"), done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("not in it: ")]
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith(f"all.html: 3 of {3 + len(NAMED)} results, ")
+    assert done.stdout.endswith(f"{(tmp_path / 'all.html').stat().st_size / 1e6:.1f} MB.\n")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
     assert len(lines) == len(NAMED)
     text = Reader((tmp_path / "all.html").read_text(encoding="utf-8")).all_text()
     for name, (_, said) in NAMED.items():
@@ -645,10 +647,28 @@ def test_command_reports_runs_by_their_names(tmp_path):
         results.write(tmp_path / "runs" / run / "results.json", make())
         (tmp_path / "runs" / run / "run.json").write_text("{}")  # a run's own record is no result
     done = run_report("--results=runs", "--output=all.html", directory=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "all.html: 2 of 2 results.\n"), done.stderr
+    assert (done.returncode, done.stdout[:27]) == (0, "all.html: 2 of 2 results, 0"), done.stderr
     text = Reader((tmp_path / "all.html").read_text(encoding="utf-8")).all_text()
     assert "one" in text
     assert "group/two" in text
+
+
+def test_command_writes_no_page_that_was_not_asked_for(tmp_path):
+    results.write(tmp_path / "results" / "one.json", DESCRIBED)
+    (tmp_path / "a.md").write_text("<!-- results: one -->\n<!-- end -->\n")
+    done = run_report("--results=results", directory=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --output is missing")
+    done = run_report("--results=results", "--documents=a.md", directory=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "a.md: its tables are those of results.\n"), done.stderr
+    assert "| scratch | 5 |" in (tmp_path / "a.md").read_text()
+    assert not [*tmp_path.rglob("*.html")]
+
+
+def test_a_page_tells_how_many_results_are_drawn(tmp_path):
+    seen = []
+    report.page([make(), make()], path=tmp_path / "page.html", progress=seen.append)
+    assert seen == [1, 2]
 
 
 def run_report(*arguments, directory):

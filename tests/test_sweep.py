@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -115,6 +116,8 @@ class TestSpace:
         (["--space=epochs=1:3", "--final_seeds=4,5"], "have some in common"),
         (["--space=epochs=1:3", "--final_seeds=one"], "must be whole numbers"),
         (["--space=epochs=1:3", "--gpus=0,1"], "one for each of --workers=1"),
+        (["--space=epochs=1:3", "--method=hint,kd", "--weights=hint=2"], "no arm of --method=kd has hint"),
+        (["--space=epochs=1:3", "--final_seeds=4294967296"], "from 0 to 4294967295"),
         (
             ["--space=epochs=1:3", "--experiment=distil"],
             "no module experiments.distil. Did you mean 'distill'",
@@ -274,6 +277,47 @@ class TestSearch:
         for a, b in zip(again["trials"], whole["trials"], strict=True):
             assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
+    @pytest.mark.parametrize("damage", ["digit", "digest", "moved", "left out", "another sweep's"])
+    def test_a_journal_that_was_changed_is_refused_and_its_advice_helps(
+        self, swept, tmp_path, monkeypatch, damage
+    ):
+        monkeypatch.setattr(distill, "main", fake_main(rising))
+        whole = swept(*FAKE, "--num_trials=4")
+        journal = tmp_path / "sweep" / "journal.log"
+        lines = journal.read_bytes().splitlines(keepends=True)
+        at = next(i for i, line in enumerate(lines) if b'"values": [0.' in line)
+        if damage == "digit":
+            lines[at] = lines[at].replace(b'"values": [0.', b'"values": [9.')
+        elif damage == "digest":
+            lines[at] = lines[at].replace(b'"sha256": "', b'"sha256": "0')
+        elif damage == "moved":
+            lines[at : at + 2] = reversed(lines[at : at + 2])
+        elif damage == "left out":
+            del lines[at]
+        else:
+            (tmp_path / "sweep").rename(tmp_path / "first")
+            swept(*FAKE, "--num_trials=4", "--sweep_seed=1")
+            at = 0
+        journal.write_bytes(b"".join(lines))
+        refused = rf"journal\.log, line {at + 1}, was changed or is of another sweep\. Delete that file and"
+        again = ("--sweep_seed=1",) if damage == "another sweep's" else ()
+        with pytest.raises(ValueError, match=refused):
+            swept(*FAKE, "--num_trials=4", *again)
+        journal.unlink()
+        shutil.rmtree(tmp_path / "sweep" / "trials")
+        found = swept(*FAKE, "--num_trials=4", *again)
+        assert again or found["arms"] == whole["arms"]
+
+    def test_data_that_changed_need_another_workdir(self, swept, tmp_path, monkeypatch):
+        monkeypatch.setattr(distill, "main", fake_main(rising))
+        images, labels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8), np.arange(60) % 3
+        data = tmp_path / "data.npz"
+        np.savez(data, images=images, labels=labels)
+        swept(*FAKE, f"--dataset={data}", "--num_trials=2")
+        np.savez(data, images=255 - images, labels=labels)
+        with pytest.raises(ValueError, match=r"holds another run \(data"):
+            swept(*FAKE, f"--dataset={data}", "--num_trials=3")
+
     def test_another_space_needs_another_workdir(self, swept, monkeypatch):
         monkeypatch.setattr(distill, "main", fake_main(rising))
         swept(*FAKE, "--num_trials=2")
@@ -386,6 +430,20 @@ class TestProcesses:
         assert errors.splitlines()[-1].startswith("error: worker ")
         assert "(rate 0." in errors
         assert "--bad is set. Its output is in" in errors
+
+    @pytest.mark.parametrize(
+        ("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGTERM, 1)]
+    )
+    def test_stopped_it_says_so_and_succeeds_no_more(self, start, tmp_path, number, workers):
+        process = start("--num_trials=5", f"--workers={workers}", f"--together={workers}", "--pause=600")
+        before = self.lines(tmp_path, at_least=workers)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 128 + number
+        assert errors.splitlines()[-1].startswith("stopped")
+        assert errors.splitlines()[-1].endswith("the same command continues.")
+        assert "Traceback" not in errors
+        assert not any(is_alive(pid) for *_, pid in before)
 
     def test_a_misspelt_experiment_is_one_sentence(self, start):
         process = start("--experiment=distil")

@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax.traverse_util import flatten_dict
 
+from experiments import common
 from experiments.benchmarks import attributions_peers
 from kdjax import models, results
 from kdjax.models import layers, narrow
@@ -335,13 +336,11 @@ def compare(case: str, times: dict[str, list[float]]) -> dict[str, dict[str, flo
     return found
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Times every case and writes one result file."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: every setting is a --flag.")
     cores = sorted(os.sched_getaffinity(0))
     if THREADS.value > len(cores):
-        raise app.UsageError(f"--threads={THREADS.value} needs as many cores, this process has {len(cores)}.")
+        raise ValueError(f"--threads={THREADS.value} needs as many cores, this process has {len(cores)}.")
     os.sched_setaffinity(
         0, cores[-THREADS.value :]
     )  # before XLA counts the cores, which its first operation does
@@ -377,4 +376,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.launch(main)

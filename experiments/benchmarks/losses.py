@@ -38,8 +38,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments import common
 from kdjax import losses, results
 
 OUTPUT = flags.DEFINE_string("output", None, "Result file to write.")
@@ -389,13 +390,11 @@ def compare(found: dict[str, dict[str, list]]) -> dict[str, dict[str, float]]:
     return compared
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Measures every case and writes one result file."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: every setting is a --flag.")
     cores = sorted(os.sched_getaffinity(0))
     if THREADS.value > len(cores):
-        raise app.UsageError(f"--threads={THREADS.value} needs as many cores, this process has {len(cores)}.")
+        raise ValueError(f"--threads={THREADS.value} needs as many cores, this process has {len(cores)}.")
     # before XLA counts the cores, which its first operation does
     os.sched_setaffinity(0, cores[-THREADS.value :])
     keep_freed_memory()
@@ -403,7 +402,7 @@ def main(argv: list[str]) -> None:
     try:
         import torch
     except ImportError as error:
-        raise app.UsageError(f"{error}: the peer is PyTorch, pip install 'kdjax[bench]'.") from error
+        raise ValueError(f"{error}: the peer is PyTorch, pip install 'kdjax[bench]'.") from error
     torch.set_num_threads(THREADS.value)
     rounds, seconds = (2, 0.01) if SMOKE.value else (ROUNDS.value, SECONDS.value)
     wanted = tuple(LOSSES.value or (SMOKE_LOSSES if SMOKE.value else [""]))
@@ -411,7 +410,7 @@ def main(argv: list[str]) -> None:
     cases = make_cases(SMALL if SMOKE.value else Sizes())
     chosen = {name: one for name, one in cases.items() if name.startswith(wanted)}
     if not chosen:
-        raise app.UsageError(
+        raise ValueError(
             f"--losses={','.join(wanted)} names none of {sorted({n.split()[0] for n in cases})}."
         )
     for name, one in chosen.items():
@@ -444,4 +443,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.launch(main)

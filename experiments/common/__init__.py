@@ -28,6 +28,7 @@ from experiments.common.launching import alone as alone
 from experiments.common.launching import bar as bar
 from experiments.common.launching import claim_workdir as claim_workdir
 from experiments.common.launching import launch as launch
+from experiments.common.launching import refuse_given as refuse_given
 from experiments.common.launching import released as released
 from experiments.common.launching import say as say
 from experiments.common.launching import settings_of as settings_of
@@ -45,12 +46,14 @@ from experiments.common.teachers import load_teacher as load_teacher
 from experiments.common.teachers import network_in as network_in
 from experiments.common.teachers import taught_by as taught_by
 from experiments.common.teachers import train_teacher as train_teacher
+from experiments.common.training import LEAST_RATE as LEAST_RATE
 from experiments.common.training import OPTIMIZERS as OPTIMIZERS
 from experiments.common.training import SCHEDULES as SCHEDULES
 from experiments.common.training import Recipe as Recipe
 from experiments.common.training import Taught as Taught
 from experiments.common.training import Trained as Trained
 from experiments.common.training import check_disk as check_disk
+from experiments.common.training import check_recipe as check_recipe
 from experiments.common.training import make_trainer as make_trainer
 from experiments.common.training import shelf as shelf
 from experiments.common.training import tensorboard as tensorboard

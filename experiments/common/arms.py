@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from kdjax.types import Batch, Outputs
 
 BASIC = ("scratch", "kd")
 """The arms beside METHODS: labels alone, and Hinton's distillation, whose weights are flags."""
+
+MAX_SEED = 2**32 - 1  # a run keeps its seed as uint32
 
 WARM_UP = 20 / 240  # share of a run over which a term's weight rises to its value
 FIRST = 30 / 240  # share of a run in which such a term is alone, and after which it is gone
@@ -85,8 +88,12 @@ class Terms(nn.Module):
 
 
 def check_methods(names: Sequence[str], *, weights: Sequence[str], mixup: bool) -> dict[str, float]:
-    """Refuses arms that there are not; returns the weights that ``--weights`` sets."""
+    """Refuses arms that there are not, and weights of others; returns the weights that ``--weights`` sets."""
     known = (*BASIC, *METHODS)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"--method={','.join(names)} must name one or more different arms, such as scratch,kd."
+        )
     for name in names:
         for part in name.split("+"):
             if part not in known or (part == "scratch" and name != part):
@@ -100,23 +107,34 @@ def check_methods(names: Sequence[str], *, weights: Sequence[str], mixup: bool) 
     found = {}
     for item in weights:
         name, _, value = item.partition("=")
-        try:
-            found[name] = float(value)
-        except ValueError as error:
-            raise ValueError(f"--weights={item} must be NAME=NUMBER, such as hint=50.") from error
         if name not in METHODS:
             raise ValueError(f"--weights={item}: there is no method {name}; kd has --soft_weight.")
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = math.nan
+        if not 0 <= weight < math.inf:
+            raise ValueError(
+                f"--weights={item} must be NAME=NUMBER with a number from 0 on, such as hint=50."
+            )
+        if name in found:
+            raise ValueError(f"--weights={','.join(weights)} has two weights of {name}.")
+        if not any(name in arm.split("+") for arm in names):
+            raise ValueError(f"--weights={item}: no arm of --method={','.join(names)} has {name}.")
+        found[name] = weight
     return found
 
 
 def seeds_of(values: Sequence[str]) -> list[int]:
-    """What ``--seeds`` names; a ValueError unless they are different numbers from 0 on."""
+    """What ``--seeds`` names; a ValueError unless they are different numbers that fit into 32 bits."""
     try:
         seeds = [int(seed) for seed in values]
     except ValueError as error:
         raise ValueError(f"--seeds={','.join(values)} must be whole numbers, such as 0,1,2.") from error
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"--seeds={','.join(values)} must be different numbers from 0 on, such as 0,1,2.")
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) > MAX_SEED:
+        raise ValueError(
+            f"--seeds={','.join(values)} must be different numbers from 0 to {MAX_SEED}, such as 0,1,2."
+        )
     return seeds
 
 

@@ -2,17 +2,23 @@
 
 import contextlib
 import errno
+import io
+import logging as python_logging
+import math
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from tqdm import tqdm
 
+from experiments import process
+from experiments.common import compiled
 from kdjax import files, train
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -21,23 +27,28 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def launch(main: Callable[[], Any], *, before: Callable[[Sequence[str]], None] = lambda argv: None) -> None:
     """Parses the flags and runs ``main``; whatever is wrong with its input becomes one sentence and exit code 2.
 
+    Help is no error and exits 0. A process that is asked to stop says in one line what is kept, and exits 130 after
+    Ctrl-C and 143 after SIGTERM, so that in ``distill && deploy`` nothing is deployed.
+
     ``before`` is called with the arguments before they are parsed, for a program whose flags depend on them.
     """
+    process.end_on_signals(_advice)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to lose a result
 
-    def parse(argv: Sequence[str]) -> Any:
+    def parse(argv: Sequence[str]) -> list[str]:
         with _refusing():
             before(argv)
-        return app.parse_flags_with_usage(list(argv))
+        return _parsed(argv)
 
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax reports every save at the level of information
-        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-        cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-        if not jax.config.values["jax_compilation_cache_dir"]:
-            jax.config.update("jax_compilation_cache_dir", f"{cache}/kdjax/xla")
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        python_logging.getLogger("matplotlib").setLevel("ERROR")  # it warns where there is no home directory
+        warnings.showwarning = lambda message, *_, **__: compiled.note(str(message))
         with _refusing():
+            compiled.keep()
             if len(argv) > 1:
                 raise ValueError(
                     f"unexpected arguments {argv[1:]}: every option is a flag, as in --workdir=runs/one."
@@ -47,25 +58,84 @@ def launch(main: Callable[[], Any], *, before: Callable[[Sequence[str]], None] =
     app.run(guarded, flags_parser=parse)
 
 
+def _parsed(argv: Sequence[str]) -> list[str]:
+    """Sets the flags; absl's refusals become one sentence, and its help exits 0."""
+    try:
+        left = flags.FLAGS(list(argv))
+        check_finite(flags.FLAGS)
+        return left
+    except (flags.Error, ValueError) as error:
+        _refuse(f"{' '.join(str(error).split()).rstrip(' .')}; --help lists all flags.")
+    except SystemExit:  # by --help, --helpshort or --helpfull, which absl calls a failure
+        sys.exit(0)
+
+
+def check_finite(values: flags.FlagValues) -> None:
+    """Refuses NaN and infinity, which pass the range of any flag or break the loss in the end."""
+    for name in values:
+        value = values[name].value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"flag --{name}={value} must be a finite number")
+
+
+def refuse_given(names: Iterable[str], because: str) -> None:
+    """Refuses those of the flags that were given, since they would decide nothing and yet be recorded."""
+    given = [
+        f"--{name}={flags.FLAGS[name].value}" for name in names if not flags.FLAGS[name].using_default_value
+    ]
+    if given:
+        raise ValueError(f"{' and '.join(given)} would change nothing: {because}.")
+
+
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
     try:
         yield
+    except SystemExit as ended:
+        process.say_stopped(ended)
+        raise
+    except KeyboardInterrupt:  # by a second Ctrl-C, while training is about to save
+        stopped = process.Stopped(signal.SIGINT, _advice())
+        process.say_stopped(stopped)
+        raise stopped from None
     except (ValueError, train.NonFiniteLoss) as error:
         _refuse(str(error))
     except ImportError as error:
-        _refuse(f"{error}. Install what the experiments need: pip install 'kdjax[experiments]'.")
+        missing = str(error)
+        if "pip install" not in missing:
+            missing = f"{missing}. Install what the experiments need: pip install 'kdjax[experiments]'."
+        _refuse(missing)
     except OSError as error:
-        if error.errno is None:  # a full sentence already
-            _refuse(str(error))
-        if error.errno in _FULL_DISK:
-            _refuse(f"the disk is full ({error}). Free some space and start the same command again.")
-        _refuse(f"{error.strerror or error}: {error.filename or 'no file named'}.")
+        _refuse(_sentence(error))
 
 
-def _refuse(sentence: str) -> None:
+def _sentence(error: OSError) -> str:
+    """What the operating system refused, and what to do about it."""
+    if error.errno is None:  # a full sentence already
+        return str(error)
+    if error.errno in _FULL_DISK:
+        return f"the disk is full ({error}). Free some space and start the same command again."
+    path = Path(error.filename or "no file named")
+    broken = next((p for p in (path, *path.parents) if p.is_symlink() and not p.exists()), None)
+    if broken:
+        return f"{broken} is a link to {os.readlink(broken)}, which does not exist; create that, or name another path."
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"{path} would have to be a directory, but a file of this name or above it is in the way."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{path} cannot be read or written by this user ({error.strerror}); name another path."
+    return f"{error.strerror or error}: {path}."
+
+
+def _refuse(sentence: str) -> NoReturn:
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
+
+
+def _advice() -> str:
+    """What someone who stops this process wants to know."""
+    if not _locks:
+        return "nothing was lost; start the same command again."
+    return f"what is finished in {Path(_locks[0].name).parent} is kept, and the same command continues."
 
 
 def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:

@@ -17,7 +17,11 @@ def scratch(outputs: Outputs, batch: Batch) -> Mapping[str, jax.Array]:
 
 
 def kd(*, hard_weight: float, soft_weight: float, temperature: float) -> train.Objective:
-    """The labels, and what the teacher says of every class."""
+    """The labels, and what the teacher says of every class; a ValueError if both weights are 0."""
+    if hard_weight == soft_weight == 0:
+        raise ValueError(
+            "--hard_weight=0 and --soft_weight=0 leave kd nothing to learn; one must be above 0."
+        )
 
     def objective(outputs: Outputs, batch: Batch) -> Mapping[str, jax.Array]:
         soft = losses.soft_target_kl(outputs.logits, batch["teacher_logits"], temperature=temperature)

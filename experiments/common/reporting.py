@@ -63,6 +63,7 @@ def conclude(
       drawn: the arms whose curves are kept and drawn; all by default. More than a few hide each other.
       **optional: further fields of the result, such as ``robustness`` and ``costs``.
     """
+    weak = weak_teachers(arms, "scratch" if "scratch" in arms else baseline)
     totals = {arm: _total([run.sums for run in runs]) for arm, runs in arms.items()}
     result = results.make(
         name,
@@ -81,7 +82,7 @@ def conclude(
         confusion={arm: sums["confusion"].astype(int).tolist() for arm, sums in totals.items()},
         wall_clock_s=wall_clock_s,
         scaled_down=scaled_down,
-        notes=[*notes, *task.notes],
+        notes=[*notes, *weak, *task.notes, *_of_trainings(arms, arm_seeds)],
         class_names=list(task.source.class_names),
         **optional,
     )
@@ -89,8 +90,39 @@ def conclude(
     if output and jax.process_index() == 0:
         results.write(output, result)
         report.save_figure(Path(output).with_suffix(".png"), result)
+    for note in weak:
+        say(f"note: {note}")
     say(f"Checkpoints, results.json, figure.png and report.html are in {workdir}/.")
     return result
+
+
+def weak_teachers(arms: Mapping[str, Sequence[Trained | Teacher]], baseline: str) -> list[str]:
+    """A sentence for each kind of teacher that is less accurate than students that learnt without one."""
+
+    def found(arm: str) -> tuple[float, str]:
+        values = [run.metrics["accuracy"] for run in arms[arm]]
+        mean = sum(values) / len(values)
+        return mean, f"{mean:.2%} (n = {len(values)})"
+
+    own, said = found(baseline)
+    return [
+        f"The arm {arm} is less accurate than {baseline}: {found(arm)[1]} against {said}. Students cannot be expected "
+        "to gain from it; train it longer, or on more images."
+        for arm in arms
+        if arm.endswith("teacher") and found(arm)[0] < own
+    ]
+
+
+def _of_trainings(
+    arms: Mapping[str, Sequence[Trained | Teacher]], arm_seeds: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """What trainings have noted, such as that they went on on another machine: each sentence once, with whose it is."""
+    whose: dict[str, list[str]] = {}
+    for arm, runs in arms.items():
+        for seed, run in zip(arm_seeds[arm], runs, strict=True):
+            for note in run.notes:
+                whose.setdefault(note, []).append(f"{arm}, seed {seed}")
+    return [f"{'; '.join(names)}: {note}" for note, names in whose.items()]
 
 
 def publish(workdir: Path, result: Mapping[str, Any], *, metrics: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ class Teacher(NamedTuple):
     metrics: dict[str, float]
     sums: dict[str, np.ndarray]  # on the test split, from which the metrics follow
     history: list[dict[str, float]]
+    notes: tuple[str, ...] = ()  # of its training
 
 
 def train_teacher(
@@ -41,7 +42,15 @@ def train_teacher(
     """
     trained = trainer(seed, directory, f"teacher, seed {seed}")
     return Teacher(
-        name, module, trained.weights, task.mean, task.std, trained.metrics, trained.sums, trained.history
+        name,
+        module,
+        trained.weights,
+        task.mean,
+        task.std,
+        trained.metrics,
+        trained.sums,
+        trained.history,
+        trained.notes,
     )
 
 

@@ -36,6 +36,9 @@ SCHEDULES = {
 }
 
 
+LEAST_RATE = 1e-12  # of a learning rate flag: at 0 nothing is learnt, and yet it is reported
+
+
 class Recipe(NamedTuple):
     """How a network is trained, whatever it is trained on."""
 
@@ -84,6 +87,17 @@ def make_optimizer(recipe: Recipe, *, steps: int) -> optax.GradientTransformatio
     if recipe.ema:
         tx = optax.chain(tx, transforms.parameter_ema(recipe.ema))
     return optax.MultiSteps(tx, recipe.accumulate).gradient_transformation() if recipe.accumulate > 1 else tx
+
+
+def check_recipe(task: Task, recipe: Recipe, *, of: str = "the students'") -> None:
+    """Raises a ValueError if the recipe would never update a weight, or its optimizer refuses a setting."""
+    batches = max(len(task.split["train"]) // recipe.batch_size, 1) * recipe.epochs
+    if batches < recipe.accumulate:
+        raise ValueError(
+            f"--accumulate={recipe.accumulate} takes more batches for one update than {of} whole training has, which "
+            f"is {batches}; use --accumulate={batches} or less, or more epochs."
+        )
+    make_optimizer(recipe, steps=batches)
 
 
 VIEW_SEED = 20_231  # of the stored views; part of every column's header
@@ -245,6 +259,11 @@ class Trained(NamedTuple):
     def history(self) -> list[dict[str, float]]:
         """One record per epoch."""
         return self.fitted.history
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader of its numbers should know."""
+        return self.fitted.notes
 
 
 def identity_of(task: Task, module: Any, recipe: Recipe) -> dict[str, Any]:
@@ -464,16 +483,17 @@ def batch_size_for(task: Task, num_examples: int) -> int:
 def check_disk(task: Task, workdir: Path, runs: Mapping[Any, int], *, column_bytes: int) -> None:
     """Raises a ValueError if the disk has less room than the runs' checkpoints and columns will need.
 
-    ``runs`` maps a network to how many of it are trained. A run keeps two checkpoints of parameters, two moments and
-    the best parameters, and its final weights; one more is there while it is written. ``column_bytes`` is what a
-    teacher's stored columns take.
+    The workdir need not be there yet. ``runs`` maps a network to how many of it are trained. A run keeps two
+    checkpoints of parameters, two moments and the best parameters, and its final weights; one more is there while it is
+    written. ``column_bytes`` is what a teacher's stored columns take.
     """
     shape = task.source.images.shape[1:]
     parameters = sum(
         n * models.count_parameters(models.init(module, shape, seed=0)[0]) for module, n in runs.items()
     )
     needed = 4 * 13 * parameters + column_bytes + 2**24
-    free = shutil.disk_usage(workdir).free
+    there = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise ValueError(
             f"this run needs about {needed / 2**20:.0f} MiB in {workdir}, the disk has {free / 2**20:.0f} MiB left; "

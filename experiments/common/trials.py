@@ -3,35 +3,102 @@
 Not imported by ``experiments.common``, so that only a sweep needs Optuna.
 """
 
+import json
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import BaseJournalBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.common import spaces
 from experiments.common.launching import alone
+from kdjax import files
 
 OUTCOMES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 SEED_STEPS = 10**6  # Optuna's step is the epoch, and this much more for each seed: above any number of epochs
 
 
-def open_study(workdir: Path, *, random_trials: int, spared_epochs: int) -> optuna.Study:
+class Journal(BaseJournalBackend):
+    """Optuna's journal as lines that each hold a digest of the sweep, of all lines before, and of their own content.
+
+    A line that was changed, moved or left out, or is another sweep's, is thus noticed whenever the file is read.
+
+    Args:
+      path: of the file, which any number of processes may have open.
+      sweep: digest of what is swept.
+    """
+
+    def __init__(self, path: Path, sweep: str):
+        self._path, self._digest = path, sweep  # of the lines read so far
+        self._logs: list[dict[str, Any]] = []
+        self._end = 0  # of those lines in the file
+        self._lock = JournalFileOpenLock(str(path.absolute()))
+        path.touch()
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """Yields the logs from a number on; a ValueError names the first line that does not fit."""
+        with open(self._path, "rb") as file:
+            file.seek(self._end)
+            for line in file:
+                if not line.endswith(b"\n"):  # another process is writing it
+                    break
+                self._logs.append(self._checked(line))
+                self._end += len(line)
+        return iter(self._logs[log_number_from:])
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Adds lines, in place of one that a killed process has left unfinished."""
+        self._lock.acquire()
+        try:
+            self.read_logs(0)
+            digest, lines = self._digest, b""
+            for log in map(files.json_ready, logs):
+                digest = files.digest_json([digest, log])
+                lines += json.dumps({"sha256": digest, "log": log}).encode() + b"\n"
+            with open(self._path, "r+b") as file:
+                file.truncate(self._end)
+                file.seek(self._end)
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            self._lock.release()
+
+    def _checked(self, line: bytes) -> dict[str, Any]:
+        try:
+            content = json.loads(line)
+            digest = files.digest_json([self._digest, content["log"]])
+            intact = digest == content["sha256"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            digest, intact = "", False
+        if not intact:
+            raise ValueError(
+                f"{self._path}, line {len(self._logs) + 1}, was changed or is of another sweep. Delete that file and "
+                f"{self._path.parent / 'trials'}/, then start the same command again; teachers and columns in "
+                "shared/ are kept."
+            )
+        self._digest = digest
+        return content["log"]
+
+
+def open_study(
+    workdir: Path, settings: Mapping[str, Any], *, random_trials: int, spared_epochs: int
+) -> optuna.Study:
     """The study of a sweep, which any number of processes may have open.
 
     Args:
       workdir: of the sweep.
+      settings: of the sweep, to which its journal belongs.
       random_trials: finished trials that pruning needs to compare with.
       spared_epochs: epochs before which no trial is pruned.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path = str((workdir / "journal.log").absolute())
-    backend = JournalFileBackend(path, lock_obj=JournalFileOpenLock(path))
+    backend = Journal(workdir / "journal.log", files.digest_json(dict(settings)))
     return optuna.create_study(
         storage=optuna.storages.JournalStorage(backend),
         study_name="sweep",
@@ -41,12 +108,9 @@ def open_study(workdir: Path, *, random_trials: int, spared_epochs: int) -> optu
     )
 
 
-def mend_journal(workdir: Path) -> None:
-    """Removes what a killed process may have left of a write, while no other process has the study open."""
-    path = workdir / "journal.log"
-    Path(f"{path}.lock").unlink(missing_ok=True)
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+def unlock_journal(workdir: Path) -> None:
+    """Removes the lock that a killed process may have left, while no other process has the study open."""
+    Path(f"{workdir / 'journal.log'}.lock").unlink(missing_ok=True)
 
 
 def next_trial(

@@ -1,5 +1,6 @@
 """Processes that do parts of one command side by side, and end with it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-_TASK = "KDJAX_TASK"  # not a flag, so that results name the command that the user gave
+from experiments import process
+
+_TASK = process.WORKER  # not a flag, so that results name the command that the user gave
 
 
 def my_task(module: str) -> Any:
@@ -38,36 +41,46 @@ def in_children(
       meanwhile: called every half second.
 
     Raises:
-      ValueError: with the last line in the log of the first that failed.
+      ValueError: with the last line in the log of the first that failed, or if it was killed.
       SystemExit: with its code, if it has told the terminal why.
+      process.Stopped: if this process, or one of them, was asked to stop. All have saved by then.
     """
     command = [sys.executable, "-m", module, *sys.argv[1:]]
     children: list[subprocess.Popen] = []
-    try:
+    with _signals() as received, _ended(children):
         for number, task in enumerate(tasks):
             environment = os.environ | {_TASK: json.dumps({module: task})}
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = gpus[number]
             output = open(logs[number], "wb") if logs else None  # noqa: SIM115
             # Nothing is ever written to the pipe: it breaks when this process ends, which the child waits for.
-            children.append(
-                subprocess.Popen(
-                    command, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output
-                )
-            )
+            # A group of its own, since a terminal sends Ctrl-C to the whole group of this process.
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
+            children.append(subprocess.Popen(command, env=environment, process_group=0, **pipes))
             if output:
                 output.close()  # the child has its own
-        while any(child.poll() is None for child in children) and not any(
-            child.returncode for child in children
-        ):
+        codes: list[int | None] = []
+        while not received:
+            codes = [child.poll() for child in children]
+            if any(codes) or None not in codes:
+                break
             time.sleep(0.5)
             meanwhile()
-        failed = next((number for number, child in enumerate(children) if child.returncode), None)
-    finally:
-        _end(children)
+    if received:
+        raise process.Stopped(received[0], "the workers have saved; the same command continues.")
+    failed, code = next(((number, code) for number, code in enumerate(codes) if code), (None, 0))
     if failed is None:
         return
-    code = children[failed].returncode
+    for asked in process.SIGNALS:
+        if code in (-asked, 128 + asked):
+            raise process.Stopped(
+                asked, f"worker {failed} was told to, so all have saved; the same command continues."
+            )
+    if code < 0:
+        raise ValueError(
+            f"worker {failed} was killed ({signal.Signals(-code).name}), by the system if its memory ran out; the same "
+            "command continues."
+        )
     if not logs:
         sys.exit(code)
     said = logs[failed].read_text(errors="replace").strip().splitlines() or ["nothing was said."]
@@ -77,17 +90,35 @@ def in_children(
     )
 
 
-def _end(children: Sequence[subprocess.Popen]) -> None:
-    """Asks those that still run to save and stop, and waits for them."""
-    for child in children:
-        if child.poll() is None:
-            child.terminate()
-    for child in children:
-        try:
-            child.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects the numbers of the signals by which this process is asked to stop, for the caller to act on."""
+    received: list[int] = []
+    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in process.heeded()}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _ended(children: Sequence[subprocess.Popen]) -> Iterator[None]:
+    """Asks those that still run in the end to save and stop, and waits for them."""
+    try:
+        yield
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+        for child in children:
+            try:
+                child.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+            if child.stdin:
+                child.stdin.close()
 
 
 def end_with_parent() -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Int, Int8, Int32, UInt8
 
 from kdjax.data import arrays, folders, stored
 from kdjax.data.stored import first_ten
+from kdjax.extras import extra
 
 GROUP_PATTERNS = {"malaria": r"C\d+(?:P\d+)?"}
 """For :func:`groups_of`: the part of a key that names the patient, of sets whose examples are not independent."""
@@ -81,13 +82,8 @@ def load(
         raise ValueError(f"image_size must be (height, width), two integers above 0; got {image_size}.")
     if skip_broken and not name.startswith("folder:"):
         raise ValueError(f"skip_broken applies to folders of image files; {name} is none.")
-    try:
+    with extra("experiments"):
         return _load(name, data_dir, image_size, skip_broken)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"loading {name} needs the package {error.name}: pip install 'kdjax[experiments]'",
-            name=error.name,
-        ) from error
 
 
 def _load(

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from kdjax import significance
+from kdjax.extras import extra
 from kdjax.report import words
 from kdjax.report.words import Result
 
@@ -58,8 +59,9 @@ def svg(panel: Panel, *, key: str) -> str:
       panel: what to draw.
       key: differs between the figures of a page, so that their internal names do not clash.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    with extra("experiments"):
+        import matplotlib
+        from matplotlib.figure import Figure
 
     with matplotlib.rc_context(
         style({"svg.fonttype": "none", "svg.hashsalt": key} | {"image.composite_image": False})
@@ -237,7 +239,8 @@ def in_two_lines(text: str, width: int = 24) -> str:
 
 def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % t-interval of the mean of at least two values."""
-    from scipy import stats
+    with extra("experiments"):
+        from scipy import stats
 
     mean, sd, n = significance.summarise(values.tolist())
     half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 from kdjax import files
+from kdjax.extras import extra
 from kdjax.report import networks, runs, words
 from kdjax.report.drawing import LIGHT, Panel, style
 from kdjax.report.words import Result
@@ -57,8 +58,9 @@ def save_figure(path: str | os.PathLike[str], result: Result) -> None:
     Raises:
       ValueError: if the result has nothing to draw, or the suffix is no image format.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    with extra("experiments"):
+        import matplotlib
+        from matplotlib.figure import Figure
 
     shown = main_panels(result)[:2]
     if not shown:

@@ -3,7 +3,7 @@
 import html
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kdjax import files
 from kdjax.report import drawing, figures, tables, words
@@ -35,6 +35,7 @@ def page(
     title: str | None = None,
     names: Sequence[str] = (),
     problems: Sequence[str] = (),
+    progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Writes one HTML file that needs nothing else: text, tables and figures of one result or of several.
 
@@ -44,6 +45,7 @@ def page(
       title: of the page; the name of a single result when None.
       names: headings of several results, which may have been made by the same experiment; its name when empty.
       problems: sentences about results that could not be read, from :func:`load`.
+      progress: called after each result with how many are drawn; one takes seconds if it has many figures.
     """
     found = [shown] if isinstance(shown, Mapping) else list(shown)
     title = title or (str(found[0]["name"]) if len(found) == 1 else "kdjax results")
@@ -59,7 +61,9 @@ def page(
         ]
         body.append(f"<nav><ol>{''.join(links)}</ol></nav>")
     headings = names if len(found) > 1 else [""]
-    body += [_section(*both, key=f"r{i}") for i, both in enumerate(zip(headings, found, strict=False))]
+    for i, both in enumerate(zip(headings, found, strict=False)):
+        body.append(_section(*both, key=f"r{i}"))
+        progress(i + 1)
     files.write_text(path, _PAGE.format(title=_esc(title), style=_css(), body="\n".join(body)))
 
 

@@ -125,8 +125,10 @@ def command_line() -> str:
     """The command that started this process, with a module shown as ``python -m`` and no path of this machine."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
-    home = str(Path.home())
-    arguments = [a.replace(os.getcwd() + os.sep, "").replace(home, "~") for a in sys.argv[1:]]
+    arguments = [argument.replace(os.getcwd() + os.sep, "") for argument in sys.argv[1:]]
+    home = os.path.expanduser("~").rstrip(os.sep)  # "~" if there is none, and nothing is left of "/"
+    if home:
+        arguments = [argument.replace(home, "~") for argument in arguments]
     return f"{program} {shlex.join(arguments)}".rstrip()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from kdjax import data
+from kdjax.extras import extra
 from kdjax.types import Scalar
 
 
@@ -84,7 +85,8 @@ def jpeg(
     Raises:
       ValueError: for another number of channels.
     """
-    from PIL import Image
+    with extra("experiments"):
+        from PIL import Image
 
     del keys
     if images.shape[-1] not in (1, 3):

@@ -1,0 +1,243 @@
+"""A launched process: how it ends, what it says, and what of its surroundings it does without."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments.common import compiled, reporting, workers
+from kdjax import results
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROGRAM = """
+import hashlib, os, sys
+import jax, jax.numpy as jnp
+from absl import flags
+from experiments import common, process
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
+TEMPERATURE = flags.DEFINE_float("temperature", 3.0, "Of nothing.", lower_bound=0.0)
+DO = flags.DEFINE_string("do", "print", "What is done.")
+
+
+def main():
+    if DO.value == "load":
+        print("ready", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes without an instruction of Python's
+    common.claim_workdir(WORKDIR.value, {})
+    if DO.value == "work":
+        print("ready", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+    if DO.value == "stopped":
+        raise process.Stopped(15, "saved at step 7.")
+    print("0.9 ± 0.1 ↑", jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))(jnp.ones((3, 3)))[0, 0])
+
+
+common.launch(main)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the program above in a process of its own."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "program.py").write_text(PROGRAM)
+    started = []
+
+    def start(*arguments, **environment):
+        paths = os.pathsep.join([str(ROOT), str(tmp_path / "mine")])
+        command = [sys.executable, "-m", "program", *map(str, arguments)]
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = inherited | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"} | environment
+        started.append(subprocess.Popen(command, env=environment, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def outcome(process):
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+@pytest.mark.once
+def test_help_is_no_error_and_misuse_is_one_sentence(start, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    cases = {
+        ("--help",): (0, "--workdir"),
+        ("--helpfull",): (0, "--verbosity"),
+        ("--workdir=x", "--tempreture=3"): (2, "'tempreture'. Did you mean: temperature"),
+        ("--workdir=x", "--temperature=-1"): (2, "--temperature=-1"),
+        (): (2, "--workdir"),
+        ("--workdir=x", "more"): (2, "unexpected arguments ['more']"),
+        (f"--workdir={tmp_path / 'link'}",): (2, f"link is a link to {tmp_path / 'nowhere'}"),
+        (f"--workdir={tmp_path / 'file' / 'run'}",): (2, "would have to be a directory"),
+    }
+    running = {arguments: start(*arguments) for arguments in cases}
+    for arguments, process in running.items():
+        (code, said), (found, output, errors) = cases[arguments], outcome(process)
+        assert found == code, (arguments, errors)
+        assert said in (errors if code else output), arguments
+        assert errors.count("\n") == (1 if code else 0), errors
+        assert errors.startswith("error: ") == bool(code)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("number", "do", "said"),
+    [
+        (signal.SIGINT, "load", "stopped by Ctrl-C; nothing was lost; start the same command again.\n"),
+        (
+            signal.SIGINT,
+            "work",
+            "stopped by Ctrl-C; what is finished in {run} is kept, and the same command continues.\n",
+        ),
+        (
+            signal.SIGTERM,
+            "work",
+            "stopped by SIGTERM; what is finished in {run} is kept, and the same command continues.\n",
+        ),
+    ],
+)
+def test_a_signal_ends_it_at_once_with_one_line(start, tmp_path, number, do, said):
+    process = start(f"--workdir={tmp_path / 'run'}", f"--do={do}")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert outcome(process) == (128 + number, "", said.format(run=tmp_path / "run"))
+
+
+@pytest.mark.once
+def test_while_it_still_imports_too(tmp_path):
+    command = [sys.executable, "-m", "experiments.distill", f"--workdir={tmp_path / 'run'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONVERBOSE": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert any("import 'numpy'" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    # Among what Python says of every import.
+    assert "stopped by Ctrl-C; nothing was written.\n" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.once
+def test_what_training_says_when_it_is_stopped_is_passed_on(start, tmp_path):
+    process = start(f"--workdir={tmp_path / 'run'}", "--do=stopped")
+    assert outcome(process) == (143, "", "stopped by SIGTERM; saved at step 7.\n")
+
+
+@pytest.mark.once
+def test_without_a_home_and_on_an_ascii_terminal(start, tmp_path):
+    (tmp_path / "file").touch()  # not even root can make a directory below it
+    process = start(f"--workdir={tmp_path / 'run'}", HOME=str(tmp_path / "file"), PYTHONIOENCODING="ascii")
+    code, output, errors = outcome(process)
+    assert code == 0, errors
+    assert output.startswith("0.9 ? 0.1 ? ")
+    assert errors.count("\n") == 1
+    assert errors.startswith("note: no home directory to keep compiled programs in")
+
+
+def test_a_user_without_a_home_at_all(monkeypatch, capsys):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    kept = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        compiled.keep()
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
+    assert "no home directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("home", "said"), [("/", "--workdir=/data/run"), ("/data", "--workdir=~/run")])
+def test_a_recorded_command_survives_any_home(monkeypatch, home, said):
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(sys, "argv", ["x", "--workdir=/data/run"])
+    assert results.command_line().replace("'", "").endswith(said)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_compiled_program_is_replaced(start, tmp_path, damage):
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def run():
+        return outcome(start(f"--workdir={tmp_path / 'run'}", **cache))
+
+    whole = run()
+    entries = sorted((tmp_path / "cache").glob("*-cache"))
+    assert entries
+    for path in entries:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data[: len(data) // 2] if damage == "cut" else data)
+    for said in ("note: a damaged program", ""):
+        again = run()
+        assert again[:2] == whole[:2]
+        assert again[2].startswith(said)
+        assert bool(again[2]) == bool(said)
+
+
+WORKER = """
+import os, signal, sys, time
+from experiments.common import workers
+
+task = workers.my_task("worker")
+if task == "wait":
+    time.sleep(60)
+if task == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if task == "told":
+    os.kill(os.getpid(), signal.SIGTERM)
+print("error: out of luck.")
+sys.exit(2)
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("task", "error", "said"),
+    [
+        ("fail", ValueError, "worker 1 ended with code 2: out of luck"),
+        ("killed", ValueError, r"worker 1 was killed \(SIGKILL\)"),
+        ("told", SystemExit, "143"),
+    ],
+)
+def test_a_worker_that_ends_early_ends_those_before_it(tmp_path, monkeypatch, task, error, said):
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
+    monkeypatch.setattr(sys, "argv", ["worker"])
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    with pytest.raises(error, match=said):
+        workers.in_children("worker", ["wait", task], logs=logs)
+
+
+class Run:
+    def __init__(self, accuracy):
+        self.metrics = {"accuracy": accuracy}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "said"), [(0.8, ["The arm teacher is less accurate than scratch: 80.00%"]), (0.9, [])]
+)
+def test_a_teacher_worse_than_the_labels_alone_is_noted(accuracy, said):
+    notes = reporting.weak_teachers({"teacher": [Run(accuracy)], "scratch": [Run(0.8), Run(0.9)]}, "scratch")
+    assert [note[: len(start)] for note, start in zip(notes, said, strict=True)] == said
+    assert all("(n = 1) against 85.00% (n = 2)" in note for note in notes)
