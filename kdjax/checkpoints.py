@@ -360,7 +360,8 @@ def _checked_manifest(step_path: Any, identity: Mapping[str, Any] | None) -> dic
                 raise ValueError(f"{name} has changed since it was saved")
     except files.Mismatch as error:
         raise files.Mismatch(
-            f"{error} Move {step_path.parent} away or delete it to start anew, or choose another directory."
+            f"{error} Use what it was written with, move {step_path.parent} away or delete it to start anew, or choose "
+            "another directory."
         ) from error
     except (ValueError, OSError) as error:
         raise _Damaged(str(error)) from error

@@ -220,6 +220,18 @@ class TestFiles:
 
 
 class TestClaim:
+    def test_a_run_that_has_left_no_work_gives_way_to_the_corrected_command(self, tmp_path):
+        npz, run = write_npz(tmp_path / "data.npz"), tmp_path / "run"
+        with pytest.raises(train.NonFiniteLoss, match=r"not finite"):
+            distilled(run, npz, "--learning_rate=1e30", "--optimizer=sgd")
+        assert (run / "run.json").exists()
+        arms, _ = distilled(run, npz)
+        assert arms == distilled(tmp_path / "other", npz)[0]
+        with pytest.raises(
+            ValueError, match=r"holds another run \(learning_rate 0\.001 there and 0\.002 here\)"
+        ):
+            distilled(run, npz, "--learning_rate=0.002")
+
     def test_a_kill_while_the_record_is_written_leaves_a_workdir_that_can_be_claimed(self, tmp_path):
         with common.released():
             workdir = common.claim_workdir(str(tmp_path / "run"), {"a": 1})

@@ -141,7 +141,8 @@ def _advice() -> str:
 def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
     """Makes the workdir this run's own, or takes it up again if an equal run was begun there.
 
-    A record that is missing or damaged is written again: everything else that is read back from a workdir carries the
+    A workdir without any work of the other run is taken over, so that a corrected command can follow one that has
+    diverged at once. A record that is missing or damaged is written again: everything else that is read back from a workdir carries the
     identity of its run too, and is refused if it is another's.
 
     Args:
@@ -164,7 +165,7 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
     except files.Damaged as error:
         warnings.warn(f"{error} It is written again.", stacklevel=2)
         different = ""
-    if different:
+    if different and _holds_work(workdir):
         raise ValueError(
             f"--workdir={path} holds another run ({different}); name another directory, or delete that one."
         )
@@ -172,6 +173,14 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
     if jax.process_index() == 0:
         files.write_sealed(record, wanted)
     return workdir
+
+
+def _holds_work(workdir: Path) -> bool:
+    """Whether a run has left more than its record; one that was refused, or has diverged at once, has not."""
+    return any(
+        path.is_file() and path.suffix not in (".tmp", _LOCK) and path.name not in ("run.json", _LOCK)
+        for path in workdir.rglob("*")
+    )
 
 
 _LOCK = ".lock"  # in every workdir, from before anything else is
