@@ -5,7 +5,8 @@ return one value per example, except :func:`dist`, which compares the columns of
 Soft losses carry the factor T², which keeps their gradient on one scale as the temperature varies, so that a weight
 chosen at one temperature stays meaningful at another.
 
-Logits may be as large as ±1e4: everything happens on log-probabilities, so values and gradients stay finite.
+Logits may be as large as ±1e4: everything happens on log-probabilities, so values and gradients stay finite. A logit of
+-inf masks its class, and a negative label is void, as :mod:`kdjax.losses` says.
 """
 
 import jax
@@ -109,7 +110,7 @@ def squared_logits(
     .. math:: \frac{1}{C} \sum_k (s_k - t_k)^2
 
     Unlike the losses on probabilities it also asks for the teacher's common offset: adding a constant to all scores
-    of an example changes it.
+    of an example changes it. The mean is over the classes that neither of the two rules out.
 
     Args:
       student_logits: unnormalised scores of the student.
@@ -155,13 +156,13 @@ def decoupled_kl(
     Args:
       student_logits: unnormalised scores of the student.
       teacher_logits: unnormalised scores of the teacher; constant under differentiation.
-      labels: the target class of each example, 0 to classes - 1.
+      labels: the target class of each example, 0 to classes - 1; void if negative.
       target_weight: α, one for all examples or one for each; constant under differentiation.
       non_target_weight: β, likewise.
       temperature: softening T > 0.
 
     Returns:
-      One non-negative value per example; zero where both predict the same, and where there is only one class.
+      One non-negative value per example; zero where both predict the same.
 
     Raises:
       ValueError: if the temperature is not above 0.
@@ -252,9 +253,9 @@ def logit_standardised_kl(
     .. math:: T^2 \, \mathrm{KL}(\sigma(\hat t / T) \,\|\, \sigma(\hat s / T)),
               \quad \hat z = \frac{z - \bar z}{10^{-7} + \mathrm{sd}(z)}
 
-    with the unbiased deviation over the classes, as in the authors' code (their algorithm 1 divides by C). The student
-    has to match the relations among the teacher's logits, not their scale. T² is their algorithm's too; divide by it to
-    compare with a value without it. Logits that are all equal become zeros and get no gradient.
+    with the unbiased deviation over the classes that are not masked, as in the authors' code (their algorithm 1 divides
+    by C). The student has to match the relations among the teacher's logits, not their scale. T² is their algorithm's
+    too; divide by it to compare with a value without it. Logits that are all equal become zeros and get no gradient.
 
     Args:
       student_logits: unnormalised scores of the student.
@@ -328,7 +329,7 @@ def teacher_free_kl(
 
     Args:
       student_logits: unnormalised scores of the student.
-      labels: the right class of each example, 0 to classes - 1.
+      labels: the right class of each example, 0 to classes - 1; void if negative.
       correct_probability: a, what the virtual teacher gives to the label, between 0 and 1.
       temperature: softening T > 0.
 
@@ -336,7 +337,7 @@ def teacher_free_kl(
       One non-negative value per example.
 
     Raises:
-      ValueError: if an option is out of range: the temperature is above 0, the probability between 0 and 1.
+      ValueError: if the temperature is not above 0, or the probability not between 0 and 1.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -467,7 +468,7 @@ def label_smoothing_cross_entropy(
 
     Args:
       student_logits: unnormalised scores of the student.
-      labels: the right class of each example, 0 to classes - 1.
+      labels: the right class of each example, 0 to classes - 1; void if negative.
       smoothing: ε from 0, which is plain cross-entropy, to 1.
 
     Returns:

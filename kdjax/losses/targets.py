@@ -40,7 +40,7 @@ def mixup_targets(
     A teacher that sees the blends needs none of this: its scores are the soft target, and these serve the hard loss.
 
     Args:
-      labels: of the unblended images, 0 to classes - 1.
+      labels: of the unblended images, 0 to classes - 1; one that is void, negative, adds nothing to a row.
       partner: the place in the batch, π(i), of the image that each was blended with.
       share: λ of the first image, one for the batch or one per example, as :func:`kdjax.data.mixup` returns it.
       num_classes: length of a row.
@@ -77,7 +77,7 @@ def cutmix_targets(
     The share is counted from the mask itself, so a box that was clipped at the border is accounted for.
 
     Args:
-      labels: of the images before pasting, 0 to classes - 1.
+      labels: of the images before pasting, 0 to classes - 1; void, adding nothing, if negative.
       partner: the place in the batch, π(i), of the image that each piece came from.
       kept: true where the first image remains; one mask for the batch, or one per example.
       num_classes: length of a row.
@@ -150,7 +150,8 @@ def average_logits(
 
     .. math:: \sum_m w_m t_m, \quad \sum_m w_m = 1
 
-    A teacher that is sure against a class can veto it; :func:`average_probabilities` lets any one propose it.
+    A teacher that is sure against a class, or masks it, can veto it; :func:`average_probabilities` lets any one propose
+    it.
 
     Args:
       teacher_logits: unnormalised scores, one teacher after the other along the first axis.
@@ -221,11 +222,11 @@ def confidence_weights(
 
     Args:
       teacher_logits: unnormalised scores, one teacher after the other along the first axis.
-      labels: the right class of each example, 0 to classes - 1.
+      labels: the right class of each example, 0 to classes - 1; void if negative.
 
     Returns:
       Weights that sum to one over the teachers, between 0 and 1 / (M - 1), for :func:`average_probabilities` or
-      :func:`average_logits`; 1 for a single teacher.
+      :func:`average_logits`; 1 for a single teacher, and equal ones where the label is void.
 
     Cost:
       O(M·B·C) time, O(M·B·C) memory.
@@ -269,7 +270,7 @@ def spread_top_k(
       nothing is left for a class. Float32, constant under differentiation.
 
     Raises:
-      ValueError: if the temperature is not above 0.
+      ValueError: if the temperature is not above 0, or k exceeds the number of classes.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -306,7 +307,7 @@ def privileged(
     Args:
       student_logits: unnormalised scores of the student, from its own inputs.
       teacher_logits: unnormalised scores of the teacher, from the privileged inputs; constant under differentiation.
-      labels: the right class of each example, 0 to classes - 1.
+      labels: the right class of each example, 0 to classes - 1; void if negative.
       soft_weight: λ, the imitation parameter, from 0 (labels only) to 1 (teacher only).
       temperature: T > 0, of the teacher's softmax.
 
@@ -345,7 +346,9 @@ def dice(
               = \frac1C \sum_c \frac{\sum_x (p - g)^2}{\sum_x p^2 + \sum_x g^2 + \varepsilon}
 
     computed in the second form, which cannot cancel. With squares in the denominator it is zero for soft targets too,
-    just where the student equals them, so a teacher's softmax may stand for the labels.
+    just where the student equals them, so a teacher's softmax may stand for the labels. A position whose target is zero
+    for every class, as ``jax.nn.one_hot`` makes of a void label, counts nothing; nor does a class that is masked
+    everywhere.
 
     Args:
       student_logits: unnormalised scores at every position.
@@ -386,7 +389,7 @@ def lovasz(
 
     with errors m = 1 - p_c where the label is c and p_c elsewhere, in decreasing order (1), (2), …, and J_c(S) the
     Jaccard loss of class c if just the positions S were wrong. At probabilities 0 and 1 it is the Jaccard loss itself.
-    A position whose label is outside 0 to classes - 1 (a void label) counts nothing.
+    A position whose label is void, below 0, counts nothing.
 
     The measure is not additive over images. This is its per-image form; for that of a whole batch join the batch into
     the height: ``lovasz(s.reshape(1, -1, *s.shape[2:]), y.reshape(1, -1, y.shape[2]))``. To distil, take the teacher's
