@@ -9,12 +9,13 @@ import inspect
 import numbers
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from kdjax.types import Scalar
 
@@ -57,6 +58,7 @@ def checked(loss: Callable[P, R]) -> Callable[P, R]:
     """
     signature = inspect.signature(loss)
     hints = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    arrays = [name for name, hint in hints.items() if _leaves(hint)]
 
     @functools.wraps(loss)
     def with_checks(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -75,8 +77,9 @@ def checked(loss: Callable[P, R]) -> Callable[P, R]:
                 _check_values(name, value, hint, sizes)
         except ValueError as error:
             raise ValueError(f"{loss.__name__} needs {error}") from None
-        for name, value in given.arguments.items():
-            given.arguments[name] = jax.tree.map(_as_jax, value) if _leaves(hints[name]) else value
+        given.arguments |= {
+            name: jax.tree.map(_as_jax, given.arguments[name]) for name in arrays if name in given.arguments
+        }
         return loss(*given.args, **given.kwargs)
 
     return with_checks
@@ -87,9 +90,13 @@ def _parts(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(hint, type) and issubclass(hint, tuple) and isinstance(value, hint):
         for field, inner in typing.get_type_hints(hint).items():
             yield f"{name}.{field}", getattr(value, field), inner
-    elif typing.get_origin(hint) is tuple and isinstance(value, Sequence):
-        for i, (item, inner) in enumerate(zip(value, typing.get_args(hint), strict=False)):
-            yield f"{name}[{i}]", item, inner
+    elif (
+        isinstance(value, tuple | list)
+        and typing.get_origin(hint) is tuple
+        and len(value) == len(hint.__args__)
+    ):
+        for i, pair in enumerate(zip(value, hint.__args__, strict=True)):
+            yield f"{name}[{i}]", *pair
     else:
         yield name, value, hint
 
@@ -98,6 +105,8 @@ def _leaves(hint: Any) -> list[Any]:
     """The arrays and numbers that an annotation allows; none if it is of something else, which is not checked."""
     if typing.get_origin(hint) is Annotated:
         return _leaves(typing.get_args(hint)[0])
+    if isinstance(hint, type) and issubclass(hint, tuple):
+        return [leaf for member in typing.get_type_hints(hint).values() for leaf in _leaves(member)]
     if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):
         return [leaf for member in typing.get_args(hint) for leaf in _leaves(member)]
     known = hint in (int, float) or getattr(getattr(hint, "dtype", None), "__name__", None) in _KINDS
@@ -153,7 +162,7 @@ def _bind(dims: list[str], shape: tuple[int, ...], sizes: dict[str, Any]) -> boo
 def _check_values(name: str, value: Any, hint: Any, sizes: dict[str, Any]) -> None:
     """Refuses numbers out of range, where they are known."""
     leaves = _leaves(hint)
-    if not leaves or value is None or isinstance(value, jax.core.Tracer):
+    if not leaves or value is None or isinstance(value, Tracer):
         return
     limit = sizes.get(_NUMBERED_BY.get(name, ""))
     if limit is not None and np.size(value) and getattr(value, "is_fully_addressable", True):

@@ -279,8 +279,10 @@ def correlation_distance(
     if isinstance(rank_weight, (int, float)) and rank_weight == 0:
         return loss
     ranked = live & ~jnp.isneginf(teacher)
-    ranks = (_soft_ranks(logits, ranked, rank_temperature) for logits in (student, teacher))
-    return loss + rank_weight * _one_minus_pearson(*ranks, ranked)
+    student_ranks, teacher_ranks = (
+        _soft_ranks(logits, ranked, rank_temperature) for logits in (student, teacher)
+    )
+    return loss + rank_weight * _one_minus_pearson(student_ranks, teacher_ranks, ranked)
 
 
 @checked

@@ -369,8 +369,8 @@ def dice(
     """
     g = jax.lax.stop_gradient(target_probabilities).astype(jnp.float32)
     void = jnp.sum(g, axis=-1, keepdims=True) == 0
-    log_p = _normalise(jnp.where(void, -jnp.inf, _live(student_logits)))
-    live, p = jnp.any(~jnp.isneginf(log_p), axis=(-3, -2)), jnp.exp(log_p)
+    scores = jnp.where(void, -jnp.inf, _live(student_logits))
+    live, p = jnp.any(~jnp.isneginf(scores), axis=(-3, -2)), _softmax(scores)
     apart, student, target = (jnp.sum(jnp.square(x), axis=(-3, -2)) for x in (p - g, p, g))
     each = jnp.where(live, apart / (student + target + smoothing), 0)
     return jnp.sum(each, axis=-1) / jnp.maximum(jnp.sum(live, axis=-1), 1)
@@ -410,7 +410,7 @@ def lovasz(
       equation 9 and algorithm 1.
     """
     shape = (*labels.shape[:-2], -1, student_logits.shape[-1])
-    p = jnp.exp(_normalise(_labelled(student_logits, labels)))
+    p = _softmax(_labelled(student_logits, labels))
     truth = _one_hot(labels, shape[-1]).astype(jnp.float32)
     p, truth = (jnp.swapaxes(x.reshape(shape), -1, -2) for x in (p, truth))
     void = jnp.sum(truth, axis=-2, keepdims=True) == 0
@@ -420,6 +420,12 @@ def lovasz(
     present = jnp.any(truth > 0, axis=-1)
     each = jnp.where(present, jnp.sum(error * weight, axis=-1), 0)
     return jnp.sum(each, axis=-1) / jnp.maximum(jnp.sum(present, axis=-1), 1)
+
+
+def _softmax(scores: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
+    """Zero, with a gradient of zero, for classes at -inf, even if all are."""
+    none = jnp.isneginf(jnp.max(scores, axis=-1, keepdims=True))
+    return jnp.where(none, 0, jax.nn.softmax(jnp.where(none, 0, scores)))
 
 
 def _sorted_steps(
