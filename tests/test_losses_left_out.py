@@ -91,7 +91,8 @@ def soft_ranks(x):
 
 def dist(s, t):
     p, q = np.exp(log_softmax(s)), np.exp(log_softmax(t))
-    return np.atleast_1d(2 - pearson(p, q).mean() - pearson(p.T, q.T).mean())
+    columns = np.nan_to_num(pearson(p.T, q.T))  # one that does not vary is uncorrelated
+    return np.atleast_1d(2 - pearson(p, q).mean() - columns.mean())
 
 
 class Case(NamedTuple):

@@ -87,15 +87,12 @@ def checked(loss: Callable[P, R]) -> Callable[P, R]:
 
 def _parts(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
     """An argument with its annotation; of a tuple of arrays every one."""
+    kinds = typing.get_args(hint)
     if isinstance(hint, type) and issubclass(hint, tuple) and isinstance(value, hint):
-        for field, inner in typing.get_type_hints(hint).items():
-            yield f"{name}.{field}", getattr(value, field), inner
-    elif (
-        isinstance(value, tuple | list)
-        and typing.get_origin(hint) is tuple
-        and len(value) == len(hint.__args__)
-    ):
-        for i, pair in enumerate(zip(value, hint.__args__, strict=True)):
+        for field, kind in typing.get_type_hints(hint).items():
+            yield f"{name}.{field}", getattr(value, field), kind
+    elif typing.get_origin(hint) is tuple and isinstance(value, tuple | list) and len(value) == len(kinds):
+        for i, pair in enumerate(zip(value, kinds, strict=True)):
             yield f"{name}[{i}]", *pair
     else:
         yield name, value, hint
