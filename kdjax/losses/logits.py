@@ -348,8 +348,10 @@ def teacher_free_kl(
       T 20, soft weight .1; in the authors' code for CIFAR-100 T 10 to 40, soft weight .1 or .95, by network.
     """
     student = _labelled(student_logits, labels)
-    right, live = _one_hot(labels, student.shape[-1]), ~jnp.isneginf(student)
-    wrong = (1 - correct_probability) / jnp.maximum(jnp.sum(live, axis=-1, keepdims=True) - 1, 1)
+    live = ~jnp.isneginf(student)
+    count = jnp.sum(live, axis=-1, keepdims=True)
+    right = _one_hot(labels, student.shape[-1]) & (count > 0)
+    wrong = (1 - correct_probability) / jnp.maximum(count - 1, 1)
     teacher = jnp.where(right, jnp.log(correct_probability), jnp.where(live, jnp.log(wrong), -jnp.inf))
     return temperature**2 * _divergence(_normalise(teacher / temperature), _normalise(student / temperature))
 
@@ -487,8 +489,9 @@ def label_smoothing_cross_entropy(
     """
     student = _labelled(student_logits, labels)
     live = ~jnp.isneginf(student)
-    even = live / jnp.maximum(jnp.sum(live, axis=-1, keepdims=True), 1)
-    smooth = (1 - smoothing) * _one_hot(labels, student.shape[-1]) + smoothing * even
+    count = jnp.sum(live, axis=-1, keepdims=True)
+    right = _one_hot(labels, student.shape[-1]) & (count > 0)
+    smooth = (1 - smoothing) * right + smoothing * live / jnp.maximum(count, 1)
     return _cross_entropy(smooth, _normalise(student))
 
 
