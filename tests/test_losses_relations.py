@@ -142,7 +142,7 @@ class TestLaws:
 
     @pytest.mark.parametrize("shape", [(1, 4), (3, 1), (1, 1)])
     def test_one_example_or_one_dimension(self, name, shape):
-        if name == "correlation_distance" and shape[1] == 1:
+        if name.startswith("correlation_distance") and shape[1] == 1:
             pytest.skip("a prediction over one class is refused")
         loss, gradient = jax.value_and_grad(partial(value, name))(*pair(*shape))
         assert np.isfinite(loss)
