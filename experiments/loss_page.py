@@ -24,7 +24,7 @@ OUTPUT = flags.DEFINE_string("output", "docs/losses.md", "Page to write.")
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = "kdjax/losses"
 COMPANIONS = "kdjax.models.companions"
-MODULES = ("logits", "features", "relations", "maps", "targets", "regression")
+MODULES = ("logits", "features", "relations", "maps", "targets", "regression", "reductions")
 SECTIONS = ("Args", "Returns", "Raises", "Cost", "References", "Examples")
 
 HEAD = """# Losses

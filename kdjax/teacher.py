@@ -102,7 +102,8 @@ def fill(
       progress: called as ``progress(rows_done, rows)`` after every chunk.
 
     Raises:
-      ValueError: if the directory holds other columns, or the teacher returns a NaN or an infinity.
+      ValueError: if the directory holds other columns, or the teacher returns a NaN or an infinity. Logits may be -inf
+        for masked classes, but not for all of an example.
       OSError: if a chunk could not be written.
     """
     batch_size = (64 if jax.default_backend() == "cpu" else 512) if batch_size is None else batch_size
@@ -226,9 +227,12 @@ def verify(
     )
     worst = 1.0
     for name, stored in columns.arrays.items():
-        rows = (
+        rows = [
             np.asarray(x, np.float64).reshape(len(index), -1) for x in (stored[index, view], recomputed[name])
-        )
+        ]
+        # A class that both mask agrees; one that only one of them masks is far off.
+        masked = np.isneginf(rows).all(axis=0)
+        rows = [np.where(masked, 0, np.maximum(x, -1e30)) for x in rows]
         problem, cosine = _disagreement(*rows, min_cosine=min_cosine, max_error=max_error)
         worst = min(worst, float(np.min(cosine)))
         if problem is not None:
@@ -321,22 +325,24 @@ def _named(rows: Any) -> dict[str, Any]:
 
 
 def _stored(array: np.ndarray, name: str, start: int, dtype: str) -> np.ndarray:
-    """The rows in their stored type; refuses what is not a finite number there."""
+    """The rows in their stored type; refuses what is not a finite number there, but for classes masked by -inf."""
     stored = array
     if jnp.issubdtype(array.dtype, jnp.floating):
         with np.errstate(over="ignore"):
             stored = array.astype(dtype)
-        bad = np.argwhere(~np.isfinite(stored))
-        if len(bad):
-            index, view, *_ = bad[0]
-            came = array[tuple(bad[0])]
-            advice = (
-                "store it with dtype='float32'"
-                if np.isfinite(came)
-                else "the teacher has diverged or its input is bad"
-            )
+        bad, dead = ~np.isfinite(stored), np.zeros(array.shape, bool)
+        if "logits" in name:
+            dead |= (array <= jnp.finfo(array.dtype).min / 2).all(axis=-1, keepdims=True)
+            bad = bad & ~np.isneginf(array) | dead
+        if bad.any():
+            index, view, *_ = place = tuple(np.argwhere(bad)[0])
+            advice = "the teacher has diverged or its input is bad"
+            if dead[place]:
+                advice = "it masks every class of that example, which leaves nothing to learn"
+            elif np.isfinite(array[place]):
+                advice = "store it with dtype='float32'"
             raise ValueError(
-                f"the teacher's {name} at index {start + index}, view {view}, is {came}: {advice}."
+                f"the teacher's {name} at index {start + index}, view {view}, is {array[place]}: {advice}."
             )
     return stored
 

@@ -142,6 +142,8 @@ class TestLaws:
 
     @pytest.mark.parametrize("shape", [(1, 4), (3, 1), (1, 1)])
     def test_one_example_or_one_dimension(self, name, shape):
+        if name.startswith("correlation_distance") and shape[1] == 1:
+            pytest.skip("a prediction over one class is refused")
         loss, gradient = jax.value_and_grad(partial(value, name))(*pair(*shape))
         assert np.isfinite(loss)
         assert np.isfinite(gradient).all()

@@ -307,6 +307,57 @@ def test_numbers_that_cannot_be_used_name_their_index(tmp_path, value, options, 
         teacher.load(tmp_path, header={})
 
 
+class TestMaskedClasses:
+    """A logit of -inf rules a class out, which is no divergence."""
+
+    def fill(self, path, logits, **options):
+        images = np.arange(len(logits), dtype=np.uint8).reshape(-1, 1, 1, 1)
+        given = {"logits": jnp.asarray(logits, jnp.float32)}
+
+        def masking(variables, images):
+            return {"logits": variables["logits"][images[:, 0, 0, 0]]}
+
+        columns = teacher.fill(path, masking, given, images, settings={}, batch_size=4, **options)
+        return columns, masking, given, images
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    def test_are_stored_read_back_and_verified(self, tmp_path, dtype):
+        logits = np.random.default_rng(0).normal(size=(6, 4))
+        logits[:, 3] = logits[2, 0] = -np.inf
+        columns, masking, variables, images = self.fill(tmp_path, logits, dtype=dtype)
+        np.testing.assert_allclose(columns.arrays["logits"][:, 0], logits, rtol=2e-3)
+        again = teacher.load(tmp_path, header={})
+        assert teacher.verify(again, masking, variables, images) > 0.999
+
+    def test_other_masks_are_other_columns(self, tmp_path):
+        logits = np.random.default_rng(0).normal(size=(6, 4))
+        columns, masking, _, images = self.fill(tmp_path, logits)
+        logits[3, 1] = -np.inf
+        with pytest.raises(ValueError, match="not this teacher's output"):
+            teacher.verify(columns, masking, {"logits": jnp.asarray(logits)}, images)
+
+    @pytest.mark.parametrize("masked", [-np.inf, np.finfo(np.float32).min])
+    def test_an_example_with_every_class_masked_is_refused(self, tmp_path, masked):
+        logits = np.zeros((6, 4))
+        logits[5] = masked
+        with pytest.raises(ValueError, match=r"logits at index 5, view 0, is .*: it masks every class"):
+            self.fill(tmp_path, logits)
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("logits", np.inf), ("logits", np.nan), ("features", -np.inf)]
+    )
+    def test_other_infinities_are_refused(self, tmp_path, name, value):
+        row = jnp.array([0.0, value, 1.0])
+        with pytest.raises(ValueError, match="has diverged"):
+            teacher.fill(
+                tmp_path,
+                lambda variables, images: {name: jnp.tile(row, (len(images), 1))},
+                {},
+                np.zeros((3, 1, 1, 1), np.uint8),
+                settings={},
+            )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,6 +8,23 @@ and writes the weights, so that what is minimised can be read where it is used::
     loss = hard_weight * jnp.mean(hard) + soft_weight * jnp.mean(soft)
 
 Losses over the relations within a batch return a scalar, and say so.
+
+**What is refused.** The annotations hold in use, not only in tests: dimensions of one name have one size, so that
+nothing broadcasts, and labels are integers. This is static and works under ``jit``. Options out of range, and labels of
+C or more, are refused where their values are known: Python numbers, NumPy arrays, and JAX arrays outside ``jit``, for
+which the call waits. Under ``jit`` a label of C or more makes the value NaN, at which training stops. NumPy arrays are
+taken as well.
+
+**Void labels.** A negative label, such as -1 or -100, is void in every loss: the example costs zero and moves nothing,
+whatever its logits hold. Its zero still counts in ``jnp.mean``; :func:`masked_mean` divides by the labelled examples
+only, also when the batch is cut over devices.
+
+**Masked classes.** A logit of -inf, or of the lowest number of its dtype, which some libraries write instead, rules a
+class out. What the student rules out does not exist for the teacher either: value and gradient are those of the other
+classes, the teacher's probabilities divided among them. What only the teacher rules out has probability zero for it:
+a loss between predictions makes the student give it up, and a loss between the scores themselves
+(:func:`squared_logits`, the ranks of :func:`correlation_distance`) leaves it out. An example without any class left
+costs zero. The cross-entropy with a label that the student rules out is infinite.
 """
 
 from kdjax.losses.features import activation_boundary as activation_boundary
@@ -38,6 +55,8 @@ from kdjax.losses.maps import attention_map as attention_map
 from kdjax.losses.maps import attribution_map as attribution_map
 from kdjax.losses.maps import gradient_match as gradient_match
 from kdjax.losses.maps import map_distance as map_distance
+from kdjax.losses.reductions import masked_mean as masked_mean
+from kdjax.losses.reductions import sum_and_count as sum_and_count
 from kdjax.losses.regression import best_hard_weight as best_hard_weight
 from kdjax.losses.regression import squared_error as squared_error
 from kdjax.losses.relations import CrdMemory as CrdMemory

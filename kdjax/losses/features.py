@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from kdjax.losses._checks import Exponent, Fraction, NonNegative, Positive, checked
 from kdjax.losses.maps import attention_map, map_distance
 from kdjax.types import Scalar
 
 
+@checked
 def hint(
     student_features: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
@@ -52,11 +54,12 @@ def hint(
     return _mean(jnp.square(_float(student_features) - _constant(teacher_features)))
 
 
+@checked
 def attention_transfer(
     student_features: Float[Array, "*batch student_height student_width student_channels"],
     teacher_features: Float[Array, "*batch teacher_height teacher_width teacher_channels"],
     *,
-    power: Scalar = 2.0,
+    power: Exponent = 2.0,
 ) -> Float[Array, "*batch"]:
     r"""Mean squared difference of where the two networks look: their energies over the image, of unit norm.
 
@@ -76,7 +79,7 @@ def attention_transfer(
       One value per example between 0 and 2 / P, zero where the attention maps are equal. Reduce with ``jnp.mean``.
 
     Raises:
-      ValueError: if the power is a Python number below 1.
+      ValueError: if the power is below 1.
 
     Cost:
       O(B·P·C) time, O(B·P·C) memory. Pooling to a size that does not divide the larger takes O(B·P²·C) time.
@@ -89,11 +92,12 @@ def attention_transfer(
     return map_distance(*_attention_maps(student_features, teacher_features, power))
 
 
+@checked
 def factor_transfer(
     student_factors: Float[Array, "*batch student_height student_width student_channels"],
     teacher_factors: Float[Array, "*batch teacher_height teacher_width teacher_channels"],
     *,
-    power: Scalar = 2.0,
+    power: Exponent = 2.0,
 ) -> Float[Array, "*batch"]:
     r"""Mean absolute difference of the energies of two factors over the image, of unit norm.
 
@@ -114,7 +118,7 @@ def factor_transfer(
       One non-negative value per example, zero where the factors are equal. Reduce with ``jnp.mean``.
 
     Raises:
-      ValueError: if the power is a Python number below 1.
+      ValueError: if the power is below 1.
 
     Cost:
       O(B·P·C) time, O(B·P·C) memory. Pooling to a size that does not divide the larger takes O(B·P²·C) time.
@@ -129,6 +133,7 @@ def factor_transfer(
     return jnp.mean(jnp.abs(student - teacher), axis=-1)
 
 
+@checked
 def neuron_selectivity(
     student_features: Float[Array, "*batch student_height student_width student_channels"],
     teacher_features: Float[Array, "*batch teacher_height teacher_width teacher_channels"],
@@ -172,6 +177,7 @@ def neuron_selectivity(
     return _kernel(teacher, teacher) + _kernel(student, student) - 2 * _kernel(student, teacher)
 
 
+@checked
 def solution_flow(
     student_features: tuple[
         Float[Array, "*batch height_a width_a first"], Float[Array, "*batch height_b width_b second"]
@@ -212,11 +218,12 @@ def solution_flow(
     return jnp.mean(jnp.square(student - teacher), axis=(-2, -1))
 
 
+@checked
 def activation_boundary(
     student_features: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
     *,
-    margin: Scalar = 1.0,
+    margin: NonNegative = 1.0,
 ) -> Float[Array, "*batch"]:
     r"""Squared hinge on which neurons fire: the student's are to be on the teacher's side of zero, by a margin.
 
@@ -235,7 +242,7 @@ def activation_boundary(
       One non-negative value per example, a sum over neurons. Reduce with ``jnp.mean``.
 
     Raises:
-      ValueError: if the margin is a Python number below 0.
+      ValueError: if the margin is below 0.
 
     Cost:
       O(B·P·C) time, O(B·P·C) memory.
@@ -245,13 +252,12 @@ def activation_boundary(
       2019. Default in the authors' code: m 1, a first stage of training with weight 3 / 1000 · 2^(i - n + 1) on layer
       i = 0, ..., n - 1.
     """
-    if isinstance(margin, (int, float)) and margin < 0:
-        raise ValueError(f"activation_boundary needs a margin of at least 0, got {margin}; the paper's is 1.")
     student = _float(student_features)
     away = jnp.where(_constant(teacher_features) > 0, -student, student)
     return _sum(jnp.square(jax.nn.relu(margin + away)))
 
 
+@checked
 def overhaul(
     student_features: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
@@ -288,6 +294,7 @@ def overhaul(
     return _sum(jnp.where((student > teacher) | (teacher > 0), jnp.square(student - teacher), 0))
 
 
+@checked
 def overhaul_margin(
     scale: Float[Array, " channels"], bias: Float[Array, " channels"]
 ) -> Float[Array, " channels"]:
@@ -320,6 +327,7 @@ def overhaul_margin(
     return jnp.where(often, jnp.minimum(bias - spread * ratio, 0), -3 * spread)
 
 
+@checked
 def review_hcl(
     student_features: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
@@ -363,12 +371,13 @@ def review_hcl(
     return functools.reduce(jnp.add, terms) / sum(weights)
 
 
+@checked
 def variational_information(
     student_mean: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
     *,
     log_scale: Float[Array, " channels"],
-    smallest_variance: Scalar = 1e-5,
+    smallest_variance: Positive = 1e-5,
 ) -> Float[Array, "*batch"]:
     r"""Negative log-likelihood of the teacher's map under a Gaussian that the student predicts, less its constant.
 
@@ -390,7 +399,7 @@ def variational_information(
       One value per example, of either sign. Reduce with ``jnp.mean``.
 
     Raises:
-      ValueError: if the smallest variance is a Python number that is not positive.
+      ValueError: if the smallest variance is not above 0.
 
     Cost:
       O(B·P·C) time, O(B·P·C) memory.
@@ -400,16 +409,12 @@ def variational_information(
       Default in Tian et al., `Contrastive Representation Distillation
       <https://arxiv.org/abs/1910.10699>`_, 2020: weight 1 for the sum over the middle maps.
     """
-    if isinstance(smallest_variance, (int, float)) and smallest_variance <= 0:
-        raise ValueError(
-            "variational_information needs a smallest_variance above 0, or a scale that shrinks makes the loss "
-            f"infinite; got {smallest_variance}, the authors use 1e-5."
-        )
     variance = jax.nn.softplus(_float(log_scale)) + smallest_variance
     error = jnp.square(_float(student_mean) - _constant(teacher_features))
     return 0.5 * (_mean(error / _per_channel(variance, error)) + jnp.mean(jnp.log(variance)))
 
 
+@checked
 def masked_generation(
     generated_features: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
@@ -445,8 +450,9 @@ def masked_generation(
     return _sum(jnp.square(_float(generated_features) - _constant(teacher_features)))
 
 
+@checked
 def mask_positions(
-    key: Array, features: Float[Array, "*batch height width channels"], *, fraction: Scalar = 0.65
+    key: Array, features: Float[Array, "*batch height width channels"], *, fraction: Fraction = 0.65
 ) -> Float[Array, "*batch height width channels"]:
     """Sets positions of a map to zero at random, all channels of one together.
 
@@ -459,7 +465,7 @@ def mask_positions(
       The map, of the same dtype; what remains is *not* scaled up.
 
     Raises:
-      ValueError: if the fraction is a Python number outside [0, 1).
+      ValueError: if the fraction is outside [0, 1).
 
     Cost:
       O(B·P·C) time, O(B·P·C) memory.
@@ -471,8 +477,9 @@ def mask_positions(
     return _mask(key, features, (*features.shape[:-1], 1), fraction)
 
 
+@checked
 def mask_channels(
-    key: Array, features: Float[Array, "*batch height width channels"], *, fraction: Scalar = 0.15
+    key: Array, features: Float[Array, "*batch height width channels"], *, fraction: Fraction = 0.15
 ) -> Float[Array, "*batch height width channels"]:
     """Sets channels of a map to zero at random, all positions of one together.
 
@@ -485,7 +492,7 @@ def mask_channels(
       The map, of the same dtype; what remains is *not* scaled up.
 
     Raises:
-      ValueError: if the fraction is a Python number outside [0, 1).
+      ValueError: if the fraction is outside [0, 1).
 
     Cost:
       O(B·P·C) time, O(B·P·C) memory.
@@ -555,8 +562,8 @@ def _attention_maps(student: Array, teacher: Array, power: Scalar) -> tuple[Arra
 def _unit_channels(x: Float[Array, "*batch positions channels"]) -> Float[Array, "*batch positions channels"]:
     """Channels scaled to unit norm over positions; one that is zero everywhere stays so and gets no gradient."""
     energy = jnp.sum(jnp.square(x), axis=-2, keepdims=True)
-    alive = energy > 1e-24
-    return jnp.where(alive, x * jax.lax.rsqrt(jnp.where(alive, energy, 1)), 0)
+    dead = energy <= 1e-24
+    return jnp.where(dead, 0, x * jax.lax.rsqrt(jnp.where(dead, 1, energy)))
 
 
 def _gram(a: Array, b: Array, *, axis: int) -> Array:
@@ -577,9 +584,5 @@ def _flow(first: Array, second: Array) -> Float[Array, "*batch first second"]:
 
 
 def _mask(key: Array, features: Array, shape: tuple[int, ...], fraction: Scalar) -> Array:
-    if isinstance(fraction, (int, float)) and not 0 <= fraction < 1:
-        raise ValueError(
-            f"a mask needs a fraction of at least 0 and below 1, got {fraction}; the paper's are .15 to .75."
-        )
     kept = jax.random.uniform(key, shape) >= fraction
     return jnp.where(kept, features, jnp.zeros((), features.dtype))

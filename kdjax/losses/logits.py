@@ -5,21 +5,24 @@ return one value per example, except :func:`dist`, which compares the columns of
 Soft losses carry the factor T², which keeps their gradient on one scale as the temperature varies, so that a weight
 chosen at one temperature stays meaningful at another.
 
-Logits may be as large as ±1e4: everything happens on log-probabilities, so values and gradients stay finite.
+Logits may be as large as ±1e4: everything happens on log-probabilities, so values and gradients stay finite. A logit of
+-inf masks its class, and a negative label is void, as :mod:`kdjax.losses` says.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kdjax.losses._checks import Share, Temperature, Uncertain, checked
 from kdjax.types import Scalar
 
 
+@checked
 def soft_target_kl(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "*batch classes"],
     *,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch"]:
     r"""Divergence of the student from the teacher's softened predictions.
 
@@ -37,7 +40,7 @@ def soft_target_kl(
       One non-negative value per example, in nats times T²; zero where both predict the same. Reduce with ``jnp.mean``.
 
     Raises:
-      ValueError: if the temperature is a Python number that is not positive.
+      ValueError: if the temperature is not above 0.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -54,16 +57,16 @@ def soft_target_kl(
       >>> float(soft_target_kl(teacher, teacher, temperature=4.0)[0])
       0.0
     """
-    _check_temperature("soft_target_kl", temperature)
     student, teacher = _log_softmax(student_logits, teacher_logits, temperature)
     return temperature**2 * _divergence(teacher, student)
 
 
+@checked
 def soft_target_cross_entropy(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "*batch classes"],
     *,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch"]:
     r"""Cross-entropy of the student under the teacher's softened predictions.
 
@@ -83,7 +86,7 @@ def soft_target_cross_entropy(
       One value per example, at least T² times the teacher's entropy.
 
     Raises:
-      ValueError: if the temperature is a Python number that is not positive.
+      ValueError: if the temperature is not above 0.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -92,13 +95,13 @@ def soft_target_cross_entropy(
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
       2015, section 2, where this is the form of the soft loss. Default there: T 2.5 to 20, soft weight .9 or more.
     """
-    _check_temperature("soft_target_cross_entropy", temperature)
     student, teacher = _log_softmax(student_logits, teacher_logits, temperature)
     return temperature**2 * _cross_entropy(jnp.exp(teacher), student)
 
 
+@checked
 def squared_logits(
-    student_logits: Float[Array, "*batch classes"], teacher_logits: Float[Array, "*batch classes"]
+    student_logits: Float[Array, "*batch scores"], teacher_logits: Float[Array, "*batch scores"]
 ) -> Float[Array, "*batch"]:
     r"""Mean over the classes of the squared difference of the logits.
 
@@ -107,7 +110,7 @@ def squared_logits(
     .. math:: \frac{1}{C} \sum_k (s_k - t_k)^2
 
     Unlike the losses on probabilities it also asks for the teacher's common offset: adding a constant to all scores
-    of an example changes it.
+    of an example changes it. The mean is over the classes that neither of the two rules out.
 
     Args:
       student_logits: unnormalised scores of the student.
@@ -124,10 +127,13 @@ def squared_logits(
       Kim et al., `Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation
       <https://arxiv.org/abs/2105.08919>`_, 2021, section 4.
     """
-    student, teacher = _float32(student_logits, teacher_logits)
-    return jnp.mean(jnp.square(student - teacher), axis=-1)
+    student, teacher = _live(student_logits), _live(jax.lax.stop_gradient(teacher_logits))
+    live = ~(jnp.isneginf(student) | jnp.isneginf(teacher))
+    difference = jnp.where(live, student - teacher, 0)
+    return jnp.sum(jnp.square(difference), axis=-1) / jnp.maximum(jnp.sum(live, axis=-1), 1)
 
 
+@checked
 def decoupled_kl(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "*batch classes"],
@@ -135,7 +141,7 @@ def decoupled_kl(
     *,
     target_weight: Scalar | Float[Array, "*batch"] = 1.0,
     non_target_weight: Scalar | Float[Array, "*batch"] = 8.0,
-    temperature: Scalar = 4.0,
+    temperature: Temperature = 4.0,
 ) -> Float[Array, "*batch"]:
     r"""Decoupled distillation (DKD): how sure of the target, and how the rest is shared, weighted apart.
 
@@ -150,16 +156,16 @@ def decoupled_kl(
     Args:
       student_logits: unnormalised scores of the student.
       teacher_logits: unnormalised scores of the teacher; constant under differentiation.
-      labels: the target class of each example, 0 to classes - 1.
+      labels: the target class of each example, 0 to classes - 1; void if negative.
       target_weight: α, one for all examples or one for each; constant under differentiation.
       non_target_weight: β, likewise.
       temperature: softening T > 0.
 
     Returns:
-      One non-negative value per example; zero where both predict the same, and where there is only one class.
+      One non-negative value per example; zero where both predict the same.
 
     Raises:
-      ValueError: if the temperature is a Python number that is not positive.
+      ValueError: if the temperature is not above 0.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -169,11 +175,8 @@ def decoupled_kl(
       there on CIFAR-100: α 1, T 4, β 8 (2 or 6 for some pairs), all of it warmed up linearly over 20 epochs; on
       ImageNet T 1, β .5 or 2.
     """
-    _check_temperature("decoupled_kl", temperature)
-    if student_logits.shape[-1] == 1:
-        return jnp.zeros(labels.shape, jnp.float32)
-    student, teacher = _log_softmax(student_logits, teacher_logits, temperature)
-    is_target = jax.nn.one_hot(labels, student.shape[-1], dtype=bool)
+    student, teacher = _log_softmax(_labelled(student_logits, labels), teacher_logits, temperature)
+    is_target = _one_hot(labels, student.shape[-1])
     (student_pair, student_rest), (teacher_pair, teacher_rest) = (
         _target_and_rest(log_p, is_target) for log_p in (student, teacher)
     )
@@ -182,13 +185,14 @@ def decoupled_kl(
     return temperature**2 * (alpha * target + beta * rest)
 
 
+@checked
 def dist(
     student_logits: Float[Array, "batch classes"],
     teacher_logits: Float[Array, "batch classes"],
     *,
     inter_weight: Scalar = 1.0,
     intra_weight: Scalar = 1.0,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
     r"""Correlation with the teacher (DIST), over the classes of an example and over the examples of a class.
@@ -219,7 +223,7 @@ def dist(
       One value for the batch, between 0 and 2T²(β + γ).
 
     Raises:
-      ValueError: if the temperature is a Python number that is not positive.
+      ValueError: if the temperature is not above 0.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -228,20 +232,19 @@ def dist(
       Huang et al., `Knowledge Distillation from A Stronger Teacher <https://arxiv.org/abs/2205.10536>`_, 2022,
       section 3. Default there: β and γ 2 (in the code 1 each and a weight of 2), T 4 on CIFAR-100, 1 on ImageNet.
     """
-    _check_temperature("dist", temperature)
-    student, teacher = (jnp.exp(log_p) for log_p in _log_softmax(student_logits, teacher_logits, temperature))
+    student, teacher = _log_softmax(student_logits, teacher_logits, temperature)
     if axis_name is not None:
         student, teacher = (jax.lax.all_gather(p, axis_name, tiled=True) for p in (student, teacher))
-    inter = 1 - jnp.mean(_correlation(student, teacher, axis=1))
-    intra = 1 - jnp.mean(_correlation(student, teacher, axis=0))
+    inter, intra = (1 - _mean_correlation(student, teacher, axis=axis) for axis in (1, 0))
     return temperature**2 * (inter_weight * inter + intra_weight * intra)
 
 
+@checked
 def logit_standardised_kl(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "*batch classes"],
     *,
-    temperature: Scalar = 2.0,
+    temperature: Temperature = 2.0,
 ) -> Float[Array, "*batch"]:
     r"""Divergence after each example's logits are brought to mean zero and deviation one.
 
@@ -250,9 +253,9 @@ def logit_standardised_kl(
     .. math:: T^2 \, \mathrm{KL}(\sigma(\hat t / T) \,\|\, \sigma(\hat s / T)),
               \quad \hat z = \frac{z - \bar z}{10^{-7} + \mathrm{sd}(z)}
 
-    with the unbiased deviation over the classes, as in the authors' code (their algorithm 1 divides by C). The student
-    has to match the relations among the teacher's logits, not their scale. T² is their algorithm's too; divide by it to
-    compare with a value without it. Logits that are all equal become zeros and get no gradient.
+    with the unbiased deviation over the classes that are not masked, as in the authors' code (their algorithm 1 divides
+    by C). The student has to match the relations among the teacher's logits, not their scale. T² is their algorithm's
+    too; divide by it to compare with a value without it. Logits that are all equal become zeros and get no gradient.
 
     Args:
       student_logits: unnormalised scores of the student.
@@ -264,7 +267,7 @@ def logit_standardised_kl(
       down.
 
     Raises:
-      ValueError: if the temperature is a Python number that is not positive.
+      ValueError: if the temperature is not above 0.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -273,11 +276,11 @@ def logit_standardised_kl(
       Sun et al., `Logit Standardization in Knowledge Distillation <https://arxiv.org/abs/2403.01427>`_, 2024,
       section 4.3. Default in the authors' code: T 2, for some pairs 3, soft weight 9, hard weight .1.
     """
-    _check_temperature("logit_standardised_kl", temperature)
-    student, teacher = map(_standardise, _float32(student_logits, teacher_logits))
+    student, teacher = map(_standardise, _live_pair(student_logits, teacher_logits))
     return soft_target_kl(student, teacher, temperature=temperature)
 
 
+@checked
 def confidence_penalty(student_logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
     r"""Negative entropy of the prediction: distillation from a teacher that knows nothing.
 
@@ -300,16 +303,17 @@ def confidence_penalty(student_logits: Float[Array, "*batch classes"]) -> Float[
       Pereyra et al., `Regularizing Neural Networks by Penalizing Confident Output Distributions
       <https://arxiv.org/abs/1701.06548>`_, 2017, section 3.1. Default there: weight .1 (CIFAR-10) to 2 (language).
     """
-    log_p = jax.nn.log_softmax(student_logits.astype(jnp.float32))
+    log_p = _normalise(_live(student_logits))
     return -_cross_entropy(jnp.exp(log_p), log_p)
 
 
+@checked
 def teacher_free_kl(
     student_logits: Float[Array, "*batch classes"],
     labels: Int[Array, "*batch"],
     *,
-    correct_probability: Scalar = 0.99,
-    temperature: Scalar = 20.0,
+    correct_probability: Uncertain = 0.99,
+    temperature: Temperature = 20.0,
 ) -> Float[Array, "*batch"]:
     r"""Distillation from a virtual teacher (Tf-KD) that is nearly sure of the label and shares the rest evenly.
 
@@ -325,7 +329,7 @@ def teacher_free_kl(
 
     Args:
       student_logits: unnormalised scores of the student.
-      labels: the right class of each example, 0 to classes - 1.
+      labels: the right class of each example, 0 to classes - 1; void if negative.
       correct_probability: a, what the virtual teacher gives to the label, between 0 and 1.
       temperature: softening T > 0.
 
@@ -333,7 +337,7 @@ def teacher_free_kl(
       One non-negative value per example.
 
     Raises:
-      ValueError: if a Python number is out of range: the temperature positive, the probability between 0 and 1.
+      ValueError: if the temperature is not above 0, or the probability not between 0 and 1.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -343,24 +347,21 @@ def teacher_free_kl(
       <https://arxiv.org/abs/1909.11723>`_, 2020, section 4, equations 8 and 9. Default there: a .99, and on ImageNet
       T 20, soft weight .1; in the authors' code for CIFAR-100 T 10 to 40, soft weight .1 or .95, by network.
     """
-    if isinstance(correct_probability, (int, float)) and not 0 < correct_probability < 1:
-        raise ValueError(
-            f"teacher_free_kl needs a correct_probability between 0 and 1, got {correct_probability}; the paper "
-            "uses 0.99."
-        )
-    _check_temperature("teacher_free_kl", temperature)
-    classes = student_logits.shape[-1]
-    target = jax.nn.one_hot(labels, classes, dtype=bool)
-    wrong = (1 - correct_probability) / max(classes - 1, 1)
-    teacher = jnp.where(target, jnp.log(correct_probability), jnp.log(wrong))
-    return soft_target_kl(student_logits, teacher, temperature=temperature)
+    student = _labelled(student_logits, labels)
+    live = ~jnp.isneginf(student)
+    count = jnp.sum(live, axis=-1, keepdims=True)
+    right = _one_hot(labels, student.shape[-1]) & (count > 0)
+    wrong = (1 - correct_probability) / jnp.maximum(count - 1, 1)
+    teacher = jnp.where(right, jnp.log(correct_probability), jnp.where(live, jnp.log(wrong), -jnp.inf))
+    return temperature**2 * _divergence(_normalise(teacher / temperature), _normalise(student / temperature))
 
 
+@checked
 def jensen_shannon(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "*batch classes"],
     *,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch"]:
     r"""Jensen-Shannon divergence of the softened predictions: symmetric and bounded.
 
@@ -381,7 +382,7 @@ def jensen_shannon(
       One value per example between 0 and T² log 2; zero where both predict the same.
 
     Raises:
-      ValueError: if the temperature is a Python number that is not positive.
+      ValueError: if the temperature is not above 0.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -391,18 +392,20 @@ def jensen_shannon(
       `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024, section 2, with shares
       .1, .5 (here) and .9 of the teacher.
     """
-    _check_temperature("jensen_shannon", temperature)
     student, teacher = _log_softmax(student_logits, teacher_logits, temperature)
-    middle = jnp.logaddexp(student, teacher) - jnp.log(2.0)
+    live = ~jnp.isneginf(student)
+    both = jnp.logaddexp(*(jnp.where(live, log_p, 0) for log_p in (student, teacher)))
+    middle = jnp.where(live, both - jnp.log(2.0), -jnp.inf)
     return temperature**2 * 0.5 * (_divergence(teacher, middle) + _divergence(student, middle))
 
 
+@checked
 def top_k_kl(
     student_logits: Float[Array, "*batch classes"],
     teacher_probabilities: Float[Array, "*batch k"],
     teacher_classes: Int[Array, "*batch k"],
     *,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch"]:
     r"""Divergence from a teacher of which only the k largest probabilities were stored.
 
@@ -429,7 +432,7 @@ def top_k_kl(
       One non-negative value per example.
 
     Raises:
-      ValueError: if the temperature is a Python number that is not positive, or k exceeds the number of classes.
+      ValueError: if the temperature is not above 0, or k exceeds the number of classes.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -438,23 +441,24 @@ def top_k_kl(
       Anshumann et al., `Sparse Logit Sampling <https://arxiv.org/abs/2503.16870>`_, 2025, on why a teacher cut to its
       top k and rescaled is biased; the grouped residual is the policy that DistillKit calls symmetric uniform.
     """
-    _check_temperature("top_k_kl", temperature)
     k, classes = teacher_classes.shape[-1], student_logits.shape[-1]
     if k > classes:
         raise ValueError(f"top_k_kl needs k of at most {classes}, the number of classes, got {k}.")
     teacher = jax.lax.stop_gradient(teacher_probabilities).astype(jnp.float32)
-    student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
+    student = _normalise(_live(student_logits) / temperature)
     kept = jnp.take_along_axis(student, teacher_classes, axis=-1)
     if k < classes:
         stored = jnp.put_along_axis(jnp.zeros(student.shape, bool), teacher_classes, True, -1, inplace=False)
-        rest = jax.nn.logsumexp(student, axis=-1, keepdims=True, where=~stored)
+        rest = _log_sum_exp(jnp.where(stored, -jnp.inf, student))
         residual = jnp.maximum(1 - jnp.sum(teacher, axis=-1, keepdims=True), 0)
         kept, teacher = (jnp.concatenate(pair, axis=-1) for pair in ((kept, rest), (teacher, residual)))
-    return temperature**2 * _divergence(jnp.log(teacher), kept)
+    student, teacher = _log_softmax(kept, jnp.log(teacher), 1.0)
+    return temperature**2 * _divergence(teacher, student)
 
 
+@checked
 def label_smoothing_cross_entropy(
-    student_logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"], *, smoothing: Scalar = 0.1
+    student_logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"], *, smoothing: Share = 0.1
 ) -> Float[Array, "*batch"]:
     r"""Cross-entropy with labels of which a share ε is spread evenly over all classes, the right one among them.
 
@@ -466,14 +470,14 @@ def label_smoothing_cross_entropy(
 
     Args:
       student_logits: unnormalised scores of the student.
-      labels: the right class of each example, 0 to classes - 1.
+      labels: the right class of each example, 0 to classes - 1; void if negative.
       smoothing: ε from 0, which is plain cross-entropy, to 1.
 
     Returns:
       One positive value per example, in nats.
 
     Raises:
-      ValueError: if the smoothing is a Python number outside 0 to 1.
+      ValueError: if the smoothing is outside 0 to 1.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -483,40 +487,77 @@ def label_smoothing_cross_entropy(
       ε .1; its effect on distillation: Müller, Kornblith, Hinton, `When Does Label Smoothing Help?
       <https://arxiv.org/abs/1906.02629>`_, 2019, section 4.
     """
-    if isinstance(smoothing, (int, float)) and not 0 <= smoothing <= 1:
-        raise ValueError(
-            f"label_smoothing_cross_entropy needs a smoothing from 0 to 1, got {smoothing}; 0.1 is usual."
-        )
-    log_p = jax.nn.log_softmax(student_logits.astype(jnp.float32))
-    smooth = (1 - smoothing) * jax.nn.one_hot(labels, log_p.shape[-1]) + smoothing / log_p.shape[-1]
-    return _cross_entropy(smooth, log_p)
+    student = _labelled(student_logits, labels)
+    live = ~jnp.isneginf(student)
+    count = jnp.sum(live, axis=-1, keepdims=True)
+    right = _one_hot(labels, student.shape[-1]) & (count > 0)
+    smooth = (1 - smoothing) * right + smoothing * live / jnp.maximum(count, 1)
+    return _cross_entropy(smooth, _normalise(student))
 
 
-def _check_temperature(name: str, temperature: Scalar) -> None:
-    if isinstance(temperature, (int, float)) and temperature <= 0:
-        raise ValueError(f"{name} needs a temperature above 0, got {temperature}; the field uses 1 to 20.")
+def _live(logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
+    """In float32; -inf, without a gradient, for each class that is ruled out."""
+    lowest = jnp.finfo(logits.dtype).min  # what some libraries write for -inf, perhaps with a score added
+    return jnp.where(logits <= lowest / 2, -jnp.inf, logits.astype(jnp.float32))
 
 
-def _float32(
-    student: Float[Array, "*batch classes"], teacher: Float[Array, "*batch classes"]
+def _labelled(
+    student: Float[Array, "*batch classes"], labels: Int[Array, "*batch"]
+) -> Float[Array, "*batch classes"]:
+    """As `_live`; every class is ruled out where the label is void, and NaN where it is no class."""
+    row = labels[..., None]
+    live = jnp.where(row < student.shape[-1], _live(student), jnp.nan)
+    return jnp.where(row < 0, -jnp.inf, live)
+
+
+def _one_hot(labels: Int[Array, "*batch"], classes: int) -> Bool[Array, "*batch classes"]:
+    return jax.nn.one_hot(labels, classes, dtype=bool)
+
+
+def _live_pair(
+    student: Float[Array, "*batch classes"],
+    teacher: Float[Array, "*batch classes"],
+    temperature: Scalar = 1.0,
 ) -> tuple[Float[Array, "*batch classes"], Float[Array, "*batch classes"]]:
-    """Both in float32, the teacher's constant under differentiation."""
-    return student.astype(jnp.float32), jax.lax.stop_gradient(teacher).astype(jnp.float32)
+    """Both over the temperature, -inf for each class that is ruled out, the teacher's constant.
+
+    What the student rules out is so for the teacher too. An example for which no class is left has none for either.
+    """
+    student, teacher = (_live(x) / temperature for x in (student, jax.lax.stop_gradient(teacher)))
+    teacher = jnp.where(jnp.isneginf(student), -jnp.inf, teacher)
+    none = jnp.isneginf(jnp.max(teacher, axis=-1, keepdims=True))
+    return jnp.where(none, -jnp.inf, student), teacher
+
+
+def _normalise(logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
+    """Log-probabilities: a log-softmax that leaves -inf as it is, with a gradient of zero, even if all are."""
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    shifted = logits - jnp.where(jnp.isneginf(top), 0, top)
+    total = jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True)
+    return shifted - jnp.log(jnp.where(total == 0, 1, total))
+
+
+def _log_sum_exp(log_p: Float[Array, "*batch classes"]) -> Float[Array, "*batch 1"]:
+    """Log of the sum over the classes; -inf, with a gradient of zero, where all are."""
+    top = jax.lax.stop_gradient(jnp.max(log_p, axis=-1, keepdims=True))
+    top = jnp.where(jnp.isneginf(top), 0, top)
+    total = jnp.sum(jnp.exp(log_p - top), axis=-1, keepdims=True)
+    return jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)) + top)
 
 
 def _log_softmax(
     student: Float[Array, "*batch classes"], teacher: Float[Array, "*batch classes"], temperature: Scalar
 ) -> tuple[Float[Array, "*batch classes"], Float[Array, "*batch classes"]]:
     """Log-probabilities of both at a temperature, the teacher's constant under differentiation."""
-    student, teacher = _float32(student, teacher)
-    return jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
+    student, teacher = _live_pair(student, teacher, temperature)
+    return _normalise(student), _normalise(teacher)
 
 
 def _cross_entropy(
     p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch classes"]
 ) -> Float[Array, "*batch"]:
     """-Σ p log q, where a class that p rules out counts nothing even if q does so too."""
-    return -jnp.sum(p * jnp.where(p > 0, log_q, 0), axis=-1)
+    return jnp.sum(-p * jnp.where(jnp.isneginf(log_q) & (p == 0), 0, log_q), axis=-1)
 
 
 def _divergence(
@@ -537,35 +578,44 @@ def _divergence(
 def _target_and_rest(
     log_p: Float[Array, "*batch classes"], is_target: Bool[Array, "*batch classes"]
 ) -> tuple[Float[Array, "*batch 2"], Float[Array, "*batch classes"]]:
-    """Log-probabilities of target against rest, and of the classes among the rest.
-
-    The target's place in the second holds 0, for student and teacher alike, so that it adds nothing to a divergence.
-    """
-    rest = jax.nn.logsumexp(log_p, axis=-1, keepdims=True, where=~is_target)
+    """Log-probabilities of target against rest, and of the classes among the rest, where the target is ruled out."""
+    others = jnp.where(is_target, -jnp.inf, log_p)
     target = jnp.sum(jnp.where(is_target, log_p, 0), axis=-1, keepdims=True)
-    return jnp.concatenate([target, rest], axis=-1), jnp.where(is_target, 0, log_p - rest)
+    return jnp.concatenate([target, _log_sum_exp(others)], axis=-1), _normalise(others)
 
 
-def _centre(x: Float[Array, "..."], axis: int) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Differences from the mean along an axis, and their norm; zeros, without a gradient, where x is constant.
+def _centre(
+    x: Float[Array, "..."], live: Bool[Array, "..."], axis: int
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Differences from the mean of what is live along an axis, and their norm; zeros elsewhere and where x is constant.
 
     Constant is what varies no more than rounding does; the norm's gradient would be infinite there.
     """
-    mean = jnp.mean(x, axis=axis, keepdims=True)
-    squares = jnp.sum(jnp.square(x - mean), axis=axis, keepdims=True)
-    varies = squares > 1e-12 * jnp.maximum(1, jnp.square(mean))
-    return jnp.where(varies, x - mean, 0), jnp.where(varies, jnp.sqrt(jnp.where(varies, squares, 1)), 0)
+    count = jnp.maximum(jnp.sum(live, axis=axis, keepdims=True), 1)
+    mean = jnp.sum(jnp.where(live, x, 0), axis=axis, keepdims=True) / count
+    deviation = jnp.where(live, x - mean, 0)
+    squares = jnp.sum(jnp.square(deviation), axis=axis, keepdims=True)
+    constant = squares <= 1e-12 * jnp.maximum(1, jnp.square(mean))
+    norm = jnp.sqrt(jnp.where(constant, 1, squares))
+    return jnp.where(constant, 0, deviation), jnp.where(constant, 0, norm)
 
 
-def _correlation(
-    a: Float[Array, "rows columns"], b: Float[Array, "rows columns"], *, axis: int
-) -> Float[Array, " others"]:
-    """Pearson's correlation along an axis; 0 where one of the two is constant."""
-    (a, a_norm), (b, b_norm) = _centre(a, axis), _centre(b, axis)
-    return jnp.sum(a * b, axis=axis) / (jnp.squeeze(a_norm * b_norm, axis) + 1e-8)
+def _mean_correlation(
+    log_p: Float[Array, "rows columns"], log_q: Float[Array, "rows columns"], *, axis: int
+) -> Float[Array, ""]:
+    """Mean of Pearson's correlations of two predictions along an axis; 0 where one of the two is constant.
+
+    A class that is ruled out takes no part, nor does a row or column without any that is not.
+    """
+    live = ~jnp.isneginf(log_p)
+    (p, p_norm), (q, q_norm) = (_centre(jnp.exp(x), live, axis) for x in (log_p, log_q))
+    each = jnp.sum(p * q, axis=axis) / (jnp.squeeze(p_norm * q_norm, axis) + 1e-8)
+    return jnp.sum(each) / jnp.maximum(jnp.sum(jnp.any(live, axis=axis)), 1)
 
 
 def _standardise(logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
-    """Mean zero and unbiased deviation one over the classes; zeros where all are equal."""
-    centred, norm = _centre(logits, -1)
-    return centred / (1e-7 + norm / max(logits.shape[-1] - 1, 1) ** 0.5)
+    """Mean zero and unbiased deviation one over the classes that are not ruled out; zeros where all are equal."""
+    live = ~jnp.isneginf(logits)
+    centred, norm = _centre(logits, live, -1)
+    freedom = jnp.maximum(jnp.sum(live, axis=-1, keepdims=True) - 1, 1)
+    return jnp.where(live, centred / (1e-7 + norm / jnp.sqrt(freedom)), -jnp.inf)

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kdjax.types import Scalar
+from kdjax.losses._checks import Exponent, checked
 
 
+@checked
 def attention_map(
-    features: Float[Array, "*batch height width channels"], *, power: Scalar = 2.0
+    features: Float[Array, "*batch height width channels"], *, power: Exponent = 2.0
 ) -> Float[Array, "*batch positions"]:
     r"""Energy of a feature map at every position, scaled to unit 2-norm.
 
@@ -36,7 +37,7 @@ def attention_map(
       One map per example, of non-negative values, differentiable in the features of either network.
 
     Raises:
-      ValueError: if the power is a Python number below 1, whose gradient at zero is infinite.
+      ValueError: if the power is below 1, whose gradient at zero is infinite.
 
     Cost:
       O(B·P·C) time, O(B·P·C) memory.
@@ -45,14 +46,11 @@ def attention_map(
       Zagoruyko, Komodakis, `Paying More Attention to Attention <https://arxiv.org/abs/1612.03928>`_, 2017, section
       3.1, as in the authors' code. Default there: p 2.
     """
-    if isinstance(power, (int, float)) and power < 1:
-        raise ValueError(
-            f"attention_map needs a power of at least 1, got {power}; the field uses 1, 2 and 4."
-        )
     energy = jnp.mean(jnp.abs(features.astype(jnp.float32)) ** power, axis=-1)
     return _unit(energy.reshape(*energy.shape[:-2], -1))
 
 
+@checked
 def attribution_map(
     attributions: Float[Array, "*batch height width channels"], *, scale: str = "unit_norm"
 ) -> Float[Array, "*batch positions"]:
@@ -87,9 +85,10 @@ def attribution_map(
     flat = total.reshape(*total.shape[:-2], -1)
     low = jnp.min(flat, axis=-1, keepdims=True)
     span = jnp.max(flat, axis=-1, keepdims=True) - low
-    return jnp.where(span > 0, (flat - low) / jnp.where(span > 0, span, 1), 0)
+    return jnp.where(span == 0, 0, (flat - low) / jnp.where(span == 0, 1, span))
 
 
+@checked
 def map_distance(
     student_map: Float[Array, "*batch student_positions"],
     teacher_map: Float[Array, "*batch teacher_positions"],
@@ -128,6 +127,7 @@ def map_distance(
     return jnp.mean((student - teacher) ** 2, axis=-1)
 
 
+@checked
 def gradient_match(
     student_gradient: Float[Array, "*batch height width channels"],
     teacher_gradient: Float[Array, "*batch height width channels"],

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kdjax.losses._checks import NonNegative, checked
 from kdjax.types import Scalar
 
 
+@checked
 def squared_error(
     student: Float[Array, "*batch outputs"],
     teacher: Float[Array, "*batch outputs"],
@@ -50,8 +52,9 @@ def squared_error(
     return hard_weight * hard + (1 - hard_weight) * soft
 
 
+@checked
 def best_hard_weight(
-    label_error: Scalar, teacher_error: Scalar, *, covariance: Scalar = 0.0
+    label_error: NonNegative, teacher_error: NonNegative, *, covariance: Scalar = 0.0
 ) -> Float[Array, ""]:
     r"""The weight of the labels with which the mixture of labels and teacher lies nearest the truth.
 

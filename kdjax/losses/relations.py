@@ -13,19 +13,22 @@ averaged over the axis as the train step does, is the gradient of that value; He
 batch, which is small beside that of a network.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from kdjax.losses._checks import Positive, Share, Temperature, checked
+from kdjax.losses.logits import _live_pair, _normalise
 from kdjax.types import Scalar
 
 _ANGLES_AT_ONCE = 2**20  # scalars that rkd_angle holds per array, 4 MiB: few enough for a cache
 _DENSE_BELOW = 32  # rows of the memory per candidate, up to which all products are taken
 
 
+@checked
 def rkd_distance(
     student: Float[Array, "batch *student_features"],
     teacher: Float[Array, "batch *teacher_features"],
@@ -62,10 +65,11 @@ def rkd_distance(
     for rows in _batches(student, teacher, axis_name):
         distance, _ = _distances(_centred_gram(rows))
         mean = jnp.sum(distance) / max(len(rows) * (len(rows) - 1), 1)
-        distances.append(distance / jnp.where(mean > 0, mean, 1))
+        distances.append(distance / jnp.where(mean == 0, 1, mean))
     return jnp.mean(optax.losses.huber_loss(*distances))
 
 
+@checked
 def rkd_angle(
     student: Float[Array, "batch *student_features"],
     teacher: Float[Array, "batch *teacher_features"],
@@ -117,6 +121,7 @@ def rkd_angle(
     return jnp.sum(sums) / batch**3
 
 
+@checked
 def pkt(
     student: Float[Array, "batch *student_features"],
     teacher: Float[Array, "batch *teacher_features"],
@@ -154,6 +159,7 @@ def pkt(
     return jnp.mean(q * jnp.log((q + 1e-7) / (p + 1e-7)))
 
 
+@checked
 def similarity_preserving(
     student: Float[Array, "batch *student_features"],
     teacher: Float[Array, "batch *teacher_features"],
@@ -188,6 +194,7 @@ def similarity_preserving(
     return jnp.mean((student_rows - teacher_rows) ** 2)
 
 
+@checked
 def correlation_congruence(
     student: Float[Array, "batch dims"],
     teacher: Float[Array, "batch dims"],
@@ -224,13 +231,14 @@ def correlation_congruence(
     return jnp.sum(deviation[:-1] * deviation[1:]) / max(len(deviation) - 1, 1)
 
 
+@checked
 def correlation_distance(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "*batch classes"],
     *,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
     rank_weight: Scalar = 0.0,
-    rank_temperature: Scalar = 1.0,
+    rank_temperature: Positive = 1.0,
 ) -> Float[Array, "*batch"]:
     r"""One minus the correlation, over the classes of an example, of what the two networks predict.
 
@@ -255,7 +263,7 @@ def correlation_distance(
       correlation, are at distance 1/2 from others. Reduce with ``jnp.mean``.
 
     Raises:
-      ValueError: if a temperature is a Python number that is not positive.
+      ValueError: if a temperature is not above 0.
 
     Cost:
       O(B·C) time, O(B·C) memory. With the rank-based distance O(B·C²) of both.
@@ -264,22 +272,25 @@ def correlation_distance(
       Kim et al., `Robustness-Reinforced Knowledge Distillation with Correlation Distance and Network Pruning
       <https://arxiv.org/abs/2311.13934>`_, 2024: a value-based and a rank-based distance. The smooth ranks are ours.
     """
-    for name, value in {"temperature": temperature, "rank_temperature": rank_temperature}.items():
-        _check_positive("correlation_distance", name, value)
-    student = student_logits.astype(jnp.float32)
-    teacher = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
-    loss = _one_minus_pearson(jax.nn.softmax(student / temperature), jax.nn.softmax(teacher / temperature))
+    student, teacher = _live_pair(student_logits, teacher_logits)
+    live = ~jnp.isneginf(student)
+    p, q = (jnp.exp(_normalise(logits / temperature)) for logits in (student, teacher))
+    loss = _one_minus_pearson(p, q, live)
     if isinstance(rank_weight, (int, float)) and rank_weight == 0:
         return loss
-    ranks = (_soft_ranks(logits, rank_temperature) for logits in (student, teacher))
-    return loss + rank_weight * _one_minus_pearson(*ranks)
+    ranked = live & ~jnp.isneginf(teacher)
+    student_ranks, teacher_ranks = (
+        _soft_ranks(logits, ranked, rank_temperature) for logits in (student, teacher)
+    )
+    return loss + rank_weight * _one_minus_pearson(student_ranks, teacher_ranks, ranked)
 
 
+@checked
 def info_nce(
     student: Float[Array, "batch dims"],
     teacher: Float[Array, "batch dims"],
     *,
-    temperature: Scalar = 0.1,
+    temperature: Positive = 0.1,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
     r"""Each student embedding is to tell its own teacher embedding from those of the rest of the batch.
@@ -300,7 +311,7 @@ def info_nce(
       zero at equality. Zero for a batch of one.
 
     Raises:
-      ValueError: if the temperature is a Python number that is not positive.
+      ValueError: if the temperature is not above 0.
 
     Cost:
       O(B²·D) time, O(B² + B·D) memory.
@@ -309,12 +320,12 @@ def info_nce(
       van den Oord, Li, Vinyals, `Representation Learning with Contrastive Predictive Coding
       <https://arxiv.org/abs/1807.03748>`_, 2018, section 2.3. Temperatures from .05 to .2 are usual; there it is 1.
     """
-    _check_positive("info_nce", "temperature", temperature)
     student_rows, teacher_rows = (_unit(rows) for rows in _batches(student, teacher, axis_name))
     log_chances = jax.nn.log_softmax(_products(student_rows, teacher_rows) / temperature)
     return -jnp.mean(jnp.diagonal(log_chances))
 
 
+@checked
 def centred_kernel_alignment(
     student: Float[Array, "batch *student_features"],
     teacher: Float[Array, "batch *teacher_features"],
@@ -361,6 +372,7 @@ class CrdMemory(NamedTuple):
     teacher_z: Float[Array, ""]
 
 
+@checked
 def init_crd_memory(key: jax.Array, *, examples: int, dims: int) -> CrdMemory:
     """Memory before the first step: uniform rows of about unit norm.
 
@@ -384,6 +396,7 @@ def init_crd_memory(key: jax.Array, *, examples: int, dims: int) -> CrdMemory:
     return CrdMemory(banks[0], banks[1], jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
 
 
+@checked
 def crd_candidates(
     key: jax.Array,
     index: Int[Array, " batch"],
@@ -402,7 +415,8 @@ def crd_candidates(
       negatives: per example; 16384 in the paper for 50,000 examples.
       examples: in the training set.
       labels: of the training set. If given, negatives are of other classes, the authors' choice on CIFAR-100, at the
-        cost of sorting the labels (some 8 ms for 50,000 on one core); otherwise any other example.
+        cost of sorting the labels (some 8 ms for 50,000 on one core); otherwise any other example. An example whose
+        label is void is nobody's negative, and has all that are labelled for negatives.
 
     Returns:
       Indices, the positive in column 0.
@@ -417,27 +431,33 @@ def crd_candidates(
         raise ValueError(
             f"crd_candidates needs a negative and two examples at least, got {negatives} and {examples}."
         )
+    void: Any = 0
     if labels is None:
         order, start, size = jnp.arange(examples), index, jnp.ones_like(index)
-    else:  # with the examples sorted by class, those to leave out are a block
+    else:  # with the examples sorted by class, those to leave out are a block, besides the void ones in front
         order = jnp.argsort(labels)
-        start = jnp.searchsorted(labels[order], labels[index])
-        size = jnp.searchsorted(labels[order], labels[index], side="right") - start
+        ordered, own = labels[order], labels[index]
+        void = jnp.searchsorted(ordered, 0)
+        start = jnp.searchsorted(ordered, own)
+        size = jnp.where(own < 0, 0, jnp.searchsorted(ordered, own, side="right") - start)
     start, size = start[:, None], size[:, None]
     shape = (len(index), negatives)
-    drawn = jax.random.randint(key, shape, 0, jnp.broadcast_to(jnp.maximum(examples - size, 1), shape))
+    drawn = void + jax.random.randint(
+        key, shape, 0, jnp.broadcast_to(jnp.maximum(examples - void - size, 1), shape)
+    )
     others = order[jnp.where(drawn < start, drawn, drawn + size) % examples]
     return jnp.concatenate([index[:, None], others.astype(index.dtype)], axis=1)
 
 
+@checked
 def contrastive_representation(
     student_embedding: Float[Array, "batch dims"],
     teacher_embedding: Float[Array, "batch dims"],
     memory: CrdMemory,
     candidates: Int[Array, "batch candidates"],
     *,
-    temperature: Scalar = 0.07,
-    momentum: Scalar = 0.5,
+    temperature: Positive = 0.07,
+    momentum: Share = 0.5,
     axis_name: str | None = None,
 ) -> tuple[Float[Array, " batch"], CrdMemory]:
     r"""Contrastive representation distillation (CRD): tell each example's embedding from those of many others.
@@ -470,7 +490,7 @@ def contrastive_representation(
       gradient.
 
     Raises:
-      ValueError: if the temperature is a Python number that is not positive, or the momentum one outside [0, 1].
+      ValueError: if the temperature is not above 0, or the momentum is outside [0, 1].
 
     Cost:
       O(B·K·D) time, O(B·K·D + N·D) memory. Up to N = 32 K all products with the memory are taken instead, in
@@ -481,9 +501,6 @@ def contrastive_representation(
       Tian, Krishnan, Isola, `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020,
       section 3.2 and the supplement on implementation. Default weight there: .8, with 16384 negatives and width 128.
     """
-    _check_positive("contrastive_representation", "temperature", temperature)
-    if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
-        raise ValueError(f"contrastive_representation needs a momentum from 0 to 1, got {momentum}.")
     student, teacher = student_embedding.astype(jnp.float32), teacher_embedding.astype(jnp.float32)
     student_scores = _scores(student, memory.teacher, candidates) / temperature
     teacher_scores = _scores(teacher, memory.student, candidates) / temperature
@@ -501,11 +518,6 @@ def contrastive_representation(
         student_z,
         teacher_z,
     )
-
-
-def _check_positive(function: str, name: str, value: Scalar) -> None:
-    if isinstance(value, (int, float)) and value <= 0:
-        raise ValueError(f"{function} needs a {name} above 0, got {value}.")
 
 
 def _batches(
@@ -551,13 +563,13 @@ def _centred_gram(rows: Float[Array, "batch dims"]) -> Float[Array, "batch batch
     products = _gram(rows - mean)
     varies = jnp.trace(products)
     size = varies + len(rows) * jnp.sum(mean**2)
-    return jnp.where(varies > 1e-11 * size, products, 0)
+    return jnp.where(varies <= 1e-11 * size, 0, products)
 
 
 def _varying(deviation: Float[Array, "*batch dims"], x: Float[Array, "*batch dims"]) -> Array:
     """The deviations of x, or zeros, with a zero gradient, where x varies no more than rounding does."""
     varies, size = (jnp.sum(v**2, axis=-1, keepdims=True) for v in (deviation, x))
-    return jnp.where(varies > 1e-11 * size, deviation, 0)
+    return jnp.where(varies <= 1e-11 * size, 0, deviation)
 
 
 def _unit(rows: Float[Array, "*batch dims"]) -> Float[Array, "*batch dims"]:
@@ -572,7 +584,7 @@ def _distances(
     norms = jnp.diagonal(gram)
     norms = norms[:, None] + norms[None, :]
     squared = norms - 2 * gram
-    apart = (squared > 1e-12 + 5e-7 * norms) & ~jnp.eye(len(gram), dtype=bool)
+    apart = ~(squared <= 1e-12 + 5e-7 * norms) & ~jnp.eye(len(gram), dtype=bool)
     inverse = jnp.where(apart, jax.lax.rsqrt(jnp.where(apart, squared, 1)), 0)
     return squared * inverse, inverse
 
@@ -590,25 +602,30 @@ def _cosines(
 def _affinities(rows: Float[Array, "batch dims"]) -> Float[Array, "batch batch"]:
     """Rows of (cos + 1) / 2, each summing to one."""
     squared = jnp.sum(rows**2, axis=1, keepdims=True)
-    norm = jnp.sqrt(jnp.where(squared > 0, squared, 1))
-    cosines = _gram(jnp.where(squared > 0, rows / (norm + 1e-7), 0))
+    norm = jnp.sqrt(jnp.where(squared == 0, 1, squared))
+    cosines = _gram(jnp.where(squared == 0, 0, rows / (norm + 1e-7)))
     near = jnp.maximum(cosines + 1, 0)  # rounding may leave a cosine below -1
     return near / jnp.sum(near, axis=1, keepdims=True)
 
 
 def _one_minus_pearson(
-    a: Float[Array, "*batch classes"], b: Float[Array, "*batch classes"]
+    a: Float[Array, "*batch classes"], b: Float[Array, "*batch classes"], live: Bool[Array, "*batch classes"]
 ) -> Float[Array, "*batch"]:
-    """As half the squared distance of the standardised rows, exact at equality."""
-    a, b = (_unit(_varying(x - jnp.mean(x, axis=-1, keepdims=True), x)) for x in (a, b))
+    """As half the squared distance of the standardised rows, exact at equality; over the classes that are live."""
+    count = jnp.maximum(jnp.sum(live, axis=-1, keepdims=True), 1)
+    means = (jnp.sum(jnp.where(live, x, 0), axis=-1, keepdims=True) / count for x in (a, b))
+    a, b = (_unit(_varying(jnp.where(live, x - mean, 0), x)) for x, mean in zip((a, b), means, strict=True))
     return 0.5 * jnp.sum((a - b) ** 2, axis=-1)
 
 
 def _soft_ranks(
-    logits: Float[Array, "*batch classes"], temperature: Scalar
+    logits: Float[Array, "*batch classes"], live: Bool[Array, "*batch classes"], temperature: Scalar
 ) -> Float[Array, "*batch classes"]:
+    """Ranks among the live classes, smoothed; 0 for the others."""
+    logits = jnp.where(live, logits, 0)
     difference = logits[..., :, None] - logits[..., None, :]
-    return jnp.sum(jnp.tanh(difference / (2 * temperature)), axis=-1)
+    pairs = live[..., :, None] & live[..., None, :]
+    return jnp.sum(jnp.where(pairs, jnp.tanh(difference / (2 * temperature)), 0), axis=-1)
 
 
 def _scores(

@@ -12,14 +12,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kdjax.losses.logits import _check_temperature, label_smoothing_cross_entropy, soft_target_cross_entropy
-from kdjax.types import Scalar
+from kdjax.losses._checks import NonNegative, Positive, Share, Temperature, checked
+from kdjax.losses.logits import (
+    _labelled,
+    _live,
+    _normalise,
+    _one_hot,
+    label_smoothing_cross_entropy,
+    soft_target_cross_entropy,
+)
 
 
+@checked
 def mixup_targets(
     labels: Int[Array, " batch"],
     partner: Int[Array, " batch"],
-    share: Float[Array, ""] | Float[Array, " batch"],
+    share: Share | Float[Array, " batch"],
     *,
     num_classes: int,
 ) -> Float[Array, "batch classes"]:
@@ -32,7 +40,7 @@ def mixup_targets(
     A teacher that sees the blends needs none of this: its scores are the soft target, and these serve the hard loss.
 
     Args:
-      labels: of the unblended images, 0 to classes - 1.
+      labels: of the unblended images, 0 to classes - 1; one that is void, negative, adds nothing to a row.
       partner: the place in the batch, π(i), of the image that each was blended with.
       share: λ of the first image, one for the batch or one per example, as :func:`kdjax.data.mixup` returns it.
       num_classes: length of a row.
@@ -48,14 +56,15 @@ def mixup_targets(
       λ from Beta(α, α), α .1 to .4 on ImageNet, 1 on CIFAR.
     """
     share = jnp.broadcast_to(share, labels.shape)[:, None].astype(jnp.float32)
-    one_hot = jax.nn.one_hot(labels, num_classes)
+    one_hot = jnp.where(labels[:, None] < num_classes, _one_hot(labels, num_classes), jnp.nan)
     return share * one_hot + (1 - share) * one_hot[partner]
 
 
+@checked
 def cutmix_targets(
     labels: Int[Array, " batch"],
     partner: Int[Array, " batch"],
-    kept: Bool[Array, "*rows height width"],
+    kept: Bool[Array, "height width"] | Bool[Array, "batch height width"],
     *,
     num_classes: int,
 ) -> Float[Array, "batch classes"]:
@@ -68,7 +77,7 @@ def cutmix_targets(
     The share is counted from the mask itself, so a box that was clipped at the border is accounted for.
 
     Args:
-      labels: of the images before pasting, 0 to classes - 1.
+      labels: of the images before pasting, 0 to classes - 1; void, adding nothing, if negative.
       partner: the place in the batch, π(i), of the image that each piece came from.
       kept: true where the first image remains; one mask for the batch, or one per example.
       num_classes: length of a row.
@@ -87,13 +96,14 @@ def cutmix_targets(
     return mixup_targets(labels, partner, share, num_classes=num_classes)
 
 
+@checked
 def noisy_teacher(
-    teacher_logits: Float[Array, "*batch classes"],
+    teacher_logits: Float[Array, "*batch scores"],
     key: Key[Array, ""],
     *,
-    deviation: Scalar,
-    probability: Scalar = 1.0,
-) -> Float[Array, "*batch classes"]:
+    deviation: NonNegative,
+    probability: Share = 1.0,
+) -> Float[Array, "*batch scores"]:
     r"""A teacher's scores, each multiplied by a random factor near one for some of the examples.
 
     Known as noisy teachers.
@@ -112,7 +122,7 @@ def noisy_teacher(
       Scores to use as the teacher's, float32, constant under differentiation.
 
     Raises:
-      ValueError: if a Python number is out of range.
+      ValueError: if an option is out of range.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -121,28 +131,27 @@ def noisy_teacher(
       Sau, Balasubramanian, `Deep Model Compression: Distilling Knowledge from Noisy Teachers
       <https://arxiv.org/abs/1610.09650>`_, 2016, with σ and the share of examples as settings.
     """
-    if isinstance(deviation, (int, float)) and deviation < 0:
-        raise ValueError(f"noisy_teacher needs a deviation of 0 or more, got {deviation}.")
-    if isinstance(probability, (int, float)) and not 0 <= probability <= 1:
-        raise ValueError(f"noisy_teacher needs a probability from 0 to 1, got {probability}.")
-    logits = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
+    logits = _live(jax.lax.stop_gradient(teacher_logits))
     noise_key, chosen_key = jax.random.split(key)
     chosen = jax.random.bernoulli(chosen_key, probability, (*logits.shape[:-1], 1))
-    return logits + jnp.where(chosen, deviation * jax.random.normal(noise_key, logits.shape) * logits, 0)
+    noise = deviation * jax.random.normal(noise_key, logits.shape) * logits
+    return logits + jnp.where(chosen & ~jnp.isneginf(logits), noise, 0)
 
 
+@checked
 def average_logits(
-    teacher_logits: Float[Array, "teachers *batch classes"],
+    teacher_logits: Float[Array, "teachers *batch scores"],
     *,
     weights: Float[Array, " teachers"] | Float[Array, "teachers *batch"] | None = None,
-) -> Float[Array, "*batch classes"]:
+) -> Float[Array, "*batch scores"]:
     r"""Mean of the scores of several teachers: the geometric mean of what they predict.
 
     Known as ensemble KD.
 
     .. math:: \sum_m w_m t_m, \quad \sum_m w_m = 1
 
-    A teacher that is sure against a class can veto it; :func:`average_probabilities` lets any one propose it.
+    A teacher that is sure against a class, or masks it, can veto it; :func:`average_probabilities` lets any one propose
+    it.
 
     Args:
       teacher_logits: unnormalised scores, one teacher after the other along the first axis.
@@ -158,15 +167,17 @@ def average_logits(
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
       2015, section 1, which names both means.
     """
-    logits = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
-    return jnp.sum(jnp.exp(_log_weights(logits, weights)) * logits, axis=0)
+    logits = _live(jax.lax.stop_gradient(teacher_logits))
+    shares = jnp.exp(_log_weights(logits, weights))
+    return jnp.sum(jnp.where(shares == 0, 0, shares * logits), axis=0)
 
 
+@checked
 def average_probabilities(
     teacher_logits: Float[Array, "teachers *batch classes"],
     *,
     weights: Float[Array, " teachers"] | Float[Array, "teachers *batch"] | None = None,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch classes"]:
     r"""Mean of what several teachers predict, as scores whose softmax at the temperature is that mean.
 
@@ -186,7 +197,7 @@ def average_probabilities(
       Scores to use as the teacher's, float32, constant under differentiation; at T 1 the log of the mean probability.
 
     Raises:
-      ValueError: if the temperature is a Python number that is not positive.
+      ValueError: if the temperature is not above 0.
 
     Cost:
       O(M·B·C) time, O(M·B·C) memory.
@@ -195,12 +206,11 @@ def average_probabilities(
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
       2015, section 1; You et al., Learning from Multiple Teacher Networks, 2017, section 3.1.
     """
-    _check_temperature("average_probabilities", temperature)
-    logits = jax.lax.stop_gradient(teacher_logits).astype(jnp.float32)
-    log_p = jax.nn.log_softmax(logits / temperature)
-    return temperature * jax.nn.logsumexp(log_p + _log_weights(logits, weights), axis=0)
+    log_p = _normalise(_live(jax.lax.stop_gradient(teacher_logits)) / temperature)
+    return temperature * jax.nn.logsumexp(log_p + _log_weights(log_p, weights), axis=0)
 
 
+@checked
 def confidence_weights(
     teacher_logits: Float[Array, "teachers *batch classes"], labels: Int[Array, "*batch"]
 ) -> Float[Array, "teachers *batch"]:
@@ -212,11 +222,11 @@ def confidence_weights(
 
     Args:
       teacher_logits: unnormalised scores, one teacher after the other along the first axis.
-      labels: the right class of each example, 0 to classes - 1.
+      labels: the right class of each example, 0 to classes - 1; void if negative.
 
     Returns:
       Weights that sum to one over the teachers, between 0 and 1 / (M - 1), for :func:`average_probabilities` or
-      :func:`average_logits`; 1 for a single teacher.
+      :func:`average_logits`; 1 for a single teacher, and equal ones where the label is void.
 
     Cost:
       O(M·B·C) time, O(M·B·C) memory.
@@ -226,20 +236,24 @@ def confidence_weights(
       2022, as in the authors' code, which divides the weighted sum of divergences by M once more. Default weight of
       that sum there: 1.
     """
-    teachers = teacher_logits.shape[0]
+    teachers, classes = teacher_logits.shape[0], teacher_logits.shape[-1]
     if teachers == 1:
         return jnp.ones((1, *labels.shape), jnp.float32)
-    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32))
-    right = jnp.broadcast_to(jax.nn.one_hot(labels, log_p.shape[-1], dtype=bool), log_p.shape)
-    return (1 - jax.nn.softmax(-jnp.sum(jnp.where(right, log_p, 0), axis=-1), axis=0)) / (teachers - 1)
+    log_p = _normalise(_live(jax.lax.stop_gradient(teacher_logits)))
+    right = jnp.broadcast_to(_one_hot(labels, classes), log_p.shape)
+    # Finite, so that of two teachers that rule out the right class neither is trusted.
+    surprise = jnp.minimum(-jnp.sum(jnp.where(right, log_p, 0), axis=-1), jnp.finfo(jnp.float32).max)
+    surprise = jnp.where(labels[None] < classes, surprise, jnp.nan)
+    return (1 - jax.nn.softmax(surprise, axis=0)) / (teachers - 1)
 
 
+@checked
 def spread_top_k(
     teacher_probabilities: Float[Array, "*batch k"],
     teacher_classes: Int[Array, "*batch k"],
     *,
     num_classes: int,
-    temperature: Scalar = 1.0,
+    temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch classes"]:
     """Scores of a teacher of which only the k largest probabilities were stored, the missing mass spread evenly.
 
@@ -256,26 +270,28 @@ def spread_top_k(
       nothing is left for a class. Float32, constant under differentiation.
 
     Raises:
-      ValueError: if the temperature is a Python number that is not positive.
+      ValueError: if the temperature is not above 0, or k exceeds the number of classes.
 
     Cost:
       O(B·C) time, O(B·C) memory.
     """
-    _check_temperature("spread_top_k", temperature)
+    k = teacher_classes.shape[-1]
+    if k > num_classes:
+        raise ValueError(f"spread_top_k needs k of at most {num_classes}, the number of classes, got {k}.")
     stored = jax.lax.stop_gradient(teacher_probabilities).astype(jnp.float32)
     residual = jnp.maximum(1 - jnp.sum(stored, axis=-1, keepdims=True), 0)
-    shape = (*stored.shape[:-1], num_classes)
-    even = jnp.broadcast_to(residual / max(num_classes - stored.shape[-1], 1), shape)
+    even = jnp.broadcast_to(residual / max(num_classes - k, 1), (*stored.shape[:-1], num_classes))
     return temperature * jnp.log(jnp.put_along_axis(even, teacher_classes, stored, -1, inplace=False))
 
 
+@checked
 def privileged(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "*batch classes"],
     labels: Int[Array, "*batch"],
     *,
-    soft_weight: Scalar = 0.5,
-    temperature: Scalar = 1.0,
+    soft_weight: Share = 0.5,
+    temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch"]:
     r"""Generalised distillation: labels, and the softened opinion of a teacher that saw more than the student does.
 
@@ -291,7 +307,7 @@ def privileged(
     Args:
       student_logits: unnormalised scores of the student, from its own inputs.
       teacher_logits: unnormalised scores of the teacher, from the privileged inputs; constant under differentiation.
-      labels: the right class of each example, 0 to classes - 1.
+      labels: the right class of each example, 0 to classes - 1; void if negative.
       soft_weight: λ, the imitation parameter, from 0 (labels only) to 1 (teacher only).
       temperature: T > 0, of the teacher's softmax.
 
@@ -299,7 +315,7 @@ def privileged(
       One value per example, in nats; not zero at student = teacher.
 
     Raises:
-      ValueError: if a Python number is out of range.
+      ValueError: if an option is out of range.
 
     Cost:
       O(B·C) time, O(B·C) memory.
@@ -309,19 +325,18 @@ def privileged(
       <https://arxiv.org/abs/1511.03643>`_, 2016, section 4, with the objective of section 2.
       There λ 0 to 1 and T 1 to 50 are searched.
     """
-    _check_temperature("privileged", temperature)
-    if isinstance(soft_weight, (int, float)) and not 0 <= soft_weight <= 1:
-        raise ValueError(f"privileged needs a soft_weight from 0 to 1, got {soft_weight}.")
-    hard = label_smoothing_cross_entropy(student_logits, labels, smoothing=0.0)
-    soft = soft_target_cross_entropy(student_logits, teacher_logits.astype(jnp.float32) / temperature)
+    student = _labelled(student_logits, labels)
+    hard = label_smoothing_cross_entropy(student, labels, smoothing=0.0)
+    soft = soft_target_cross_entropy(student, _live(teacher_logits) / temperature)
     return (1 - soft_weight) * hard + soft_weight * soft
 
 
+@checked
 def dice(
     student_logits: Float[Array, "*batch height width classes"],
     target_probabilities: Float[Array, "*batch height width classes"],
     *,
-    smoothing: Scalar = 1.0,
+    smoothing: Positive = 1.0,
 ) -> Float[Array, "*batch"]:
     r"""One minus the soft Dice overlap of each class with its target, averaged over the classes.
 
@@ -331,7 +346,9 @@ def dice(
               = \frac1C \sum_c \frac{\sum_x (p - g)^2}{\sum_x p^2 + \sum_x g^2 + \varepsilon}
 
     computed in the second form, which cannot cancel. With squares in the denominator it is zero for soft targets too,
-    just where the student equals them, so a teacher's softmax may stand for the labels.
+    just where the student equals them, so a teacher's softmax may stand for the labels. A position whose target is zero
+    for every class, as ``jax.nn.one_hot`` makes of a void label, counts nothing; nor does a class that is masked
+    everywhere.
 
     Args:
       student_logits: unnormalised scores at every position.
@@ -342,7 +359,7 @@ def dice(
       One value from 0 to 1 per example (image).
 
     Raises:
-      ValueError: if the smoothing is a Python number that is not positive.
+      ValueError: if the smoothing is not above 0.
 
     Cost:
       O(B·P·C) time, O(B·P·C) memory.
@@ -350,14 +367,16 @@ def dice(
     References:
       Milletari, Navab, Ahmadi, `V-Net <https://arxiv.org/abs/1606.04797>`_, 2016, section 3.
     """
-    if isinstance(smoothing, (int, float)) and smoothing <= 0:
-        raise ValueError(f"dice needs a smoothing above 0, got {smoothing}; 1 position is usual.")
-    p = jax.nn.softmax(student_logits.astype(jnp.float32))
     g = jax.lax.stop_gradient(target_probabilities).astype(jnp.float32)
+    void = jnp.sum(g, axis=-1, keepdims=True) == 0
+    scores = jnp.where(void, -jnp.inf, _live(student_logits))
+    live, p = jnp.any(~jnp.isneginf(scores), axis=(-3, -2)), _softmax(scores)
     apart, student, target = (jnp.sum(jnp.square(x), axis=(-3, -2)) for x in (p - g, p, g))
-    return jnp.mean(apart / (student + target + smoothing), axis=-1)
+    each = jnp.where(live, apart / (student + target + smoothing), 0)
+    return jnp.sum(each, axis=-1) / jnp.maximum(jnp.sum(live, axis=-1), 1)
 
 
+@checked
 def lovasz(
     student_logits: Float[Array, "*batch height width classes"], labels: Int[Array, "*batch height width"]
 ) -> Float[Array, "*batch"]:
@@ -370,7 +389,7 @@ def lovasz(
 
     with errors m = 1 - p_c where the label is c and p_c elsewhere, in decreasing order (1), (2), …, and J_c(S) the
     Jaccard loss of class c if just the positions S were wrong. At probabilities 0 and 1 it is the Jaccard loss itself.
-    A position whose label is outside 0 to classes - 1 (a void label) counts nothing.
+    A position whose label is void, below 0, counts nothing.
 
     The measure is not additive over images. This is its per-image form; for that of a whole batch join the batch into
     the height: ``lovasz(s.reshape(1, -1, *s.shape[2:]), y.reshape(1, -1, y.shape[2]))``. To distil, take the teacher's
@@ -391,7 +410,8 @@ def lovasz(
       equation 9 and algorithm 1.
     """
     shape = (*labels.shape[:-2], -1, student_logits.shape[-1])
-    p, truth = jax.nn.softmax(student_logits.astype(jnp.float32)), jax.nn.one_hot(labels, shape[-1])
+    p = _softmax(_labelled(student_logits, labels))
+    truth = _one_hot(labels, shape[-1]).astype(jnp.float32)
     p, truth = (jnp.swapaxes(x.reshape(shape), -1, -2) for x in (p, truth))
     void = jnp.sum(truth, axis=-2, keepdims=True) == 0
     error = jnp.where(truth > 0, 1 - p, jnp.where(void, 0, p))
@@ -400,6 +420,12 @@ def lovasz(
     present = jnp.any(truth > 0, axis=-1)
     each = jnp.where(present, jnp.sum(error * weight, axis=-1), 0)
     return jnp.sum(each, axis=-1) / jnp.maximum(jnp.sum(present, axis=-1), 1)
+
+
+def _softmax(scores: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
+    """Zero, with a gradient of zero, for classes at -inf, even if all are."""
+    none = jnp.isneginf(jnp.max(scores, axis=-1, keepdims=True))
+    return jnp.where(none, 0, jax.nn.softmax(jnp.where(none, 0, scores)))
 
 
 def _sorted_steps(
