@@ -1,6 +1,5 @@
 """A sweep chooses on validation alone, prunes, goes on where it was killed, and does every trial once."""
 
-import json
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ optuna = pytest.importorskip("optuna", reason="needs the extra [experiments]")
 
 from experiments import common, distill, sweep  # noqa: E402
 from experiments.common import launching, spaces, teachers, training  # noqa: E402
-from kdjax import report, results, train  # noqa: E402
+from kdjax import files, report, results, train  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -553,7 +552,7 @@ class TestTensorBoard:
         for arm, seed in (("teacher", 0), ("scratch", 3), ("kd", 3)):
             points = events(tmp_path / "run" / "tensorboard" / arm / str(seed))
             assert len({point[:2] for point in points}) == len(points)
-            summary = json.loads((tmp_path / "run" / arm / str(seed) / "summary.json").read_text())
+            summary = files.read_sealed(tmp_path / "run" / arm / str(seed) / "summary.json")
             assert {step for _, step, _ in points} == {3, 6, 9}  # 48 images in batches of 16
             for tag, step, value in points:
                 name = tag.replace("training/", "").replace("/", "_")
