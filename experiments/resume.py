@@ -52,7 +52,7 @@ def ending(workdir: Path) -> dict:
     """What must not change: every run's summary (digest of the weights, test metrics, history), the arms' numbers."""
     summaries = {
         str(path.relative_to(workdir)): json.loads(path.read_text())
-        for path in sorted(workdir.rglob("summary.json"))
+        for path in sorted(workdir.rglob("summary_*.json"))
     }
     return {"summaries": summaries, "arms": results.read(workdir / "results.json")["arms"]}
 

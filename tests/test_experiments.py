@@ -62,14 +62,14 @@ class TestDistill:
             "report.html",
             "figure.png",
             "teacher/0/network.json",
-            "kd/1/summary.json",
+            "kd/1/summary_test.json",
             "columns/0/header.json",
         ):
             assert (tmp_path / "run" / name).stat().st_size > 0
         assert "kd" in output.splitlines()[-2]
         stored = np.load(next((tmp_path / "run" / "columns" / "0").glob("*.npz")))
         assert {"teacher_logits", "teacher_stage2", "teacher_embedding"} == set(stored.files)
-        summary = tmp_path / "run" / "kd" / "1" / "summary.json"
+        summary = tmp_path / "run" / "kd" / "1" / "summary_test.json"
         summary.write_text(summary.read_text().replace('"accuracy": 0.', '"accuracy": 0.9', 1))
         code, _, errors = run(
             *small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views", METHODS)
@@ -111,7 +111,7 @@ class TestDistill:
             process.communicate()
         code, _, errors = run(*small_run(tmp_path / "killed", "--save_every_s=0"))
         assert code == 0, errors
-        for summary in sorted((tmp_path / "whole").rglob("summary.json")):
+        for summary in sorted((tmp_path / "whole").rglob("summary_*.json")):
             other = tmp_path / "killed" / summary.relative_to(tmp_path / "whole")
             assert json.loads(other.read_text()) == json.loads(summary.read_text()), time.monotonic() - began
 

@@ -30,7 +30,9 @@ def distilled(workdir, npz, *more):
     flags.FLAGS.unparse_flags()
     for flag in flags.FLAGS.flags_by_module_dict()["experiments.distill"]:
         flag.unparse()
-    arguments = [f"--dataset={npz}", f"--workdir={workdir}", "--teacher=wide", "--student=narrow"]
+    arguments = [f"--dataset={npz}", f"--workdir={workdir}", "--student=narrow"]
+    if not any("--teacher_dir" in str(argument) for argument in more):
+        arguments.append("--teacher=wide")
     flags.FLAGS(["distill", *arguments, "--seeds=0,1", "--epochs=1", "--batch_size=16", *map(str, more)])
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         for name, width in (("wide", 16), ("narrow", 8)):
@@ -139,7 +141,7 @@ def of_another(path):
     shutil.copytree(source, path) if source.is_dir() else shutil.copy(source, path)
 
 
-RECORDS = ("kd/1/summary.json", "scratch/0/network.json", "robustness/kd/1.json")
+RECORDS = ("kd/1/summary_test.json", "scratch/0/network.json", "robustness/kd/1.json")
 
 
 class TestFiles:
@@ -149,7 +151,7 @@ class TestFiles:
             (flipped, [*RECORDS, "run.json"]),
             (truncated, [*RECORDS, "run.json"]),
             (removed, [*RECORDS, "run.json", "scratch/0/weights", "teacher/0/weights"]),
-            (of_another, ["kd/1/summary.json", "kd/0/network.json", "scratch/0/weights"]),
+            (of_another, ["kd/1/summary_test.json", "kd/0/network.json", "scratch/0/weights"]),
         ],
     )
     def test_what_is_damaged_missing_or_of_another_run_is_made_again(self, finished, copied, harm, names):
@@ -158,7 +160,7 @@ class TestFiles:
             harm(workdir / name)
         again, said = distilled(workdir, npz, "--robustness")
         assert again == arms
-        read = {"run.json", "kd/1/summary.json", "robustness/kd/1.json"} & set(names)
+        read = {"run.json", "kd/1/summary_test.json", "robustness/kd/1.json"} & set(names)
         for name in read if harm is not removed else ():
             assert any(f"{workdir / name} " in message for message in said), name
         for name in names:

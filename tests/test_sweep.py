@@ -552,7 +552,7 @@ class TestTensorBoard:
         for arm, seed in (("teacher", 0), ("scratch", 3), ("kd", 3)):
             points = events(tmp_path / "run" / "tensorboard" / arm / str(seed))
             assert len({point[:2] for point in points}) == len(points)
-            summary = files.read_sealed(tmp_path / "run" / arm / str(seed) / "summary.json")
+            summary = files.read_sealed(tmp_path / "run" / arm / str(seed) / "summary_test.json")
             assert {step for _, step, _ in points} == {3, 6, 9}  # 48 images in batches of 16
             for tag, step, value in points:
                 name = tag.replace("training/", "").replace("/", "_")

@@ -142,8 +142,8 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
     """Makes the workdir this run's own, or takes it up again if an equal run was begun there.
 
     A workdir without any work of the other run is taken over, so that a corrected command can follow one that has
-    diverged at once. A record that is missing or damaged is written again: everything else that is read back from a workdir carries the
-    identity of its run too, and is refused if it is another's.
+    diverged at once. A record that is missing or damaged is written again: everything else that is read back from a
+    workdir carries the identity of its run too, and is refused if it is another's.
 
     Args:
       path: of the workdir.

@@ -294,8 +294,8 @@ def make_trainer(
 ) -> Callable[..., Trained]:
     """Builds ``(seed, directory, label, settings={}) -> Trained``; its programs are compiled once for all seeds.
 
-    The directory ends with ``checkpoints/``, ``summary.json``, ``weights/`` and ``network.json``. A finished run is
-    read back, not run again, where these are whole and were written for this label, seed, network, recipe, data,
+    The directory ends with ``checkpoints/``, ``summary_<split>.json``, ``weights/`` and ``network.json``. A finished
+    run is read back, not run again, where these are whole and were written for this label, seed, network, recipe, data,
     teacher and ``settings`` (whatever else decides its numbers). ``companions`` is a module of further terms, as
     :func:`experiments.common.arms.make_arm` makes it. The final metrics are measured on ``split``: with ``validation``
     nothing is ever asked of the test split.
@@ -413,7 +413,7 @@ def make_trainer(
             }
 
         found = files.cached(
-            directory / "summary.json",
+            directory / f"summary_{split}.json",  # a sweep asks one teacher about both splits
             measure,
             identity={**identity, "split": split, "weights": checkpoints.digest_tree(fitted.last)},
             writes=jax.process_index() == 0,

@@ -114,7 +114,8 @@ def find(name: str, data_dir: Path) -> Path:
         raise ValueError(f"{data_dir} holds version {other.name} of {base}, not {name}: ask for that one.")
     _check_known(name, base)
     command = (
-        f"python -m experiments.prepare_data --dataset={base} --raw_dir=RAW --data_dir={data_dir}"
+        f"kdjax.data.prepare({base!r}, raw_dir=RAW, data_dir={str(data_dir)!r})` in Python, or in a clone of the "
+        f"repository `python -m experiments.prepare_data --dataset={base} --raw_dir=RAW --data_dir={data_dir}"
         if base in OFFICIAL
         else f"tfds build {name} --data_dir={data_dir} --file_format=array_record"
     )
