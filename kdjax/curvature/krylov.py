@@ -31,7 +31,9 @@ from kdjax.curvature.vectors import (
     widen,
 )
 
-_ROUNDING = 8  # units of rounding, of the largest |alpha| + beta met: less than that is none
+_ROUNDING = (
+    8  # units of rounding, of the largest |alpha| + beta met: a step that leaves less has left nothing
+)
 _ROWS = 16  # of a block of the basis
 
 
@@ -48,11 +50,12 @@ class Tridiagonal(NamedTuple):
     """Orthonormal rows, each in the order of ``ravel_pytree(start)``; zero behind a breakdown. None if not kept."""
 
     rounding: Float[Array, ""]
-    """How far rounding may have moved an eigenvalue of the tridiagonal matrix; see :func:`extreme_eigenpairs`."""
+    """How far a Ritz value may be from v'Hv, as :func:`extreme_eigenpairs` explains. Without reorthogonalisation
+    nothing is measured, and it is too small."""
 
 
 Blocks: TypeAlias = tuple[Float[Array, "rows _ width"], ...]
-"""A basis of cut vectors as blocks of rows, each an array of its own: a product with the first few copies none and reads no others."""
+"""A basis of cut vectors as blocks, each an array of its own: a product with the first few reads no others."""
 
 
 class Eigenpairs(NamedTuple):
@@ -66,12 +69,12 @@ class Eigenpairs(NamedTuple):
     """Distance within which a true eigenvalue lies: ‖Hv − λv‖, as the recurrence tells it, plus the rounding."""
 
     rounding: Float[Array, " m"]
-    """Bound on the distance of λ from v'Hv, which would be none without rounding."""
+    """Bound on the distance between λ and v'Hv, which are equal in exact arithmetic."""
 
     @property
     def negative(self) -> Array:
-        """Where the value is negative with its error: some true eigenvalue then is."""
-        return self.values + self.residuals < 0
+        """Where v'Hv < 0 beyond rounding, which proves a negative eigenvalue; see :func:`extreme_eigenpairs`."""
+        return self.values + self.rounding < 0
 
 
 class Extremes(NamedTuple):
@@ -96,8 +99,12 @@ def lanczos(
 
     In floating-point numbers the three-term recurrence forgets its first vectors, and finds outliers again and again
     (ghosts). One sweep of Gram-Schmidt over all earlier vectors after each step keeps them orthogonal to 5e-6 in
-    float32; a second sweep changes nothing. Where a step leaves only rounding, the Krylov space is exhausted (a
-    breakdown, which is good news: all values are exact) and the rest is zero.
+    float32, for any number of parameters, as long as a step leaves more than the sweep takes away. Where it does not,
+    only rounding is left: the Krylov space is exhausted (a breakdown, which is good news: all values are exact) and the
+    rest is zero.
+
+    The matrix may have any scale that its products can be written in. A power of two, chosen by the first product,
+    brings it to about 1, half of it before a product and half behind, and is undone at the end; that rounds nothing.
 
     Args:
       matvec: the product with the matrix, such as :func:`kdjax.curvature.hessian` makes; any function of a pytree
@@ -172,10 +179,20 @@ def extreme_eigenpairs(
 ) -> Extremes:
     r"""The largest and the smallest (most negative) eigenvalues with their vectors.
 
-    A pair (θ, v) of residual r has a true eigenvalue within r of θ, so θ + r < 0 proves negative curvature. It does not
-    prove that θ is the smallest: with too few products, or a start without a part along it, the edge is not seen yet.
-    16 to 20 products find the edges of a network's Hessian at a saddle, and up to 50 late in training, when λ_min is a
-    hundredth of λ_max. What is below 1e-6 λ_max is rounding in float32, and the residuals say so.
+    A pair (θ, v) of residual r has a true eigenvalue within r of θ. That does not prove that θ is the extreme one: with
+    too few products, or a start without a part along it, the edge is not seen yet. 16 to 20 products find the edges of
+    a network's Hessian at a saddle, and up to 50 late in training, when λ_min is a hundredth of λ_max; a random start
+    needs about ln(n) √(λ_max / gap) of them.
+
+    **What** ``negative`` **proves.** In exact arithmetic θ = v'Hv, converged or not, and no unit vector has v'Hv below
+    the smallest eigenvalue. So θ < 0 proves negative curvature, and only rounding can make it untrue. ``rounding``
+    bounds that by the sum of two parts. The first is measured: with an orthonormal basis Q, what a sweep of
+    Gram-Schmidt takes out of a step is the column of Q'HQ that the tridiagonal matrix lacks, so the root of the sum of
+    its squares bounds the change of any Ritz value. It also sees products that are not those of a symmetric matrix. The
+    second is 8 √k units of rounding (machine epsilon) of the largest |α| + β, for k steps that each round their
+    vectors and their product; in float32 that is 5e-6 λ_max for 30 steps, and smaller curvature cannot be told from
+    none. It assumes that products are right to a few units of rounding of λ_max. Those of networks in float32 are; in
+    bfloat16 they are not, nor with dropout, and no bound read off the products alone could tell.
 
     Args:
       matvec: as for :func:`lanczos`.
@@ -183,8 +200,8 @@ def extreme_eigenpairs(
       num_matvecs: steps of Lanczos' method; memory is as many vectors.
       top: how many of the largest.
       bottom: how many of the smallest.
-      explicit_residuals: spend a product on each pair to measure its residual, rather than to read it off the
-        recurrence at no cost.
+      explicit_residuals: spend a product on each pair to measure its residual and v'Hv, rather than to read them off
+        the recurrence at no cost. The difference that it finds is added to ``rounding``.
       loop: as for :func:`lanczos`.
 
     Returns:
@@ -195,7 +212,10 @@ def extreme_eigenpairs(
       ValueError: as :func:`lanczos`, or if more pairs are asked for than steps made.
 
     References:
-      Parlett, The Symmetric Eigenvalue Problem, 1980, section 13.2, for the residual.
+      Parlett, The Symmetric Eigenvalue Problem, 1998: theorem 10.2.1 for v'Hv, 4.5.1 and section 13.2 for the residual.
+      Paige, Accuracy and effectiveness of the Lanczos algorithm for the symmetric eigenproblem, 1980, for rounding in
+      the recurrence. Kuczyński, Woźniakowski, Estimating the largest eigenvalue by the power and Lanczos algorithms
+      with a random start, 1992, for the number of products.
     """
     if not (0 <= top <= num_matvecs and 0 <= bottom <= num_matvecs):
         raise ValueError(
@@ -239,8 +259,8 @@ class _State(NamedTuple):
     current: Array
     previous: Array
     scale: Array  # largest |alpha| + beta so far
-    defect: Array  # ‖T − Q'HQ‖, as far as it has been seen
-    exponent: Array  # of the power of two that alphas and betas are to be multiplied by
+    defect: Array  # of what sweeps took out, the root of the sum of squares
+    exponent: Array  # alphas, betas and products are those of the matrix over 2 to this power
 
 
 def _first(start: PyTree, num_matvecs: int, reorthogonalise: bool) -> tuple[Blocks | None, _State]:
@@ -255,9 +275,7 @@ def _first(start: PyTree, num_matvecs: int, reorthogonalise: bool) -> tuple[Bloc
     if not reorthogonalise:
         return None, state
     heights = [min(_ROWS, num_matvecs - row) for row in range(0, num_matvecs, _ROWS)]
-    first, *others = (
-        jnp.zeros((len(vector), height, vector.shape[1]), vector.dtype) for height in heights
-    )
+    first, *others = (jnp.zeros((len(vector), height, vector.shape[1]), vector.dtype) for height in heights)
     return (first.at[:, 0].set(vector), *others), state
 
 
@@ -265,11 +283,11 @@ def _next(blocks: Blocks | None, state: _State, step: Any, product: Array) -> _S
     w, exponent = _in_range(state, step, product)
     alpha = inner(w, state.current)
     w = w - alpha * state.current - jnp.where(step > 0, state.betas[step - 1], 0) * state.previous
-    share = jnp.zeros_like(alpha)
-    if blocks is not None:
-        # The blocks that have rows, and not those still zero: for a small network this is most of the time.
-        sweeps = [functools.partial(_beside, blocks[: count + 1]) for count in range(len(blocks))]
-        w, share = jax.lax.switch(step // _ROWS, sweeps, w)
+    nothing = share = jnp.zeros_like(alpha)
+    for i, block in enumerate(blocks or ()):
+        # Only the blocks that have rows: for a small network, sweeping is most of the time.
+        w, part = jax.lax.cond(step >= i * _ROWS, _beside, lambda block, w: (w, nothing), block, w)
+        share = jnp.hypot(share, part)
     beta = jnp.linalg.norm(w.ravel())
     scale = jnp.maximum(state.scale, jnp.abs(alpha) + beta)
     ends = beta <= jnp.maximum(share, _ROUNDING * jnp.finfo(w.dtype).eps * scale)
@@ -281,30 +299,21 @@ def _next(blocks: Blocks | None, state: _State, step: Any, product: Array) -> _S
 
 
 def _in_range(state: _State, step: Any, product: Array) -> tuple[Array, Array]:
-    """The product scaled to about 1 by a power of two, which the first one chooses for all, and its exponent."""
+    """The product of the matrix scaled to about 1, and the exponent of its scale, which the first product decides."""
     before = _exponent_before(state.exponent)
-    exponent = jax.lax.cond(
-        step == 0, lambda: exponent_of(jnp.max(jnp.abs(product))), lambda: state.exponent
-    )
+    exponent = jax.lax.cond(step == 0, lambda: exponent_of(jnp.max(jnp.abs(product))), lambda: state.exponent)
     return product * jnp.ldexp(jnp.ones((), product.dtype), -before - exponent), exponent
 
 
 def _exponent_before(exponent: Array) -> Array:
-    """Of the factor of a vector before it is multiplied: half of the scale, so that what lies between is in range too."""
+    """Of the factor of a vector before a product: half of the scale, so that what lies between stays in range."""
     return -exponent // 2
 
 
-def _beside(blocks: Blocks, w: Array) -> tuple[Array, Array]:
-    """What is left of a vector without its parts along all rows, and the length of these."""
-    shares = [_shares(block, w) for block in blocks]
-    for block, share in zip(blocks, shares, strict=True):
-        w = w - _combined(share, block)
-    return w, jnp.linalg.norm(jnp.concatenate(shares))
-
-
-def _shares(block: Array, w: Array) -> Array:
-    """The inner product of a cut vector with every row of a block."""
-    return jnp.sum(_einsum("rkw,rw->rk", block, w), axis=0)
+def _beside(block: Array, w: Array) -> tuple[Array, Array]:
+    """What is left of a cut vector without its parts along the rows of a block, and the length of these."""
+    shares = jnp.sum(_einsum("rkw,rw->rk", block, w), axis=0)
+    return w - _combined(shares, block), jnp.linalg.norm(shares)
 
 
 def _combined(shares: Array, block: Array) -> Array:
@@ -314,12 +323,11 @@ def _combined(shares: Array, block: Array) -> Array:
 
 
 def _unscaled(state: _State) -> tuple[Array, Array, Array]:
-    """Alphas, betas and the rounding error of a Ritz value, in the scale of the matrix."""
+    """Alphas, betas and the bound on rounding, in the scale of the matrix."""
     eps, steps = jnp.finfo(state.alphas.dtype).eps, len(state.alphas)
     rounding = state.defect + _ROUNDING * eps * steps**0.5 * state.scale
-    half = state.exponent // 2
-    factors = (jnp.ldexp(jnp.ones_like(rounding), half), jnp.ldexp(jnp.ones_like(rounding), state.exponent - half))
-    return tuple(x * factors[0] * factors[1] for x in (state.alphas, state.betas, rounding))
+    scale = jnp.ldexp(jnp.ones_like(rounding), state.exponent)
+    return state.alphas * scale, state.betas * scale, rounding * scale
 
 
 def _with_row(blocks: Blocks, row: Any, vector: Array) -> Blocks:
@@ -368,9 +376,8 @@ def _pairs(alphas, betas, rounding, blocks, start, top, bottom):
             residual = betas[-1] * jnp.abs(vectors[-1, place]) + rounding
             return values[place], unflatten(start, join(row, size_of(start))), residual, rounding
 
-        found = jax.lax.map(pair, chosen)
-        kept = lambda x: jnp.where(there.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
-        return Eigenpairs(*jax.tree.map(kept, found))
+        kept = jax.vmap(lambda known, x: jnp.where(known, x, jnp.nan))
+        return Eigenpairs(*jax.tree.map(functools.partial(kept, there), jax.lax.map(pair, chosen)))
 
     return Extremes(pairs(reached - 1 - jnp.arange(top)), pairs(jnp.arange(bottom)))
 

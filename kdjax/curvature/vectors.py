@@ -82,7 +82,8 @@ def cut(vector: Float[Array, " n"]) -> Float[Array, "rows width"]:
     which costs the same time and is accurate at any length.
     """
     width = min(len(vector), _WIDTH)
-    return jnp.pad(vector, (0, -len(vector) % width)).reshape(-1, width)
+    filled = jnp.concatenate([vector, jnp.zeros(-len(vector) % width, vector.dtype)])
+    return filled.reshape(-1, width)
 
 
 def join(rows: Float[Array, "*batch rows width"], size: int) -> Float[Array, "*batch n"]:

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from kdjax import curvature
 from kdjax.curvature.krylov import ritz
-from kdjax.curvature.vectors import flatten, size_of, unflatten, widen
+from kdjax.curvature.vectors import flatten, norm, size_of, unflatten, widen
 from kdjax.transforms.shared import (
     Draws,
     cast_like,
@@ -141,16 +141,16 @@ def saddle_free_newton(
         del extra_args
         params, value_fn = needed("saddle_free_newton", params, value_fn)
         gradient = flatten(updates)
-        norm = jnp.linalg.norm(gradient)
+        length = norm(gradient)
         # Any start will do for a gradient of zero, whose step is zero.
-        start = jnp.where(norm > 0, gradient, 1)
+        start = jnp.where(length > 0, gradient, 1)
         operator = hessian_at(value_fn, widen(params), axis_name)
         found = curvature.lanczos(operator, unflatten(updates, start), num_matvecs=num_matvecs)
         values, vectors, reached = ritz(found.alphas, found.betas)
         there = jnp.arange(num_matvecs) < reached
         values = jnp.where(there, values, values[0])
         # The gradient is its norm times the first Krylov vector.
-        shares = jnp.where(there, norm * vectors[0] / (jnp.abs(values) + damping), 0)
+        shares = jnp.where(there, length * vectors[0] / (jnp.abs(values) + damping), 0)
         step = -learning_rate * jnp.matmul(
             vectors @ shares, jnp.asarray(found.basis), precision=jax.lax.Precision.HIGHEST
         )
