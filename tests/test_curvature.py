@@ -392,7 +392,7 @@ class TestAtAnySize:
                 start = start.at[-1].add(100.0)
                 assert find(diagonal(entries), start).bottom.negative[0]
 
-    @pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-17, 1e17, 1e30, 1e35])
+    @pytest.mark.parametrize("scale", [1e-30, 1e-17, 1e17, 1e30])
     def test_a_gauss_newton_matrix_of_any_scale(self, scale):
         params, batch = make_params(), make_batch(4)  # eight outputs of 26 parameters
 

@@ -31,9 +31,8 @@ from kdjax.curvature.vectors import (
     widen,
 )
 
-_ROUNDING = (
-    8  # units of rounding, of the largest |alpha| + beta met: a step that leaves less has left nothing
-)
+# Units of rounding of the largest |alpha| + beta met: a step that leaves less has left nothing.
+_ROUNDING = 8
 _ROWS = 16  # of a block of the basis
 
 
