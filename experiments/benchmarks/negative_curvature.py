@@ -271,6 +271,7 @@ def main() -> None:
             f"{sum(arms[arm]['found']):.0f} negative eigenvalues found"
         )
     if OUTPUT.value:
+        fewest, most = (count(map(len, done.values())) for count in (min, max))
         content = results.make(
             "negative_curvature",
             question="Is what Eigenpairs.negative says true?",
@@ -281,10 +282,11 @@ def main() -> None:
                 "trials": trials,
                 "smoke": SMOKE.value,
             },
-            seeds=range(trials),
+            seeds=range(most),
             arms=arms,
             arm_seeds=seeds,
             wall_clock_s=time.monotonic() - begin,
+            scaled_down="" if fewest >= trials else f"{fewest} to {most} of {trials} trials are complete.",
             orthogonality=worst,
         )
         results.write(OUTPUT.value, content)
