@@ -15,17 +15,24 @@ from kdjax.curvature.vectors import (
     check_arrays,
     check_finite,
     choose_loop,
+    cut,
+    exponent_of,
     flatten,
+    inner,
     is_known,
+    join,
+    multiply,
     multiply_all,
-    multiply_flat,
-    multiply_row,
+    multiply_here,
+    norm,
+    power_of_two,
     size_of,
     unflatten,
     widen,
 )
 
-_ROUNDING = 8  # units of rounding, of the largest |alpha| + beta met: less than that is none
+# Units of rounding of the largest |alpha| + beta met: a step that leaves less has left nothing.
+_ROUNDING = 8
 _ROWS = 16  # of a block of the basis
 
 
@@ -41,9 +48,13 @@ class Tridiagonal(NamedTuple):
     basis: Float[Array, "k n"] | None
     """Orthonormal rows, each in the order of ``ravel_pytree(start)``; zero behind a breakdown. None if not kept."""
 
+    rounding: Float[Array, ""]
+    """How far a Ritz value may be from v'Hv, as :func:`extreme_eigenpairs` explains. Without reorthogonalisation
+    nothing is measured, and it is too small."""
 
-Blocks: TypeAlias = tuple[Float[Array, "_ n"], ...]
-"""A basis as blocks of rows, each an array of its own: a product with the first few copies none and reads no others."""
+
+Blocks: TypeAlias = tuple[Float[Array, "rows _ width"], ...]
+"""A basis of cut vectors as blocks, each an array of its own: a product with the first few reads no others."""
 
 
 class Eigenpairs(NamedTuple):
@@ -54,12 +65,15 @@ class Eigenpairs(NamedTuple):
     """Unit vectors like the start, with a leading axis of length m."""
 
     residuals: Float[Array, " m"]
-    """‖Hv − λv‖, as the recurrence tells it, and not below what rounding hides."""
+    """Distance within which a true eigenvalue lies: ‖Hv − λv‖, as the recurrence tells it, plus the rounding."""
+
+    rounding: Float[Array, " m"]
+    """Bound on the distance between λ and v'Hv, which are equal in exact arithmetic."""
 
     @property
     def negative(self) -> Array:
-        """Where the value is negative with its error: some true eigenvalue then is."""
-        return self.values + self.residuals < 0
+        """Where v'Hv < 0 beyond rounding, which proves a negative eigenvalue; see :func:`extreme_eigenpairs`."""
+        return self.values + self.rounding < 0
 
 
 class Extremes(NamedTuple):
@@ -84,8 +98,12 @@ def lanczos(
 
     In floating-point numbers the three-term recurrence forgets its first vectors, and finds outliers again and again
     (ghosts). One sweep of Gram-Schmidt over all earlier vectors after each step keeps them orthogonal to 5e-6 in
-    float32; a second sweep changes nothing. Where a step leaves only rounding, the Krylov space is exhausted (a
-    breakdown, which is good news: all values are exact) and the rest is zero.
+    float32, for any number of parameters, as long as a step leaves more than the sweep takes away. Where it does not,
+    only rounding is left: the Krylov space is exhausted (a breakdown, which is good news: all values are exact) and the
+    rest is zero.
+
+    The matrix may have any scale that its products can be written in. A power of two, chosen by the first product,
+    brings it to about 1, half of it before a product and half behind, and is undone at the end; that rounds nothing.
 
     Args:
       matvec: the product with the matrix, such as :func:`kdjax.curvature.hessian` makes; any function of a pytree
@@ -113,13 +131,14 @@ def lanczos(
       Lanczos, An iteration method for the solution of the eigenvalue problem, 1950. Paige, Error analysis of the
       Lanczos algorithm for tridiagonalizing a symmetric matrix, 1976, for the loss of orthogonality.
     """
-    alphas, betas, blocks = tridiagonalise(matvec, start, num_matvecs, reorthogonalise, loop)
-    return Tridiagonal(alphas, betas, None if blocks is None else _joined(blocks))
+    alphas, betas, rounding, blocks = tridiagonalise(matvec, start, num_matvecs, reorthogonalise, loop)
+    basis = None if blocks is None else _joined(blocks, size_of(start))
+    return Tridiagonal(alphas, betas, basis, rounding)
 
 
 def tridiagonalise(
     matvec: Matvec, start: PyTree, num_matvecs: int, reorthogonalise: bool, loop: Loop | None
-) -> tuple[Float[Array, " k"], Float[Array, " k"], Blocks | None]:
+) -> tuple[Float[Array, " k"], Float[Array, " k"], Float[Array, ""], Blocks | None]:
     """Does what :func:`lanczos` does, and leaves the basis in its blocks.
 
     To join them takes the memory of a second basis for a moment, which not every caller needs.
@@ -127,24 +146,24 @@ def tridiagonalise(
     check_arrays("lanczos", start)
     check_num_matvecs("lanczos", num_matvecs, size_of(start))
     start = widen(start)
-    norm = _norm(start)
-    if is_known(norm) and not 0 < norm < np.inf:
+    length = _length(start)
+    if is_known(length) and not 0 < length < np.inf:
         raise ValueError(
-            f"lanczos needs a start of finite positive length, got {float(norm):g}: draw another."
+            f"lanczos needs a start of finite positive length, got {float(length):g}: draw another."
         )
     if choose_loop(loop, matvec, start) == "compiled":
         blocks, state = _in_one_program(as_argument(matvec), start, num_matvecs, reorthogonalise)
     else:
         blocks, state = _begin(start, num_matvecs, reorthogonalise)
         for step in range(num_matvecs):
-            product = multiply_row(matvec, state.current, start)
+            product = multiply_here(matvec, state.current, start, _before(state.exponent))
             state = _advance(blocks, state, np.int32(step), product)
             block, place = divmod(step + 1, _ROWS)
             if blocks is not None and step + 1 < num_matvecs:
                 kept = _store(blocks[block], np.int32(place), state.current)
                 blocks = (*blocks[:block], kept, *blocks[block + 1 :])
     check_finite("lanczos", state.alphas, state.betas)
-    return state.alphas, state.betas, blocks
+    return *_finished(state), blocks
 
 
 def extreme_eigenpairs(
@@ -159,10 +178,20 @@ def extreme_eigenpairs(
 ) -> Extremes:
     r"""The largest and the smallest (most negative) eigenvalues with their vectors.
 
-    A pair (θ, v) of residual r has a true eigenvalue within r of θ, so θ + r < 0 proves negative curvature. It does not
-    prove that θ is the smallest: with too few products, or a start without a part along it, the edge is not seen yet.
-    16 to 20 products find the edges of a network's Hessian at a saddle, and up to 50 late in training, when λ_min is a
-    hundredth of λ_max. What is below 1e-6 λ_max is rounding in float32, and the residuals say so.
+    A pair (θ, v) of residual r has a true eigenvalue within r of θ. That does not prove that θ is the extreme one: with
+    too few products, or a start without a part along it, the edge is not seen yet. 16 to 20 products find the edges of
+    a network's Hessian at a saddle, and up to 50 late in training, when λ_min is a hundredth of λ_max; a random start
+    needs about ln(n) √(λ_max / gap) of them.
+
+    **What** ``negative`` **proves.** In exact arithmetic θ = v'Hv, converged or not, and no unit vector has v'Hv below
+    the smallest eigenvalue. So θ < 0 proves negative curvature, and only rounding can make it untrue. ``rounding``
+    bounds that by the sum of two parts. The first is measured: with an orthonormal basis Q, what a sweep of
+    Gram-Schmidt takes out of a step is the column of Q'HQ that the tridiagonal matrix lacks, so the root of the sum of
+    its squares bounds the change of any Ritz value. It also sees products that are not those of a symmetric matrix. The
+    second is 8 √k units of rounding (machine epsilon) of the largest |α| + β, for k steps that each round their
+    vectors and their product; in float32 that is 5e-6 λ_max for 30 steps, and smaller curvature cannot be told from
+    none. It assumes that products are right to a few units of rounding of λ_max. Those of networks in float32 are; in
+    bfloat16 they are not, nor with dropout, and no bound read off the products alone could tell.
 
     Args:
       matvec: as for :func:`lanczos`.
@@ -170,8 +199,8 @@ def extreme_eigenpairs(
       num_matvecs: steps of Lanczos' method; memory is as many vectors.
       top: how many of the largest.
       bottom: how many of the smallest.
-      explicit_residuals: spend a product on each pair to measure its residual, rather than to read it off the
-        recurrence at no cost.
+      explicit_residuals: spend a product on each pair to measure its residual and v'Hv, rather than to read them off
+        the recurrence at no cost. The difference that it finds is added to ``rounding``.
       loop: as for :func:`lanczos`.
 
     Returns:
@@ -182,15 +211,18 @@ def extreme_eigenpairs(
       ValueError: as :func:`lanczos`, or if more pairs are asked for than steps made.
 
     References:
-      Parlett, The Symmetric Eigenvalue Problem, 1980, section 13.2, for the residual.
+      Parlett, The Symmetric Eigenvalue Problem, 1998: theorem 10.2.1 for v'Hv, 4.5.1 and section 13.2 for the residual.
+      Paige, Accuracy and effectiveness of the Lanczos algorithm for the symmetric eigenproblem, 1980, for rounding in
+      the recurrence. Kuczyński, Woźniakowski, Estimating the largest eigenvalue by the power and Lanczos algorithms
+      with a random start, 1992, for the number of products.
     """
     if not (0 <= top <= num_matvecs and 0 <= bottom <= num_matvecs):
         raise ValueError(
             f"extreme_eigenpairs can tell up to num_matvecs = {num_matvecs} pairs of either end, got top = {top} and "
             f"bottom = {bottom}."
         )
-    alphas, betas, blocks = tridiagonalise(matvec, start, num_matvecs, True, loop)
-    ends = _pairs(alphas, betas, blocks, widen(start), top, bottom)
+    alphas, betas, rounding, blocks = tridiagonalise(matvec, start, num_matvecs, True, loop)
+    ends = _pairs(alphas, betas, rounding, blocks, widen(start), top, bottom)
     if not explicit_residuals:
         return ends
     return Extremes(*(_measured(matvec, pairs, widen(start), loop) for pairs in ends))
@@ -214,10 +246,10 @@ def ritz(
     reached = jnp.concatenate([jnp.ones(1, bool), jnp.cumprod(betas[:-1] > 0) > 0])
     beside = jnp.where(reached[1:], betas[:-1], 0)
     bound = jnp.max(jnp.abs(alphas) + jnp.pad(beside, (0, 1)) + jnp.pad(beside, (1, 0)))  # Gershgorin
-    beyond = jnp.where(bound == 0, 1, 2 * bound)
-    matrix = jnp.diag(jnp.where(reached, alphas, beyond)) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
-    values, vectors = jnp.linalg.eigh(matrix)
-    return values, vectors, jnp.sum(reached)
+    unit = power_of_two(bound)  # the solver squares
+    alphas, beside = jnp.where(reached, alphas / unit, 1 + 2 * bound / unit), beside / unit
+    values, vectors = jnp.linalg.eigh(jnp.diag(alphas) + jnp.diag(beside, 1) + jnp.diag(beside, -1))
+    return values * unit, vectors, jnp.sum(reached)
 
 
 class _State(NamedTuple):
@@ -226,49 +258,82 @@ class _State(NamedTuple):
     current: Array
     previous: Array
     scale: Array  # largest |alpha| + beta so far
+    defect: Array  # of what sweeps took out, the root of the sum of squares
+    exponent: Array  # alphas, betas and products are those of the matrix over 2 to this power
 
 
 def _first(start: PyTree, num_matvecs: int, reorthogonalise: bool) -> tuple[Blocks | None, _State]:
-    vector = flatten(start)
-    vector = vector / jnp.linalg.norm(vector)
+    vector = cut(flatten(start))
+    unit = power_of_two(jnp.max(jnp.abs(vector)))
+    vector = vector / unit
+    vector = vector / norm(vector)
     zeros = jnp.zeros(num_matvecs, vector.dtype)
-    state = _State(zeros, zeros, vector, jnp.zeros_like(vector), zeros[0])
+    # A matrix of 1 makes products of about 1 of a vector with numbers of about 1.
+    exponent = jnp.asarray(-2 * round(np.log2(size_of(start)) / 2), jnp.int32)
+    state = _State(zeros, zeros, vector, jnp.zeros_like(vector), zeros[0], zeros[0], exponent)
     if not reorthogonalise:
         return None, state
     heights = [min(_ROWS, num_matvecs - row) for row in range(0, num_matvecs, _ROWS)]
-    first, *others = (jnp.zeros((height, len(vector)), vector.dtype) for height in heights)
-    return (first.at[0].set(vector), *others), state
+    first, *others = (jnp.zeros((len(vector), height, vector.shape[1]), vector.dtype) for height in heights)
+    return (first.at[:, 0].set(vector), *others), state
 
 
-def _next(blocks: Blocks | None, state: _State, step: Any, w: Array) -> _State:
-    alpha = _dot(w, state.current)
+def _next(blocks: Blocks | None, state: _State, step: Any, product: Array) -> _State:
+    w, exponent = _in_range(state, step, product)
+    alpha = inner(w, state.current)
     w = w - alpha * state.current - jnp.where(step > 0, state.betas[step - 1], 0) * state.previous
-    if blocks is not None:
-        # The blocks that have rows, and not those still zero: for a small network this is most of the time.
-        sweeps = [functools.partial(_beside, blocks[: count + 1]) for count in range(len(blocks))]
-        w = jax.lax.switch(step // _ROWS, sweeps, w)
-    beta = jnp.linalg.norm(w)
+    nothing = share = jnp.zeros_like(alpha)
+    for i, block in enumerate(blocks or ()):
+        # Only the blocks that have rows: for a small network, sweeping is most of the time.
+        w, part = jax.lax.cond(step >= i * _ROWS, _beside, lambda block, w: (w, nothing), block, w)
+        share = jnp.hypot(share, part)
+    beta = jnp.linalg.norm(w.ravel())
     scale = jnp.maximum(state.scale, jnp.abs(alpha) + beta)
-    ends = beta <= _ROUNDING * jnp.finfo(w.dtype).eps * scale
+    ends = beta <= jnp.maximum(share, _ROUNDING * jnp.finfo(w.dtype).eps * scale)
     beta = jnp.where(ends, 0, beta)
     following = jnp.where(ends, 0, w / jnp.where(ends, 1, beta))
     alphas, betas = state.alphas.at[step].set(alpha), state.betas.at[step].set(beta)
-    return _State(alphas, betas, following, state.current, scale)
+    defect = jnp.hypot(state.defect, share)
+    return _State(alphas, betas, following, state.current, scale, defect, exponent)
 
 
-def _beside(blocks: Blocks, w: Array) -> Array:
-    """What is left of a vector without its parts along all rows."""
-    shares = [_dot(block, w) for block in blocks]
-    for block, share in zip(blocks, shares, strict=True):
-        w = w - _dot(share, block)
-    return w
+def _in_range(state: _State, step: Any, product: Array) -> tuple[Array, Array]:
+    """The product of the matrix scaled to about 1, and the exponent of its scale, which the first product decides."""
+    before = _exponent_before(state.exponent)
+    exponent = jax.lax.cond(step == 0, lambda: exponent_of(jnp.max(jnp.abs(product))), lambda: state.exponent)
+    return product * jnp.ldexp(jnp.ones((), product.dtype), -before - exponent), exponent
+
+
+def _exponent_before(exponent: Array) -> Array:
+    """Of the factor of a vector before a product: half of the scale, so that what lies between stays in range."""
+    return -exponent // 2
+
+
+def _beside(block: Array, w: Array) -> tuple[Array, Array]:
+    """What is left of a cut vector without its parts along the rows of a block, and the length of these."""
+    shares = jnp.sum(_einsum("rkw,rw->rk", block, w), axis=0)
+    return w - _combined(shares, block), jnp.linalg.norm(shares)
+
+
+def _combined(shares: Array, block: Array) -> Array:
+    """The rows of a block, each times its share, added up."""
+    # Written as one product for each row of the cut vectors, which reads the block as it lies in memory.
+    return _einsum("rk,rkw->rw", jnp.broadcast_to(shares, (len(block), len(shares))), block)
+
+
+def _unscaled(state: _State) -> tuple[Array, Array, Array]:
+    """Alphas, betas and the bound on rounding, in the scale of the matrix."""
+    eps, steps = jnp.finfo(state.alphas.dtype).eps, len(state.alphas)
+    rounding = state.defect + _ROUNDING * eps * steps**0.5 * state.scale
+    scale = jnp.ldexp(jnp.ones_like(rounding), state.exponent)
+    return state.alphas * scale, state.betas * scale, rounding * scale
 
 
 def _with_row(blocks: Blocks, row: Any, vector: Array) -> Blocks:
     """The blocks with one row set; a row behind the last is dropped."""
     places = (row - i * _ROWS for i in range(len(blocks)))
     return tuple(
-        block.at[jnp.where(place < 0, len(block), place)].set(vector, mode="drop")
+        block.at[:, jnp.where(place < 0, block.shape[1], place)].set(vector, mode="drop")
         for block, place in zip(blocks, places, strict=True)
     )
 
@@ -277,37 +342,41 @@ def _with_row(blocks: Blocks, row: Any, vector: Array) -> Blocks:
 def _in_one_program(matvec, start, num_matvecs, reorthogonalise):
     def step(i, carry):
         blocks, state = carry
-        state = _next(blocks, state, i, multiply_flat(matvec, state.current, start))
+        product = multiply(matvec, state.current, start, _exponent_before(state.exponent))
+        state = _next(blocks, state, i, product)
         return None if blocks is None else _with_row(blocks, i + 1, state.current), state
 
     return jax.lax.fori_loop(0, num_matvecs, step, _first(start, num_matvecs, reorthogonalise))
 
 
-_joined = jax.jit(jnp.concatenate)
 _begin = jax.jit(_first, static_argnums=(1, 2))
-_advance = jax.jit(_next)
+_advance, _before, _finished = jax.jit(_next), jax.jit(_exponent_before), jax.jit(_unscaled)
 # In place, and by itself: a program that reads the basis and writes it holds a copy.
-_store = jax.jit(lambda block, place, vector: block.at[place].set(vector), donate_argnums=0)
+_store = jax.jit(lambda block, place, vector: block.at[:, place].set(vector), donate_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _pairs(alphas, betas, blocks, start, top, bottom):
+@functools.partial(jax.jit, static_argnums=1)
+def _joined(blocks, size):
+    return jnp.concatenate([join(jnp.moveaxis(block, 1, 0), size) for block in blocks])
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _pairs(alphas, betas, rounding, blocks, start, top, bottom):
     values, vectors, reached = ritz(alphas, betas)
-    largest = jnp.max(jnp.abs(jnp.where(jnp.arange(len(values)) < reached, values, 0)))
-    floor = _ROUNDING * jnp.finfo(values.dtype).eps * largest
 
     def pairs(places):
         there = (places >= 0) & (places < reached)
         chosen = jnp.where(there, places, 0)
-        parts = (vectors[i * _ROWS : (i + 1) * _ROWS, chosen] for i in range(len(blocks)))
-        products = (_dot(part.T, block) for part, block in zip(parts, blocks, strict=True))
-        rows = functools.reduce(jnp.add, products)
-        residuals = jnp.maximum(betas[-1] * jnp.abs(vectors[-1, chosen]), floor)
-        rows, kept, errors = (
-            jnp.where(there.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.nan)
-            for x in (rows, values[chosen], residuals)
-        )
-        return Eigenpairs(kept, jax.vmap(functools.partial(unflatten, start))(rows), errors)
+
+        def pair(place):
+            parts = (vectors[i * _ROWS : (i + 1) * _ROWS, place] for i in range(len(blocks)))
+            shares = zip(parts, blocks, strict=True)
+            row = functools.reduce(jnp.add, (_combined(part, block) for part, block in shares))
+            residual = betas[-1] * jnp.abs(vectors[-1, place]) + rounding
+            return values[place], unflatten(start, join(row, size_of(start))), residual, rounding
+
+        kept = jax.vmap(lambda known, x: jnp.where(known, x, jnp.nan))
+        return Eigenpairs(*jax.tree.map(functools.partial(kept, there), jax.lax.map(pair, chosen)))
 
     return Extremes(pairs(reached - 1 - jnp.arange(top)), pairs(jnp.arange(bottom)))
 
@@ -315,17 +384,22 @@ def _pairs(alphas, betas, blocks, start, top, bottom):
 def _measured(matvec: Matvec, pairs: Eigenpairs, start: PyTree, loop: Loop | None) -> Eigenpairs:
     if not len(pairs.values):
         return pairs
-    rows = jax.vmap(flatten)(pairs.vectors)
-    residuals = jnp.linalg.norm(
-        multiply_all(matvec, rows, start, loop) - pairs.values[:, None] * rows, axis=1
-    )
-    return pairs._replace(residuals=residuals)
+    vectors = _cut_each(pairs.vectors)
+    return _compared(pairs, vectors, multiply_all(matvec, vectors, start, loop))
 
 
 @jax.jit
-def _norm(tree):
-    return jnp.linalg.norm(flatten(tree))
+@jax.vmap
+def _compared(pair, vector, product):
+    unit = power_of_two(jnp.max(jnp.abs(product)))
+    away = jnp.abs(pair.values - unit * inner(vector, product / unit))
+    residual = norm(product - pair.values * vector) + pair.rounding
+    return pair._replace(residuals=residual, rounding=pair.rounding + away)
 
 
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+def _einsum(subscripts: str, *operands: Array) -> Array:
+    return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
+_cut_each = jax.jit(jax.vmap(lambda vector: cut(flatten(vector))))
+_length = jax.jit(lambda tree: norm(flatten(tree)))

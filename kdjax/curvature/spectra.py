@@ -16,8 +16,12 @@ from kdjax.curvature.vectors import (
     check_arrays,
     check_finite,
     choose_loop,
+    cut,
     flatten,
+    inner,
+    join,
     multiply_all,
+    power_of_two,
     random_like,
     size_of,
     widen,
@@ -195,8 +199,8 @@ def hutch_plus_plus(
     sketch_key, rest_key = jax.random.split(key)
     third = num_matvecs // 3
     multiply = functools.partial(multiply_all, matvec, like=widen(like), loop=loop)
-    space = _orthonormal(multiply(_signs(sketch_key, like, third)))
-    inside = _sum_of_dots(space, multiply(space))
+    space = _orthonormal(multiply(_signs(sketch_key, like, third)), size_of(like))
+    inside = _sum_of_inner(space, multiply(space))
     rest = _beside(space, _signs(rest_key, like, num_matvecs - 2 * third))
     return _estimate("hutch_plus_plus", inside, rest, multiply(rest))
 
@@ -218,7 +222,7 @@ def _density(alphas, betas, grid, width):
     if grid is None:
         grid = jnp.linspace(nodes.min() - _PADDING * sigma, nodes.max() + _PADDING * sigma, 1024)
     each = smoothed(nodes, weights, grid, width=sigma)
-    spread = jnp.std(each, axis=0, ddof=1) if len(each) > 1 else jnp.full_like(each[0], jnp.nan)
+    spread = _deviation(each) if len(each) > 1 else jnp.full_like(each[0], jnp.nan)
     return Density(grid, jnp.mean(each, axis=0), spread, nodes, weights, sigma)
 
 
@@ -251,34 +255,41 @@ def _estimate(what: str, base: Any, vectors: Array, products: Array) -> Trace:
 
 @jax.jit
 def _of_samples(base, vectors, products):
-    samples = _row_dots(vectors, products)
-    return Trace(base + jnp.mean(samples), jnp.std(samples, ddof=1) / len(samples) ** 0.5)
+    samples = _inner_each(vectors, products)
+    return Trace(base + jnp.mean(samples), _deviation(samples) / len(samples) ** 0.5)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _signs(key, like, count):
     keys = jax.random.split(key, count)
-    return jax.vmap(lambda k: flatten(random_like(k, like, distribution="signs")))(keys)
+    return jax.vmap(lambda k: cut(flatten(random_like(k, like, distribution="signs"))))(keys)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _orthonormal(vectors, size):
+    flat = join(vectors, size) / power_of_two(jnp.max(jnp.abs(vectors)))
+    return jax.vmap(cut)(jnp.linalg.qr(flat.T)[0].T)
 
 
 @jax.jit
-def _orthonormal(rows):
-    return jnp.linalg.qr(rows.T)[0].T
+def _beside(space, vectors):
+    shares = jnp.sum(_einsum("mrw,krw->rmk", vectors, space), axis=0)
+    return vectors - _einsum("mk,krw->mrw", shares, space)
 
 
 @jax.jit
-def _beside(space, rows):
-    return rows - _dot(_dot(rows, space.T), space)
+def _sum_of_inner(a, b):
+    return jnp.sum(_inner_each(a, b))
 
 
-@jax.jit
-def _sum_of_dots(a, b):
-    return jnp.sum(_row_dots(a, b))
+_inner_each = jax.vmap(inner)
 
 
-def _row_dots(a: Array, b: Array) -> Array:
-    return jnp.sum(a * b, axis=1)
+def _deviation(samples: Array) -> Array:
+    """Standard deviation over the leading axis (n − 1), whose squares neither overflow nor vanish."""
+    unit = power_of_two(jnp.max(jnp.abs(samples)))
+    return unit * jnp.std(samples / unit, axis=0, ddof=1)
 
 
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+def _einsum(subscripts: str, *operands: Array) -> Array:
+    return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)

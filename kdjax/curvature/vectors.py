@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 Matvec: TypeAlias = Callable[[PyTree], PyTree]
 """A symmetric matrix as its product with a vector, a pytree of one structure in and out."""
@@ -68,6 +68,49 @@ def random_like(key: Array, like: PyTree, *, distribution: Literal["normal", "si
     """
     check_arrays("random_like", like)
     return _draw(key, widen(like), distribution)
+
+
+_ONE = np.int32(0)  # the exponent of 1
+_WIDTH = 1024  # numbers in a row of a cut vector
+
+
+def cut(vector: Float[Array, " n"]) -> Float[Array, "rows width"]:
+    """A flat vector in rows of up to 1024 numbers, the last one filled up with zeros.
+
+    Matrix-vector products add in float32 one number after another, at least on a CPU, and over millions of them lose
+    digits that orthogonality needs. In this form an inner product is a product for each row and a sum over the rows,
+    which costs the same time and is accurate at any length.
+    """
+    width = min(len(vector), _WIDTH)
+    filled = jnp.concatenate([vector, jnp.zeros(-len(vector) % width, vector.dtype)])
+    return filled.reshape(-1, width)
+
+
+def join(rows: Float[Array, "*batch rows width"], size: int) -> Float[Array, "*batch n"]:
+    """Inverse of :func:`cut` for a vector of this size."""
+    return rows.reshape(*rows.shape[:-2], -1)[..., :size]
+
+
+def inner(a: Float[Array, "rows width"], b: Float[Array, "rows width"]) -> Float[Array, ""]:
+    """The inner product of two cut vectors."""
+    return jnp.sum(jnp.einsum("rw,rw->r", a, b, precision=jax.lax.Precision.HIGHEST))
+
+
+def norm(x: Array) -> Float[Array, ""]:
+    """The 2-norm of all numbers of an array; squares neither overflow nor vanish."""
+    unit = power_of_two(jnp.max(jnp.abs(x), initial=0))
+    return unit * jnp.linalg.norm((x / unit).ravel())
+
+
+def power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
+    """The power of two next to a number, by which one may scale without rounding; 1 for zero."""
+    return jnp.ldexp(jnp.ones((), x.dtype), exponent_of(x))
+
+
+def exponent_of(x: Float[Array, ""]) -> Int[Array, ""]:
+    """The exponent of :func:`power_of_two`, kept from the ends of the range, so that its inverse is a number too."""
+    farthest = jnp.finfo(x.dtype).maxexp - 28
+    return jnp.clip(jnp.frexp(x)[1], -farthest, farthest)
 
 
 def flatten(tree: PyTree) -> Float[Array, " n"]:
@@ -142,8 +185,8 @@ def choose_loop(loop: Loop | None, matvec: Matvec, like: PyTree, *trees: PyTree)
         return "compiled"
     if jax.tree_util.all_leaves([matvec]):
         return "host"
-    row = jax.eval_shape(_flatten, like)
-    found = _convolutions(_multiply_row.trace(matvec, row, like).jaxpr.jaxpr)
+    vector = jax.eval_shape(_take, like)
+    found = _convolutions(_multiply.trace(matvec, vector, like, _ONE).jaxpr.jaxpr)
     return "compiled" if found == {"chosen"} else "host"
 
 
@@ -166,24 +209,36 @@ def as_argument(matvec: Matvec) -> Matvec:
 
 
 def multiply_all(
-    matvec: Matvec, rows: Float[Array, "m n"], like: PyTree, loop: Loop | None
-) -> Float[Array, "m n"]:
-    """The product with each row, one after another."""
-    if choose_loop(loop, matvec, like, rows) == "compiled":
-        return _multiply_rows(as_argument(matvec), rows, like)
-    return jnp.stack([multiply_row(matvec, row, like) for row in rows])
+    matvec: Matvec, vectors: Float[Array, "m rows width"], like: PyTree, loop: Loop | None
+) -> Float[Array, "m rows width"]:
+    """The product with each cut vector, one after another."""
+    if choose_loop(loop, matvec, like, vectors) == "compiled":
+        return _multiply_each(as_argument(matvec), vectors, like)
+    return jnp.stack([multiply_here(matvec, vector, like) for vector in vectors])
 
 
-def multiply_row(matvec: Matvec, row: Float[Array, " n"], like: PyTree) -> Float[Array, " n"]:
-    """One product, called from Python: in one program if the function is a pytree, else as it is."""
+def multiply_here(
+    matvec: Matvec, vector: Float[Array, "rows width"], like: PyTree, exponent: Any = _ONE
+) -> Float[Array, "rows width"]:
+    """:func:`multiply` called from Python: in one program if the function is a pytree, else as it is."""
     if jax.tree_util.all_leaves([matvec]):
-        return _flatten(_checked(matvec(_unflatten(like, row)), like))
-    return _multiply_row(matvec, row, like)
+        return _taken(_checked(matvec(_given(vector, like, exponent)), like))
+    return _multiply(matvec, vector, like, exponent)
 
 
-def multiply_flat(matvec: Matvec, row: Float[Array, " n"], like: PyTree) -> Float[Array, " n"]:
-    """One product, of flat vectors."""
-    return flatten(_checked(matvec(unflatten(like, row)), like))
+def multiply(
+    matvec: Matvec, vector: Float[Array, "rows width"], like: PyTree, exponent: Any = _ONE
+) -> Float[Array, "rows width"]:
+    """The product with a cut vector times a power of two."""
+    return _take(_checked(matvec(_give(vector, like, exponent)), like))
+
+
+def _give(vector, like, exponent):
+    return unflatten(like, join(vector, size_of(like)) * jnp.ldexp(jnp.ones((), vector.dtype), exponent))
+
+
+def _take(product):
+    return cut(flatten(product))
 
 
 def _checked(product: PyTree, like: PyTree) -> PyTree:
@@ -192,12 +247,11 @@ def _checked(product: PyTree, like: PyTree) -> PyTree:
 
 
 @jax.jit
-def _multiply_rows(matvec, rows, like):
-    return jax.lax.map(lambda row: multiply_flat(matvec, row, like), rows)
+def _multiply_each(matvec, vectors, like):
+    return jax.lax.map(lambda vector: multiply(matvec, vector, like), vectors)
 
 
-_multiply_row = jax.jit(multiply_flat)
-_flatten, _unflatten = jax.jit(flatten), jax.jit(unflatten)
+_multiply, _given, _taken = jax.jit(multiply), jax.jit(_give), jax.jit(_take)
 
 
 @functools.partial(jax.jit, static_argnums=2)

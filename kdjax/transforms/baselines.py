@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from kdjax import curvature
 from kdjax.curvature.krylov import ritz
-from kdjax.curvature.vectors import flatten, size_of, unflatten, widen
+from kdjax.curvature.vectors import flatten, norm, size_of, unflatten, widen
 from kdjax.transforms.shared import (
     Draws,
     cast_like,
@@ -149,16 +149,16 @@ def saddle_free_newton(
         params, value_fn = needed("saddle_free_newton", params, value_fn)
         products = matvecs(num_matvecs, params)
         gradient = flatten(updates)
-        norm = jnp.linalg.norm(gradient)
+        length = norm(gradient)
         # Any start will do for a gradient of zero, whose step is zero.
-        start = jnp.where(norm > 0, gradient, 1)
+        start = jnp.where(length > 0, gradient, 1)
         operator = hessian_at(value_fn, widen(params), axis_name)
         found = curvature.lanczos(operator, unflatten(updates, start), num_matvecs=products)
         values, vectors, reached = ritz(found.alphas, found.betas)
         there = jnp.arange(products) < reached
         values = jnp.where(there, values, values[0])
         # The gradient is its norm times the first Krylov vector.
-        shares = jnp.where(there, norm * vectors[0] / (jnp.abs(values) + damping), 0)
+        shares = jnp.where(there, length * vectors[0] / (jnp.abs(values) + damping), 0)
         step = -rate_at(learning_rate, state.count) * jnp.matmul(
             vectors @ shares, jnp.asarray(found.basis), precision=jax.lax.Precision.HIGHEST
         )

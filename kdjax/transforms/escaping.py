@@ -138,7 +138,7 @@ def escape(
     )
     vector = jax.tree.map(lambda v: v[0], ends.bottom.vectors)
     lowest, residual, highest = ends.bottom.values[0], ends.bottom.residuals[0], ends.top.values[0]
-    strong = ends.bottom.negative[0] & (-lowest > strength * highest)
+    strong = (lowest + residual < 0) & (-lowest > strength * highest)
     hvps = num_matvecs
     if certify_fn is not None:
         product = hessian_at(certify_fn, here, axis_name)(vector)
@@ -267,7 +267,8 @@ def negative_eigenstep(
             value = ends.bottom.values[0]
             steps = jnp.abs(value) / 2 if length == "curvature" else jnp.minimum(cap, 1 / jnp.abs(value))
             eta = jnp.where(inner(slope, vector) > 0, -steps, steps)
-            takes = ends.bottom.negative[0] & (optax.tree.norm(slope) <= max_gradient_norm)
+            certain = value + ends.bottom.residuals[0] < 0
+            takes = certain & (optax.tree.norm(slope) <= max_gradient_norm)
             longer = jax.tree.map(lambda u, v: (u + eta * v).astype(u.dtype), updates, vector)
             residual = ends.bottom.residuals[0].astype(jnp.float32)
             found = (value.astype(jnp.float32), residual)

@@ -26,7 +26,6 @@ from kdjax.transforms.shared import (
 )
 from kdjax.types import Params
 
-_ROUNDING = 8  # units of rounding of the largest eigenvalue, below which a residual says nothing
 _EACH_END = 2  # eigenvalues; four in all, as published
 
 
@@ -107,8 +106,7 @@ def _score(value_fn, params, start, num_matvecs, axis_name) -> SaddleScore:
     place = jnp.arange(num_matvecs)
     there = place < reached
     nodes, weights = jnp.where(there, values, 0), jnp.where(there, vectors[0] ** 2, 0)
-    floor = _ROUNDING * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(nodes))
-    residuals = jnp.maximum(found.betas[-1] * jnp.abs(vectors[-1]), floor)
+    residuals = found.betas[-1] * jnp.abs(vectors[-1]) + found.rounding
     score = score_saddle(
         jnp.where(
             there, values, values[0]
