@@ -230,16 +230,18 @@ def cells() -> Iterator[tuple[int, str, str]]:
                 yield n, kind, form
 
 
-def campaign(journal: Path, trials: int, deadline: float) -> dict[tuple, dict[int, dict[str, float]]]:
+def campaign(
+    journal: Path, trials: int, deadline: float
+) -> dict[tuple[int, str, str], dict[int, dict[str, float]]]:
     """All trials there are: those of the journal, and those that are made until the deadline."""
-    done: dict[tuple, dict[int, dict[str, float]]] = {cell: {} for cell in cells()}
+    done: dict[tuple[int, str, str], dict[int, dict[str, float]]] = {cell: {} for cell in cells()}
     for line in journal.read_text().splitlines() if journal.exists() else ():
         try:
-            *cell, trial, row = json.loads(line)
+            n, kind, form, trial, row = json.loads(line)
         except ValueError:  # written in part when the run was killed
             continue
-        if tuple(cell) in done:
-            done[tuple(cell)][trial] = row
+        if (n, kind, form) in done:
+            done[n, kind, form][trial] = row
     wanted = [(cell, trial) for trial in range(trials) for cell in done if trial not in done[cell]]
     with journal.open("a") as file:
         for cell, trial in wanted:
