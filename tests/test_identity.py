@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import shutil
+import signal
 import warnings
 
 import numpy as np
@@ -219,6 +221,25 @@ class TestFiles:
             distilled(tmp_path / "next", npz, f"--teacher_dir={workdir / 'kd/0'}")
         assert distilled(workdir, npz, "--robustness")[0] == arms  # as the message advises
         distilled(tmp_path / "next", npz, f"--teacher_dir={workdir / 'kd/0'}", "--method=kd")
+
+
+def test_a_run_that_goes_on_on_other_devices_says_so_in_its_result(tmp_path, monkeypatch):
+    npz, run = write_npz(tmp_path / "data.npz"), tmp_path / "run"
+    asked = ("--method=scratch", "--epochs=4", "--save_every_s=0")
+    save = checkpoints.save
+
+    def save_and_be_told_to_stop(*args, **options):
+        save(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoints, "save", save_and_be_told_to_stop)
+    with pytest.raises(train.Stopped, match="143"):
+        distilled(run, npz, *asked, "--devices=2")
+    monkeypatch.undo()
+    distilled(run, npz, *asked, "--devices=1")
+    notes = results.read(run / "results.json")["notes"]
+    (note,) = (note for note in notes if "not bitwise" in note)
+    assert note.startswith("teacher, seed 0: the run was resumed by other means (devices 2 there and 1 here)")
 
 
 class TestClaim:
