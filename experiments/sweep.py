@@ -323,7 +323,7 @@ def conclude(sweep: Sweep, start: float) -> dict[str, Any]:
         trials=[trials.as_record(trial) for trial in study.trials],
         trials_metric=f"validation_{METRIC}",
         notes=notes(study, best, seeds["default"])
-        + [note for note in runs["default"]["notes"] if note in runs["chosen"]["notes"]],
+        + [note for note in runs["default"].get("notes", []) if note in runs["chosen"].get("notes", [])],
         wall_clock_s=time.monotonic() - start,
         scaled_down=runs["chosen"]["scaled_down"],
     )

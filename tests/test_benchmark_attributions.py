@@ -126,7 +126,7 @@ def test_filling_is_extrapolated_from_what_more_images_take(benchmark, monkeypat
 
     monkeypatch.setattr(benchmark.common, "explained_by", explained_by)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
-    task = benchmark.common.Task(None, {"train": np.arange(2000)}, {}, (), (), [], np.zeros(0))
+    task = benchmark.common.Task(None, {"train": np.arange(2000)}, {}, (), (), [], np.zeros(0), "")
     teacher = benchmark.common.Teacher("n", None, None, (), (), {}, {}, [])
     found = benchmark.fill(task, teacher, 3 * benchmark.ROWS)
     assert asked == [benchmark.ROWS, 3 * benchmark.ROWS, benchmark.ROWS]

@@ -290,6 +290,10 @@ class TestWorkdir:
         launching._locks.pop().close()
         assert common.claim_workdir(str(tmp_path / "run"), settings) == workdir
         launching._locks.pop().close()
+        (workdir / "kd").mkdir()
+        (workdir / "kd" / "summary_test.json").write_text(
+            "{}"
+        )  # work, which another run must not mix with its own
         with pytest.raises(ValueError, match=r"holds another run \(temperature 3.0 there and 4.0 here\)"):
             common.claim_workdir(str(workdir), settings | {"temperature": 4.0})
 

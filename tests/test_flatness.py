@@ -122,7 +122,7 @@ def test_numbers_are_kept_until_the_weights_change(task, weights, tmp_path, monk
     assert not any("Compiling" in said for said in caplog.messages)  # weights are arguments
     monkeypatch.setattr(flatness, "_slope", None)
     assert measure(weights, tmp_path) == first
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError), pytest.warns(UserWarning, match=r"weights .* there and .*computed again"):
         measure(other, tmp_path)
 
 

@@ -12,7 +12,6 @@ import pytest
 from absl import flags
 
 from experiments import common, distill
-from experiments.common import launching
 from kdjax import checkpoints, data, files, models, report, results, train
 from kdjax.models.mlp import Mlp
 
@@ -262,4 +261,3 @@ class TestClaim:
         with common.released():
             common.claim_workdir(str(workdir), {"a": 1})
         assert files.read_sealed(workdir / "run.json") == {"a": 1}
-        assert not launching._locks

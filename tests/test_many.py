@@ -424,7 +424,7 @@ class TestMixingWeight:
             ("--hard_weights=0,half", "must be numbers"),
             ("--hard_weights=0,0", "different numbers"),
             ("--seeds=0,1.5", "must be whole numbers"),
-            ("--seeds=-1,0", "from 0 on"),
+            ("--seeds=-1,0", "from 0 to"),
             ("--batch_size=21", "21 does not divide over 2 devices"),
         ],
     )

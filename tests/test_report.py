@@ -589,9 +589,9 @@ def test_damaged_file_is_named_and_the_others_are_reported(name, tmp_path):
     content = DAMAGED[name]
     damaged, good = tmp_path / f"{name}.json", tmp_path / "z_good.json"
     damaged.write_bytes(content if isinstance(content, bytes) else content.encode())
-    results.write(good, make())
+    results.write(good, made := make())
     found, problems = report.load([damaged, tmp_path / "missing.json", good])
-    assert found == {good: json.loads(good.read_text())}
+    assert found == {good: made}
     assert len(problems) == 2
     assert problems[0].count(str(damaged)) == problems[1].count("missing.json") == 1
     text = Reader(page_of(list(found.values()), tmp_path, problems=problems)).all_text()

@@ -370,10 +370,12 @@ ELSEWHERE = {
     "gradient_match": "of gradients in the input, which a batch does not hold",
     "lovasz": "for dense outputs",
     "map_distance": "part of attention_transfer",
+    "masked_mean": "for void labels; a classification data set has none",
     "mask_positions": "what masked_generation does in detection",
     "mixup_targets": "what --mixup does with the labels",
     "overhaul_margin": "for a normalisation right before the ReLU; overhaul measures its margin here",
     "spread_top_k": "the other reading of a stored top k; top_k_kl assumes less",
     "squared_error": "for regression",
+    "sum_and_count": "for void labels, as masked_mean",
 }
 """Why the library's other functions are not arms."""
