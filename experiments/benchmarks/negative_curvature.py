@@ -267,7 +267,8 @@ def main() -> None:
         seeds[arm] = sorted(rows)
         names = [name for name in rows[seeds[arm][0]] if name != "orthogonality"]
         arms[arm] = {name: [rows[trial][name] for trial in seeds[arm]] for name in names}
-        worst[arm] = max(row.get("orthogonality", 0.0) for row in rows.values())
+        if looks := [row["orthogonality"] for row in rows.values() if "orthogonality" in row]:
+            worst[arm] = max(looks)
         print(
             f"{arm}: {len(rows)} trials, {sum(arms[arm]['claimed']):.0f} false claims, "
             f"{sum(arms[arm]['found']):.0f} negative eigenvalues found"
