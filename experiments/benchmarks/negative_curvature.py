@@ -31,7 +31,7 @@ import optax
 from absl import flags
 
 from experiments import common
-from kdjax import curvature, parallel, results
+from kdjax import curvature, files, parallel, results
 from kdjax.types import Params
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/negative_curvature", "Where the trials are written down.")
@@ -259,6 +259,9 @@ def main() -> None:
     workdir = Path(WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     done = campaign(workdir / "trials.jsonl", trials, begin + 60 * MINUTES.value)
+    clock = workdir / "seconds.json"  # of all starts
+    seconds = time.monotonic() - begin + (json.loads(clock.read_text()) if clock.exists() else 0.0)
+    files.write_json(clock, seconds)
     arms, seeds, worst = {}, {}, {}
     for (n, kind, form), rows in done.items():
         if not rows:
@@ -288,7 +291,7 @@ def main() -> None:
             seeds=range(most),
             arms=arms,
             arm_seeds=seeds,
-            wall_clock_s=time.monotonic() - begin,
+            wall_clock_s=seconds,
             scaled_down="" if fewest >= trials else f"{fewest} to {most} of {trials} trials are complete.",
             orthogonality=worst,
         )
