@@ -14,13 +14,13 @@ from jaxtyping import Array
 
 from experiments.common.methods import METHODS, Contrast, Method, Seen
 from kdjax import losses, train
+from kdjax.data.batches import MAX_SEED
 from kdjax.parallel import AXIS
 from kdjax.types import Batch, Outputs
 
 BASIC = ("scratch", "kd")
 """The arms beside METHODS: labels alone, and Hinton's distillation, whose weights are flags."""
 
-MAX_SEED = 2**32 - 1  # a run keeps its seed as uint32
 
 WARM_UP = 20 / 240  # share of a run over which a term's weight rises to its value
 FIRST = 30 / 240  # share of a run in which such a term is alone, and after which it is gone

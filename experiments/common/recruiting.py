@@ -60,8 +60,10 @@ def make_watcher(task: Task, name: str, recipe: Recipe, *, split: str = "test") 
     score = make_scorer(task, module)
     repository = Path()  # of the teacher under way
 
+    made_from = identity_of(task, module, recipe)  # once, and not after every dispatch
+
     def identity(seed: int) -> dict[str, Any]:
-        return {"run": "weak teacher", "seed": seed, **identity_of(task, module, recipe)}
+        return {"run": "weak teacher", "seed": seed, **made_from}
 
     def keep(seed: int, state: train.TrainState, step: int) -> train.TrainState:
         params = jax.tree.map(np.asarray, state.params)

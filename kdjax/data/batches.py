@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+MAX_SEED = 2**32 - 1  # a run keeps its seed as uint32
+
 
 def epoch_index(ids: np.ndarray, *, seed: int, epoch: int, batch_size: int) -> np.ndarray:
     """The batches of one epoch: a seeded permutation of ``ids``, cut into full batches.
@@ -62,8 +64,8 @@ def check_seed(what: str, seed: Any) -> int:
         number = operator.index(seed)
     except TypeError:
         number = -1
-    if not 0 <= number < 2**32:
-        raise ValueError(f"{what} needs a seed that is a whole number from 0 to {2**32 - 1}, got {seed!r}.")
+    if not 0 <= number <= MAX_SEED:
+        raise ValueError(f"{what} needs a seed that is a whole number from 0 to {MAX_SEED}, got {seed!r}.")
     return number
 
 
