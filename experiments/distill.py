@@ -6,7 +6,7 @@ r"""Does a student learn more from a teacher than from the labels alone? The gen
         --teacher_learning_rate=5e-4 --schedule=cosine
 
     python -m experiments.distill --dataset=digits --workdir=runs/methods \
-        --method=scratch,kd,rkd,decoupled_kl,contrastive_representation+kd
+        --method=scratch,kd,rkd,dkd,crd+kd
 
 Trains the teacher (or takes one up with --teacher_dir), computes what it says of every image once, and trains the
 student by each --method over --seeds. The first command takes about a minute on two CPU cores, the second about
@@ -244,7 +244,7 @@ def run() -> dict[str, Any]:
                 for number in range(TEACHER_SEEDS.value)
             ]
     if LABEL_NOISE.value:
-        files.write_json(workdir / "perturbed.json", task.source.keys[task.perturbed].tolist())
+        files.write_json(workdir / "perturbed.json", task.source.example_ids[task.perturbed].tolist())
     finished: dict = {"teacher": teachers} | {method: [] for method in METHOD.value}
     features = sorted({name for arm in arms.values() for name in arm.features})
     for number, teacher in enumerate(teachers):
@@ -258,7 +258,7 @@ def run() -> dict[str, Any]:
             taught = common.taught_by(task, teacher, recipe, directory=home, **asked)
         for method, arm in arms.items():
             trainer = common.make_trainer(
-                task, student, arm.objective, recipe, taught, arm.companions, split=SPLIT.value
+                task, student, arm.objective, recipe, taught, arm.heads, split=SPLIT.value
             )
             for seed in seeds[number :: len(teachers)]:
                 directory, label = workdir / method / str(seed), f"{method}, seed {seed}"

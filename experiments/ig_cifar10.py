@@ -14,7 +14,7 @@ other images than the index said, and their maps did not follow an image's crop 
 * NAME/misaligned: with the signal of another image, that stays where it is, as published; NAME/noise: with each map's
   (or answer's) own values in random places; both for kd, ig, at and the ig of kd+ig, the first for kd+crop;
 * kd+match: the student's own map (gradient × input) is drawn to the teacher's, as a loss; kd+crop: of two crops the
-  student sees the one that shows more of the map; kd+weight: pixels are dimmed where the teacher does not look.
+  student sees the one that shows more of the map; kd+weight: pixels are saliency_dim where the teacher does not look.
 
 The teacher's answers, maps and attention are columns of the data set, of the images as they are. Maps are computed with
 as many nodes as each needs (--bound). Every arm of one seed starts from the same weights and sees the same order.
@@ -362,13 +362,17 @@ class Study:
         overlaid = common.overlaid(
             probability=PROBABILITY.value, strength=STRENGTH.value, exponents=(1.0, EXPONENT.value)
         )
-        uses = {"overlay": {"blend": overlaid}, "crop": {"choose": attentive}, "weight": {"blend": dimmed}}
+        uses = {
+            "overlay": {"blend": overlaid},
+            "crop": {"choose": saliency_crop},
+            "weight": {"blend": saliency_dim},
+        }
         more = uses.get(arm.use, {}) if arm.ig else {}
         identity = {"weights": checkpoints.digest_tree(self.teacher.weights)}
         return common.Taught(columns, maps=tuple(moving), identity=identity, **more)
 
 
-def dimmed(batch, keys):
+def saliency_dim(batch, keys):
     """The images, some of them darker where their maps are low: down to 1 - --strength of the pixel."""
     maps = batch["teacher_map"]
     light = losses.attribution_map(maps, scale="min_max").reshape(maps.shape)
@@ -378,7 +382,7 @@ def dimmed(batch, keys):
     return jnp.where(chosen[:, None, None, None], factor * pixels, pixels)
 
 
-def attentive(batch, keys, move):
+def saliency_crop(batch, keys, move):
     """Of two crops of each image, that which shows more of its map."""
     others = jax.vmap(lambda key: jax.random.fold_in(key, 6))(keys)
     maps = batch["teacher_map"].astype(jnp.float32)
@@ -459,7 +463,7 @@ def report(
 ) -> dict[str, Any]:
     """Everything that is known of the finished students, as the result."""
     task = study.task
-    looks = looked_at(study, runs)
+    looks = saliency_metrics(study, runs)
     arms: dict[str, Any] = {"teacher": [study.teacher]} | {
         name: [
             run._replace(metrics=run.metrics | {key: values[i] for key, values in looks[name].items()})
@@ -503,7 +507,7 @@ def report(
     )
 
 
-def looked_at(
+def saliency_metrics(
     study: Study, runs: Mapping[str, Sequence[common.Trained]]
 ) -> dict[str, dict[str, list[float]]]:
     """How each student's maps agree with the teacher's, and how its score follows the pixels that they name."""
@@ -533,7 +537,9 @@ def looked_at(
             maps = attributions.importance(found.values)
             areas = {
                 kind: jnp.mean(
-                    attributions.removal_curve(likely, x, maps, jnp.zeros_like(x), kind=kind, targets=labels)
+                    attributions.deletion_insertion(
+                        likely, x, maps, jnp.zeros_like(x), kind=kind, targets=labels
+                    )
                 )
                 for kind in ("deletion", "insertion")
             }

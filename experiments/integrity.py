@@ -112,9 +112,9 @@ def answers(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
     return {"logits": outputs.logits}
 
 
-def fill(directory: Path, progress: Callable[[int, int], None] | None = None) -> teacher.Columns:
+def fill(directory: Path, progress: Callable[[int, int], None] | None = None) -> teacher.TeacherCache:
     """The columns of all digits."""
-    return teacher.fill(
+    return teacher.precompute(
         directory, answers, digits_teacher(), data.load("digits").images, settings={}, batch_size=ROW_CHUNK,
         chunk_size=ROW_CHUNK, progress=progress,
     )  # fmt: skip

@@ -23,7 +23,7 @@ OUTPUT = flags.DEFINE_string("output", "docs/losses.md", "Page to write.")
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = "kdjax/losses"
-COMPANIONS = "kdjax.models.companions"
+COMPANIONS = "kdjax.models.heads"
 MODULES = ("logits", "features", "relations", "maps", "targets", "regression", "reductions")
 SECTIONS = ("Args", "Returns", "Raises", "Cost", "References", "Examples")
 
@@ -34,10 +34,10 @@ Made from the docstrings by `python -m experiments.loss_page --output=docs/losse
 All are functions of `kdjax.losses`: arrays in, the student's first, and out comes one value per **example**, or one
 for the **batch** where examples are compared with each other. Weights and means are the caller's. *Known as* is the
 short name that comparisons use. *Needs* is of both networks unless it says whose; features are maps or embeddings, and
-names in `this` type are of the companions, learnable modules of
-[`kdjax.models.companions`](../kdjax/models/companions.py) that usually stand before the loss.
+names in `this` type are of the heads, learnable modules of
+[`kdjax.models.heads`](../kdjax/models/heads.py) that usually stand before the loss.
 
-*Cost* is that of the loss and its gradient, without the networks and companions: time first and, where it differs,
+*Cost* is that of the loss and its gradient, without the networks and heads: time first and, where it differs,
 the memory of the arrays made on the way, for B examples (the whole batch with `axis_name`), C classes or channels,
 P positions, width D, K candidates, M teachers and N examples in the memory.
 """
@@ -165,7 +165,7 @@ def _row(entry: Entry, names: dict[str, str]) -> str:
     cells = [
         f"[`{entry.name}`](#{names[entry.name]})",
         entry.known_as or "–",
-        ", ".join([*needs(entry), *(f"`{name}`" for name in companions(entry))]),
+        ", ".join([*needs(entry), *(f"`{name}`" for name in heads(entry))]),
         result(entry),
         time if time == memory else f"{time}; {memory}",
         paper(entry),
@@ -174,7 +174,7 @@ def _row(entry: Entry, names: dict[str, str]) -> str:
 
 
 def _full(entry: Entry, names: dict[str, str]) -> str:
-    wanted = [*needs(entry), *(f"[`{name}`](../kdjax/models/companions.py)" for name in companions(entry))]
+    wanted = [*needs(entry), *(f"[`{name}`](../kdjax/models/heads.py)" for name in heads(entry))]
     facts = {
         "Known as": entry.known_as,
         "Needs": ", ".join(wanted),
@@ -245,7 +245,7 @@ def _kind(name: str, annotation: str) -> str:
     return "maps" if "height" in axes and dtype == "Float" else name.replace("_", " ")
 
 
-def companions(entry: Entry) -> list[str]:
+def heads(entry: Entry) -> list[str]:
     """The learnable modules that its docstring names."""
     text = entry.body + "".join(entry.sections.values())
     return list(dict.fromkeys(re.findall(rf":class:`{COMPANIONS}\.(\w+)`", text)))
@@ -304,7 +304,7 @@ def markdown(text: str, names: dict[str, str]) -> str:
         if what == "math":
             return f"$`{target}`$"
         if target.startswith(f"{COMPANIONS}."):
-            return f"[`{name}`](../kdjax/models/companions.py)"
+            return f"[`{name}`](../kdjax/models/heads.py)"
         return f"[`{name}`](#{names[name]})" if name in names else f"`{target.lstrip('~')}`"
 
     lines = [" ".join(line.split()) for line in re.split(r"\n(?=- )", text)]

@@ -9,7 +9,7 @@ r"""How much should a student believe its labels, and how much its teacher? Many
 The loss is a·hard + (1 − a)·T²·soft, as in Hao (2023), A Study of Response-Based Knowledge Distillation and the Effects
 of Alpha on Model Accuracy: hard is the cross-entropy with the labels, soft the divergence from the teacher's softened
 answers. The students of every a in --hard_weights and of every seed are trained at once, in one compiled program
-(:mod:`kdjax.many`): 55 of them unless told otherwise; for the digits, all takes less than a minute on two CPU cores.
+(:mod:`kdjax.vmapped`): 55 of them unless told otherwise; for the digits, all takes less than a minute on two CPU cores.
 
 The best a is chosen on the validation split, in the last epoch, and only that one is tested against the largest a
 (labels alone) on the test split. --label_noise makes a share of the labels wrong, for the teacher too unless
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import common
-from kdjax import checkpoints, files, losses, many, models, parallel
+from kdjax import checkpoints, files, losses, models, parallel, vmapped
 
 DATASET = flags.DEFINE_string(
     "dataset", "digits", "digits, a TFDS name, a file.npz, or folder:PATH of class folders."
@@ -78,7 +78,7 @@ EVALUATE_EVERY = flags.DEFINE_integer("evaluate_every", 10, "Epochs between two 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Also write the results to this file.")
 FORM = flags.DEFINE_enum(
-    "form", "vmap", list(many.FORMS), "How the students share a program; map needs less memory."
+    "form", "vmap", list(vmapped.FORMS), "How the students share a program; map needs less memory."
 )
 DEVICES = flags.DEFINE_integer(
     "devices", None, "Devices of this process to use; all by default.", lower_bound=1
@@ -148,7 +148,7 @@ def main() -> None:
         trainer = common.make_trainer(wider, network, common.scratch, teachers)
         teacher = common.train_teacher(wider, TEACHER.value, network, trainer, 0, workdir / "teacher" / "0")
     if LABEL_NOISE.value:
-        files.write_json(workdir / "perturbed.json", task.source.keys[task.perturbed].tolist())
+        files.write_json(workdir / "perturbed.json", task.source.example_ids[task.perturbed].tolist())
     taught = common.taught_by(task, teacher, own, mode="centre", views=1, directory=workdir / "columns")
     trained = common.train_many(
         task,
@@ -231,7 +231,7 @@ def finite(
     notes = []
     for a, runs in by_weight.items():
         for seed, trained in zip(seeds, runs, strict=True):
-            epoch = many.diverged_at(trained.fitted)
+            epoch = vmapped.diverged_at(trained.fitted)
             if epoch is None:
                 kept.setdefault(a, {})[seed] = trained
             else:

@@ -69,7 +69,7 @@ def main() -> None:
         few, teacher, student_recipe, mode="centre", views=1, directory=workdir / "columns"
     )
     shape, _ = models.init(student, few.source.images.shape[1:], seed=0)
-    region = saddles.recruit(teacher.weights.params, shape)
+    region = saddles.select_weights(teacher.weights.params, shape)
     recruit = recruiting.with_escapes(region, recruiting.Escape())
     explained = common.explained_by(few, teacher, directory=workdir / "maps")
     shown = taught._replace(

@@ -244,7 +244,7 @@ class Study:
         shape = task.source.images.shape[1:]
         self.shapes = models.init(self.student, shape, seed=0)[0]
         # Whether the student can take the teacher's place at all.
-        saddles.recruit(models.init(teacher, shape, seed=0)[0], self.shapes)
+        saddles.select_weights(models.init(teacher, shape, seed=0)[0], self.shapes)
         self.escape = recruiting.Escape(PERIOD.value, RADIUS.value, SIGMA.value, STRENGTH.value, BUDGET.value)
         recruiting.with_escapes(None, self.escape)(optax.identity())  # refused now, if at all
         self.fallbacks: dict[str, set[int]] = {}  # arm → seeds whose teachers had no strong saddle
@@ -294,7 +294,7 @@ class Study:
         if which == "strong":
             teacher = self.strong(seed % STRONG_TEACHERS.value)
             shape: Any = form
-            params = saddles.recruit(teacher.weights.params, self.shapes, form=shape)
+            params = saddles.select_weights(teacher.weights.params, self.shapes, form=shape)
             return recruiting.Region(params, [], strong=True)
         watched = [self.weak(seed, number) for number in range(teachers)]
         return recruiting.region_of(watched, self.shapes, which=which, rule=rule, form=form, seed=seed)

@@ -38,7 +38,7 @@ from optuna.trial import FrozenTrial, TrialState
 from experiments import common
 from experiments.common import reporting, spaces, trials, workers
 from kdjax import results, significance, train
-from kdjax.data.stored import did_you_mean
+from kdjax.data.tfds_cache import did_you_mean
 
 EXPERIMENT = flags.DEFINE_string(
     "experiment", "distill", "One of experiments/, or a module of yours: package.name."

@@ -9,7 +9,7 @@ A tour, in the order in which data flows:
 * :mod:`kdjax.attributions`: integrated gradients as maps to learn from, overlay on images, and judge.
 * :mod:`kdjax.curvature`: Hessian-vector products, extreme eigenpairs, spectral densities, traces.
 * :mod:`kdjax.transforms`: Optax transformations; saddle point recruitment around any optimiser.
-* :mod:`kdjax.train`: the step and the loop; :mod:`kdjax.parallel`: many devices, many hosts; :mod:`kdjax.many`: many
+* :mod:`kdjax.train`: the step and the loop; :mod:`kdjax.parallel`: many devices, many hosts; :mod:`kdjax.vmapped`: many
   trainings in one program.
 * :mod:`kdjax.checkpoints`: a whole run on disk, verified when it is read back.
 * :mod:`kdjax.evaluate`: metrics as masked sums; :mod:`kdjax.significance`: what may be concluded from them.

@@ -192,7 +192,7 @@ def make_evaluator(
       batch_size: examples per call over all devices; changes memory and speed, not the answer.
       devices: of this process.
       transform: of the function ``(params, model_state, arrays, index, valid) -> sums`` before it is compiled, such as
-        :func:`kdjax.many.over_weights`, which evaluates stacked weights at once.
+        :func:`kdjax.vmapped.over_weights`, which evaluates stacked weights at once.
 
     Returns:
       ``(params, model_state, arrays=arrays) -> sums``; pass them to :func:`summarise`.

@@ -3,14 +3,14 @@
 A column is a function of the unaugmented image, or of one of a few stored views of it. Row ``i`` belongs to image
 ``i``, in order, the tail included:
 
-    columns = fill(directory, fn, variables, images, settings={"teacher": "resnet20"})
+    columns = precompute(directory, fn, variables, images, settings={"teacher": "resnet20"})
     arrays = jax.device_put(columns.arrays)
-    batch |= take(arrays, batch["index"])  # in a jitted step: adds "teacher_logits"
+    batch |= gather(arrays, batch["index"])  # in a jitted step: adds "teacher_logits"
 
 The directory holds ``header.json``, with digests of the teacher and the images, and chunks of rows. A chunk's SHA-256
 covers the header, its number and its bytes and stands in its file name, so that one rename writes and seals it: a
-changed byte, a chunk of another teacher and a chunk in another place are all refused. A killed ``fill`` starts again at
-the chunks that are missing or damaged.
+changed byte, a chunk of another teacher and a chunk in another place are all refused. A killed ``precompute`` starts
+again at the chunks that are missing or damaged.
 
 The other mode is :func:`online`: the teacher sees the student's own augmented input, in the step.
 """
@@ -37,7 +37,7 @@ _HEADER = "header.json"
 _FORMAT = 1
 
 
-class Columns(NamedTuple):
+class TeacherCache(NamedTuple):
     """A teacher's stored outputs; ``arrays[name]`` has shape ``[examples, views, ...]``."""
 
     header: dict[str, Any]
@@ -64,7 +64,7 @@ def describe(variables: PyTree, images: np.ndarray, *, settings: Mapping[str, An
     return digests | dict(settings)
 
 
-def fill(
+def precompute(
     directory: str | os.PathLike,
     fn: TeacherFn,
     variables: PyTree,
@@ -78,7 +78,7 @@ def fill(
     chunk_size: int = 4096,
     devices: Sequence[jax.Device] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Columns:
+) -> TeacherCache:
     """Computes the columns that are not there yet and returns all of them, verified.
 
     Nothing is computed or compiled if all are there. With several processes each computes every so-many-th chunk into
@@ -135,11 +135,11 @@ def fill(
     checkpoints.raise_together(error, doing="filling the teacher's columns")
     if processes > 1:
         chunks = _read_chunks(path, header, _numbers(header["layout"]), refuse=True)
-    return Columns(header, _join(header, chunks))
+    return TeacherCache(header, _join(header, chunks))
 
 
-def load(directory: str | os.PathLike, *, header: Mapping[str, Any]) -> Columns:
-    """Reads columns that :func:`fill` completed, every byte verified.
+def load(directory: str | os.PathLike, *, header: Mapping[str, Any]) -> TeacherCache:
+    """Reads columns that :func:`precompute` completed, every byte verified.
 
     Args:
       directory: where they are.
@@ -150,14 +150,16 @@ def load(directory: str | os.PathLike, *, header: Mapping[str, Any]) -> Columns:
     """
     path = files.as_path(directory)
     if not (path / _HEADER).exists():
-        raise ValueError(f"there are no teacher columns in {directory}: run teacher.fill on it first.")
+        raise ValueError(f"there are no teacher columns in {directory}: run teacher.precompute on it first.")
     stored = files.read_sealed(path / _HEADER)
     header = files.json_ready(dict(header))
     _compare(path, {name: stored["made_from"].get(name) for name in header}, header)
-    return Columns(stored, _join(stored, _read_chunks(path, stored, _numbers(stored["layout"]), refuse=True)))
+    return TeacherCache(
+        stored, _join(stored, _read_chunks(path, stored, _numbers(stored["layout"]), refuse=True))
+    )
 
 
-def take(
+def gather(
     arrays: Mapping[str, Array | np.ndarray],
     index: Int[Array, "*batch"],
     view: int | Int[Array, "*batch"] = 0,
@@ -185,7 +187,7 @@ def online(fn: TeacherFn, variables: PyTree, batch: Mapping[str, Array]) -> dict
 
 
 def verify(
-    columns: Columns,
+    columns: TeacherCache,
     fn: TeacherFn,
     variables: PyTree,
     images: np.ndarray,
@@ -205,8 +207,8 @@ def verify(
     guard those.
 
     Args:
-      columns: as :func:`fill` or :func:`load` returned them.
-      fn: as for :func:`fill`; also ``variables``, ``images`` and ``view_fn``.
+      columns: as :func:`precompute` or :func:`load` returned them.
+      fn: as for :func:`precompute`; also ``variables``, ``images`` and ``view_fn``.
       variables: the teacher's parameters and statistics.
       images: all images by index.
       view_fn: how views are made.

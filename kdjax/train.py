@@ -64,7 +64,7 @@ def make_train_step(
     objective: Objective,
     tx: optax.GradientTransformation,
     *,
-    companions: ApplyFn | None = None,
+    heads: ApplyFn | None = None,
     record: Callable[[Any, Any], Mapping[str, Array]] = lambda before, after: {},
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -76,9 +76,9 @@ def make_train_step(
         here, counts the steps done, for weights that follow a schedule.
       tx: updates the parameters; receives optax's extra arguments ``value``, ``grad`` and ``value_fn``, and
         ``certify_fn``, the loss on ``batch["second"]``, where there is such a batch.
-      companions: further terms, that have parameters or a state of their own (:mod:`kdjax.models.companions`): called
+      heads: further terms, that have parameters or a state of their own (:mod:`kdjax.models.heads`): called
         with ``(outputs, batch)`` as inputs, it returns terms in place of outputs. The state's ``params`` and
-        ``model_state`` are then ``{"student": ..., "companions": ...}``; :func:`student_of` takes the student out.
+        ``model_state`` are then ``{"student": ..., "heads": ...}``; :func:`student_of` takes the student out.
       record: further metrics, from the optimizer's state before and after the step.
       axis_name: of the mapped axis whose devices hold parts of the batch; gradients, metrics and statistics are
         averaged over it.
@@ -96,7 +96,7 @@ def make_train_step(
         batch = {name: value for name, value in batch.items() if name != "second"} | {"step": state.step}
 
         def loss(params, batch=batch):
-            if companions is None:
+            if heads is None:
                 outputs, model_state = apply_fn(
                     params, state.model_state, batch["image"], train=True, key=key
                 )
@@ -106,9 +106,9 @@ def make_train_step(
                 outputs, model_state["student"] = apply_fn(
                     params["student"], model_state["student"], batch["image"], train=True, key=key
                 )
-                more, model_state["companions"] = companions(
-                    params["companions"],
-                    model_state["companions"],
+                more, model_state["heads"] = heads(
+                    params["heads"],
+                    model_state["heads"],
                     (outputs, batch),
                     train=True,
                     key=jax.random.fold_in(key, 1),
@@ -200,7 +200,7 @@ def weights_of(state: TrainState) -> Weights:
 
 
 def student_of(state: TrainState) -> Weights:
-    """The weights of a student that is trained with companions."""
+    """The weights of a student that is trained with heads."""
     return Weights(state.params["student"], state.model_state["student"])
 
 
@@ -223,7 +223,7 @@ class NonFiniteLoss(FloatingPointError):
 class _Position(NamedTuple):
     """The host's side of a run: everything beside the arrays that a resumed run continues from.
 
-    Its numbers are lists with one per training where :mod:`kdjax.many` runs several at once.
+    Its numbers are lists with one per training where :mod:`kdjax.vmapped` runs several at once.
     """
 
     epochs: int  # that were asked for
@@ -267,7 +267,7 @@ def fit(
     Args:
       run: ``(state, *feed.at(step)) -> (state, metrics)`` with metrics stacked over the steps of the dispatch. It may
         donate the state. For several trainings at once, whose metrics are ``[steps, trainings]``, call
-        :func:`kdjax.many.fit` instead.
+        :func:`kdjax.vmapped.fit` instead.
       state: to start from, if ``directory`` holds nothing newer.
       feed: the arguments of every dispatch as a function of the step that it starts at.
       epochs: to train in total, those before a resumption included.

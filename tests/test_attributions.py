@@ -659,7 +659,7 @@ class TestJudging:
             return jnp.sum(weight * x, axis=(1, 2, 3))
 
         def curve(kind, maps):
-            return attributions.removal_curve(score, x, maps, 0 * x, kind=kind, num_steps=4)[:, 0]
+            return attributions.deletion_insertion(score, x, maps, 0 * x, kind=kind, num_steps=4)[:, 0]
 
         np.testing.assert_allclose(curve("deletion", weight), [11, 6, 3, 1, 0])
         np.testing.assert_allclose(curve("insertion", weight), [0, 5, 8, 10, 11])
@@ -673,7 +673,7 @@ class TestJudging:
         signed = jnp.sum(found.values, -1, keepdims=True)
 
         def area(maps):
-            curve = attributions.removal_curve(score, x, maps, start, kind="deletion", targets=labels)
+            curve = attributions.deletion_insertion(score, x, maps, start, kind="deletion", targets=labels)
             np.testing.assert_allclose(curve[0], score(x, labels), rtol=1e-5)
             np.testing.assert_allclose(curve[-1], score(start, labels), rtol=1e-5)
             return np.asarray(jnp.mean(curve, axis=0))
@@ -692,12 +692,12 @@ class TestJudging:
 
         found = attributions.integrated_gradients(score, x, targets=jnp.asarray(masks))
         maps = attributions.importance(found.values)
-        assert np.all(attributions.pointing(maps, jnp.asarray(masks)))
-        np.testing.assert_allclose(attributions.mass_inside(maps, jnp.asarray(masks)), 1, rtol=1e-5)
+        assert np.all(attributions.pointing_game(maps, jnp.asarray(masks)))
+        np.testing.assert_allclose(attributions.relevance_mass(maps, jnp.asarray(masks)), 1, rtol=1e-5)
         even = jnp.ones_like(maps)
-        np.testing.assert_allclose(attributions.mass_inside(even, jnp.asarray(masks)), 16 / 144, rtol=1e-5)
-        assert not np.any(attributions.pointing(jnp.where(masks, 0, even), jnp.asarray(masks)))
-        np.testing.assert_array_equal(attributions.mass_inside(0 * maps, jnp.asarray(masks)), 0)
+        np.testing.assert_allclose(attributions.relevance_mass(even, jnp.asarray(masks)), 16 / 144, rtol=1e-5)
+        assert not np.any(attributions.pointing_game(jnp.where(masks, 0, even), jnp.asarray(masks)))
+        np.testing.assert_array_equal(attributions.relevance_mass(0 * maps, jnp.asarray(masks)), 0)
 
     def test_rank_correlation_equals_scipy(self):
         a, b = normal(5, 6, 6, 1), normal(5, 6, 6, 1, seed=1) + normal(5, 6, 6, 1)
@@ -716,25 +716,25 @@ class TestJudging:
             return jnp.sum(x, axis=(1, 2, 3))
 
         with pytest.raises(ValueError, match="got 'removal'"):
-            attributions.removal_curve(score, x, maps, x, kind="removal")
+            attributions.deletion_insertion(score, x, maps, x, kind="removal")
         with pytest.raises(ValueError, match="a step or more"):
-            attributions.removal_curve(score, x, maps, x, kind="deletion", num_steps=0)
+            attributions.deletion_insertion(score, x, maps, x, kind="deletion", num_steps=0)
         with pytest.raises(ValueError, match="of their own shape"):
-            attributions.removal_curve(score, x, x, x, kind="deletion")
-        for judge in (attributions.pointing, attributions.mass_inside, attributions.rank_correlation):
+            attributions.deletion_insertion(score, x, x, x, kind="deletion")
+        for judge in (attributions.pointing_game, attributions.relevance_mass, attributions.rank_correlation):
             with pytest.raises(ValueError, match="two batches of maps"):
                 judge(maps, x)
-        for judge in (attributions.pointing, attributions.mass_inside):
+        for judge in (attributions.pointing_game, attributions.relevance_mass):
             with pytest.raises(ValueError, match="masks need to be boolean"):
                 judge(maps, maps)
         with pytest.raises(ValueError, match="of their own shape"):
-            attributions.removal_curve(score, x[..., 0], maps, x[..., 0], kind="deletion")
+            attributions.deletion_insertion(score, x[..., 0], maps, x[..., 0], kind="deletion")
 
     def test_of_no_maps_there_are_no_numbers(self):
         none = jnp.zeros((0, 4, 4, 1))
-        assert attributions.pointing(none, none > 0).shape == (0,)
+        assert attributions.pointing_game(none, none > 0).shape == (0,)
         for judge, other in (
-            (attributions.mass_inside, none > 0),
+            (attributions.relevance_mass, none > 0),
             (attributions.rank_correlation, none),
         ):
             assert judge(none, other).shape == (0,)
@@ -748,12 +748,12 @@ class TestJudging:
             return jnp.sum(x, axis=(1, 2, 3))
 
         stored_curve, curve = (
-            attributions.removal_curve(score, x, m, 0 * x, kind="deletion", num_steps=4)
+            attributions.deletion_insertion(score, x, m, 0 * x, kind="deletion", num_steps=4)
             for m in (stored, stored.astype(jnp.float32))
         )
         np.testing.assert_array_equal(stored_curve, curve)
         inside = maps > 0.5
-        for judge in (attributions.pointing, attributions.mass_inside):
+        for judge in (attributions.pointing_game, attributions.relevance_mass):
             np.testing.assert_array_equal(judge(maps, 255 * inside.astype(jnp.uint8)), judge(maps, inside))
 
 
@@ -784,7 +784,7 @@ class TestColumns:
     def fill(self, directory, scale=1.0, **more):
         settings = {"labels": "true"}
         scale = jnp.float32(scale)
-        return teacher.fill(
+        return teacher.precompute(
             directory,
             self.tell,
             scale,

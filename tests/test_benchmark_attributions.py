@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments.benchmarks import attributions_peers, contenders, map_quality
+from experiments.benchmarks import attribution_metrics, attributions_baselines, workers
 from kdjax import results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,49 +24,49 @@ def benchmark(alone):
 def test_relative_residual_is_of_the_sum_and_of_each_image():
     values = np.zeros((3, 2, 2, 1), np.float32)
     values[0, 0, 0], values[1, 1], values[2, 0, 1] = 1.5, 1.0, -1.0
-    found = map_quality.relative_residuals(values, np.array([1.0, 2.0, 0.5]))
+    found = attribution_metrics.relative_residuals(values, np.array([1.0, 2.0, 0.5]))
     np.testing.assert_allclose(found, [0.5, 0.0, 3.0])
 
 
 def test_map_error_is_of_signed_values_and_of_each_image():
     reference = np.array([3.0, -4.0, 0.0, 2.0]).reshape(2, 1, 2, 1)
     values = np.array([-3.0, -4.0, 1.0, 2.0]).reshape(2, 1, 2, 1)
-    np.testing.assert_allclose(map_quality.map_errors(values, reference), [6 / 5, 1 / 2])
+    np.testing.assert_allclose(attribution_metrics.map_errors(values, reference), [6 / 5, 1 / 2])
 
 
 def test_a_bound_is_reached_by_nine_images_of_ten():
     residuals = np.array([0.01] * 9 + [5.0] + [0.01])  # numpy's quantile lies on the second largest of 11
-    assert map_quality.reaches(residuals, 0.05)
+    assert attribution_metrics.reaches(residuals, 0.05)
     residuals[0] = 0.06
-    assert not map_quality.reaches(residuals, 0.05)
+    assert not attribution_metrics.reaches(residuals, 0.05)
     nodes = {64: np.full(11, 0.01), 16: np.full(11, 0.2), 32: residuals}
-    assert map_quality.fewest(nodes, 0.05) == 64
-    assert map_quality.fewest(nodes, 0.06) == 32
-    assert map_quality.fewest(nodes, 0.001) is None
+    assert attribution_metrics.fewest(nodes, 0.05) == 64
+    assert attribution_metrics.fewest(nodes, 0.06) == 32
+    assert attribution_metrics.fewest(nodes, 0.001) is None
 
 
 def test_uniform_nodes_of_a_bound_and_of_a_map_error():
     def quality(residual, error):
-        return map_quality.Quality(np.full(4, residual), np.full(4, error))
+        return attribution_metrics.Quality(np.full(4, residual), np.full(4, error))
 
     uniform = {16: quality(0.2, 0.1), 32: quality(0.01, 0.08), 64: quality(0.01, 0.02)}
-    assert map_quality.uniform_nodes(uniform, 0.05, quality(0.05, 0.03)) == (32, 64)
-    assert map_quality.uniform_nodes(uniform, 0.05, quality(0.05, 0.01)) == (32, None)
-    assert map_quality.uniform_nodes(uniform, 0.005, quality(0.005, 0.5)) == (None, 16)
+    assert attribution_metrics.uniform_nodes(uniform, 0.05, quality(0.05, 0.03)) == (32, 64)
+    assert attribution_metrics.uniform_nodes(uniform, 0.05, quality(0.05, 0.01)) == (32, None)
+    assert attribution_metrics.uniform_nodes(uniform, 0.005, quality(0.005, 0.5)) == (None, 16)
 
 
 def test_other_scores_or_maps_are_refused():
     rng = np.random.default_rng(0)
     values, scores = rng.standard_normal((2, 4, 4, 3)), np.array([1.0, -2.0])
     maps = {"kdjax": values, "torch": values * 1.001}
-    found = map_quality.check_equal("n", maps, {"kdjax": scores, "torch": scores + 1e-4})
+    found = attribution_metrics.check_equal("n", maps, {"kdjax": scores, "torch": scores + 1e-4})
     assert found == pytest.approx(0.001)
     with pytest.raises(ValueError, match="n: torch has scores that are"):
-        map_quality.check_equal("n", maps, {"kdjax": scores, "torch": scores + 0.1})
+        attribution_metrics.check_equal("n", maps, {"kdjax": scores, "torch": scores + 0.1})
     with pytest.raises(ValueError, match=r"n: a map of captum is 0\.5 of its size apart from that of kdjax"):
-        map_quality.check_equal("n", maps | {"captum": values * 1.5}, {"kdjax": scores})
+        attribution_metrics.check_equal("n", maps | {"captum": values * 1.5}, {"kdjax": scores})
     with pytest.raises(ValueError, match="a map of captum is nan"):
-        map_quality.check_equal("n", maps | {"captum": values * np.nan}, {"kdjax": scores})
+        attribution_metrics.check_equal("n", maps | {"captum": values * np.nan}, {"kdjax": scores})
 
 
 def test_goals_and_ratios_are_judged_round_by_round(benchmark):
@@ -137,23 +137,23 @@ def test_filling_is_extrapolated_from_what_more_images_take(benchmark, monkeypat
 def test_a_network_is_read_back_as_it_was_written(tmp_path):
     images = np.ones((2, 4, 4, 3), np.float32)
     weights = {"params/Dense_0/kernel": np.eye(3, 5), "params/Dense_0/bias": np.arange(5.0)}
-    problem = attributions_peers.Problem("resnet8", images, np.array([1, 0]), weights)
-    attributions_peers.write(tmp_path / "w.npz", {"resnet8": problem, "other": problem})
-    found = attributions_peers.read(tmp_path / "w.npz", "resnet8")
+    problem = attributions_baselines.Problem("resnet8", images, np.array([1, 0]), weights)
+    attributions_baselines.write(tmp_path / "w.npz", {"resnet8": problem, "other": problem})
+    found = attributions_baselines.read(tmp_path / "w.npz", "resnet8")
     assert found.num_classes == 5
     assert found.weights.keys() == weights.keys()
     np.testing.assert_array_equal(found.images, images)
-    assert attributions_peers.stage_and_block("stage2_block13") == (2, 13)
+    assert attributions_baselines.stage_and_block("stage2_block13") == (2, 13)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "counts"), [(["1"], [1]), ([], list(range(1, 1 + min(2, len(contenders.cores())))))]
+    ("wanted", "counts"), [(["1"], [1]), ([], list(range(1, 1 + min(2, len(workers.cores())))))]
 )
 def test_threads_of_the_machine(wanted, counts):
-    assert contenders.thread_counts(wanted, smoke=False) == counts
-    assert contenders.thread_counts(wanted, smoke=True) == [1]
+    assert workers.thread_counts(wanted, smoke=False) == counts
+    assert workers.thread_counts(wanted, smoke=True) == [1]
     with pytest.raises(ValueError, match="--threads=1000 needs numbers from 1 to"):
-        contenders.thread_counts(["1000"], smoke=False)
+        workers.thread_counts(["1000"], smoke=False)
 
 
 @pytest.mark.parametrize(

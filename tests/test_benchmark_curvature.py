@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.benchmarks import curvature_peers
+from experiments.benchmarks import curvature_baselines
 from kdjax import results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ def test_the_networks_have_the_parameters_of_the_study(curvature):
 def test_a_network_is_read_back_as_it_was_drawn(curvature, tmp_path):
     networks = curvature.make_networks(smoke=True)
     curvature.write(tmp_path / "w.npz", networks)
-    problem = curvature_peers.read(tmp_path / "w.npz", "cnn")
+    problem = curvature_baselines.read(tmp_path / "w.npz", "cnn")
     assert problem.convolutional
     assert problem.size == curvature.size(networks["cnn"])
     np.testing.assert_array_equal(problem.layers[-1][0], networks["cnn"]["kernel3"])

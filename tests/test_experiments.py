@@ -44,7 +44,7 @@ def small_run(workdir, *more):
     return ("experiments.distill", "--smoke", "--batch_size=16", f"--workdir={workdir}", *more)
 
 
-METHODS = "--method=scratch,kd,contrastive_representation+hint"  # with maps, learnt companions and a memory
+METHODS = "--method=scratch,kd,crd+hint"  # with maps, learnt heads and a memory
 
 
 class TestDistill:
@@ -54,7 +54,7 @@ class TestDistill:
         )
         assert code == 0, errors
         found = results.read(tmp_path / "run" / "results.json")
-        assert set(found["arms"]) == {"teacher", "scratch", "kd", "contrastive_representation+hint"}
+        assert set(found["arms"]) == {"teacher", "scratch", "kd", "crd+hint"}
         assert {"accuracy", "best_accuracy", "f1", "ece", "agreement"} <= found["arms"]["kd"].keys()
         assert found["seeds"] == [0, 1]
         assert found["flags"]["ema"] == 0.9
@@ -226,8 +226,8 @@ def bad_npz(path, classes):
         (["--method=hint", "--student=mlp"], "--method=hint compares middle of both.*the student has none"),
         (["--method=hint", "--student=keras_student"], "--method=hint cannot compare these networks"),
         (
-            ["--method=decoupled_kl", "--mixup=0.2", "--teacher_mode=online"],
-            "--method=decoupled_kl reads one label per image",
+            ["--method=dkd", "--mixup=0.2", "--teacher_mode=online"],
+            "--method=dkd reads one label per image",
         ),
         (["--teacher_dir={tmp}"], "holds no finished network"),
         (["--student=keras_student", "--dataset=folder:{tmp}/none"], "none"),

@@ -238,7 +238,7 @@ class TestStudy:
         def move(images, keys):
             return data.crop_and_flip(images, keys, padding=4, flip=False)
 
-        chosen = study.attentive({"teacher_map": jnp.asarray(maps)}, keys, move)
+        chosen = study.saliency_crop({"teacher_map": jnp.asarray(maps)}, keys, move)
         before, after = (
             np.asarray(move(jnp.asarray(maps), k)).any(axis=(1, 2, 3)).mean() for k in (keys, chosen)
         )
@@ -248,7 +248,7 @@ class TestStudy:
         flags.FLAGS.probability = 1.0
         maps = jnp.zeros((1, 4, 4, 1)).at[0, 1, 2].set(1.0)
         keys = data.example_keys(jax.random.key(0), jnp.arange(1))
-        found = study.dimmed({"image": jnp.full((1, 4, 4, 3), 100.0), "teacher_map": maps}, keys)
+        found = study.saliency_dim({"image": jnp.full((1, 4, 4, 3), 100.0), "teacher_map": maps}, keys)
         wanted = np.full((1, 4, 4, 3), 50.0)
         wanted[0, 1, 2] = 100
         np.testing.assert_allclose(found, wanted)

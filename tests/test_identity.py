@@ -96,7 +96,7 @@ class TestData:
             data.fingerprint(source, split),
             data.fingerprint(source._replace(labels=labels), split),
             data.fingerprint(source._replace(images=images), split),
-            data.fingerprint(source._replace(keys=source.keys[::-1]), split),
+            data.fingerprint(source._replace(example_ids=source.example_ids[::-1]), split),
             data.fingerprint(noisy, split),
             data.fingerprint(source, moved),
             data.fingerprint(source, {**split, "train": split["train"][::-1]}),

@@ -17,7 +17,7 @@ LAYERS = [
     {"checkpoints", "results"},
     {"losses", "attributions", "curvature", "landscape", "saddles", "models", "data", "parallel"},
     {"transforms", "teacher", "train", "evaluate", "significance"},
-    {"many", "robustness", "export", "report"},
+    {"vmapped", "robustness", "export", "report"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer} | {"__init__": len(LAYERS)}
 
@@ -145,7 +145,7 @@ def is_launched(module: str) -> bool:
             "try:\n  import scipy\nexcept ImportError:\n  pass",
             "imports scipy when it is imported",
         ),
-        ("data/sources", "import tensorflow_datasets", "imports tensorflow_datasets when it is imported"),
+        ("data/datasets", "import tensorflow_datasets", "imports tensorflow_datasets when it is imported"),
     ],
 )
 def test_the_rules_themselves(module, source, expected):

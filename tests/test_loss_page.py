@@ -74,12 +74,12 @@ def test_row_is_whole(name):
 @pytest.mark.parametrize(
     ("name", "needs", "per"),
     [
-        ("decoupled_kl", "logits, labels", "example"),
+        ("dkd", "logits, labels", "example"),
         ("teacher_free_kl", "student logits, labels", "example"),
         ("dist", "logits", "batch"),
-        ("variational_information", "maps, log scale, `VidHead`", "example"),
+        ("vid", "maps, log scale, `VidHead`", "example"),
         ("rkd_angle", "features", "batch"),
-        ("contrastive_representation", "embeddings, memory, candidates, `Embedding`", "example"),
+        ("crd", "embeddings, memory, candidates, `Embedding`", "example"),
         ("squared_error", "outputs, labels", "example"),
     ],
 )
@@ -110,5 +110,5 @@ def test_a_docstring_that_lacks_something_is_named(tmp_path):
         path.write_text(text.replace("2203.08679>`_, 2022", "2203.08679>`_"), "utf-8")
     done = make(tmp_path / "losses.md", root=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "error: decoupled_kl lacks 'References:' with a year\n"
+    assert done.stderr == "error: dkd lacks 'References:' with a year\n"
     assert not (tmp_path / "losses.md").exists()

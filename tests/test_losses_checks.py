@@ -168,8 +168,8 @@ def test_a_temperature_is_positive_however_it_is_written(zero):
     ],
 )
 def test_labels_are_refused_with_advice(labels, message):
-    with pytest.raises(ValueError, match=f"^decoupled_kl needs .*{message}"):
-        losses.decoupled_kl(jnp.zeros((4, 5)), jnp.zeros((4, 5)), labels)
+    with pytest.raises(ValueError, match=f"^dkd needs .*{message}"):
+        losses.dkd(jnp.zeros((4, 5)), jnp.zeros((4, 5)), labels)
 
 
 def test_one_score_is_no_prediction_over_classes():
@@ -204,7 +204,7 @@ for name, call in {
     "pkt": lambda: losses.pkt(logits, logits[:1]),
     "map_distance": lambda: losses.map_distance(logits, logits[:1]),
     "squared_error": lambda: losses.squared_error(logits, logits, logits[:, 0]),
-    "contrastive_representation": lambda: losses.contrastive_representation(
+    "crd": lambda: losses.crd(
         logits, logits, losses.CrdMemory(maps[0, 0], logits, jnp.zeros(()), jnp.zeros(())), jnp.zeros((4, 2), int)),
 }.items():
     try:
@@ -213,7 +213,7 @@ for name, call in {
         assert str(error).startswith(name + " needs "), error
     else:
         raise AssertionError(name)
-assert losses.decoupled_kl(np.ones((4, 5)), np.eye(4, 5), np.arange(4, dtype=np.uint8)).shape == (4,)
+assert losses.dkd(np.ones((4, 5)), np.eye(4, 5), np.arange(4, dtype=np.uint8)).shape == (4,)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -28,17 +28,15 @@ def random(*shape, seed=0):
 
 
 def flow(student, teacher):
-    return features.solution_flow(
-        (student, student[..., ::2, ::2, :1]), (teacher, teacher[..., ::2, ::2, :1])
-    )
+    return features.fsp((student, student[..., ::2, ::2, :1]), (teacher, teacher[..., ::2, ::2, :1]))
 
 
-def overhaul(student, teacher):
-    return features.overhaul(student, teacher, margin=jnp.array([-0.5, -0.1]))
+def ofd(student, teacher):
+    return features.ofd(student, teacher, margin=jnp.array([-0.5, -0.1]))
 
 
 def information(student, teacher):
-    return features.variational_information(student, teacher, log_scale=jnp.array([5.0, -3.0]))
+    return features.vid(student, teacher, log_scale=jnp.array([5.0, -3.0]))
 
 
 class Row(NamedTuple):
@@ -52,13 +50,13 @@ LOSSES = {
     "hint": Row(features.hint),
     "attention_transfer": Row(features.attention_transfer),
     "factor_transfer": Row(features.factor_transfer),
-    "neuron_selectivity": Row(features.neuron_selectivity),
-    "solution_flow": Row(flow),
+    "nst": Row(features.nst),
+    "fsp": Row(flow),
     "activation_boundary": Row(features.activation_boundary, zero_at_equality=False),
-    "overhaul": Row(overhaul),
-    "review_hcl": Row(features.review_hcl),
-    "variational_information": Row(information, zero_at_equality=False, non_negative=False),
-    "masked_generation": Row(features.masked_generation),
+    "ofd": Row(ofd),
+    "reviewkd": Row(features.reviewkd),
+    "vid": Row(information, zero_at_equality=False, non_negative=False),
+    "mgd": Row(features.mgd),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -88,11 +86,11 @@ def vid_golden(student, teacher):
     for layer in (0, 2, 4):
         student = student @ GOLDENS[f"vid_weight_{layer}"].T
         student = jax.nn.relu(student) if layer < 4 else student
-    return features.variational_information(student, teacher, log_scale=jnp.asarray(GOLDENS["vid_log_scale"]))
+    return features.vid(student, teacher, log_scale=jnp.asarray(GOLDENS["vid_log_scale"]))
 
 
 def flow_golden(student, teacher):
-    return sum(jnp.mean(features.solution_flow(student[i : i + 2], teacher[i : i + 2])) for i in range(2))
+    return sum(jnp.mean(features.fsp(student[i : i + 2], teacher[i : i + 2])) for i in range(2))
 
 
 def boundary_golden(student, teacher):
@@ -101,7 +99,7 @@ def boundary_golden(student, teacher):
 
 
 def overhaul_golden(student, teacher):
-    return features.overhaul(student, teacher, margin=jnp.asarray(GOLDENS["overhaul_margin"]))
+    return features.ofd(student, teacher, margin=jnp.asarray(GOLDENS["ofd_margin"]))
 
 
 # The loss of the batch and the layers of student and teacher that it takes.
@@ -110,11 +108,11 @@ AUTHORS = {
     "attention_transfer": (layers_mean(features.attention_transfer), [0, 1, 2], [0, 1, 2]),
     "attention_transfer_pooled_0_to_1": (layers_mean(features.attention_transfer), [0], [1]),
     "factor_transfer_last": (layers_mean(features.factor_transfer), [2], [2]),
-    "nst": (layers_mean(features.neuron_selectivity), [0, 1, 2], [0, 1, 2]),
+    "nst": (layers_mean(features.nst), [0, 1, 2], [0, 1, 2]),
     "fsp": (flow_golden, [0, 1, 2], [0, 1, 2]),
     "activation_boundary": (boundary_golden, [0, 1, 2], [0, 1, 2]),
     "overhaul_last": (layers_mean(overhaul_golden), [2], [2]),
-    "review_hcl": (layers_mean(features.review_hcl), [0, 1, 2], [0, 1, 2]),
+    "reviewkd": (layers_mean(features.reviewkd), [0, 1, 2], [0, 1, 2]),
     "vid_last": (layers_mean(vid_golden), [2], [2]),
 }
 
@@ -161,7 +159,7 @@ class TestEveryLoss:
     @given(student=MAPS, teacher=MAPS)
     def test_never_negative_and_finite(self, name, student, teacher):
         values, gradient, _ = compiled(name)(student, teacher)
-        assert (values >= -1e-6).all()  # neuron_selectivity is a difference of means and may round below zero
+        assert (values >= -1e-6).all()  # nst is a difference of means and may round below zero
         assert np.isfinite(values).all()
         assert np.isfinite(gradient).all()
 
@@ -238,21 +236,19 @@ class TestNeuronSelectivity:
             return ((np.swapaxes(unit(a), 1, 2) @ unit(b)) ** 2).mean((1, 2))
 
         wanted = kernel(student, student) + kernel(teacher, teacher) - 2 * kernel(student, teacher)
-        np.testing.assert_allclose(
-            features.neuron_selectivity(student, teacher), wanted, rtol=1e-5, atol=1e-7
-        )
+        np.testing.assert_allclose(features.nst(student, teacher), wanted, rtol=1e-5, atol=1e-7)
 
     def test_the_order_and_the_scale_of_channels_do_not_count(self):
         student, teacher = random(2, 3, 3, 12), random(2, 3, 3, 12, seed=1)
         moved = teacher[..., np.random.default_rng(0).permutation(12)] * 5
-        wanted = features.neuron_selectivity(student, teacher)
-        np.testing.assert_allclose(features.neuron_selectivity(student, moved), wanted, rtol=1e-5)
-        np.testing.assert_allclose(features.neuron_selectivity(moved, teacher), 0, atol=1e-6)
+        wanted = features.nst(student, teacher)
+        np.testing.assert_allclose(features.nst(student, moved), wanted, rtol=1e-5)
+        np.testing.assert_allclose(features.nst(moved, teacher), 0, atol=1e-6)
 
     @pytest.mark.parametrize("shape", [(2, 4, 4, 32), (2, 8, 8, 16)])
     def test_nothing_larger_than_a_gram_matrix_is_stored(self, shape):
         x = jnp.zeros(shape)
-        run = jax.make_jaxpr(jax.grad(lambda s, t: jnp.sum(features.neuron_selectivity(s, t))))(x, x)
+        run = jax.make_jaxpr(jax.grad(lambda s, t: jnp.sum(features.nst(s, t))))(x, x)
         largest = max(v.aval.size for e in run.jaxpr.eqns for v in e.outvars)
         assert largest <= max(x.size, shape[0] * shape[-1] ** 2)
 
@@ -270,7 +266,7 @@ class TestSolutionFlow:
         ours = np.einsum("bhwi,bhwj->bij", pooled, student[1]) / 4
         theirs = np.einsum("bhwi,bhwj->bij", *teacher) / 16
         np.testing.assert_allclose(
-            features.solution_flow(student, teacher), ((ours - theirs) ** 2).mean((1, 2)), rtol=1e-4
+            features.fsp(student, teacher), ((ours - theirs) ** 2).mean((1, 2)), rtol=1e-4
         )
 
 
@@ -298,19 +294,19 @@ class TestOverhaul:
         m = np.array([-0.5, -0.1], np.float32)
         below, between, above = t <= m, (t > m) & (t <= 0), t > 0
         terms = ((s - m) ** 2 * (below & (s > m))) + (s - t) ** 2 * ((between & (s > t)) | above)
-        values, _, _ = compiled("overhaul")(s, t)
+        values, _, _ = compiled("ofd")(s, t)
         np.testing.assert_allclose(values, terms.sum((1, 2, 3)), rtol=1e-5)
 
     def test_margin_is_the_mean_of_the_negative_values(self):
         scale, bias = np.array([1.0, -2.0, 0.5, 0.1]), np.array([0.0, 1.0, -3.0, -5.0])
         draws = bias + scale * np.random.default_rng(0).normal(size=(400_000, 4))
         wanted = [column[column < 0].mean() for column in draws.T]
-        margin = features.overhaul_margin(jnp.asarray(scale), jnp.asarray(bias))
+        margin = features.ofd_margin(jnp.asarray(scale), jnp.asarray(bias))
         np.testing.assert_allclose(margin, wanted, rtol=0.01)
         np.testing.assert_allclose(margin[0], -math.sqrt(2 / math.pi), rtol=1e-6)
 
     def test_margin_of_channels_that_are_hardly_ever_negative(self):
-        margin = features.overhaul_margin(jnp.array([1.0, -0.1, 0.0, 0.0]), jnp.array([3.5, 9.0, 1.0, -1.0]))
+        margin = features.ofd_margin(jnp.array([1.0, -0.1, 0.0, 0.0]), jnp.array([3.5, 9.0, 1.0, -1.0]))
         np.testing.assert_allclose(margin, [-3, -0.3, 0, -1], atol=1e-6)
 
 
@@ -318,7 +314,7 @@ class TestReview:
     @pytest.mark.parametrize("side", [1, 2, 4, 7, 8])
     def test_a_constant_difference_counts_alike_on_every_level(self, side):
         teacher = random(2, side, side, 3)
-        np.testing.assert_allclose(features.review_hcl(teacher + 2, teacher), 4, rtol=1e-5)
+        np.testing.assert_allclose(features.reviewkd(teacher + 2, teacher), 4, rtol=1e-5)
 
     @pytest.mark.parametrize(("height", "width"), [(7, 7), (5, 9), (8, 6)])
     def test_cells_overlap_where_sides_do_not_divide(self, height, width):
@@ -335,11 +331,11 @@ class TestReview:
 
         terms = [(d**2).mean((1, 2, 3)), *((pooled(n) ** 2).mean((0, 1, 3)) for n in (4, 2, 1))]
         wanted = np.average(terms, axis=0, weights=[1, 1 / 2, 1 / 4, 1 / 8])
-        np.testing.assert_allclose(features.review_hcl(d, 0 * d), wanted, rtol=1e-5)
+        np.testing.assert_allclose(features.reviewkd(d, 0 * d), wanted, rtol=1e-5)
 
     def test_refuses_an_empty_grid(self):
         with pytest.raises(ValueError, match="at least 1"):
-            features.review_hcl(random(*SHAPE), random(*SHAPE), levels=(4, 0))
+            features.reviewkd(random(*SHAPE), random(*SHAPE), levels=(4, 0))
 
 
 class TestVariationalInformation:
@@ -348,7 +344,7 @@ class TestVariationalInformation:
         best = np.log(np.expm1(((mean - teacher) ** 2).mean((0, 1, 2)) - 1e-5))
 
         def loss(log_scale):
-            return jnp.mean(features.variational_information(mean, teacher, log_scale=log_scale))
+            return jnp.mean(features.vid(mean, teacher, log_scale=log_scale))
 
         np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(best)), 0, atol=1e-6)
         assert np.abs(jax.grad(loss)(jnp.asarray(best + 1))).min() > 0.01
@@ -356,13 +352,13 @@ class TestVariationalInformation:
     def test_a_scale_that_shrinks_or_grows_without_end_stays_finite(self):
         x = random(*SHAPE)
         for start in (-1e4, 1e4):
-            value, gradient = jax.value_and_grad(
-                lambda a: jnp.sum(features.variational_information(x, 0 * x, log_scale=a))
-            )(jnp.full(2, start))
+            value, gradient = jax.value_and_grad(lambda a: jnp.sum(features.vid(x, 0 * x, log_scale=a)))(
+                jnp.full(2, start)
+            )
             assert jnp.isfinite(value)
             assert jnp.isfinite(gradient).all()
         with pytest.raises(ValueError, match="smallest_variance above 0"):
-            features.variational_information(x, x, log_scale=jnp.zeros(2), smallest_variance=0)
+            features.vid(x, x, log_scale=jnp.zeros(2), smallest_variance=0)
 
 
 class TestMasks:

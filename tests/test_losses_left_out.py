@@ -119,7 +119,7 @@ CASES = {
     "squared_logits": Case(
         lambda s, t, y: losses.squared_logits(s, t), lambda s, t, y: ((s - t) ** 2).mean(-1)
     ),
-    "decoupled_kl": Case(losses.decoupled_kl, decoupled, labelled=True),
+    "dkd": Case(losses.dkd, decoupled, labelled=True),
     "dist": Case(lambda s, t, y: losses.dist(s, t)[None], lambda s, t, y: dist(s, t)),
     "logit_standardised_kl": Case(
         lambda s, t, y: losses.logit_standardised_kl(s, t),
@@ -270,9 +270,7 @@ class TestMaskedByOneAlone:
 
     def test_only_the_target_is_left(self):
         alone = jnp.array([[1.0, -jnp.inf, -jnp.inf]])
-        value, gradient = jax.value_and_grad(
-            lambda s: jnp.sum(losses.decoupled_kl(s, alone, jnp.array([0])))
-        )(alone)
+        value, gradient = jax.value_and_grad(lambda s: jnp.sum(losses.dkd(s, alone, jnp.array([0]))))(alone)
         assert value == 0
         np.testing.assert_array_equal(gradient, 0)
 

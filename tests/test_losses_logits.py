@@ -45,7 +45,7 @@ ROWS = {
     "soft_target_kl": Row(lambda s, t, y: losses.soft_target_kl(s, t, temperature=3.0), zero=True),
     "soft_target_cross_entropy": Row(lambda s, t, y: losses.soft_target_cross_entropy(s, t, temperature=3.0)),
     "squared_logits": Row(lambda s, t, y: losses.squared_logits(s, t), zero=True, shift=False),
-    "decoupled_kl": Row(losses.decoupled_kl, zero=True),
+    "dkd": Row(losses.dkd, zero=True),
     "dist": Row(lambda s, t, y: losses.dist(s, t, temperature=2.0), per_example=False),
     "logit_standardised_kl": Row(lambda s, t, y: losses.logit_standardised_kl(s, t), zero=True),
     "confidence_penalty": Row(
@@ -85,7 +85,7 @@ def kl(student, teacher, temperature=1.0):
     [
         ("kd_T1", lambda s, t, y: losses.soft_target_kl(s, t, temperature=1.0)),
         ("kd_T4", lambda s, t, y: losses.soft_target_kl(s, t, temperature=4.0)),
-        ("dkd_alpha1_beta8_T4", lambda s, t, y: losses.decoupled_kl(s, t, y)),
+        ("dkd_alpha1_beta8_T4", lambda s, t, y: losses.dkd(s, t, y)),
         ("dist_tau1", lambda s, t, y: losses.dist(s, t, temperature=1.0)),
         ("dist_tau4", lambda s, t, y: losses.dist(s, t, temperature=4.0)),
         # The reference is without the factor T².
@@ -202,7 +202,7 @@ class TestEveryLoss:
         [
             "soft_target_kl",
             "soft_target_cross_entropy",
-            "decoupled_kl",
+            "dkd",
             "dist",
             "logit_standardised_kl",
             "jensen_shannon",
@@ -212,9 +212,7 @@ class TestEveryLoss:
     )
     def test_refuses_a_temperature_that_is_not_positive(self, name, temperature):
         s, y = jnp.zeros((1, 2)), jnp.zeros(1, int)
-        rest = {"decoupled_kl": (s, y), "teacher_free_kl": (y,), "top_k_kl": (s[:, :1], y[:, None])}.get(
-            name, (s,)
-        )
+        rest = {"dkd": (s, y), "teacher_free_kl": (y,), "top_k_kl": (s[:, :1], y[:, None])}.get(name, (s,))
         with pytest.raises(ValueError, match=f"{name} needs a temperature above 0, got {temperature}"):
             getattr(losses, name)(s, *rest, temperature=temperature)
 
@@ -277,7 +275,7 @@ class TestDecoupledKl:
 
         def decoupled(x):
             weights = {"target_weight": 1, "non_target_weight": doubt}
-            return losses.decoupled_kl(x, t, LABELS, temperature=temperature, **weights)
+            return losses.dkd(x, t, LABELS, temperature=temperature, **weights)
 
         np.testing.assert_allclose(decoupled(s), kl(s, t, temperature), rtol=1e-4, atol=1e-4)
         one, other = (
@@ -290,13 +288,13 @@ class TestDecoupledKl:
         s, t = pair(shape=(3, 2))
         weights = {"target_weight": 1, "non_target_weight": 100, "temperature": 2.0}
         np.testing.assert_allclose(
-            losses.decoupled_kl(s, t, jnp.array([0, 1, 1]), **weights), kl(s, t, 2.0), rtol=1e-5
+            losses.dkd(s, t, jnp.array([0, 1, 1]), **weights), kl(s, t, 2.0), rtol=1e-5
         )
 
     def test_a_weight_made_from_the_teacher_lets_no_gradient_through(self):
         s, t = pair()
         gradient = jax.grad(
-            lambda x: jnp.sum(losses.decoupled_kl(s, x, LABELS, non_target_weight=jnp.max(x, axis=-1)))
+            lambda x: jnp.sum(losses.dkd(s, x, LABELS, non_target_weight=jnp.max(x, axis=-1)))
         )(t)
         np.testing.assert_array_equal(gradient, 0)
 

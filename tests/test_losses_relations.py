@@ -41,7 +41,7 @@ LOSSES = {
         partial(relations.correlation_distance, temperature=2.0, rank_weight=0.5), per_example=True
     ),
     "info_nce": Row(relations.info_nce, zero_at_equality=False, any_scale=True),
-    "centred_kernel_alignment": Row(relations.centred_kernel_alignment, any_scale=True, any_origin=True),
+    "cka": Row(relations.cka, any_scale=True, any_origin=True),
 }
 GATHERED = [name for name, row in LOSSES.items() if not row.per_example]
 
@@ -247,10 +247,8 @@ def test_info_nce_of_indistinguishable_teachers_is_log_of_the_batch():
 def test_centred_kernel_alignment_is_blind_to_rotation_and_one_minus_the_similarity():
     student, teacher = pair(6, 5)
     rotation, _ = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (5, 5)))
-    loss = relations.centred_kernel_alignment(student, teacher)
-    np.testing.assert_allclose(
-        relations.centred_kernel_alignment(student @ rotation, teacher), loss, rtol=1e-4
-    )
+    loss = relations.cka(student, teacher)
+    np.testing.assert_allclose(relations.cka(student @ rotation, teacher), loss, rtol=1e-4)
     x, y = (np.asarray(a - a.mean(0, keepdims=True), np.float64) for a in (student, teacher))
     norms = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
     np.testing.assert_allclose(loss, 1 - np.linalg.norm(y.T @ x) ** 2 / norms, rtol=1e-5)
@@ -297,9 +295,7 @@ class TestContrastiveRepresentation:
 
         def loss(student):
             teacher = embed(GOLDENS["embedding_teacher"], "teacher")
-            values, after = relations.contrastive_representation(
-                embed(student, "student"), teacher, memory, candidates
-            )
+            values, after = relations.crd(embed(student, "student"), teacher, memory, candidates)
             assert values.shape == (6,)
             return jnp.mean(values), after
 
@@ -324,7 +320,7 @@ class TestContrastiveRepresentation:
         embed, memory, candidates = crd_goldens()
         rows = [embed(GOLDENS[f"embedding_{who}"], who) for who in ("student", "teacher")]
         step = jax.jit(
-            lambda memory, temperature: relations.contrastive_representation(
+            lambda memory, temperature: relations.crd(
                 *rows, memory, candidates, temperature=temperature, momentum=0.5
             )
         )
@@ -341,7 +337,7 @@ class TestContrastiveRepresentation:
 
         def step(scale, memory, student, teacher, candidates, axis_name=None):
             def loss(scale):
-                values, after = relations.contrastive_representation(
+                values, after = relations.crd(
                     embed(scale * student, "student"), teacher, memory, candidates, axis_name=axis_name
                 )
                 return jnp.mean(values), after
@@ -369,7 +365,7 @@ class TestContrastiveRepresentation:
         rows = scale * jax.random.normal(jax.random.key(0), (2, 6, 16))
 
         def loss(rows):
-            values, after = relations.contrastive_representation(*rows, memory, candidates)
+            values, after = relations.crd(*rows, memory, candidates)
             return jnp.mean(values), after
 
         (value, after), gradient = jax.value_and_grad(loss, has_aux=True)(rows)
@@ -382,7 +378,7 @@ class TestContrastiveRepresentation:
         rows = [embed(GOLDENS[f"embedding_{who}"], who) for who in ("student", "teacher")]
 
         def loss(student, teacher, memory):
-            return jnp.mean(relations.contrastive_representation(student, teacher, memory, candidates)[0])
+            return jnp.mean(relations.crd(student, teacher, memory, candidates)[0])
 
         student, teacher, rest = jax.grad(loss, argnums=(0, 1, 2))(*rows, memory)
         assert (jnp.abs(student).max(axis=1) > 0).all()
@@ -393,8 +389,8 @@ class TestContrastiveRepresentation:
     def test_half_precision_is_computed_in_float32(self, dtype):
         _, memory, candidates = crd_goldens()
         rows = jax.random.normal(jax.random.key(0), (2, 6, 16)).astype(dtype)
-        got = relations.contrastive_representation(*rows, memory, candidates)
-        wanted = relations.contrastive_representation(*rows.astype(jnp.float32), memory, candidates)
+        got = relations.crd(*rows, memory, candidates)
+        wanted = relations.crd(*rows.astype(jnp.float32), memory, candidates)
         jax.tree.map(np.testing.assert_array_equal, got, wanted)
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got))
 
@@ -403,7 +399,7 @@ class TestContrastiveRepresentation:
         embed, memory, candidates = crd_goldens()
         rows = [embed(GOLDENS[f"embedding_{who}"], who) for who in ("student", "teacher")]
         with pytest.raises(ValueError, match=f"{option}.*got {bad}"):
-            relations.contrastive_representation(*rows, memory, candidates, **{option: bad})
+            relations.crd(*rows, memory, candidates, **{option: bad})
 
 
 class TestCrdMemory:

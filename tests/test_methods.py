@@ -1,4 +1,4 @@
-"""Every arm of distill: complete, weighted as its table says, and with companions that all learn."""
+"""Every arm of distill: complete, weighted as its table says, and with heads that all learn."""
 
 import re
 from pathlib import Path
@@ -61,14 +61,14 @@ def batch_at(step, features, teacher=TEACHER):
 
 
 def terms(arm, step=100, teacher=TEACHER, params=None, state=None, student=STUDENT):
-    """The weighted terms of an arm on one device, and the companions' state afterwards."""
+    """The weighted terms of an arm on one device, and the heads' state afterwards."""
     batch = batch_at(step, arm.features, teacher)
 
     def run(student):
         found = dict(arm.objective(student, batch))
         kept = state
-        if arm.companions is not None:
-            apply = models.apply_fn(arm.companions)
+        if arm.heads is not None:
+            apply = models.apply_fn(arm.heads)
             more, kept = apply(params, state, (student, batch), train=True, key=jax.random.key(0))
             found |= more
         return found, kept
@@ -78,13 +78,13 @@ def terms(arm, step=100, teacher=TEACHER, params=None, state=None, student=STUDE
 
 
 def begun(arm, teacher=TEACHER):
-    if arm.companions is None:
+    if arm.heads is None:
         return None, None
-    return arms.companion_initialiser(arm.companions, STUDENT, batch_at(0, arm.features, teacher))(0)
+    return arms.companion_initialiser(arm.heads, STUDENT, batch_at(0, arm.features, teacher))(0)
 
 
 def teacher_for(name):
-    return EQUAL if name == "solution_flow" else TEACHER  # FSP compares channels with channels
+    return EQUAL if name == "fsp" else TEACHER  # FSP compares channels with channels
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -159,25 +159,25 @@ def test_a_sum_of_methods_is_the_sum_of_their_terms():
 
 
 def test_a_first_stage_is_alone_and_then_gone():
-    made = arm("solution_flow+kd", EQUAL)
+    made = arm("fsp+kd", EQUAL)
     first, later = (terms(made, step, EQUAL)[0] for step in (29, 30))
-    assert first["solution_flow"] > 0
+    assert first["fsp"] > 0
     assert first["hard"] == first["soft"] == 0
-    assert later["solution_flow"] == 0
+    assert later["fsp"] == 0
     assert min(later["hard"], later["soft"]) > 0
 
 
 def test_a_warm_up_rises_over_twenty_of_240_epochs():
-    made = arm("decoupled_kl")
-    at = [float(terms(made, step)[0]["decoupled_kl"]) for step in (0, 9, 19, 200)]
+    made = arm("dkd")
+    at = [float(terms(made, step)[0]["dkd"]) for step in (0, 9, 19, 200)]
     np.testing.assert_allclose(np.array(at) / at[-1], [1 / 20, 10 / 20, 1, 1], rtol=1e-5)
 
 
 def test_crd_remembers_the_examples_it_saw():
-    made = arm("contrastive_representation")
+    made = arm("crd")
     params, state = begun(made)
     _, after = terms(made, params=params, state=state)
-    before, now = (s["memory"]["contrastive_representation"]["crd"] for s in (state, after))
+    before, now = (s["memory"]["crd"]["crd"] for s in (state, after))
     moved = np.flatnonzero(np.any(np.asarray(before.student != now.student), axis=1))
     np.testing.assert_array_equal(moved, np.arange(ROWS) * 2)
     assert float(before.student_z) == 0 < float(now.student_z)
@@ -185,7 +185,7 @@ def test_crd_remembers_the_examples_it_saw():
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices; conftest.py simulates them on a CPU")
-@pytest.mark.parametrize("name", ["rkd", "dist", "similarity_preserving", "overhaul", "hint"])
+@pytest.mark.parametrize("name", ["rkd", "dist", "similarity_preserving", "ofd", "hint"])
 def test_two_devices_see_the_whole_batch(name):
     made = arm(name)
     params, state = begun(made)
@@ -194,8 +194,8 @@ def test_two_devices_see_the_whole_batch(name):
     def run(student, batch):
         batch = batch | {"step": jnp.int32(100)}
         found = dict(made.objective(student, batch))
-        if made.companions is not None:
-            apply = models.apply_fn(made.companions)
+        if made.heads is not None:
+            apply = models.apply_fn(made.heads)
             found |= apply(params, state, (student, batch), train=True, key=jax.random.key(0))[0]
         return jax.lax.pmean(found, parallel.AXIS)
 
@@ -211,5 +211,5 @@ def test_fewer_stages_and_unequal_maps_are_named():
     two = Outputs(TEACHER.logits, {k: v for k, v in TEACHER.features.items() if not k.endswith("3")})
     with pytest.raises(ValueError, match=r"attention_transfer compares stages.*teacher stage1, stage2\."):
         arm("attention_transfer", two)
-    with pytest.raises(ValueError, match="solution_flow cannot compare these networks"):
-        arm("solution_flow", TEACHER)
+    with pytest.raises(ValueError, match="fsp cannot compare these networks"):
+        arm("fsp", TEACHER)

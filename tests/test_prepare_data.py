@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 prepare_module = import_module("kdjax.data.prepare")
-stored = import_module("kdjax.data.stored")
-sources = import_module("kdjax.data.sources")
+tfds_cache = import_module("kdjax.data.tfds_cache")
+datasets = import_module("kdjax.data.datasets")
 prepare = prepare_module.prepare
 
 
@@ -137,8 +137,8 @@ def tiny_mnist(monkeypatch):
 
 
 def check_loaded(source, written):
-    assert sorted(source.keys) == sorted(written)
-    for key, image, label in zip(source.keys, source.images, source.labels, strict=True):
+    assert sorted(source.example_ids) == sorted(written)
+    for key, image, label in zip(source.example_ids, source.images, source.labels, strict=True):
         assert np.array_equal(image, written[key][0]), key
         assert label == written[key][1], key
 
@@ -152,9 +152,11 @@ def test_idx_archives(name, tmp_path, monkeypatch, tiny_mnist):
     accept(monkeypatch, name, tmp_path / "raw" / name)
     made = prepare(name, raw_dir=tmp_path / "raw", data_dir=tmp_path / "data")
     assert made == (tmp_path / "data" / name / "3.0.1", "archives", {"train": 30, "test": 12}, True)
-    source = sources.load(name, data_dir=tmp_path / "data")
+    source = datasets.load(name, data_dir=tmp_path / "data")
     check_loaded(source, written)
-    assert [str(key).split("/")[0] == "test" for key in source.keys] == (source.official == 1).tolist()
+    assert [str(key).split("/")[0] == "test" for key in source.example_ids] == (
+        source.official_split == 1
+    ).tolist()
     assert source.class_names[-1] == ("9" if name == "mnist" else "Ankle boot")
 
 
@@ -169,9 +171,9 @@ def test_cifar_archive_and_folder_give_the_same(name, tmp_path, monkeypatch):
     archived = prepare(name, raw_dir=tmp_path / "raw", data_dir=tmp_path / "from_archive")
     assert archived.kind == "archives"
     assert archived.examples == extracted.examples
-    one, other = (sources.load(name, data_dir=tmp_path / part) for part in ("from_folder", "from_archive"))
+    one, other = (datasets.load(name, data_dir=tmp_path / part) for part in ("from_folder", "from_archive"))
     check_loaded(one, written)
-    assert sources.digest(one) == sources.digest(other)
+    assert datasets.digest(one) == datasets.digest(other)
     assert one.class_names == other.class_names == tuple(f"class{i}" for i in range(one.num_classes))
     for part in ("from_folder", "from_archive"):  # neither raw archives nor hidden directories are left
         left = {path.name for path in (tmp_path / part).iterdir()}
@@ -182,18 +184,18 @@ def test_cells_keep_their_file_names(tmp_path, monkeypatch):
     written = write_cells(tmp_path / "raw")
     made = prepare("malaria", raw_dir=tmp_path / "raw" / "cell_images", data_dir=tmp_path / "data")
     assert (made.kind, made.examples) == ("extracted", {"train": 16})
-    source = sources.load("malaria", data_dir=tmp_path / "data")
+    source = datasets.load("malaria", data_dir=tmp_path / "data")
     check_loaded(source, written)
-    assert set(source.official) == {-1}
+    assert set(source.official_split) == {-1}
     assert source.class_names == ("parasitized", "uninfected")
-    groups = sources.groups_of(source, sources.GROUP_PATTERNS["malaria"])
+    groups = datasets.groups_of(source, datasets.GROUP_PATTERNS["malaria"])
     assert sorted(set(groups)) == [f"C{100 + i}P{i}" for i in range(8)]
 
     pack(tmp_path / "raw", "malaria")
     accept(monkeypatch, "malaria", tmp_path / "raw")
     archived = prepare("malaria", raw_dir=tmp_path / "raw", data_dir=tmp_path / "again")
     assert archived.kind == "archives"
-    assert sources.digest(sources.load("malaria", data_dir=tmp_path / "again")) == sources.digest(source)
+    assert datasets.digest(datasets.load("malaria", data_dir=tmp_path / "again")) == datasets.digest(source)
 
 
 def test_cells_of_any_size_are_resized(tmp_path):
@@ -202,8 +204,8 @@ def test_cells_of_any_size_are_resized(tmp_path):
     for path in (tmp_path / "more").rglob("*.png"):
         path.rename(tmp_path / "raw" / "cell_images" / path.parent.name / f"other_{path.name}")
     prepare("malaria", raw_dir=tmp_path / "raw", data_dir=tmp_path / "data")
-    assert sources.load("malaria", data_dir=tmp_path / "data").images.shape == (10, 32, 32, 3)
-    larger = sources.load("malaria", data_dir=tmp_path / "data", image_size=(48, 24))
+    assert datasets.load("malaria", data_dir=tmp_path / "data").images.shape == (10, 32, 32, 3)
+    larger = datasets.load("malaria", data_dir=tmp_path / "data", image_size=(48, 24))
     assert larger.images.shape == (10, 48, 24, 3)
     key = "Uninfected/C100P0ThinF_IMG_1_cell_0.png"
     with Image.open(tmp_path / "raw" / "cell_images" / key) as image:
@@ -277,15 +279,15 @@ def test_a_data_set_prepared_by_tfds_alone_has_positions_as_keys(tmp_path):
                 yield i, {"image": Image.new("L", (4, 4), 10 * i), "label": i % 2, "note": "x"}
 
     Shapes(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
-    source = sources.load("shapes", data_dir=tmp_path)
-    assert source.keys.tolist() == [f"train/{i:06d}" for i in range(6)] + [
+    source = datasets.load("shapes", data_dir=tmp_path)
+    assert source.example_ids.tolist() == [f"train/{i:06d}" for i in range(6)] + [
         f"validation/{i:06d}" for i in range(3)
     ]
-    assert source.official.tolist() == [0] * 6 + [1] * 3
+    assert source.official_split.tolist() == [0] * 6 + [1] * 3
     assert np.array_equal(source.images[:, 0, 0, 0] // 10 % 2, source.labels)
-    assert sources.load("shapes:1.2.0", data_dir=tmp_path, image_size=(2, 2)).images.shape == (9, 2, 2, 1)
+    assert datasets.load("shapes:1.2.0", data_dir=tmp_path, image_size=(2, 2)).images.shape == (9, 2, 2, 1)
     with pytest.raises(ValueError, match=r"holds version 1\.2\.0 of shapes, not shapes:9\.9\.9"):
-        sources.load("shapes:9.9.9", data_dir=tmp_path)
+        datasets.load("shapes:9.9.9", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 3), (None, None, 3), (None, None, 1)])
@@ -327,17 +329,17 @@ def test_jpegs_of_tfds_are_shown_as_a_viewer_does(tmp_path, shape):
 
     Shots(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
     if shape[0]:
-        found = {image.tobytes() for image in sources.load("shots", data_dir=tmp_path).images}
+        found = {image.tobytes() for image in datasets.load("shots", data_dir=tmp_path).images}
         assert found == {np.asarray(Image.open(io.BytesIO(image))).tobytes() for image in plain}
         return
     with pytest.raises(ValueError, match=r"differ in size: pass image_size=\(height, width\)"):
-        sources.load("shots", data_dir=tmp_path)
-    source = sources.load("shots", data_dir=tmp_path, image_size=(8, 8))
+        datasets.load("shots", data_dir=tmp_path)
+    source = datasets.load("shots", data_dir=tmp_path, image_size=(8, 8))
     assert source.images.shape == (3, 8, 8, shape[2])
     assert (
         np.abs(source.images[:, :, 1:-1].astype(int) - 130).max() <= 6
     )  # JPEG's errors; Lanczos sees the next stripe
-    whole = sources.load("shots", data_dir=tmp_path, image_size=(8, 24))
+    whole = datasets.load("shots", data_dir=tmp_path, image_size=(8, 24))
     assert np.all(
         np.diff(whole.images[:, 4, [3, 11, 19], 0].astype(int)) > 100
     )  # dark on the left in all of them
@@ -486,7 +488,7 @@ def test_two_at_once_are_refused(tmp_path):
     write_cells(tmp_path / "raw")
     (tmp_path / "data").mkdir()
     with (
-        stored.lock(tmp_path / "data" / ".malaria.lock", wait=False, task="testing"),
+        tfds_cache.lock(tmp_path / "data" / ".malaria.lock", wait=False, task="testing"),
         pytest.raises(ValueError, match="another process is preparing malaria"),
     ):
         prepare("malaria", raw_dir=tmp_path / "raw", data_dir=tmp_path / "data")
@@ -509,9 +511,9 @@ def test_damaged_records_are_refused_when_decoded(tmp_path):
         for content in (bytes(bad), good[: used // 2], None):
             file.write_bytes(content) if content is not None else file.unlink()
             with pytest.raises(ValueError, match=r"(damaged|missing).*delete"):
-                sources.load("malaria", data_dir=tmp_path / "data")
+                datasets.load("malaria", data_dir=tmp_path / "data")
         file.write_bytes(good)
-    assert len(sources.load("malaria", data_dir=tmp_path / "data").labels) == 16
+    assert len(datasets.load("malaria", data_dir=tmp_path / "data").labels) == 16
 
 
 def test_records_of_another_preparation_are_noticed(tmp_path):
@@ -524,7 +526,7 @@ def test_records_of_another_preparation_are_noticed(tmp_path):
     shutil.copy(shard, made.path / shard.name)
     shutil.rmtree(made.path / "kdjax_decoded")
     with pytest.raises(ValueError, match="are not those that were prepared"):
-        sources.load("malaria", data_dir=tmp_path / "data")
+        datasets.load("malaria", data_dir=tmp_path / "data")
 
 
 def test_a_read_only_data_dir_is_decoded_with_a_warning(tmp_path, monkeypatch):
@@ -534,9 +536,9 @@ def test_a_read_only_data_dir_is_decoded_with_a_warning(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(stored, "lock", refuse)
+    monkeypatch.setattr(tfds_cache, "lock", refuse)
     with pytest.warns(UserWarning, match="decoded anew on every load"):
-        source = sources.load("malaria", data_dir=tmp_path / "data", image_size=(32, 30))
+        source = datasets.load("malaria", data_dir=tmp_path / "data", image_size=(32, 30))
     assert source.images.shape == (len(written), 32, 30, 3)
 
 
@@ -545,7 +547,7 @@ def test_a_read_only_data_dir_is_decoded_with_a_warning(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from kdjax.data import stored
+from kdjax.data import tfds_cache
 from importlib import import_module
 prepare = import_module("kdjax.data.prepare")
 
@@ -566,7 +568,7 @@ if stage == "generating":
 elif stage == "before the notes":
     prepare._write_preparation = kill
 elif stage == "decoding":
-    stored._pixels = Fifth(stored._pixels)
+    tfds_cache._pixels = Fifth(tfds_cache._pixels)
 elif stage == "caching":
     save = np.save
     def half(path, array, **options):
@@ -591,9 +593,9 @@ def test_killed_and_started_again(stage, tmp_path):
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert not (tmp_path / "data" / "malaria" / "1.0.0").exists()
     with pytest.raises(ValueError, match="half-written and cannot be read; prepare it again"):
-        sources.load("malaria", data_dir=tmp_path / "data")
+        datasets.load("malaria", data_dir=tmp_path / "data")
     assert prepare("malaria", raw_dir=tmp_path / "raw", data_dir=tmp_path / "data").fresh
-    check_loaded(sources.load("malaria", data_dir=tmp_path / "data"), written)
+    check_loaded(datasets.load("malaria", data_dir=tmp_path / "data"), written)
 
 
 def test_a_cache_cut_short_is_not_read(tmp_path, monkeypatch):
@@ -603,7 +605,7 @@ def test_a_cache_cut_short_is_not_read(tmp_path, monkeypatch):
     folder = made.path / "kdjax_decoded"
     shutil.move(folder / "32x32", folder / "32x32.incomplete")
     (folder / "32x32.incomplete" / "manifest.json").unlink()
-    check_loaded(sources.load("malaria", data_dir=tmp_path / "data"), written)
+    check_loaded(datasets.load("malaria", data_dir=tmp_path / "data"), written)
     assert sorted(path.name for path in folder.iterdir()) == ["32x32", "32x32.lock"]
 
 

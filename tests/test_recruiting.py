@@ -95,7 +95,7 @@ class TestRegion:
         mean = jax.tree.map(
             lambda a, b: (np.asarray(a) + np.asarray(b)) / 2, *(one.teacher.weights.params for one in watched)
         )
-        want = saddles.recruit(mean, like, form="crop")
+        want = saddles.select_weights(mean, like, form="crop")
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), region.params, want)
         assert (region.steps, region.strong) == ([4, 4], True)
 
@@ -107,7 +107,7 @@ class TestRegion:
             for step in (2, 4)
         ]
         mean = jax.tree.map(lambda a, b: (a + b) / 2, *(snapshot.params for snapshot in snapshots))
-        want = saddles.recruit(mean, like, form="crop")
+        want = saddles.select_weights(mean, like, form="crop")
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), region.params, want)
 
     def test_without_a_strong_saddle_the_strongest_stands_in_and_is_said(self, task, watched, monkeypatch):

@@ -334,10 +334,10 @@ def test_attack_is_stopped_at_black_and_white():
 # All of it.
 
 
-def assessor(batch_size=24, num_devices=1, **options):
+def evaluator(batch_size=24, num_devices=1, **options):
     apply_fn, _, _, images, label = small_net()
     small = {"weight_noise": (0.0, 0.3), "draws": 2, "epsilons": (1, 8), "pgd_steps": 3}
-    return robustness.make_assessor(
+    return robustness.make_evaluator(
         apply_fn,
         images,
         label,
@@ -354,7 +354,7 @@ seen = []
 
 @functools.cache
 def three_severities():
-    return assessor(
+    return evaluator(
         severities=(1, 3, 5),
         metrics=("accuracy", "loss", "ece"),
         progress=lambda done, total: seen.append((done, total)),
@@ -418,7 +418,7 @@ def test_another_key_gives_other_noise_only():
 def test_neither_batches_nor_devices_change_the_answer():
     wanted = assessed()
     _, params, state, *_ = small_net()
-    run = assessor(10, 2, severities=(5,), metrics=("accuracy", "loss"))  # padded, on two devices
+    run = evaluator(10, 2, severities=(5,), metrics=("accuracy", "loss"))  # padded, on two devices
     found = run(params, state, KEY)
     compared = [name for name in found if not name.startswith("mean_corruption")]
     assert {name: found[name] for name in compared} == pytest.approx(
@@ -441,7 +441,7 @@ def test_neither_batches_nor_devices_change_the_answer():
 )
 def test_refuses_settings(change, message):
     with pytest.raises(ValueError, match=message):
-        assessor(**change)
+        evaluator(**change)
 
 
 @pytest.mark.parametrize(
@@ -461,12 +461,12 @@ def test_refuses_data(change, message):
     given = {"images": np.zeros((4, 12, 9, 3), np.uint8), "labels": np.zeros(4, np.int32)}
     given |= {"mean": MEAN, "std": STD, "batch_size": 4, "devices": parallel.local_devices(1)} | change
     with pytest.raises(ValueError, match=message):
-        robustness.make_assessor(linear, **given)
+        robustness.make_evaluator(linear, **given)
 
 
 def test_refuses_a_metric_that_there_is_not():
     images = pictures(4)
-    run = robustness.make_assessor(
+    run = robustness.make_evaluator(
         linear,
         images,
         np.zeros(4, np.int32),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kdjax import files, models, saddles
 from kdjax.models import DigitsCnn, MalariaCnn, Mlp
-from kdjax.saddles import Entry, Snapshot, recruit, recruit_with_state, score_saddle
+from kdjax.saddles import Entry, Snapshot, score_saddle, select_weights, select_weights_with_state
 
 KEY = jax.random.key(0)
 RULES = {
@@ -434,7 +434,7 @@ class TestRecruit:
     def test_equal_shapes_are_the_identity(self, name, form):
         _, params = network(name)
         like = jax.eval_shape(lambda: params)
-        assert_trees_equal(recruit(params, like, form=form), params)
+        assert_trees_equal(select_weights(params, like, form=form), params)
 
     @each_network
     @settings(deadline=None, max_examples=5)
@@ -442,14 +442,14 @@ class TestRecruit:
     def test_a_student_of_all_live_channels_computes_what_the_teacher_does(self, name, seed):
         apply, student = network(name, teacher=False)
         teacher = embedded(name, student, seed, dead=0.7)
-        got = recruit(teacher, student, rescale=False)
+        got = select_weights(teacher, student, rescale=False)
         assert_trees_equal(got, student)
         np.testing.assert_allclose(apply(got), network(name)[0](teacher), rtol=1e-4, atol=1e-4)
 
     @each_network
     def test_zero_channels_do_not_count_in_the_spectral_norm(self, name):
         _, student = network(name, teacher=False)
-        got = recruit(embedded(name, student, 1), student)
+        got = select_weights(embedded(name, student, 1), student)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, student)
 
     @each_network
@@ -460,7 +460,11 @@ class TestRecruit:
         apply, params = network(name)
         small, student = network(name, teacher=False)
         permuted = take(params, [rng.permutation(m) for m in NETWORKS[name][1]])
-        same, plain, other = recruit(permuted, params), recruit(params, student), recruit(permuted, student)
+        same, plain, other = (
+            select_weights(permuted, params),
+            select_weights(params, student),
+            select_weights(permuted, student),
+        )
         np.testing.assert_allclose(apply(same), apply(params), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(small(other), small(plain), rtol=1e-4, atol=1e-4)
 
@@ -468,7 +472,7 @@ class TestRecruit:
     def test_kernels_keep_the_spectral_norm_and_only_grow(self, name):
         _, params = network(name)
         _, student = network(name, teacher=False)
-        plain, scaled = (recruit(params, student, rescale=rescale) for rescale in (False, True))
+        plain, scaled = (select_weights(params, student, rescale=rescale) for rescale in (False, True))
         for layer, arrays in scaled.items():
             wanted = spectral(np.asarray(params[layer]["kernel"]))
             assert spectral(np.asarray(arrays["kernel"])) == pytest.approx(wanted, rel=1e-5)
@@ -481,7 +485,7 @@ class TestRecruit:
         teacher, student = chain(4, 4, 1), chain(4, 2, 1)
         teacher["Dense_0"] = {"kernel": kernel, "bias": np.arange(4.0)}
         teacher["Dense_1"]["kernel"] = after
-        got = recruit(teacher, student, rescale=False)
+        got = select_weights(teacher, student, rescale=False)
         np.testing.assert_array_equal(got["Dense_0"]["kernel"], kernel[:, [1, 3]])
         np.testing.assert_array_equal(got["Dense_0"]["bias"], [1, 3])
         np.testing.assert_array_equal(got["Dense_1"]["kernel"], after[[1, 3]])
@@ -494,7 +498,7 @@ class TestRecruit:
             first: {key: 8 * x for key, x in params[first].items()},
             second: params[second] | {"kernel": params[second]["kernel"] / 8},
         } | {name: params[name] for name in others}
-        plain, other = recruit(params, student), recruit(scaled, student)
+        plain, other = select_weights(params, student), select_weights(scaled, student)
         for name, factor in [(first, 8), (second, 1 / 8)]:
             wanted = factor * np.asarray(plain[name]["kernel"])
             np.testing.assert_allclose(other[name]["kernel"], wanted, rtol=1e-5)
@@ -506,13 +510,13 @@ class TestRecruit:
             for role in ("teacher", "student")
         )
         assert models.count_parameters(teacher) == 25_546
-        got = recruit(teacher, student, form=form)
+        got = select_weights(teacher, student, form=form)
         assert models.count_parameters(got) == 6_430
         assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, student)
 
     def test_centre_crop_and_padding(self):
         narrow, wide = jnp.arange(1.0, 6), jnp.arange(12.0).reshape(3, 4)
-        got = recruit({"a": narrow, "b": wide}, {"a": jnp.ones(8), "b": jnp.ones((5, 2))}, form="crop")
+        got = select_weights({"a": narrow, "b": wide}, {"a": jnp.ones(8), "b": jnp.ones((5, 2))}, form="crop")
         np.testing.assert_array_equal(got["a"], [0, 1, 2, 3, 4, 5, 0, 0])
         np.testing.assert_array_equal(got["b"], [[0, 0], [1, 2], [5, 6], [9, 10], [0, 0]])
 
@@ -520,7 +524,7 @@ class TestRecruit:
         _, params = network("mlp")
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
         for form in ("select", "crop"):
-            assert {x.dtype for x in jax.tree.leaves(recruit(params, like, form=form))} == {
+            assert {x.dtype for x in jax.tree.leaves(select_weights(params, like, form=form))} == {
                 jnp.dtype(jnp.bfloat16)
             }
 
@@ -550,7 +554,7 @@ class TestNormalisation:
         params, state = normalised(3)
         layer = params["BatchNorm_0"] if array == "scale" else state["batch_stats"]["BatchNorm_0"]
         layer[array] = np.array([1, 1e-3, 1] if array == "scale" else [1, 1e6, 1], np.float32)
-        got, statistics = recruit_with_state((params, state), normalised(2), rescale=False)
+        got, statistics = select_weights_with_state((params, state), normalised(2), rescale=False)
         np.testing.assert_array_equal(got["Conv_0"]["kernel"], params["Conv_0"]["kernel"][..., [0, 2]])
         wanted, found = (
             {**p["BatchNorm_0"], **s["batch_stats"]["BatchNorm_0"]}
@@ -564,10 +568,11 @@ class TestNormalisation:
         teacher, student = normalised(3), normalised(2)
         order = ("Conv_0", "BatchNorm_0", "Conv_1", "BatchNorm_1", "Dense_0")
         assert_trees_equal(
-            recruit_with_state(teacher, student, order=order), recruit_with_state(teacher, student)
+            select_weights_with_state(teacher, student, order=order),
+            select_weights_with_state(teacher, student),
         )
         for form in ("select", "crop"):
-            assert_trees_equal(recruit_with_state(teacher, teacher, form=form), teacher)
+            assert_trees_equal(select_weights_with_state(teacher, teacher, form=form), teacher)
 
 
 def chain(*widths, **others):
@@ -624,7 +629,7 @@ class TestRecruitErrors:
     )
     def test_networks_that_do_not_correspond(self, teacher, student, message):
         with pytest.raises(ValueError, match=message):
-            recruit(teacher, student)
+            select_weights(teacher, student)
 
     def test_names_that_do_not_tell_the_order(self):
         (params, _), (like, _) = normalised(3), normalised(2)
@@ -636,32 +641,32 @@ class TestRecruitErrors:
         nested = [{"block": c} for c in (chain(2, 3, 2), chain(2, 2, 2))]
         for teacher, student in [(params, like), renamed, nested]:
             with pytest.raises(ValueError, match=r"does not show in their names: pass order="):
-                recruit(teacher, student)
+                select_weights(teacher, student)
         for order, (teacher, student) in [
             (["Conv_0", "Conv_1", "BatchNorm_0", "Dense_0"], (params, like)),
             (["Dense_0", "out"], renamed),
             (["block/Dense_0", "block/Dense_1"], nested),
         ]:
-            got = recruit(teacher, student, order=order)
+            got = select_weights(teacher, student, order=order)
             assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, student)
 
     def test_orders(self):
         with pytest.raises(
             ValueError, match=r"order must hold each layer once, which are \['Dense_0', 'Dense_1'\]"
         ):
-            recruit(chain(2, 3, 2), chain(2, 2, 2), order=["Dense_0"])
+            select_weights(chain(2, 3, 2), chain(2, 2, 2), order=["Dense_0"])
         norm = {"LayerNorm_0": {"scale": np.ones(2)}}
         with pytest.raises(ValueError, match="needs a Dense or Conv layer first"):
-            recruit(chain(2, 3, **norm), chain(2, 3, **norm), order=["LayerNorm_0", "Dense_0"])
+            select_weights(chain(2, 3, **norm), chain(2, 3, **norm), order=["LayerNorm_0", "Dense_0"])
         with pytest.raises(
             ValueError, match="LayerNorm_0 has 2 channels and Dense_0, the layer before it, 3"
         ):
-            recruit(chain(2, 3, **norm), chain(2, 3, **norm))
+            select_weights(chain(2, 3, **norm), chain(2, 3, **norm))
 
     def test_layers_are_ordered_by_number(self):
         """Twelve layers, whose names sort otherwise."""
         teacher, student = chain(*range(20, 7, -1)), chain(20, *range(18, 7, -1), 8)
-        assert jax.tree.map(np.shape, recruit(teacher, student)) == jax.tree.map(np.shape, student)
+        assert jax.tree.map(np.shape, select_weights(teacher, student)) == jax.tree.map(np.shape, student)
 
     def test_part_of_a_density(self):
         with pytest.raises(ValueError, match="nodes, weights and num_parameters together"):

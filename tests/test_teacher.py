@@ -45,10 +45,10 @@ def view_fn(images, index, view):
     return jax.vmap(one)(images, index)
 
 
-def fill(directory, images=None, variables=None, **options):
+def precompute(directory, images=None, variables=None, **options):
     images = make_images() if images is None else images
     variables = make_variables() if variables is None else variables
-    return teacher.fill(
+    return teacher.precompute(
         directory,
         fn,
         variables,
@@ -90,7 +90,7 @@ def run_script(body, *arguments):
 )
 def test_row_i_belongs_to_image_i(tmp_path, count, batch_size, chunk_size):
     images, steps = make_images(count), []
-    columns = fill(
+    columns = precompute(
         tmp_path,
         images,
         batch_size=batch_size,
@@ -110,15 +110,15 @@ def test_row_i_belongs_to_image_i(tmp_path, count, batch_size, chunk_size):
 def test_two_devices_say_what_one_says(tmp_path):
     if jax.device_count() < 2:
         pytest.skip("needs two devices")
-    one = fill(tmp_path / "one", devices=jax.devices()[:1])
-    two = fill(tmp_path / "two", devices=jax.devices()[:2])
+    one = precompute(tmp_path / "one", devices=jax.devices()[:1])
+    two = precompute(tmp_path / "two", devices=jax.devices()[:2])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), one.arrays, two.arrays)
 
 
 def test_views_are_functions_of_index_and_view(tmp_path):
     images = make_images()
-    columns = fill(tmp_path / "a", views=3, view_fn=view_fn)
-    again = fill(tmp_path / "b", views=3, view_fn=view_fn, batch_size=10, chunk_size=20)
+    columns = precompute(tmp_path / "a", views=3, view_fn=view_fn)
+    again = precompute(tmp_path / "b", views=3, view_fn=view_fn, batch_size=10, chunk_size=20)
     index = np.arange(len(images), dtype=np.int32)
     assert columns.arrays["logits"].shape == (37, 3, 3)
     for view in range(3):
@@ -132,12 +132,12 @@ def test_views_are_functions_of_index_and_view(tmp_path):
 
 
 def test_take_gathers_in_a_jitted_step(tmp_path):
-    arrays = jax.device_put(fill(tmp_path, views=2, view_fn=view_fn).arrays)
+    arrays = jax.device_put(precompute(tmp_path, views=2, view_fn=view_fn).arrays)
     index, view = jnp.array([5, 36, 0, 5]), jnp.array([0, 1, 1, 1])
-    taken = jax.jit(teacher.take)(arrays, index, view)
+    taken = jax.jit(teacher.gather)(arrays, index, view)
     assert sorted(taken) == ["teacher_logits", "teacher_sum"]
     np.testing.assert_array_equal(taken["teacher_logits"], np.asarray(arrays["logits"])[index, view])
-    first = jax.jit(teacher.take)(arrays, index)["teacher_sum"]
+    first = jax.jit(teacher.gather)(arrays, index)["teacher_sum"]
     np.testing.assert_array_equal(first, np.asarray(arrays["sum"])[index, 0])
 
 
@@ -155,9 +155,9 @@ def test_online_adds_constants():
 
 
 def test_nothing_is_computed_twice(tmp_path, monkeypatch):
-    whole = fill(tmp_path)
+    whole = precompute(tmp_path)
     numbers = computed(monkeypatch)
-    again = fill(tmp_path)
+    again = precompute(tmp_path)
     assert numbers == []
     jax.tree.map(np.testing.assert_array_equal, whole.arrays, again.arrays)
     chunk(tmp_path, 1).rename(f"{chunk(tmp_path, 1)}.tmp")  # as a process killed before the rename leaves it
@@ -169,7 +169,7 @@ def test_nothing_is_computed_twice(tmp_path, monkeypatch):
     ):
         teacher.load(tmp_path, header=header())
     with pytest.warns(UserWarning, match=r"computed again.*chunk_00003"):
-        repaired = fill(tmp_path, chunk_size=1000)  # what it was begun with stays
+        repaired = precompute(tmp_path, chunk_size=1000)  # what it was begun with stays
     assert numbers == [1, 3]
     jax.tree.map(np.testing.assert_array_equal, whole.arrays, repaired.arrays)
     assert len(list(tmp_path.iterdir())) == 6  # five chunks and the header; no leftovers
@@ -183,7 +183,7 @@ def test_one_compilation_whatever_the_tails(tmp_path):
         return fn(variables, images)
 
     images = make_images()
-    teacher.fill(
+    teacher.precompute(
         tmp_path,
         counting,
         make_variables(),
@@ -211,17 +211,17 @@ def test_one_compilation_whatever_the_tails(tmp_path):
     ],
 )
 def test_columns_made_from_something_else_are_refused(tmp_path, changes, message):
-    fill(tmp_path)
+    precompute(tmp_path)
     before = sorted(path.read_bytes() for path in tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
-        fill(tmp_path, **changes)
+        precompute(tmp_path, **changes)
     assert sorted(path.read_bytes() for path in tmp_path.iterdir()) == before
 
 
 def test_load_checks_what_it_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"no teacher columns in .* run teacher\.fill"):
         teacher.load(tmp_path, header=header())
-    fill(tmp_path)
+    precompute(tmp_path)
     teacher.load(tmp_path, header={"images": header()["images"]})
     for wrong in ({"teacher": "another"}, {"unknown": 1}, header(name="other")):
         with pytest.raises(ValueError, match="made from something else"):
@@ -233,8 +233,8 @@ def test_load_checks_what_it_is_told(tmp_path):
 
 
 def test_a_chunk_of_another_teacher_is_refused(tmp_path):
-    fill(tmp_path / "a")
-    fill(tmp_path / "b", variables=make_variables(seed=2))
+    precompute(tmp_path / "a")
+    precompute(tmp_path / "b", variables=make_variables(seed=2))
     chunk(tmp_path / "a", 2).unlink()
     shutil.copy(chunk(tmp_path / "b", 2), tmp_path / "a")
     with pytest.raises(ValueError, match="damaged or of other columns"):
@@ -242,7 +242,7 @@ def test_a_chunk_of_another_teacher_is_refused(tmp_path):
 
 
 def test_a_flipped_bit_is_refused(tmp_path):
-    columns = fill(tmp_path / "good")
+    columns = precompute(tmp_path / "good")
     files = sorted((tmp_path / "good").iterdir())
     offsets = [(path, offset) for path in files for offset in range(path.stat().st_size)]
     chosen = random.Random(0)
@@ -268,20 +268,20 @@ def test_a_flipped_bit_is_refused(tmp_path):
 
 
 def test_a_damaged_header_is_written_anew_and_good_chunks_stay(tmp_path, monkeypatch):
-    fill(tmp_path)
+    precompute(tmp_path)
     (tmp_path / "header.json").write_text("{")
     numbers = computed(monkeypatch)
     with pytest.warns(UserWarning, match=r"header\.json is damaged"):
-        fill(tmp_path)
+        precompute(tmp_path)
     assert numbers == []
     (tmp_path / "header.json").write_text("{")
     with pytest.warns(UserWarning, match=r"header\.json is damaged|computed again"):
-        fill(tmp_path, variables=make_variables(seed=2))
+        precompute(tmp_path, variables=make_variables(seed=2))
     assert numbers == [0, 1, 2, 3, 4]
 
 
 def test_float16_is_half_the_size_and_integers_stay(tmp_path):
-    columns = fill(tmp_path, dtype="float16")
+    columns = precompute(tmp_path, dtype="float16")
     assert (columns.arrays["logits"].dtype, columns.arrays["sum"].dtype) == (np.float16, np.int32)
     assert teacher.verify(columns, fn, make_variables(), make_images()) > 0.999
 
@@ -302,7 +302,7 @@ def test_numbers_that_cannot_be_used_name_their_index(tmp_path, value, options, 
         return {"logits": jnp.where(images[:, 0, 0] > 0, value, 1.0)}
 
     with pytest.raises(ValueError, match=message):
-        teacher.fill(tmp_path, bad, {}, images, settings={}, chunk_size=8, batch_size=4, **options)
+        teacher.precompute(tmp_path, bad, {}, images, settings={}, chunk_size=8, batch_size=4, **options)
     with pytest.raises(ValueError, match="only 8 of 20 rows"):
         teacher.load(tmp_path, header={})
 
@@ -310,28 +310,28 @@ def test_numbers_that_cannot_be_used_name_their_index(tmp_path, value, options, 
 class TestMaskedClasses:
     """A logit of -inf rules a class out, which is no divergence."""
 
-    def fill(self, path, logits, **options):
+    def precompute(self, path, logits, **options):
         images = np.arange(len(logits), dtype=np.uint8).reshape(-1, 1, 1, 1)
         given = {"logits": jnp.asarray(logits, jnp.float32)}
 
         def masking(variables, images):
             return {"logits": variables["logits"][images[:, 0, 0, 0]]}
 
-        columns = teacher.fill(path, masking, given, images, settings={}, batch_size=4, **options)
+        columns = teacher.precompute(path, masking, given, images, settings={}, batch_size=4, **options)
         return columns, masking, given, images
 
     @pytest.mark.parametrize("dtype", ["float32", "float16"])
     def test_are_stored_read_back_and_verified(self, tmp_path, dtype):
         logits = np.random.default_rng(0).normal(size=(6, 4))
         logits[:, 3] = logits[2, 0] = -np.inf
-        columns, masking, variables, images = self.fill(tmp_path, logits, dtype=dtype)
+        columns, masking, variables, images = self.precompute(tmp_path, logits, dtype=dtype)
         np.testing.assert_allclose(columns.arrays["logits"][:, 0], logits, rtol=2e-3)
         again = teacher.load(tmp_path, header={})
         assert teacher.verify(again, masking, variables, images) > 0.999
 
     def test_other_masks_are_other_columns(self, tmp_path):
         logits = np.random.default_rng(0).normal(size=(6, 4))
-        columns, masking, _, images = self.fill(tmp_path, logits)
+        columns, masking, _, images = self.precompute(tmp_path, logits)
         logits[3, 1] = -np.inf
         with pytest.raises(ValueError, match="not this teacher's output"):
             teacher.verify(columns, masking, {"logits": jnp.asarray(logits)}, images)
@@ -341,7 +341,7 @@ class TestMaskedClasses:
         logits = np.zeros((6, 4))
         logits[5] = masked
         with pytest.raises(ValueError, match=r"logits at index 5, view 0, is .*: it masks every class"):
-            self.fill(tmp_path, logits)
+            self.precompute(tmp_path, logits)
 
     @pytest.mark.parametrize(
         ("name", "value"), [("logits", np.inf), ("logits", np.nan), ("features", -np.inf)]
@@ -349,7 +349,7 @@ class TestMaskedClasses:
     def test_other_infinities_are_refused(self, tmp_path, name, value):
         row = jnp.array([0.0, value, 1.0])
         with pytest.raises(ValueError, match="has diverged"):
-            teacher.fill(
+            teacher.precompute(
                 tmp_path,
                 lambda variables, images: {name: jnp.tile(row, (len(images), 1))},
                 {},
@@ -370,14 +370,14 @@ class TestMaskedClasses:
 )
 def test_bad_arguments(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        fill(tmp_path, **options)
+        precompute(tmp_path, **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_fn_must_return_rows(tmp_path):
     for bad in (lambda v, x: {"mean": jnp.mean(x)}, lambda v, x: {}):
         with pytest.raises(ValueError, match="one row per image"):
-            teacher.fill(tmp_path, bad, {}, make_images(), settings={})
+            teacher.precompute(tmp_path, bad, {}, make_images(), settings={})
     assert not list(tmp_path.iterdir())
 
 
@@ -418,7 +418,7 @@ class TestVerify:
     def verify(self, stored, rows, seed=0, **options):
         """The teacher is a table: image i's row is rows[i]."""
         images = np.arange(self.COUNT, dtype=np.int32)[:, None]
-        columns = teacher.Columns(
+        columns = teacher.TeacherCache(
             {"layout": {"examples": self.COUNT, "views": 1}}, {"logits": stored[:, None]}
         )
         return teacher.verify(
@@ -498,13 +498,13 @@ class TestVerify:
 
     def test_another_number_of_images(self):
         rows = self.rows("ordinary")
-        columns = teacher.Columns({"layout": {"examples": 7, "views": 1}}, {"logits": rows[:7, None]})
+        columns = teacher.TeacherCache({"layout": {"examples": 7, "views": 1}}, {"logits": rows[:7, None]})
         with pytest.raises(ValueError, match="7 rows and there are 8 images"):
             teacher.verify(columns, lambda v, x: {}, {}, np.zeros((8, 1)))
 
 
 def test_a_shuffled_file_of_columns_is_caught(tmp_path):
-    columns, images = fill(tmp_path), make_images()
+    columns, images = precompute(tmp_path), make_images()
     assert teacher.verify(columns, fn, make_variables(), images) > 0.9999
     order = np.random.default_rng(0).permutation(len(images))
     shuffled = columns._replace(arrays={name: array[order] for name, array in columns.arrays.items()})
@@ -518,7 +518,7 @@ FILL_SLOWLY = """
     def progress(done, total):
         print(done, flush=True)
         time.sleep(0.02)
-    t.fill(sys.argv[1], images=t.make_images(400), progress=progress)
+    t.precompute(sys.argv[1], images=t.make_images(400), progress=progress)
 """
 
 
@@ -535,11 +535,11 @@ def test_sigkill_in_the_middle_costs_only_the_chunk_at_hand(tmp_path, monkeypatc
             tmp_path / "killed", header=teacher.describe(make_variables(), images, settings=SETTINGS)
         )
     numbers = computed(monkeypatch)
-    resumed = fill(tmp_path / "killed", images)
+    resumed = precompute(tmp_path / "killed", images)
     assert numbers[0] >= announced // 8
     assert numbers == list(range(numbers[0], 50))
     numbers.clear()
-    whole = fill(tmp_path / "whole", images)
+    whole = precompute(tmp_path / "whole", images)
     jax.tree.map(np.testing.assert_array_equal, resumed.arrays, whole.arrays)
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(
         p.name for p in (tmp_path / "whole").iterdir()
@@ -551,7 +551,7 @@ FULL_DISK = """
     import test_teacher as t
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
     try:
-        t.fill(sys.argv[1], images=t.make_images(400), chunk_size=200)
+        t.precompute(sys.argv[1], images=t.make_images(400), chunk_size=200)
     except OSError as error:
         print("REFUSED:", error)
 """
@@ -563,7 +563,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     assert "bytes (" in output
     assert "Traceback" not in output
     assert [path.name for path in tmp_path.iterdir()] == ["header.json"]
-    assert fill(tmp_path, make_images(400)).arrays["logits"].shape == (400, 1, 3)
+    assert precompute(tmp_path, make_images(400)).arrays["logits"].shape == (400, 1, 3)
 
 
 TWO_PROCESSES = """
@@ -577,7 +577,7 @@ TWO_PROCESSES = """
 
     mine, rows = [], teacher._Teacher.rows
     teacher._Teacher.rows = lambda self, images, number: mine.append(number) or rows(self, images, number)
-    columns = t.fill(directory)
+    columns = t.precompute(directory)
     assert mine == [[0, 2, 4], [1, 3]][process], mine
     images = t.make_images()
     np.testing.assert_array_equal(columns.arrays["sum"][:, 0], images.reshape(37, -1).sum(1))
@@ -588,7 +588,7 @@ TWO_PROCESSES = """
     images = np.zeros((20, 4, 4, 1), np.uint8)
     images[11] = 1
     try:
-        teacher.fill(directory + "_bad", bad, {}, images, settings={}, chunk_size=8)
+        teacher.precompute(directory + "_bad", bad, {}, images, settings={}, chunk_size=8)
     except (ValueError, RuntimeError) as error:
         assert ("index 11" if process else "another process failed") in str(error), error
         print("PASSED")
@@ -608,7 +608,7 @@ def test_two_processes_fill_together(tmp_path):
             stack.callback(process.kill)
         outputs = [process.communicate(timeout=90)[0] for process in processes]
     assert all("PASSED" in output for output in outputs), "\n".join(outputs)[-4000:]
-    alone = fill(tmp_path / "alone")
+    alone = precompute(tmp_path / "alone")
     loaded = teacher.load(tmp_path / "run", header=header())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), alone.arrays, loaded.arrays)
 
@@ -622,7 +622,7 @@ class TestNestedOutputs:
     def test_have_joined_names_in_every_mode(self, tmp_path):
         images, variables = make_images(), make_variables()
         options = {"settings": SETTINGS, "batch_size": 6, "chunk_size": 8}
-        columns = teacher.fill(tmp_path, self.nested, variables, images, **options)
+        columns = teacher.precompute(tmp_path, self.nested, variables, images, **options)
         factors = {"features/early": 2, "features/late/0": 3, "features/late/1/gate": -1, "logits": 1}
         expected = images.reshape(len(images), -1).astype(np.float64) / 255 @ variables["w"]
         assert columns.arrays.keys() == factors.keys()
@@ -630,7 +630,7 @@ class TestNestedOutputs:
             np.testing.assert_allclose(columns.arrays[name][:, 0], factor * expected, rtol=1e-5, atol=1e-5)
         assert teacher.verify(columns, self.nested, variables, images) > 0.999
         loaded = teacher.load(tmp_path, header=columns.header["made_from"])
-        stored = teacher.take(loaded.arrays, jnp.arange(3))
+        stored = teacher.gather(loaded.arrays, jnp.arange(3))
         shown = teacher.online(self.nested, variables, {"image": jnp.asarray(images[:3])})
         for name in factors:
             np.testing.assert_allclose(
@@ -650,7 +650,7 @@ class TestNestedOutputs:
     )
     def test_others_are_refused_before_anything_is_written(self, tmp_path, returned, message):
         with pytest.raises(ValueError, match=message):
-            teacher.fill(
+            teacher.precompute(
                 tmp_path,
                 lambda variables, images: returned(images.astype(jnp.float32).mean((1, 2))),
                 make_variables(),

@@ -194,16 +194,16 @@ class TestCompanions:
         return {"scaled": term}, {"calls": model_state["calls"] + 1}
 
     def state(self, tx):
-        params = {"student": weights(), "companions": {"scale": jnp.float32(0.5)}}
-        return train.init_state(params, {"student": {}, "companions": {"calls": jnp.int32(0)}}, tx, seed=0)
+        params = {"student": weights(), "heads": {"scale": jnp.float32(0.5)}}
+        return train.init_state(params, {"student": {}, "heads": {"calls": jnp.int32(0)}}, tx, seed=0)
 
     def test_student_and_companions_take_the_gradient_of_the_sum(self):
         tx, batch = optax.sgd(0.1), batch_of(8) | {"teacher_logits": jnp.ones((8, 3))}
-        step = jax.jit(train.make_train_step(linear, cross_entropy, tx, companions=self.scaled))
+        step = jax.jit(train.make_train_step(linear, cross_entropy, tx, heads=self.scaled))
 
         def loss(params):
             outputs, _ = linear(params["student"], {}, batch["image"], train=True)
-            more, _ = self.scaled(params["companions"], {"calls": 0}, (outputs, batch), train=True)
+            more, _ = self.scaled(params["heads"], {"calls": 0}, (outputs, batch), train=True)
             return sum(cross_entropy(outputs, batch).values()) + more["scaled"]
 
         begin = self.state(tx)
@@ -212,7 +212,7 @@ class TestCompanions:
         want = jax.tree.map(lambda p, g: p - 0.1 * g, begin.params, gradient)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.params, want)
         np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
-        assert after.model_state["companions"]["calls"] == 1
+        assert after.model_state["heads"]["calls"] == 1
         assert train.student_of(after).params is after.params["student"]
 
     def test_a_weight_may_follow_the_step(self):

@@ -6,8 +6,8 @@ r"""Are integrated gradients of a trained network faster here than with captum o
 
 A ResNet-8 and a MobileNetV2 of a quarter of the width explain 64 images of CIFAR-10. An untrained network is nearly
 linear along a path and needs few nodes, so both are trained for a few epochs first, or taken from --teacher_dirs; what
-is trained stays in --workdir and is not trained again. Each contender is a process of its own
-(:mod:`experiments.benchmarks.attributions_peers`) with the same weights and images; in every round each takes one turn.
+is trained stays in --workdir and is not trained again. Each contender is a process of its own with the same weights and
+images (:mod:`experiments.benchmarks.attributions_baselines`); each takes a turn in every round.
 PYTHON, by default the one that runs this, has torch and captum; what is missing is named in the result as absent.
 
 Measured are, after a check that all maps agree:
@@ -46,8 +46,17 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from experiments import common
-from experiments.benchmarks.attributions_peers import TWINS, Problem, write
-from experiments.benchmarks.contenders import (
+from experiments.benchmarks.attribution_metrics import (
+    Quality,
+    check_equal,
+    map_errors,
+    reaches,
+    relative_residuals,
+    summary,
+    uniform_nodes,
+)
+from experiments.benchmarks.attributions_baselines import TWINS, Problem, write
+from experiments.benchmarks.workers import (
     Worker,
     free_mib,
     goal,
@@ -57,15 +66,6 @@ from experiments.benchmarks.contenders import (
     thread_counts,
     versions_of,
     working,
-)
-from experiments.benchmarks.map_quality import (
-    Quality,
-    check_equal,
-    map_errors,
-    reaches,
-    relative_residuals,
-    summary,
-    uniform_nodes,
 )
 from experiments.common.explaining import ROWS
 from kdjax import data, models, results
@@ -533,10 +533,10 @@ class Findings:
         self.equal: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.assessed: dict[str, tuple[dict[str, dict], list[dict[str, Any]]]] = {}  # network → assess()
-        self.apart: dict[str, float] = {}  # network → largest difference of two contenders' maps
+        self.apart: dict[str, float] = {}  # network → largest difference of two workers' maps
 
     def measure(self, workers: Sequence[Worker], network: str, threads: int, explain: Explainer) -> None:
-        """One network by all contenders, with so many threads. Its maps are judged the first time."""
+        """One network by all workers, with so many threads. Its maps are judged the first time."""
         where = f"{network}, {threads} thread{'s' * (threads > 1)}"
         begun = begin(workers, network, self.size.nodes, self.chunks, self.bounds, explain)
         maps = {arm: begun.first[arm].values for arm in begun.fixed}
@@ -595,7 +595,7 @@ def main() -> None:
         workload = Path(temporary) / "workload.npz"
         write(workload, problems)
         for threads in sorted(protocols, reverse=True):  # maps are judged once, with most threads
-            with working(pythons, threads, workload, peers="attributions_peers") as workers:
+            with working(pythons, threads, workload, peers="attributions_baselines") as workers:
                 absent |= {worker.contender: worker.absent for worker in workers if worker.absent}
                 if "kdjax" in absent:
                     raise ValueError(f"kdjax cannot be measured: {absent['kdjax']}.")

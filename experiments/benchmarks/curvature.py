@@ -4,8 +4,8 @@ r"""Is the curvature of a network faster here than with matfree, PyHessian, curv
     python -m experiments.benchmarks.curvature --smoke
 
 Two networks at batch 128 in float32, an MLP of 178,110 parameters and a CNN of 188,810, random images, and the same
-weights and images for all. Each contender is a process of its own (:mod:`experiments.benchmarks.curvature_peers`) that
-waits while others work; in every round each takes one turn. matfree is needed beside kdjax; torch, pyhessian and
+weights and images for all. Each contender is a process of its own (:mod:`experiments.benchmarks.curvature_baselines`);
+each takes a turn in every round while the others wait. matfree is needed beside kdjax; torch, pyhessian and
 curvlinops-for-pytorch in PYTHON, by default the one that runs this. What is missing is named in the result as absent.
 
 Measured are a gradient and products with the Hessian; a density of one start and so many steps of Lanczos' method, from
@@ -31,7 +31,8 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import common
-from experiments.benchmarks.contenders import (
+from experiments.benchmarks.curvature_baselines import COMPILED, HOST
+from experiments.benchmarks.workers import (
     Worker,
     goal,
     note,
@@ -42,7 +43,6 @@ from experiments.benchmarks.contenders import (
     versions_of,
     working,
 )
-from experiments.benchmarks.curvature_peers import COMPILED, HOST
 from kdjax import results
 
 OUTPUT = flags.DEFINE_string("output", "runs/benchmarks/curvature.json", "Where to write the result.")
@@ -60,7 +60,7 @@ SECONDS = flags.DEFINE_float("seconds", 2.0, "Length of one timing of products."
 SCALING = flags.DEFINE_bool("scaling", True, "Whether to measure growth with parameters and steps.")
 SMOKE = flags.DEFINE_bool("smoke", False, "Tiny networks, two rounds, forty steps.")
 
-MODULE = "curvature_peers"
+MODULE = "curvature_baselines"
 JAX = ("kdjax", "matfree")  # what runs in the interpreter of this process
 PACKAGES = {
     "matfree": "matfree",
@@ -78,9 +78,9 @@ DENSITY_GOALS = {
 }
 
 
-def pythons(contenders: Sequence[str]) -> dict[str, str]:
+def pythons(workers: Sequence[str]) -> dict[str, str]:
     """Contender → the interpreter that has it."""
-    return {x: sys.executable if x in JAX else TORCH_PYTHON.value or sys.executable for x in contenders}
+    return {x: sys.executable if x in JAX else TORCH_PYTHON.value or sys.executable for x in workers}
 
 
 # ----------------------------------------------------------------------------------------- the networks
@@ -147,7 +147,7 @@ def write(path: Path, networks: Mapping[str, Mapping[str, np.ndarray]]) -> None:
 
 
 def check_equal(network: str, losses: Mapping[str, float], ritz: Mapping[str, Sequence[float]]) -> float:
-    """Refuses to compare contenders that do not measure the same matrix.
+    """Refuses to compare workers that do not measure the same matrix.
 
     Starts are random, so only the ends of the spectrum are the same for all.
 

@@ -72,7 +72,14 @@ class Worker:
         environment = {k: v for k, v in os.environ.items() if k not in dropped}
         self.errors = open(folder / f"{framework}-{threads}.log", "w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.benchmarks.peers", framework, str(threads), str(folder)],
+            [
+                sys.executable,
+                "-m",
+                "experiments.benchmarks.distillation_baselines",
+                framework,
+                str(threads),
+                str(folder),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -30,9 +30,9 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 
 from experiments import common
-from experiments.benchmarks import attributions_peers
+from experiments.benchmarks import attributions_baselines
 from kdjax import models, results
-from kdjax.models import layers, narrow
+from kdjax.models import layers, layers_chwn
 from kdjax.models.cnn import MalariaCnn
 from kdjax.types import Outputs
 
@@ -116,7 +116,7 @@ def layer_case(
         "conv": layers.conv,
         "depthwise": layers.depthwise_conv,
         "between": between,
-        "narrow": narrow.conv,
+        "narrow": layers_chwn.conv,
     }[layer]
 
     def run(carry):
@@ -248,7 +248,9 @@ def torch_network(name: str, batch: int, shape: tuple[int, ...], classes: int, t
     by_hand = {"keras": torch_keras, "malaria": torch_malaria}.get(name.partition("_")[0])
     if by_hand is None:
         flat = flatten_dict({"params": params, **model_state}, sep="/")
-        network = attributions_peers.torch_network({path: np.asarray(leaf) for path, leaf in flat.items()})
+        network = attributions_baselines.torch_network(
+            {path: np.asarray(leaf) for path, leaf in flat.items()}
+        )
         forward = network.train(trains).to(memory_format=torch.channels_last)
         leaves = list(forward.parameters())
     else:

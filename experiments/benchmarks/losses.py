@@ -5,7 +5,7 @@ r"""Is any loss slower or larger in memory than its authors' form in PyTorch?
 
 Needs PyTorch (pip install 'kdjax[bench]'). Takes about five minutes. Every loss of the library is evaluated with its
 gradient by the student's inputs, which then take a small step along it in place: a donated array here, ``sub_`` there.
-The peers are in :mod:`experiments.benchmarks.losses_torch`, in PyTorch's own layout, channels first, with the
+The peers are in :mod:`experiments.benchmarks.losses_baselines`, in PyTorch's own layout, channels first, with the
 operations of the authors' code. Before a case is timed both values and all gradients are compared, and a difference
 stops the run. Both sides allocate by malloc, which is told to keep what is freed, as accelerators do: else large arrays
 measure the kernel, which maps fresh memory at every call.
@@ -17,8 +17,8 @@ memory held at once for value and gradient, beyond the inputs, the gradient incl
 allocates for the compiled program, there the running sum of the allocations that PyTorch's profiler records. Both are
 exact and do not vary; neither counts the scratch space of a matrix product's own library.
 
-Expect every "torch" above 1 but for ties at dice, lovasz, and hint and masked_generation of the smaller map; 20 to 50
-for neuron_selectivity and solution_flow, whose originals form the products of all channels at every position. "torch
+Expect every "torch" above 1 but for ties at dice, lovasz, and hint and mgd of the smaller map; 20 to 50
+for nst and fsp, whose originals form the products of all channels at every position. "torch
 memory" is below 1 for some losses of logits (tens of KiB), and for lovasz, which sorts all classes at once where the
 original takes one after the other.
 """
@@ -54,7 +54,7 @@ SMOKE = flags.DEFINE_bool(
 
 MALLOC_OPTIONS = {"arenas": (-8, 1), "blocks mapped": (-4, 0), "trim": (-1, -1)}  # of <malloc.h>; -1 is never
 STEP = 1e-6  # small, so that every call finds nearly the same inputs
-SMOKE_LOSSES = ("soft_target_kl", "hint", "neuron_selectivity", "rkd_angle", "contrastive", "lovasz")
+SMOKE_LOSSES = ("soft_target_kl", "hint", "nst", "rkd_angle", "contrastive", "lovasz")
 
 
 class Sizes(NamedTuple):
@@ -77,7 +77,7 @@ class Case(NamedTuple):
     """A loss with what it is given; arrays with four axes are maps, channels last here and first in PyTorch."""
 
     ours: Callable[..., Any]  # (*inputs, *given, *state) -> values, and the next state where there is one
-    reference: str  # its name in losses_torch
+    reference: str  # its name in losses_baselines
     inputs: tuple[np.ndarray, ...]  # which receive gradients
     given: tuple[np.ndarray, ...] = ()
     state: tuple[np.ndarray, ...] = ()
@@ -111,7 +111,7 @@ def logit_cases(sizes: Sizes, rng: np.random.Generator) -> dict[str, Case]:
         "soft_target_kl": case("soft_target_kl", s, t, temperature=4.0),
         "soft_target_cross_entropy": case("soft_target_cross_entropy", s, t, temperature=4.0),
         "squared_logits": case("squared_logits", s, t),
-        "decoupled_kl": case("decoupled_kl", s, t, y),
+        "dkd": case("dkd", s, t, y),
         "dist": case("dist", s, t, temperature=4.0),
         "logit_standardised_kl": case("logit_standardised_kl", s, t),
         "confidence_penalty": case("confidence_penalty", s),
@@ -137,27 +137,27 @@ def map_cases(sizes: Sizes, rng: np.random.Generator) -> dict[str, Case]:
         margin, scale = -np.abs(normal(rng, channels)), normal(rng, channels)
         fits = int(sizes.product // (4 * channels**2 * side**2))
         few = slice(min(sizes.batch, 1 << fits.bit_length() - 1))
-        information = case("variational_information", s, t)
+        information = case("vid", s, t)
         each = {
             "hint": case("hint", s, t),
             "attention_transfer": case("attention_transfer", s, t),
             "factor_transfer": case("factor_transfer", s, t),
-            "neuron_selectivity": case("neuron_selectivity", s[few], t[few]),
-            "solution_flow": Case(
-                lambda a, b, c, d: losses.solution_flow((a, b), (c, d)),
-                "solution_flow",
+            "nst": case("nst", s[few], t[few]),
+            "fsp": Case(
+                lambda a, b, c, d: losses.fsp((a, b), (c, d)),
+                "fsp",
                 (s_first[few], s[few]),
                 (t_first[few], t[few]),
             ),
             "activation_boundary": case("activation_boundary", s, t),
-            "overhaul": Case(lambda s, t, m: losses.overhaul(s, t, margin=m), "overhaul", (s,), (t, margin)),
-            "review_hcl": case("review_hcl", s, t),
-            "variational_information": information._replace(
-                ours=lambda s, a, t: losses.variational_information(s, t, log_scale=a), inputs=(s, scale)
+            "ofd": Case(lambda s, t, m: losses.ofd(s, t, margin=m), "ofd", (s,), (t, margin)),
+            "reviewkd": case("reviewkd", s, t),
+            "vid": information._replace(
+                ours=lambda s, a, t: losses.vid(s, t, log_scale=a), inputs=(s, scale)
             ),
-            "masked_generation": case("masked_generation", s, t),
+            "mgd": case("mgd", s, t),
             "similarity_preserving": case("similarity_preserving", s, t),
-            "centred_kernel_alignment": case("centred_kernel_alignment", s, t),
+            "cka": case("cka", s, t),
         }
         for name, found_case in each.items():
             batch = len(found_case.inputs[0])
@@ -175,7 +175,7 @@ def embedding_cases(sizes: Sizes, rng: np.random.Generator) -> dict[str, Case]:
         "similarity_preserving",
         "correlation_congruence",
         "info_nce",
-        "centred_kernel_alignment",
+        "cka",
     )
     found = {}
     for name in names:
@@ -195,12 +195,12 @@ def memory_case(sizes: Sizes, rng: np.random.Generator) -> dict[str, Case]:
 
     def ours(student, teacher, candidates, s_bank, t_bank, z):
         memory = losses.CrdMemory(s_bank, t_bank, z[0], z[1])
-        values, after = losses.contrastive_representation(student, teacher, memory, candidates)
+        values, after = losses.crd(student, teacher, memory, candidates)
         return values, (after.student, after.teacher, jnp.stack([after.student_z, after.teacher_z]))
 
     state = s_bank, t_bank, np.zeros(2, np.float32)
-    found = Case(ours, "contrastive_representation", (s, t), (candidates,), state)
-    return {f"contrastive_representation {negatives} of {examples}, batch {batch}": found}
+    found = Case(ours, "crd", (s, t), (candidates,), state)
+    return {f"crd {negatives} of {examples}, batch {batch}": found}
 
 
 def position_cases(sizes: Sizes, rng: np.random.Generator) -> dict[str, Case]:
@@ -276,9 +276,9 @@ class Theirs:
     """The same case in PyTorch."""
 
     def __init__(self, case: Case):
-        from experiments.benchmarks import losses_torch
+        from experiments.benchmarks import losses_baselines
 
-        self.loss = getattr(losses_torch, case.reference)
+        self.loss = getattr(losses_baselines, case.reference)
         self.inputs = [torch_array(x).requires_grad_() for x in case.inputs]
         self.given = [torch_array(x) for x in (*case.given, *case.state)]
 

@@ -55,7 +55,7 @@ class Arm(NamedTuple):
     """What a trainer needs to follow an arm."""
 
     objective: train.Objective
-    companions: nn.Module | None
+    heads: nn.Module | None
     features: tuple[str, ...]  # of the teacher, that batches must hold
 
 
@@ -81,7 +81,7 @@ class Terms(nn.Module):
             make: Any = part.method.term
             module = make(labels=self.labels, name=part.name) if make is Contrast else make(name=part.name)
             value = module(*part.seen(outputs, batch), batch, train=train)
-            if isinstance(value, tuple):  # what the companion alone learns from is not the student's affair
+            if isinstance(value, tuple):  # what the head alone learns from is not the student's affair
                 value, found[f"{part.name}_companion"] = value
             found[part.name] = part.weight * self.share(part.method.when, batch["step"]) * value
         return found
@@ -211,10 +211,10 @@ def make_arm(
 def companion_initialiser(
     module: nn.Module, outputs: Any, batch: Mapping[str, Any]
 ) -> Callable[[int], tuple[Any, Any]]:
-    """Builds ``seed -> (parameters, state)`` of an arm's companions; compiled once.
+    """Builds ``seed -> (parameters, state)`` of an arm's heads; compiled once.
 
     Args:
-      module: the arm's companions.
+      module: the arm's heads.
       outputs: shapes of what the student returns of a batch.
       batch: shapes of the batch.
     """
@@ -223,7 +223,7 @@ def companion_initialiser(
     @jax.jit
     def init(keys):
         rngs: Any = {"params": keys[0], "dropout": keys[1]}
-        # Mapped over one device's worth, since companions reduce over the devices' axis.
+        # Mapped over one device's worth, since heads reduce over the devices' axis.
         variables = jax.vmap(lambda inputs: module.init(rngs, inputs, train=True), axis_name=AXIS)(zeros)
         return jax.tree.map(lambda x: x[0], dict(variables))
 
@@ -287,9 +287,9 @@ def _try(name: str, arm: Arm, student: Outputs, teacher: Outputs) -> None:
 
     def run(outputs, batch):
         terms = arm.objective(outputs, batch)
-        if arm.companions is not None:
+        if arm.heads is not None:
             rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-            terms |= arm.companions.init_with_output(rngs, (outputs, batch), train=True)[0]
+            terms |= arm.heads.init_with_output(rngs, (outputs, batch), train=True)[0]
         return terms
 
     lifted = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), (student, batch))

@@ -30,7 +30,7 @@ def robustness_of(
       arms: arm → finished runs; those of one network share their compiled programs.
       directory: where each run's numbers are kept; they are not computed again for equal weights and options.
       split: the images.
-      **options: of :func:`kdjax.robustness.make_assessor`, such as ``epsilons``.
+      **options: of :func:`kdjax.robustness.make_evaluator`, such as ``epsilons``.
 
     Returns:
       Arm → disturbance → one accuracy per run.
@@ -38,8 +38,8 @@ def robustness_of(
     ids = task.split[split]
 
     @functools.cache  # by network; none is built where all that it would tell is kept
-    def assessor(module: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
-        return robustness.make_assessor(
+    def evaluator(module: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
+        return robustness.make_evaluator(
             models.apply_fn(module),
             task.source.images[ids],
             task.source.labels[ids],
@@ -51,7 +51,7 @@ def robustness_of(
         )
 
     def assess(run: Trained | Teacher) -> dict[str, float]:
-        return assessor(run.module, *normalisation_of(task, run))(*run.weights, jax.random.key(0))
+        return evaluator(run.module, *normalisation_of(task, run))(*run.weights, jax.random.key(0))
 
     decides = {"data": task.fingerprint, "split": split}
     # Of named functions, such as corruptions, the names.

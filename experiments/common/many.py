@@ -20,7 +20,7 @@ from experiments.common.training import (
     make_optimizer,
     save_network,
 )
-from kdjax import data, evaluate, many, models, parallel, train
+from kdjax import data, evaluate, models, parallel, train, vmapped
 
 
 def train_many(
@@ -51,10 +51,10 @@ def train_many(
         with its weights and the ``network.json`` by which it can be used by itself.
       identity: every setting that decides the numbers, to tell this run's files from another's.
       label: of the progress bar.
-      form: of :func:`kdjax.many.make_run`.
+      form: of :func:`kdjax.vmapped.make_run`.
 
     Returns:
-      One outcome per student; one that diverged has a loss that is not finite (:func:`kdjax.many.diverged_at`).
+      One outcome per student; one that diverged has a loss that is not finite (:func:`kdjax.vmapped.diverged_at`).
     """
     start = time.monotonic()
     apply_fn = models.apply_fn(module)
@@ -71,13 +71,13 @@ def train_many(
 
     step = train.make_train_step(apply_fn, objective, tx, axis_name=parallel.AXIS)
     run = parallel.data_parallel(
-        many.make_run(train.make_run(step, batch_with_settings), form=form),
+        vmapped.make_run(train.make_run(step, batch_with_settings), form=form),
         replicated=2,
         devices=task.devices,
         donate_first=True,
     )
     sums_on = {
-        name: make_evaluator(task, apply_fn, evaluation_batch, resident, name, transform=many.over_weights)
+        name: make_evaluator(task, apply_fn, evaluation_batch, resident, name, transform=vmapped.over_weights)
         for name in ("validation", "test")
     }
 
@@ -86,7 +86,9 @@ def train_many(
         return train.Weights(averaged, states.model_state)
 
     def validate(params, model_state):
-        found = [evaluate.summarise(one) for one in many.unstack(sums_on["validation"](params, model_state))]
+        found = [
+            evaluate.summarise(one) for one in vmapped.unstack(sums_on["validation"](params, model_state))
+        ]
         return {name: [one[name] for one in found] for name in ("accuracy", "loss")}
 
     states, feeds = {}, {}
@@ -111,10 +113,10 @@ def train_many(
             shown = {k: np.nanmean(v) for k, v in record.items() if k in ("loss", "validation_accuracy")}
             meter.set_postfix({f"mean {k}": f"{v:.4g}" for k, v in shown.items()})
 
-        fitted = many.fit(
+        fitted = vmapped.fit(
             run,
-            parallel.replicate(many.stack([states[seed] for seed in seeds]), task.devices),
-            many.feed([feeds[seed] for seed in seeds]),
+            parallel.replicate(vmapped.stack([states[seed] for seed in seeds]), task.devices),
+            vmapped.feed([feeds[seed] for seed in seeds]),
             epochs=recipe.epochs,
             evaluate=validate,
             evaluate_every=recipe.evaluate_every,
@@ -124,14 +126,14 @@ def train_many(
             save_every_s=recipe.save_every_s,
             progress=progress,
         )
-    last, best = (many.stack([getattr(one, which) for one in fitted]) for which in ("last", "best"))
-    sums, of_best = (many.unstack(sums_on["test"](*weights)) for weights in (last, best))
+    last, best = (vmapped.stack([getattr(one, which) for one in fitted]) for which in ("last", "best"))
+    sums, of_best = (vmapped.unstack(sums_on["test"](*weights)) for weights in (last, best))
     metrics = [evaluate.summarise(one) for one in sums]
     for scored, one in zip(metrics, of_best, strict=True):
         scores = evaluate.summarise(one)
         scored |= {f"best_{name}": scores[name] for name in ("accuracy", "loss")}
     for k, (one, scored) in enumerate(zip(fitted, metrics, strict=True)):
-        if many.diverged_at(one) is None:
+        if vmapped.diverged_at(one) is None:
             which = {"seed": seeds[k], "student": {name: values[k].item() for name, values in own.items()}}
             summary = {"split": "test", "metrics": scored}
             save_network(

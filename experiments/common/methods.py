@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kdjax import losses
-from kdjax.models import companions
+from kdjax.models import heads
 from kdjax.parallel import AXIS
 from kdjax.types import Batch
 
@@ -63,7 +63,7 @@ def on_both(loss: Callable[..., Array], **options: Any) -> Term:
 def flow(student: Seen, teacher: Seen, batch: Batch) -> Float[Array, ""]:
     """FSP over each pair of consecutive maps."""
     pairs = [tuple(zip(seen.features[:-1], seen.features[1:], strict=True)) for seen in (student, teacher)]
-    return sum((jnp.mean(losses.solution_flow(s, t)) for s, t in zip(*pairs, strict=True)), jnp.zeros(()))
+    return sum((jnp.mean(losses.fsp(s, t)) for s, t in zip(*pairs, strict=True)), jnp.zeros(()))
 
 
 def boundary_weights(maps: Sequence[Array]) -> list[float]:
@@ -96,9 +96,7 @@ class Hints(nn.Module):
         """The sum over the maps."""
         total = jnp.zeros(())
         for s, t in zip(student.features, teacher.features, strict=True):
-            total += jnp.mean(
-                losses.hint(companions.Regressor(t.shape[-1], axis_name=AXIS)(s, train=train), t)
-            )
+            total += jnp.mean(losses.hint(heads.Regressor(t.shape[-1], axis_name=AXIS)(s, train=train), t))
         return total
 
 
@@ -113,8 +111,8 @@ class FactorTransfer(nn.Module):
         """The distance of the factors, and what the paraphraser learns from."""
         (s,), (t,) = student.features, teacher.features
         t = jax.lax.stop_gradient(t)
-        factors, restored = companions.FactorParaphraser(max(t.shape[-1] // 2, 1))(t)
-        translator = companions.FactorTranslator(factors.shape[-1], axis_name=AXIS)
+        factors, restored = heads.FactorParaphraser(max(t.shape[-1] // 2, 1))(t)
+        translator = heads.FactorTranslator(factors.shape[-1], axis_name=AXIS)
         loss = jnp.mean(losses.factor_transfer(translator(s, train=train), factors))
         return loss, jnp.mean(losses.hint(restored, t))
 
@@ -129,7 +127,7 @@ class Boundaries(nn.Module):
         weights = boundary_weights(teacher.features)
         for weight, s, t in zip(weights, student.features, teacher.features, strict=True):
             if s.shape[-1] != t.shape[-1]:
-                s = companions.Regressor(t.shape[-1], activation=lambda x: x, axis_name=AXIS)(s, train=train)
+                s = heads.Regressor(t.shape[-1], activation=lambda x: x, axis_name=AXIS)(s, train=train)
             total += 3 * weight * jnp.mean(losses.activation_boundary(s, t))
         return total
 
@@ -149,9 +147,9 @@ class Overhaul(nn.Module):
         for weight, s, t in zip(weights, student.features, teacher.features, strict=True):
             below, count = jnp.minimum(t, 0).sum((0, 1, 2)), (t < 0).sum((0, 1, 2))
             below, count = jax.lax.psum((below, count), AXIS)
-            connector = companions.Regressor(t.shape[-1], activation=lambda x: x, axis_name=AXIS)
+            connector = heads.Regressor(t.shape[-1], activation=lambda x: x, axis_name=AXIS)
             margin = below / jnp.maximum(count, 1)
-            total += weight * jnp.mean(losses.overhaul(connector(s, train=train), t, margin=margin))
+            total += weight * jnp.mean(losses.ofd(connector(s, train=train), t, margin=margin))
         return total
 
 
@@ -165,9 +163,9 @@ class Review(nn.Module):
         hidden = min(512, student.features[-1].shape[-1])
         for s, t in reversed(list(zip(student.features, teacher.features, strict=True))):
             s, t = (x[:, None, None] if x.ndim == 2 else x for x in (s, t))
-            fusion = companions.ReviewFusion(t.shape[-1], hidden, axis_name=AXIS)
+            fusion = heads.ReviewFusion(t.shape[-1], hidden, axis_name=AXIS)
             read, mixture = fusion(s, mixture, train=train)
-            total += jnp.mean(losses.review_hcl(read, t))
+            total += jnp.mean(losses.reviewkd(read, t))
         return total
 
 
@@ -179,8 +177,8 @@ class VariationalInformation(nn.Module):
         """The sum over the maps."""
         total = jnp.zeros(())
         for s, t in zip(student.features, teacher.features, strict=True):
-            mean, log_scale = companions.VidHead(t.shape[-1])(s)
-            total += jnp.mean(losses.variational_information(mean, t, log_scale=log_scale))
+            mean, log_scale = heads.VidHead(t.shape[-1])(s)
+            total += jnp.mean(losses.vid(mean, t, log_scale=log_scale))
         return total
 
 
@@ -194,7 +192,7 @@ class MaskedGeneration(nn.Module):
         if s.shape[-1] != t.shape[-1]:
             s = nn.Conv(t.shape[-1], (1, 1))(s)
         masked = losses.mask_channels(self.make_rng("dropout"), s, fraction=0.15)
-        return jnp.mean(losses.masked_generation(companions.Generator(t.shape[-1])(masked), t))
+        return jnp.mean(losses.mgd(heads.Generator(t.shape[-1])(masked), t))
 
 
 class Congruence(nn.Module):
@@ -217,7 +215,7 @@ class InfoNce(nn.Module):
     def __call__(self, student: Seen, teacher: Seen, batch: Batch, *, train: bool) -> Array:
         """The loss of the projected embedding."""
         (s,), (t,) = student.features, teacher.features
-        return losses.info_nce(companions.Embedding(t.shape[-1])(s), t, axis_name=AXIS)
+        return losses.info_nce(heads.Embedding(t.shape[-1])(s), t, axis_name=AXIS)
 
 
 class Contrast(nn.Module):
@@ -251,9 +249,9 @@ class Contrast(nn.Module):
             examples=examples,
             labels=jnp.asarray(self.labels, jnp.int32),
         )
-        loss, moved = losses.contrastive_representation(
-            companions.Embedding(self.dims, name="student")(s),
-            companions.Embedding(self.dims, name="teacher")(jax.lax.stop_gradient(t)),
+        loss, moved = losses.crd(
+            heads.Embedding(self.dims, name="student")(s),
+            heads.Embedding(self.dims, name="teacher")(jax.lax.stop_gradient(t)),
             memory.value,
             candidates,
             axis_name=AXIS,
@@ -283,8 +281,8 @@ METHODS: dict[str, Method] = {
         0.9, on_logits(losses.soft_target_cross_entropy, temperature=4.0), AS_KD, hard=0.1
     ),
     "squared_logits": Method(0.9, on_logits(losses.squared_logits), f"none published; {AS_KD}", hard=0.1),
-    "decoupled_kl": Method(
-        1.0, on_both(losses.decoupled_kl), "Zhao 2022 on CIFAR-100: 1 and 8, T 4", when="warm_up", labels=True
+    "dkd": Method(
+        1.0, on_both(losses.dkd), "Zhao 2022 on CIFAR-100: 1 and 8, T 4", when="warm_up", labels=True
     ),
     "dist": Method(2.0, on_logits(losses.dist, temperature=4.0, axis_name=AXIS), "Huang 2022, code: 2, T 4"),
     "logit_standardised_kl": Method(
@@ -322,17 +320,17 @@ METHODS: dict[str, Method] = {
     "hint": Method(100.0, Hints, "CRD benchmark: 100, second stage", "middle"),
     "attention_transfer": Method(1000.0, over(losses.attention_transfer), "CRD benchmark: 1000", "stages"),
     "factor_transfer": Method(200.0, FactorTransfer, "CRD benchmark: 200", "last"),
-    "neuron_selectivity": Method(50.0, over(losses.neuron_selectivity), "CRD benchmark: 50", "stages"),
-    "solution_flow": Method(50.0, flow, "CRD benchmark: 50, first stage", "chain", when="first"),
+    "nst": Method(50.0, over(losses.nst), "CRD benchmark: 50", "stages"),
+    "fsp": Method(50.0, flow, "CRD benchmark: 50, first stage", "chain", when="first"),
     "activation_boundary": Method(
         1.0, Boundaries, "CRD benchmark: Heo's weights, first stage", "preactivations", when="first"
     ),
-    "overhaul": Method(1.0, Overhaul, "Heo 2019, CIFAR-100 code", "preactivations"),
-    "review_hcl": Method(
+    "ofd": Method(1.0, Overhaul, "Heo 2019, CIFAR-100 code", "preactivations"),
+    "reviewkd": Method(
         5.0, Review, "Chen 2021 for resnet32x4 and resnet8x4: 5", "reviewed", "answers", when="warm_up"
     ),
-    "variational_information": Method(1.0, VariationalInformation, "CRD benchmark: 1", "stages"),
-    "masked_generation": Method(7e-5, MaskedGeneration, "Yang 2022 on ImageNet: 7e-5", "last"),
+    "vid": Method(1.0, VariationalInformation, "CRD benchmark: 1", "stages"),
+    "mgd": Method(7e-5, MaskedGeneration, "Yang 2022 on ImageNet: 7e-5", "last"),
     # between relations
     "rkd": Method(
         1.0,
@@ -351,10 +349,8 @@ METHODS: dict[str, Method] = {
     ),
     "correlation_congruence": Method(0.02, Congruence, "CRD benchmark: .02", "embedding"),
     "info_nce": Method(1.0, InfoNce, "none published; ours", "embedding"),
-    "centred_kernel_alignment": Method(
-        1.0, over(losses.centred_kernel_alignment, axis_name=AXIS), "none published; ours", "last"
-    ),
-    "contrastive_representation": Method(0.8, Contrast, "CRD benchmark: .8", "embedding"),
+    "cka": Method(1.0, over(losses.cka, axis_name=AXIS), "none published; ours", "last"),
+    "crd": Method(0.8, Contrast, "CRD benchmark: .8", "embedding"),
 }
 """Every loss that compares classifiers, by name; "scratch" and "kd", whose weights are flags, are arms beside them."""
 
@@ -371,9 +367,9 @@ ELSEWHERE = {
     "lovasz": "for dense outputs",
     "map_distance": "part of attention_transfer",
     "masked_mean": "for void labels; a classification data set has none",
-    "mask_positions": "what masked_generation does in detection",
+    "mask_positions": "what mgd does in detection",
     "mixup_targets": "what --mixup does with the labels",
-    "overhaul_margin": "for a normalisation right before the ReLU; overhaul measures its margin here",
+    "ofd_margin": "for a normalisation right before the ReLU; ofd measures its margin here",
     "spread_top_k": "the other reading of a stored top k; top_k_kl assumes less",
     "squared_error": "for regression",
     "sum_and_count": "for void labels, as masked_mean",

@@ -152,7 +152,9 @@ def region_of(
     # Of teachers that have one snapshot left, it is the average.
     params = saddles.aggregate(chosen, which="average")
     shape: Any = form
-    return Region(saddles.recruit(params, student, form=shape), [snapshot.step for snapshot in chosen], found)
+    return Region(
+        saddles.select_weights(params, student, form=shape), [snapshot.step for snapshot in chosen], found
+    )
 
 
 class Escape(NamedTuple):

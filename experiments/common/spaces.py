@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from kdjax.data.stored import did_you_mean
+from kdjax.data.tfds_cache import did_you_mean
 
 Space = dict[str, BaseDistribution]
 

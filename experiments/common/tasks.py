@@ -16,7 +16,7 @@ from kdjax.types import Outputs
 class Task(NamedTuple):
     """A data set as one run sees it: the examples it uses, their split, and their arrays on the devices."""
 
-    source: data.Source
+    source: data.Dataset
     split: dict[str, np.ndarray]
     arrays: dict[str, jax.Array]  # image uint8, label and position int32, on every device
     mean: tuple[float, ...]
@@ -61,7 +61,7 @@ def make_task(
     split["train"] = _sample(split["train"], num_train, "--num_train", clip)
     split["validation"] = _sample(split["validation"], num_validation, "--num_validation", clip)
     used = np.sort(np.concatenate(list(split.values())))
-    source = data.take(source, used)
+    source = data.subset(source, used)
     split = {name: np.searchsorted(used, ids) for name, ids in split.items()}
     notes = (*source.notes, *data.split_notes(source, split))
     for note in notes:

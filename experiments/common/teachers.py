@@ -203,11 +203,11 @@ def filled(
     *,
     label: str,
     **options: Any,
-) -> teacher.Columns:
-    """:func:`kdjax.teacher.fill` with a progress bar of that label."""
+) -> teacher.TeacherCache:
+    """:func:`kdjax.teacher.precompute` with a progress bar of that label."""
     with bar(label, total=len(images), unit="image") as meter:
 
         def progress(done: int, total: int) -> None:
             meter.update(done - meter.n)
 
-        return teacher.fill(directory, answers, weights, images, progress=progress, **options)
+        return teacher.precompute(directory, answers, weights, images, progress=progress, **options)

@@ -112,7 +112,7 @@ def make_batches(task: Task, recipe: Recipe, taught: Taught) -> tuple[Callable, 
 
     def with_columns(resident, batch, view):
         if taught.columns is not None:
-            batch |= teacher.take(resident["columns"], batch["index"], view)
+            batch |= teacher.gather(resident["columns"], batch["index"], view)
         return batch
 
     def with_teacher(resident, batch):
@@ -282,7 +282,7 @@ def make_trainer(
     objective: train.Objective,
     recipe: Recipe,
     taught: Taught | None = None,
-    companions: Any = None,
+    heads: Any = None,
     *,
     split: str = "test",
     wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx,
@@ -296,7 +296,7 @@ def make_trainer(
 
     The directory ends with ``checkpoints/``, ``summary_<split>.json``, ``weights/`` and ``network.json``. A finished
     run is read back, not run again, where these are whole and were written for this label, seed, network, recipe, data,
-    teacher and ``settings`` (whatever else decides its numbers). ``companions`` is a module of further terms, as
+    teacher and ``settings`` (whatever else decides its numbers). ``heads`` is a module of further terms, as
     :func:`experiments.common.arms.make_arm` makes it. The final metrics are measured on ``split``: with ``validation``
     nothing is ever asked of the test split.
 
@@ -317,7 +317,7 @@ def make_trainer(
         sees(apply_fn),
         objective,
         tx,
-        companions=None if companions is None else models.apply_fn(companions),
+        heads=None if heads is None else models.apply_fn(heads),
         record=record,
         axis_name=parallel.AXIS,
     )
@@ -331,11 +331,11 @@ def make_trainer(
     def weights_of(state: train.TrainState) -> train.Weights:
         if recipe.ema:
             state = state._replace(params=optax.tree.get(state.opt_state, "ema"))
-        return train.weights_of(state) if companions is None else train.student_of(state)
+        return train.weights_of(state) if heads is None else train.student_of(state)
 
-    if companions is not None:
+    if heads is not None:
         batch = example_batch(train_batch, resident)
-        init_companions = companion_initialiser(companions, shown(module, task), batch)
+        init_companions = companion_initialiser(heads, shown(module, task), batch)
     sums_on = {
         name: make_evaluator(task, apply_fn, evaluation_batch, resident, name)
         for name in {"validation", split}
@@ -350,10 +350,10 @@ def make_trainer(
         identity = {"run": label, "seed": seed, **identity_of(task, module, recipe)}
         identity |= {"teacher": dict(taught.identity), "settings": dict(settings or {})}
         params, model_state = models.init(module, task.source.images.shape[1:], seed=seed)
-        if companions is not None:
+        if heads is not None:
             more, kept = init_companions(seed)
-            params = {"student": params, "companions": more}
-            model_state = {"student": model_state, "companions": kept}
+            params = {"student": params, "heads": more}
+            model_state = {"student": model_state, "heads": kept}
         state = begin(seed, train.init_state(params, model_state, tx, seed=seed))
         state = parallel.replicate(state, task.devices)
         feed = data.resident_feed(

@@ -22,7 +22,8 @@ A path begins at zeros by default, which is the mean image if images are normali
   :func:`trainable_input_gradients`, through which a loss of them trains weights.
 * :func:`importance`, :func:`quantised`: maps, and how they are stored as columns; :func:`overlay`,
   :func:`random_overlay`: training images blended with them. As a loss: :func:`kdjax.losses.attribution_map`.
-* :func:`removal_curve`, :func:`pointing`, :func:`mass_inside`, :func:`rank_correlation`: whether to believe a map.
+* :func:`deletion_insertion`, :func:`pointing_game`, :func:`relevance_mass`, :func:`rank_correlation`:
+  how far to trust a map.
 
 On a CPU use networks of :mod:`kdjax.models.layers`: XLA computes gradients of its own convolutions slowly in a loop.
 """
@@ -37,11 +38,11 @@ from kdjax.attributions.integrated import class_score as class_score
 from kdjax.attributions.integrated import integrated_gradients as integrated_gradients
 from kdjax.attributions.integrated import integrated_gradients_of_classes as integrated_gradients_of_classes
 from kdjax.attributions.integrated import quadrature as quadrature
-from kdjax.attributions.judging import mass_inside as mass_inside
-from kdjax.attributions.judging import pointing as pointing
-from kdjax.attributions.judging import rank_correlation as rank_correlation
-from kdjax.attributions.judging import removal_curve as removal_curve
-from kdjax.attributions.overlaying import importance as importance
-from kdjax.attributions.overlaying import overlay as overlay
-from kdjax.attributions.overlaying import quantised as quantised
-from kdjax.attributions.overlaying import random_overlay as random_overlay
+from kdjax.attributions.metrics import deletion_insertion as deletion_insertion
+from kdjax.attributions.metrics import pointing_game as pointing_game
+from kdjax.attributions.metrics import rank_correlation as rank_correlation
+from kdjax.attributions.metrics import relevance_mass as relevance_mass
+from kdjax.attributions.overlay import importance as importance
+from kdjax.attributions.overlay import overlay as overlay
+from kdjax.attributions.overlay import quantised as quantised
+from kdjax.attributions.overlay import random_overlay as random_overlay

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from kdjax.data import stored
-from kdjax.data.stored import first_ten
+from kdjax.data import tfds_cache
+from kdjax.data.tfds_cache import first_ten
 
 _NAMES = ("images", "labels", "test_images", "test_labels", "names")
 _TOLERANCE = 0.49 / 255  # less than half a level of uint8: what lies so little outside [0, 1] rounds into it
 
 
-def read(path: Path) -> stored.Arrays:
+def read(path: Path) -> tfds_cache.Arrays:
     """Reads an ``.npz``; :func:`kdjax.data.load` says what it may hold.
 
     Args:
@@ -42,7 +42,7 @@ def read(path: Path) -> stored.Arrays:
         notes.append(f"Of images and test_images in {path} one is uint8 and one floats; both are now uint8.")
     every = np.concatenate(images)
     counts = [len(part) for part in images]
-    return stored.Arrays(
+    return tfds_cache.Arrays(
         every,
         np.concatenate(labels),
         np.array([f"{split}/{i:06d}" for split, n in zip(splits, counts, strict=True) for i in range(n)]),

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from kdjax.data.sources import Source, digest
+from kdjax.data.datasets import Dataset, digest
 
 
 def fingerprint(
-    source: Source, split: Mapping[str, Int[np.ndarray, " ids"]], *, source_digest: str | None = None
+    source: Dataset, split: Mapping[str, Int[np.ndarray, " ids"]], *, source_digest: str | None = None
 ) -> dict[str, Any]:
     """Everything about the data that decides a run's numbers, as plain JSON.
 

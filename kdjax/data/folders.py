@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdjax.data import photos, stored
-from kdjax.data.stored import first_ten
+from kdjax.data import photos, tfds_cache
+from kdjax.data.tfds_cache import first_ten
 
 _TRAINING = ("train", "training")
 # The first of these that is there is the official test split.
@@ -21,12 +21,12 @@ _TESTS = ("test", "testing", "val", "valid", "validation")
 class _File(NamedTuple):
     path: Path
     label: int
-    official: int
+    official_split: int
 
 
 def read(
     root: Path, *, image_size: tuple[int, int] | None = None, skip_broken: bool = False
-) -> stored.Arrays:
+) -> tfds_cache.Arrays:
     """Reads a folder of class folders; :func:`kdjax.data.load` says what it may hold.
 
     Args:
@@ -58,11 +58,11 @@ def read(
         )
     files = [file for file in files if _key(root, file.path) not in broken]
     _check_filled(root, splits, names, files, others)
-    return stored.Arrays(
+    return tfds_cache.Arrays(
         pixels,
         np.array([file.label for file in files], np.int32),
         np.array([_key(root, file.path) for file in files]),
-        np.array([file.official for file in files], np.int8),
+        np.array([file.official_split for file in files], np.int8),
         tuple(map(_printable, names)),
         tuple(_notes(root, splits, files, others, broken, decisions)),
     )
@@ -109,7 +109,7 @@ def _reasons(broken: dict[str, str]) -> str:
 
 
 def _classes(root: Path) -> tuple[dict[str, int], list[str]]:
-    """The folder of each split with its flag in ``Source.official``, and the names of the classes that all have."""
+    """The folder of each split with its official_split flag, and the class names that all of them have."""
     inside = _subfolders(root)
     splits = _splits(root, inside)
     classes = {split: _subfolders(root / split) for split in splits}
@@ -189,7 +189,7 @@ def _refuse(error: OSError) -> None:
 def _check_filled(
     root: Path, splits: dict[str, int], names: list[str], files: list[_File], others: list[Path]
 ) -> None:
-    filled = {(file.official, file.label) for file in files}
+    filled = {(file.official_split, file.label) for file in files}
     empty = [
         root / split / name
         for split, flag in splits.items()
@@ -213,7 +213,7 @@ def _read_images(
     """Images of one size, grey if all of them are; the reasons against those that cannot be read; what was decided."""
     shown, broken, decisions = [], {}, Counter()
     first = None
-    for file in stored.progress(files, "Reading images"):
+    for file in tfds_cache.progress(files, "Reading images"):
         try:
             image, decided = photos.read(file.path)
         except ValueError as error:

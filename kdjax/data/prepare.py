@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdjax.data import stored
+from kdjax.data import tfds_cache
 
 _CIFAR10_FILES = {f"data_batch_{k}.bin": 30_730_000 for k in range(1, 6)} | {"test_batch.bin": 30_730_000}
 _CIFAR100_FILES = {"train.bin": 153_700_000, "test.bin": 30_740_000}
@@ -76,7 +76,7 @@ def prepare(name: str, *, raw_dir: str | os.PathLike[str], data_dir: str | os.Pa
     that is already there is left alone.
 
     Args:
-      name: one of :data:`kdjax.data.stored.OFFICIAL`.
+      name: one of :data:`kdjax.data.tfds_cache.OFFICIAL`.
       raw_dir: holds the official archives, or a folder of the data set's name with them, or for CIFAR and
         malaria the extracted official folder. Archives are preferred, because TFDS knows their SHA-256.
       data_dir: root of the prepared TFDS data sets; created if missing.
@@ -89,13 +89,13 @@ def prepare(name: str, *, raw_dir: str | os.PathLike[str], data_dir: str | os.Pa
         process is at the same work.
       OSError: the disk is not writable, or fills up on the way.
     """
-    if name not in stored.OFFICIAL:
+    if name not in tfds_cache.OFFICIAL:
         raise ValueError(
-            f"no recipe to prepare {name!r} from raw files; known: {', '.join(stored.OFFICIAL)}."
-            f"{stored.did_you_mean(name, stored.OFFICIAL)}"
+            f"no recipe to prepare {name!r} from raw files; known: {', '.join(tfds_cache.OFFICIAL)}."
+            f"{tfds_cache.did_you_mean(name, tfds_cache.OFFICIAL)}"
         )
     data_dir = Path(data_dir)
-    finished = stored.find_finished(name, data_dir)
+    finished = tfds_cache.find_finished(name, data_dir)
     if finished is not None:
         return _describe(finished, fresh=False)
     import tensorflow_datasets as tfds
@@ -104,16 +104,16 @@ def prepare(name: str, *, raw_dir: str | os.PathLike[str], data_dir: str | os.Pa
     raw = _find_raw(name, Path(raw_dir), builder_class.url_infos)
     data_dir.mkdir(parents=True, exist_ok=True)
     # Unpacked, stored as PNG records, and decoded: each about as large as the raw files; MNIST, to 140 MB.
-    stored.check_room(data_dir, 3 * raw.size + 150_000_000, f"preparing {name}")
+    tfds_cache.check_room(data_dir, 3 * raw.size + 150_000_000, f"preparing {name}")
     final = data_dir / name / str(builder_class.VERSION)
-    staging = stored.staging_of(name, data_dir)
-    with stored.lock(data_dir / f".{name}.lock", wait=False, task=f"preparing {name} in {data_dir}"):
+    staging = tfds_cache.staging_of(name, data_dir)
+    with tfds_cache.lock(data_dir / f".{name}.lock", wait=False, task=f"preparing {name} in {data_dir}"):
         if final.exists():
             raise ValueError(f"{final} holds something, but no finished data set: delete it and start again.")
         shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
         try:
             made = _build(builder_class, raw, staging)
-            stored.read_back(made, name)
+            tfds_cache.read_back(made, name)
             final.parent.mkdir(parents=True, exist_ok=True)
             os.rename(made, final)
         finally:
@@ -122,7 +122,7 @@ def prepare(name: str, *, raw_dir: str | os.PathLike[str], data_dir: str | os.Pa
 
 
 def _describe(path: Path, *, fresh: bool) -> Prepared:
-    preparation = stored.read_preparation(path)
+    preparation = tfds_cache.read_preparation(path)
     if preparation is None:
         return Prepared(path, "unknown", {}, fresh)
     examples = {split: entry["examples"] for split, entry in preparation["splits"].items()}
@@ -170,7 +170,7 @@ def _check_archives(name: str, folder: Path, url_infos: dict[str, Any]) -> _Raw:
     for url, info in url_infos.items():
         path = folder / info.filename
         size = path.stat().st_size
-        sha256 = stored.file_sha256(path)
+        sha256 = tfds_cache.file_sha256(path)
         if (size, sha256) != (int(info.size), info.checksum):
             raise ValueError(
                 f"{path} is not the official file of {name}: expected {int(info.size):,} bytes with SHA-256 "
@@ -213,7 +213,8 @@ def _check_batches(name: str, folder: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError(f"{folder / file} has label {largest}, {name} has {labels.classes} classes.")
     checked = (*layout.files, *(labels.file for labels in layout.labels))
     return {
-        f: {"bytes": (folder / f).stat().st_size, "sha256": stored.file_sha256(folder / f)} for f in checked
+        f: {"bytes": (folder / f).stat().st_size, "sha256": tfds_cache.file_sha256(folder / f)}
+        for f in checked
     }
 
 
@@ -227,7 +228,7 @@ def _check_cells(folder: Path) -> dict[str, dict[str, Any]]:
         if not paths:
             raise ValueError(f"{folder / part} must hold the PNG images of that class; there are none.")
         digest, size = hashlib.sha256(), 0
-        for path in stored.progress(paths, f"Checking {part}"):
+        for path in tfds_cache.progress(paths, f"Checking {part}"):
             content = path.read_bytes()
             try:
                 with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
@@ -331,7 +332,7 @@ def _note_records(builder: Any) -> dict[str, _Noted]:
             split, key = names[hashed]
             entry = noted.setdefault(split, _Noted([], hashlib.sha256()))
             entry.keys.append(key)
-            stored.update_digest(entry.digest, record)
+            tfds_cache.update_digest(entry.digest, record)
             yield hashed, record
 
     def example_writer() -> Any:
@@ -354,7 +355,7 @@ def _write_preparation(made: Path, builder: Any, raw: _Raw, noted: dict[str, _No
     from importlib.metadata import version
 
     keys = {split: entry.keys for split, entry in noted.items()}
-    (made / stored.KEYS_FILE).write_text(json.dumps(keys, indent=0) + "\n")
+    (made / tfds_cache.KEYS_FILE).write_text(json.dumps(keys, indent=0) + "\n")
     splits = {
         split: {"examples": len(entry.keys), "records_sha256": entry.digest.hexdigest()}
         for split, entry in noted.items()
@@ -366,10 +367,10 @@ def _write_preparation(made: Path, builder: Any, raw: _Raw, noted: dict[str, _No
         "kind": raw.kind,
         "raw": raw.files,
         "splits": splits,
-        "files": {path.name: stored.file_sha256(path) for path in small},
+        "files": {path.name: tfds_cache.file_sha256(path) for path in small},
         "tensorflow_datasets": version("tensorflow-datasets"),
     }
-    stored.write_checked(made / stored.PREPARATION_FILE, preparation)
+    tfds_cache.write_checked(made / tfds_cache.PREPARATION_FILE, preparation)
 
 
 # The few names of TensorFlow that these builders use.

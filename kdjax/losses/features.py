@@ -5,8 +5,8 @@ A method that matches several layers is a sum that the caller writes, with the w
 
     sum(jnp.mean(losses.attention_transfer(s, t)) for s, t in zip(student_maps, teacher_maps, strict=True))
 
-The exception is :func:`solution_flow`, which is about the way from one layer to the next and takes two maps of each
-network. Where a loss needs maps of equal shape, a learnable companion (:mod:`kdjax.models.companions`) makes them so;
+The exception is :func:`fsp`, which is about the way from one layer to the next and takes two maps of each
+network. Where a loss needs maps of equal shape, a learnable head (:mod:`kdjax.models.heads`) makes them so;
 where it only needs equal heights and widths, the larger map is average-pooled to the smaller.
 """
 
@@ -36,7 +36,7 @@ def hint(
     .. math:: \frac{1}{HWC} \sum_{p, c} (s_{pc} - t_{pc})^2
 
     Args:
-      student_features: usually the output of :class:`kdjax.models.companions.Regressor`, which brings a middle layer
+      student_features: usually the output of :class:`kdjax.models.heads.Regressor`, which brings a middle layer
         of the student to the teacher's channels.
       teacher_features: the hint; constant under differentiation.
 
@@ -109,8 +109,8 @@ def factor_transfer(
     comparisons, in which heights and widths may differ as well.
 
     Args:
-      student_factors: the output of :class:`kdjax.models.companions.FactorTranslator`, trained with the student.
-      teacher_factors: the output of :class:`kdjax.models.companions.FactorParaphraser`, trained on the teacher's maps
+      student_factors: the output of :class:`kdjax.models.heads.FactorTranslator`, trained with the student.
+      teacher_factors: the output of :class:`kdjax.models.heads.FactorParaphraser`, trained on the teacher's maps
         beforehand to reconstruct them; constant under differentiation.
       power: exponent k ≥ 1 of the factors.
 
@@ -134,7 +134,7 @@ def factor_transfer(
 
 
 @checked
-def neuron_selectivity(
+def nst(
     student_features: Float[Array, "*batch student_height student_width student_channels"],
     teacher_features: Float[Array, "*batch teacher_height teacher_width teacher_channels"],
 ) -> Float[Array, "*batch"]:
@@ -178,7 +178,7 @@ def neuron_selectivity(
 
 
 @checked
-def solution_flow(
+def fsp(
     student_features: tuple[
         Float[Array, "*batch height_a width_a first"], Float[Array, "*batch height_b width_b second"]
     ],
@@ -234,7 +234,7 @@ def activation_boundary(
 
     Args:
       student_features: activations *before* the ReLU, brought to the teacher's channels by
-        :class:`kdjax.models.companions.Regressor` without its ReLU.
+        :class:`kdjax.models.heads.Regressor` without its ReLU.
       teacher_features: the teacher's activations before its ReLU, of which only the sign counts.
       margin: distance m >= 0 from zero beyond which a student's neuron is left alone.
 
@@ -258,7 +258,7 @@ def activation_boundary(
 
 
 @checked
-def overhaul(
+def ofd(
     student_features: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
     *,
@@ -273,10 +273,10 @@ def overhaul(
 
     Args:
       student_features: activations before the ReLU, brought to the teacher's channels by
-        :class:`kdjax.models.companions.Regressor` without its ReLU.
+        :class:`kdjax.models.heads.Regressor` without its ReLU.
       teacher_features: the teacher's activations before its ReLU; constant under differentiation. The teacher is in
         evaluation mode.
-      margin: what each channel's negative values count as, at most 0: :func:`overhaul_margin`.
+      margin: what each channel's negative values count as, at most 0: :func:`ofd_margin`.
 
     Returns:
       One non-negative value per example, a sum over neurons, zero at equality. Reduce with ``jnp.mean``.
@@ -295,7 +295,7 @@ def overhaul(
 
 
 @checked
-def overhaul_margin(
+def ofd_margin(
     scale: Float[Array, " channels"], bias: Float[Array, " channels"]
 ) -> Float[Array, " channels"]:
     r"""What a channel's negative values are on average, from the batch normalisation that it comes out of.
@@ -310,7 +310,7 @@ def overhaul_margin(
       bias: its learnt bias β.
 
     Returns:
-      The ``margin`` of :func:`overhaul`. As in the authors' code, a channel that is negative less than once in a
+      The ``margin`` of :func:`ofd`. As in the authors' code, a channel that is negative less than once in a
       thousand gets -3 \|γ\|.
 
     Cost:
@@ -328,7 +328,7 @@ def overhaul_margin(
 
 
 @checked
-def review_hcl(
+def reviewkd(
     student_features: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
     *,
@@ -344,7 +344,7 @@ def review_hcl(
     Level 0 is the map itself; the others are its means over a grid.
 
     Args:
-      student_features: usually an output of :class:`kdjax.models.companions.ReviewFusion`.
+      student_features: usually an output of :class:`kdjax.models.heads.ReviewFusion`.
       teacher_features: the teacher's map of that stage; constant under differentiation.
       levels: sides of the grids, coarsest last; those that are not smaller than the map are left out.
 
@@ -362,7 +362,7 @@ def review_hcl(
       Default there: the sum over all stages, weight .6 to 8 by pair, with a warm-up over 20 epochs on CIFAR-100.
     """
     if any(level < 1 for level in levels):
-        raise ValueError(f"review_hcl needs grids of at least 1, got levels={levels!r}; write (4, 2, 1).")
+        raise ValueError(f"reviewkd needs grids of at least 1, got levels={levels!r}; write (4, 2, 1).")
     difference = _float(student_features) - _constant(teacher_features)
     used = [level for level in levels if level < min(difference.shape[-3:-1])]
     pyramid = [difference, *(_pool(difference, (level, level)) for level in used)]
@@ -372,7 +372,7 @@ def review_hcl(
 
 
 @checked
-def variational_information(
+def vid(
     student_mean: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
     *,
@@ -390,7 +390,7 @@ def variational_information(
     gradient belongs in the optimizer with the head's.
 
     Args:
-      student_mean: the mean μ, the first output of :class:`kdjax.models.companions.VidHead`.
+      student_mean: the mean μ, the first output of :class:`kdjax.models.heads.VidHead`.
       teacher_features: the teacher's map; constant under differentiation.
       log_scale: the learnt a, one per channel, the second output of the head; it receives a gradient.
       smallest_variance: ε > 0.
@@ -415,7 +415,7 @@ def variational_information(
 
 
 @checked
-def masked_generation(
+def mgd(
     generated_features: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
 ) -> Float[Array, "*batch"]:
@@ -429,10 +429,10 @@ def masked_generation(
 
         aligned = features @ align  # to the teacher's channels, where they differ
         generated = generator.apply(variables, losses.mask_positions(key, aligned, fraction=0.5))
-        loss = jnp.mean(losses.masked_generation(generated, teacher_features))
+        loss = jnp.mean(losses.mgd(generated, teacher_features))
 
     Args:
-      generated_features: output of :class:`kdjax.models.companions.Generator` on :func:`mask_positions` or
+      generated_features: output of :class:`kdjax.models.heads.Generator` on :func:`mask_positions` or
         :func:`mask_channels` of the student's map.
       teacher_features: the teacher's map, unmasked; constant under differentiation.
 

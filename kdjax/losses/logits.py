@@ -134,7 +134,7 @@ def squared_logits(
 
 
 @checked
-def decoupled_kl(
+def dkd(
     student_logits: Float[Array, "*batch classes"],
     teacher_logits: Float[Array, "*batch classes"],
     labels: Int[Array, "*batch"],

@@ -300,7 +300,7 @@ def info_nce(
     .. math:: -\frac{1}{B} \sum_i \log \frac{\exp(\cos(s_i, t_i) / \tau)}{\sum_j \exp(\cos(s_i, t_j) / \tau)}
 
     Args:
-      student: embeddings, usually of :class:`kdjax.models.companions.Embedding`; scaled to unit norm here.
+      student: embeddings, usually of :class:`kdjax.models.heads.Embedding`; scaled to unit norm here.
       teacher: embeddings of the same width; constant under differentiation.
       temperature: τ > 0; small values attend to the hardest negatives.
       axis_name: gather the batch over this mapped axis. Without it, negatives come from a device's own examples: the
@@ -326,7 +326,7 @@ def info_nce(
 
 
 @checked
-def centred_kernel_alignment(
+def cka(
     student: Float[Array, "batch *student_features"],
     teacher: Float[Array, "batch *teacher_features"],
     *,
@@ -364,7 +364,7 @@ def centred_kernel_alignment(
 
 
 class CrdMemory(NamedTuple):
-    """What :func:`contrastive_representation` remembers of every training example; the same on every device."""
+    """What :func:`crd` remembers of every training example; the same on every device."""
 
     student: Float[Array, "examples dims"]  # unit rows but for those never visited
     teacher: Float[Array, "examples dims"]
@@ -450,7 +450,7 @@ def crd_candidates(
 
 
 @checked
-def contrastive_representation(
+def crd(
     student_embedding: Float[Array, "batch dims"],
     teacher_embedding: Float[Array, "batch dims"],
     memory: CrdMemory,
@@ -472,7 +472,7 @@ def contrastive_representation(
     momentum · row + (1 - momentum) · embedding. Z is set once, by the first batch, to n times its mean exponential.
 
     Args:
-      student_embedding: unit rows, from a learnt projection (:class:`kdjax.models.companions.Embedding`) of the
+      student_embedding: unit rows, from a learnt projection (:class:`kdjax.models.heads.Embedding`) of the
         student's features.
       teacher_embedding: unit rows, from a learnt projection of the teacher's features. *Not* constant, since its
         projection learns from this loss: apply ``jax.lax.stop_gradient`` to the features before it.

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kdjax.models import narrow
+from kdjax.models import layers_chwn
 from kdjax.models.layers import Conv, max_pool
 from kdjax.types import Outputs
 
@@ -72,11 +72,11 @@ class MalariaCnn(nn.Module):
     def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
         """Scores images; training draws dropout from the stream "dropout"."""
         features = {}
-        x = _turned(x)  # two to eight channels: see kdjax.models.narrow
-        x = nn.relu(narrow.Conv(self.widths[0], 3, dtype=self.dtype)(x))
+        x = _turned(x)  # two to eight channels: see kdjax.models.layers_chwn
+        x = nn.relu(layers_chwn.Conv(self.widths[0], 3, dtype=self.dtype)(x))
         features["stage1"] = _turned(x)
-        x = nn.relu(narrow.Conv(self.widths[1], 3, dtype=self.dtype)(x))
-        x = narrow.max_pool(x, 2)
+        x = nn.relu(layers_chwn.Conv(self.widths[1], 3, dtype=self.dtype)(x))
+        x = layers_chwn.max_pool(x, 2)
         features["stage2"] = _turned(x)
         x = nn.Dropout(self.dropout[0], deterministic=not train)(x)
         x = jnp.transpose(x, (1, 2, 0, 3)).reshape(-1, x.shape[-1]).T

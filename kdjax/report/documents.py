@@ -8,8 +8,8 @@ the place of the table of flatness.
 import re
 from collections.abc import Callable
 
-from kdjax.report import tables, words
-from kdjax.report.words import Result
+from kdjax.report import tables, text
+from kdjax.report.text import Result
 
 _PLACE = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -40,8 +40,8 @@ def section(result: Result, *, name: str, metrics: list[str] | None) -> str:
         return f"\n{tables.markdown_flatness(result)}\n{provenance(result, name=name)}\n"
     ratios = result.get("ratios", {})
     # Means alone, and many ratios, are said better by their table.
-    in_words = len(ratios) <= words.RATIOS_IN_WORDS if ratios else bool(result.get("comparisons"))
-    parts = [words.finding(result)] if in_words else []
+    in_words = len(ratios) <= text.RATIOS_IN_WORDS if ratios else bool(result.get("comparisons"))
+    parts = [text.finding(result)] if in_words else []
     if ratios:
         parts.append(ratio_table(result))
     if metrics or not ratios:

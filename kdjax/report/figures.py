@@ -1,7 +1,7 @@
 """Which figures a result has, in which order, and its main figure as an image file.
 
-A new kind of figure is a new function that returns a :class:`Panel`, in :mod:`kdjax.report.runs` or
-:mod:`kdjax.report.networks`, and a line in :func:`panels`.
+A new kind of figure is a new function that returns a :class:`Panel`, in :mod:`kdjax.report.run_figures` or
+:mod:`kdjax.report.network_figures`, and a line in :func:`panels`.
 """
 
 import io
@@ -11,41 +11,41 @@ from pathlib import Path
 
 from kdjax import files
 from kdjax.extras import extra
-from kdjax.report import networks, runs, words
-from kdjax.report.drawing import LIGHT, Panel, style
-from kdjax.report.words import Result
+from kdjax.report import network_figures, run_figures, text
+from kdjax.report.style import LIGHT, Panel, style
+from kdjax.report.text import Result
 
 
 def panels(result: Result) -> list[Panel]:
     """The figures of a result, from what answers its question to what explains the answer."""
     return [
         *_arm_panels(result),
-        *runs.swept_panels(result),
-        *runs.trial_panels(result),
-        *networks.panels(result),
+        *run_figures.swept_panels(result),
+        *run_figures.trial_panels(result),
+        *network_figures.panels(result),
         *_curve_panels(result),
-        *networks.density_panels(result),
-        *([networks.surface_panel(result)] if result.get("surfaces") else []),
+        *network_figures.density_panels(result),
+        *([network_figures.surface_panel(result)] if result.get("surfaces") else []),
     ]
 
 
 def main_panels(result: Result) -> list[Panel]:
     """Those of :func:`panels` that need no key under them, for an image."""
-    return [*_arm_panels(result), *runs.swept_panels(result), *_curve_panels(result)]
+    return [*_arm_panels(result), *run_figures.swept_panels(result), *_curve_panels(result)]
 
 
 def _arm_panels(result: Result) -> list[Panel]:
-    found = [runs.ratio_panel(result)] if result.get("ratios") else []
-    primary = words.primary_of(result)
-    return found if primary is None else [*found, runs.dot_panel(result, metric=primary)]
+    found = [run_figures.ratio_panel(result)] if result.get("ratios") else []
+    primary = text.primary_of(result)
+    return found if primary is None else [*found, run_figures.dot_panel(result, metric=primary)]
 
 
 def _curve_panels(result: Result) -> list[Panel]:
-    primary = words.primary_of(result)
+    primary = text.primary_of(result)
     names = dict.fromkeys(m for curves in result.get("curves", {}).values() for m in curves)
     # Curves of the metric in question come first.
     ordered = sorted(names, key=lambda name: primary is None or primary not in name)
-    return [runs.curve_panel(result, metric=name) for name in ordered]
+    return [run_figures.curve_panel(result, metric=name) for name in ordered]
 
 
 def save_figure(path: str | os.PathLike[str], result: Result) -> None:

@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from kdjax import files
-from kdjax.report import drawing, figures, tables, words
-from kdjax.report.drawing import Folded, Panel
-from kdjax.report.words import Result
+from kdjax.report import figures, style, tables, text
+from kdjax.report.style import Folded, Panel
+from kdjax.report.text import Result
 
-# The colours of drawing.LIGHT for a reader who prefers a dark page.
+# The colours of style.LIGHT for a reader who prefers a dark page.
 DARK = {
     "paper": "#161618",
     "ink": "#e9e9ec",
@@ -56,7 +56,7 @@ def page(
         body.append(f'<section class="problems"><h2>Not in this report</h2><ul>{items}</ul></section>')
     if len(found) > 1:
         links = [
-            f'<li><a href="#r{i}">{_esc(name)}</a>: {_esc(words.finding(result))}</li>'
+            f'<li><a href="#r{i}">{_esc(name)}</a>: {_esc(text.finding(result))}</li>'
             for i, (name, result) in enumerate(zip(names, found, strict=True))
         ]
         body.append(f"<nav><ol>{''.join(links)}</ol></nav>")
@@ -68,13 +68,13 @@ def page(
 
 
 def _section(heading: str, result: Result, *, key: str) -> str:
-    tested = words.comparisons(result)[0 if result.get("ratios") else 1 :]
-    others = [words.comparison_sentence(result, comparison) for comparison in tested]
+    tested = text.comparisons(result)[0 if result.get("ratios") else 1 :]
+    others = [text.comparison_sentence(result, comparison) for comparison in tested]
     scaled = f"<p><b>Scaled down:</b> {_esc(result['scaled_down'])}</p>" if result["scaled_down"] else ""
     drawn = [_figure(panel, f"{key}-{i}") for i, panel in enumerate(figures.panels(result))]
     parts = [
         f"<h2>{_esc(heading)}</h2>" if heading else "",
-        f'<p class="finding">{_esc(words.finding(result))}</p>',
+        f'<p class="finding">{_esc(text.finding(result))}</p>',
         f'<p class="question">{_esc(result["question"])}</p>',
         _results(result) if result["arms"] else "",
         _list("Further comparisons, not corrected for their number", others),
@@ -89,7 +89,7 @@ def _section(heading: str, result: Result, *, key: str) -> str:
 
 def _figure(panel: Panel, key: str) -> str:
     caption = f"<figcaption>{_esc(panel.caption)}</figcaption>"
-    return f"<figure>{drawing.svg(panel, key=key)}{caption}{_folded(panel.folded)}</figure>"
+    return f"<figure>{style.svg(panel, key=key)}{caption}{_folded(panel.folded)}</figure>"
 
 
 def _folded(folded: Folded | None) -> str:
@@ -141,7 +141,7 @@ def _flatness(result: Result) -> str:
 def _html_table(
     result: Result, head: Sequence[str], rows: Sequence[Sequence[tables.Cell]], label: str, legend: str
 ) -> str:
-    colours = drawing.colours_of(result)
+    colours = style.colours_of(result)
     lines = []
     for name, *cells in rows:
         dot = f'<i style="background:var(--{colours[name.text]})"></i>'
@@ -162,7 +162,7 @@ def _legend(result: Result, rows: Sequence[Sequence[tables.Cell]]) -> str:
     said += ["↑ more is better, ↓ less is better."]
     if any(cell.small for cell in cells):
         said += [tables.p_legend(result, rows)]
-        references = [arm for arm in result["arms"] if arm in words.REFERENCES]
+        references = [arm for arm in result["arms"] if arm in text.REFERENCES]
         said += [f"The arm {arm} is a reference and is not tested." for arm in references]
     if any(cell.bold for cell in cells):
         said += ["Bold: the best, where p < .05 against the runner-up."]
@@ -202,7 +202,7 @@ _TIED = re.compile(
 
 def _css() -> str:
     light, dark = (
-        "".join(f"--{name}:{value};" for name, value in colours.items()) for colours in (drawing.LIGHT, DARK)
+        "".join(f"--{name}:{value};" for name, value in colours.items()) for colours in (style.LIGHT, DARK)
     )
     return f":root{{color-scheme:light dark;{light}}}\n@media(prefers-color-scheme:dark){{:root{{{dark}}}}}\n{_CSS}"
 

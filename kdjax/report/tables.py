@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kdjax import significance
-from kdjax.report import words
-from kdjax.report.words import Result
+from kdjax.report import text
+from kdjax.report.text import Result
 
 # Measures of flatness by what their columns are called, in this order.
 _FLATNESS = {
@@ -65,14 +65,14 @@ def table(
     result: Result, metrics: Sequence[str] | None = None, baseline: str | None = None
 ) -> tuple[list[str], list[list[Cell]]]:
     """Headings and rows of cells of the table that :func:`markdown_table` describes."""
-    known = words.measured(result)
+    known = text.measured(result)
     metrics = known if metrics is None else list(metrics)
-    baseline = words.baseline_of(result) if baseline is None else baseline
+    baseline = text.baseline_of(result) if baseline is None else baseline
     for what, name, names in [("metric", m, known) for m in metrics] + [("arm", baseline, [*result["arms"]])]:
         if name is not None and name not in names:
             raise ValueError(f"{result['name']} has no {what} {name!r}; write one of {', '.join(names)}.")
-    best = {metric: words.best_arm(result, metric) for metric in metrics}
-    tests = {metric: words.adjusted_p(result, metric, baseline) for metric in metrics}
+    best = {metric: text.best_arm(result, metric) for metric in metrics}
+    tests = {metric: text.adjusted_p(result, metric, baseline) for metric in metrics}
     rows = []
     for arm, measured in result["arms"].items():
         n = max((len(values) for values in measured.values()), default=0)
@@ -93,7 +93,7 @@ def flatness_table(result: Result) -> tuple[list[str], list[list[Cell]]]:
         arm: {title: measures[name] for name, title in _FLATNESS.items() if name in measures}
         for arm, measures in result["flatness"].items()
     }
-    baseline = words.baseline_of(result)
+    baseline = text.baseline_of(result)
     return table({**result, "arms": arms}, baseline=baseline if baseline in arms else None)
 
 
@@ -110,7 +110,7 @@ def flatness_legend(result: Result, rows: Sequence[Sequence[Cell]]) -> str:
         "Raw numbers change when one layer is multiplied by a factor and the next divided by it, although the network "
         "stays the same (Dinh et al., 2017); filter-normalised ones do not.",
         "Sharpness: the largest increase of the loss found within a radius.",
-        f"Measured are {words.listing(exact)}." if exact else "",
+        f"Measured are {text.listing(exact)}." if exact else "",
         p_legend(result, rows),
     )
     return " ".join(filter(None, said))
@@ -121,10 +121,10 @@ def p_legend(result: Result, rows: Sequence[Sequence[Cell]], baseline: str | Non
     small = [cell.small for row in rows for cell in row if cell.small]
     if not small:
         return ""
-    baseline = words.baseline_of(result) if baseline is None else baseline
-    text = f"p: Welch's test against {baseline}, with Holm's correction for the arms of a column"
+    baseline = text.baseline_of(result) if baseline is None else baseline
+    legend = f"p: Welch's test against {baseline}, with Holm's correction for the arms of a column"
     starred = any(cell.endswith("*") for cell in small)
-    return text + ("; * p < .05, ** p < .01, *** p < .001." if starred else ".")
+    return legend + ("; * p < .05, ** p < .01, *** p < .001." if starred else ".")
 
 
 def _largest_error(result: Result, error: str, of: str) -> float | None:
@@ -138,22 +138,22 @@ def _largest_error(result: Result, error: str, of: str) -> float | None:
 
 
 def _heading(name: str) -> str:
-    metric = words.metric_of(name)
+    metric = text.metric_of(name)
     arrow = "" if metric.higher is None else " ↑" if metric.higher else " ↓"
-    return words.axis_title(metric) + arrow
+    return text.axis_title(metric) + arrow
 
 
 def _cell(result: Result, arm: str, name: str, p: float | None) -> Cell:
     if name not in result["arms"][arm]:
         return Cell("\N{EN DASH}")
-    metric, decimals = words.metric_of(name), words.decimals_of(result, name)
+    metric, decimals = text.metric_of(name), text.decimals_of(result, name)
     values = metric.scale * np.asarray(result["arms"][arm][name], np.float64)
     mean, sd, n = significance.summarise(values.tolist())
-    decimals = words.places(mean) if decimals is None else decimals
-    text = words.number(mean, decimals)
+    decimals = text.places(mean) if decimals is None else decimals
+    text = text.number(mean, decimals)
     if n > 1 and (decimals or np.ptp(values) > 0):
-        text += f" ± {words.number(sd, decimals)}"
-    return Cell(text, "" if p is None else f"{words.p_text(p)} {words.stars(p)}".rstrip())
+        text += f" ± {text.number(sd, decimals)}"
+    return Cell(text, "" if p is None else f"{text.p_text(p)} {text.stars(p)}".rstrip())
 
 
 def _markdown_cell(cell: Cell) -> str:

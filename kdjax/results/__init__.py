@@ -26,7 +26,7 @@ What else an experiment has measured stands in optional fields. An arm in one of
 ``notes``
     list of sentences for the reader.
 ``robustness``
-    arm → disturbance → one accuracy per seed. Disturbances are named as :func:`kdjax.robustness.make_assessor` returns
+    arm → disturbance → one accuracy per seed. Disturbances are named as :func:`kdjax.robustness.make_evaluator` returns
     them, by kind and size: "clean", "gaussian_noise/3", "mean_corruption", "weight_noise/0.1", "fgsm/8"; another metric
     than accuracy stands behind its size, "fgsm/8/ece".
 ``calibration``

@@ -2,7 +2,7 @@
 
 ::
 
-    assess = robustness.make_assessor(apply_fn, images, labels, mean=mean, std=std, batch_size=360, devices=devices)
+    assess = robustness.make_evaluator(apply_fn, images, labels, mean=mean, std=std, batch_size=360, devices=devices)
     assess(params, model_state, jax.random.key(0))  # {"clean": .98, "gaussian_noise/1": .97, ..., "pgd/8": .41}
 
 A corruption is a pure function ``(images, strength, keys) -> images`` of images in [0, 1] with any number of channels
@@ -20,7 +20,6 @@ References:
   https://github.com/hendrycks/robustness.
 """
 
-from kdjax.robustness.assessor import make_assessor as make_assessor
 from kdjax.robustness.attacks import EPSILONS as EPSILONS
 from kdjax.robustness.attacks import WEIGHT_NOISE as WEIGHT_NOISE
 from kdjax.robustness.attacks import fgsm as fgsm
@@ -34,3 +33,4 @@ from kdjax.robustness.corruptions import gaussian_noise as gaussian_noise
 from kdjax.robustness.corruptions import jpeg as jpeg
 from kdjax.robustness.corruptions import occlusion as occlusion
 from kdjax.robustness.corruptions import translation as translation
+from kdjax.robustness.evaluator import make_evaluator as make_evaluator

@@ -8,14 +8,12 @@ student is put near them and descends from there.
   saddle. :func:`gated_rule`: what this library recommends. :func:`certified`: whether any curvature is negative.
 * :func:`add`, :func:`entries`, :func:`read`: a repository of snapshots, one directory per teacher.
 * :func:`choose`, :func:`aggregate`: one snapshot per teacher, and the mean over teachers.
-* :func:`recruit`: the teacher's parameters in the student's shapes.
+* :func:`select_weights`: the teacher's parameters in the student's shapes.
 
 Scores and rules are pure: they work under ``jax.jit`` and ``jax.vmap``, and rules also on scores stacked along any
 axes. The others run on the host.
 """
 
-from kdjax.saddles.recruiting import recruit as recruit
-from kdjax.saddles.recruiting import recruit_with_state as recruit_with_state
 from kdjax.saddles.scores import Rule as Rule
 from kdjax.saddles.scores import SaddleScore as SaddleScore
 from kdjax.saddles.scores import Sums as Sums
@@ -26,6 +24,8 @@ from kdjax.saddles.scores import gated_rule as gated_rule
 from kdjax.saddles.scores import magnitude_rule as magnitude_rule
 from kdjax.saddles.scores import ratio_rule as ratio_rule
 from kdjax.saddles.scores import score_saddle as score_saddle
+from kdjax.saddles.select_weights import select_weights as select_weights
+from kdjax.saddles.select_weights import select_weights_with_state as select_weights_with_state
 from kdjax.saddles.snapshots import Entry as Entry
 from kdjax.saddles.snapshots import Snapshot as Snapshot
 from kdjax.saddles.snapshots import add as add

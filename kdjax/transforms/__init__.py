@@ -37,10 +37,8 @@ size arrays. Where these are not left at their defaults, name them as static::
     value_fn = lambda moving: loss({**frozen, **moving})
 """
 
-from kdjax.transforms.accepting import AcceptState as AcceptState
-from kdjax.transforms.accepting import accept_if_better as accept_if_better
-from kdjax.transforms.approaching import ApproachState as ApproachState
-from kdjax.transforms.approaching import approach_region as approach_region
+from kdjax.transforms.accept_if_better import AcceptState as AcceptState
+from kdjax.transforms.accept_if_better import accept_if_better as accept_if_better
 from kdjax.transforms.averaging import ParameterEmaState as ParameterEmaState
 from kdjax.transforms.averaging import parameter_ema as parameter_ema
 from kdjax.transforms.baselines import PerturbedGradientState as PerturbedGradientState
@@ -48,13 +46,15 @@ from kdjax.transforms.baselines import SaddleFreeState as SaddleFreeState
 from kdjax.transforms.baselines import perturbed_gradient_descent as perturbed_gradient_descent
 from kdjax.transforms.baselines import saddle_free_newton as saddle_free_newton
 from kdjax.transforms.constraining import max_norm as max_norm
-from kdjax.transforms.escaping import EigenstepState as EigenstepState
-from kdjax.transforms.escaping import Escape as Escape
-from kdjax.transforms.escaping import PerturbState as PerturbState
-from kdjax.transforms.escaping import escape as escape
-from kdjax.transforms.escaping import negative_eigenstep as negative_eigenstep
-from kdjax.transforms.escaping import perturb as perturb
-from kdjax.transforms.recruitment import SprkdState as SprkdState
-from kdjax.transforms.recruitment import sprkd as sprkd
-from kdjax.transforms.tracking import TrackState as TrackState
-from kdjax.transforms.tracking import track_saddles as track_saddles
+from kdjax.transforms.monitor import TrackState as TrackState
+from kdjax.transforms.monitor import track_saddles as track_saddles
+from kdjax.transforms.negative_curvature import EigenstepState as EigenstepState
+from kdjax.transforms.negative_curvature import Escape as Escape
+from kdjax.transforms.negative_curvature import PerturbState as PerturbState
+from kdjax.transforms.negative_curvature import escape as escape
+from kdjax.transforms.negative_curvature import negative_eigenstep as negative_eigenstep
+from kdjax.transforms.negative_curvature import perturb as perturb
+from kdjax.transforms.sprkd import SprkdState as SprkdState
+from kdjax.transforms.sprkd import sprkd as sprkd
+from kdjax.transforms.warm_start import ApproachState as ApproachState
+from kdjax.transforms.warm_start import approach_region as approach_region

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kdjax.transforms.shared import counter, known, needs_params, transformation
+from kdjax.transforms._utils import counter, known, needs_params, transformation
 from kdjax.types import Params, Scalar
 
 

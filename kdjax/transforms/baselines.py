@@ -10,7 +10,7 @@ from jaxtyping import Array
 from kdjax import curvature
 from kdjax.curvature.krylov import ritz
 from kdjax.curvature.vectors import flatten, norm, size_of, unflatten, widen
-from kdjax.transforms.shared import (
+from kdjax.transforms._utils import (
     Draws,
     cast_like,
     check_moved,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kdjax.transforms.shared import known, needs_params, transformation
+from kdjax.transforms._utils import known, needs_params, transformation
 from kdjax.types import Scalar
 
 

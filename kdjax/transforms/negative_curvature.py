@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from kdjax import curvature
 from kdjax.curvature.vectors import widen
-from kdjax.transforms.shared import (
+from kdjax.transforms._utils import (
     Draws,
     ValueFn,
     as_key,

@@ -10,16 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-stored = import_module("kdjax.data.stored")
-sources = import_module("kdjax.data.sources")
+tfds_cache = import_module("kdjax.data.tfds_cache")
+datasets = import_module("kdjax.data.datasets")
 
 
-def make_source(n=20_000, classes=10, *, keys=None, official=None):
-    keys = np.array([f"train/{i:06d}" for i in range(n)]) if keys is None else keys
+def make_source(n=20_000, classes=10, *, example_ids=None, official_split=None):
+    example_ids = np.array([f"train/{i:06d}" for i in range(n)]) if example_ids is None else example_ids
     labels = (np.arange(n) % classes).astype(np.int32)
-    official = np.full(n, -1, np.int8) if official is None else official
-    return sources.Source(
-        "made", np.zeros((n, 1, 1, 1), np.uint8), labels, keys, official, tuple(map(str, range(classes)))
+    official_split = np.full(n, -1, np.int8) if official_split is None else official_split
+    return datasets.Dataset(
+        "made",
+        np.zeros((n, 1, 1, 1), np.uint8),
+        labels,
+        example_ids,
+        official_split,
+        tuple(map(str, range(classes))),
     )
 
 
@@ -34,20 +39,20 @@ def write_images(folder, colours, size=(4, 3), suffix="png"):
 
 
 def test_digits_are_scaled_and_split():
-    source = sources.load("digits")
+    source = datasets.load("digits")
     assert source.images.shape == (1797, 8, 8, 1)
     assert source.images.dtype == np.uint8
     assert source.images.max() == 255
     assert source.num_classes == 10
-    assert len(np.unique(source.keys)) == 1797
-    assert set(source.official) == {-1}
-    ids = sources.split_ids(source)
+    assert len(np.unique(source.example_ids)) == 1797
+    assert set(source.official_split) == {-1}
+    ids = datasets.split_ids(source)
     assert np.array_equal(np.sort(np.concatenate(list(ids.values()))), np.arange(1797))
 
 
 def test_split_fractions_are_binomial():
     n = 20_000
-    ids = sources.split_ids(make_source(n), validation=0.1, test=0.2)
+    ids = datasets.split_ids(make_source(n), validation=0.1, test=0.2)
     for name, p in (("train", 0.7), ("validation", 0.1), ("test", 0.2)):
         assert abs(len(ids[name]) - n * p) < 4.5 * np.sqrt(n * p * (1 - p))
         assert np.all(np.diff(ids[name]) > 0)
@@ -55,12 +60,12 @@ def test_split_fractions_are_binomial():
 
 
 def members(source, **options):
-    return {name: set(source.keys[ids]) for name, ids in sources.split_ids(source, **options).items()}
+    return {name: set(source.example_ids[ids]) for name, ids in datasets.split_ids(source, **options).items()}
 
 
 def test_split_does_not_depend_on_order():
     source = make_source(3000)
-    shuffled = source._replace(keys=np.random.default_rng(0).permutation(source.keys))
+    shuffled = source._replace(example_ids=np.random.default_rng(0).permutation(source.example_ids))
     assert members(source) == members(shuffled)
 
 
@@ -86,7 +91,7 @@ def test_salt_gives_an_independent_split():
 def test_groups_stay_whole():
     source = make_source(2000)
     groups = np.array([f"patient{i % 97}" for i in range(2000)])
-    ids = sources.split_ids(source, groups=groups)
+    ids = datasets.split_ids(source, groups=groups)
     parts = [set(groups[part]) for part in ids.values()]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 97
 
@@ -95,21 +100,21 @@ def test_groups_of_malaria_names():
     keys = np.array(
         ["Uninfected/C100P61ThinF_IMG_1.png", "Parasitized/C1_thinF_IMG_2.png", "x/C47P8thinO.png"]
     )
-    groups = sources.groups_of(make_source(3, keys=keys), sources.GROUP_PATTERNS["malaria"])
+    groups = datasets.groups_of(make_source(3, example_ids=keys), datasets.GROUP_PATTERNS["malaria"])
     assert groups.tolist() == ["C100P61", "C1", "C47P8"]
     with pytest.raises(ValueError, match=r"matches nothing in the key 'train/000000'"):
-        sources.groups_of(make_source(3), r"C\d+")
+        datasets.groups_of(make_source(3), r"C\d+")
 
 
 def test_official_test_split_is_used():
-    official = np.repeat(np.array([0, 1], np.int8), 500)
-    source = make_source(1000, official=official)
-    ids = sources.split_ids(source, validation=0.2, test=0.9)
+    official_split = np.repeat(np.array([0, 1], np.int8), 500)
+    source = make_source(1000, official_split=official_split)
+    ids = datasets.split_ids(source, validation=0.2, test=0.9)
     assert np.array_equal(ids["test"], np.arange(500, 1000))
     assert ids["validation"].max() < 500
     assert len(ids["validation"]) + len(ids["train"]) == 500
     with pytest.raises(ValueError, match="official training and test splits alike"):
-        sources.split_ids(source, groups=np.full(1000, "one patient"))
+        datasets.split_ids(source, groups=np.full(1000, "one patient"))
 
 
 @pytest.mark.parametrize(
@@ -126,11 +131,11 @@ def test_official_test_split_is_used():
 )
 def test_split_refuses(options, message):
     with pytest.raises(ValueError, match=message):
-        sources.split_ids(make_source(100), **options)
+        datasets.split_ids(make_source(100), **options)
 
 
 def test_a_split_that_is_not_asked_for_may_be_empty():
-    ids = sources.split_ids(make_source(100), validation=0.0, test=0.0)
+    ids = datasets.split_ids(make_source(100), validation=0.0, test=0.0)
     assert [len(part) for part in ids.values()] == [100, 0, 0]
 
 
@@ -139,7 +144,7 @@ def test_splitting_is_quick():
     times = []
     for _ in range(3):
         start = time.process_time()  # of this process alone, however busy the machine is
-        sources.split_ids(source)
+        datasets.split_ids(source)
         times.append(time.process_time() - start)
     assert min(times) < 0.5
 
@@ -152,7 +157,7 @@ def test_label_noise_perturbs_exactly(fraction):
     source = make_source(1000)
     before = source.labels.copy()
     ids = np.arange(100, 900)
-    noisy, perturbed = sources.with_label_noise(source, ids, fraction=fraction, seed=3)
+    noisy, perturbed = datasets.with_label_noise(source, ids, fraction=fraction, seed=3)
     assert np.array_equal(source.labels, before)
     assert np.array_equal(perturbed, np.flatnonzero(noisy.labels != before))
     assert len(perturbed) == round(fraction * 800)
@@ -160,17 +165,17 @@ def test_label_noise_perturbs_exactly(fraction):
     assert noisy.labels.dtype == np.int32
     assert noisy.labels.min() >= 0
     assert noisy.labels.max() < 10
-    again, _ = sources.with_label_noise(source, ids[::-1], fraction=fraction, seed=3)
+    again, _ = datasets.with_label_noise(source, ids[::-1], fraction=fraction, seed=3)
     assert np.array_equal(again.labels, noisy.labels)
 
 
 def test_label_noise_is_uniform_over_wrong_classes():
     source = make_source(18_000)
-    noisy, perturbed = sources.with_label_noise(source, np.arange(18_000), fraction=1.0, seed=0)
+    noisy, perturbed = datasets.with_label_noise(source, np.arange(18_000), fraction=1.0, seed=0)
     counts = np.bincount((noisy.labels - source.labels)[perturbed] % 10, minlength=10)
     assert counts[0] == 0
     assert np.sum((counts[1:] - 2000) ** 2 / 2000) < 26.1  # chi-squared, 8 degrees of freedom, p = .001
-    other, _ = sources.with_label_noise(source, np.arange(18_000), fraction=1.0, seed=1)
+    other, _ = datasets.with_label_noise(source, np.arange(18_000), fraction=1.0, seed=1)
     assert np.any(other.labels != noisy.labels)
 
 
@@ -186,19 +191,19 @@ def test_label_noise_is_uniform_over_wrong_classes():
 )
 def test_label_noise_refuses(ids, fraction, message):
     # the typing hook of the tests would catch float ids first, so the plain function is called
-    noise = getattr(sources.with_label_noise, "__wrapped__", sources.with_label_noise)
+    noise = getattr(datasets.with_label_noise, "__wrapped__", datasets.with_label_noise)
     with pytest.raises(ValueError, match=message):
         noise(make_source(100), np.array(ids), fraction=fraction, seed=0)
 
 
 def test_label_noise_needs_two_classes():
     with pytest.raises(ValueError, match="at least two classes"):
-        sources.with_label_noise(make_source(10, 1), np.arange(10), fraction=0.5, seed=0)
+        datasets.with_label_noise(make_source(10, 1), np.arange(10), fraction=0.5, seed=0)
 
 
 def test_take_keeps_keys_and_classes():
     source = make_source(50)
-    part = sources.take(source, np.array([7, 3, 41]))
+    part = datasets.subset(source, np.array([7, 3, 41]))
     assert part.keys.tolist() == ["train/000007", "train/000003", "train/000041"]
     assert part.labels.tolist() == [7, 3, 1]
     assert part.num_classes == 10
@@ -206,16 +211,16 @@ def test_take_keeps_keys_and_classes():
 
 def test_digest_sees_every_array():
     source = make_source(50)
-    digests = {sources.digest(source)}
+    digests = {datasets.digest(source)}
     for field, change in (
         ("images", source.images + 1),
         ("labels", source.labels[::-1]),
-        ("keys", source.keys[::-1]),
+        ("example_ids", source.example_ids[::-1]),
     ):
-        digests.add(sources.digest(source._replace(**{field: change})))
-    digests.add(sources.digest(source._replace(images=source.images.reshape(25, 2, 1, 1))))
+        digests.add(datasets.digest(source._replace(**{field: change})))
+    digests.add(datasets.digest(source._replace(images=source.images.reshape(25, 2, 1, 1))))
     assert len(digests) == 5
-    assert sources.digest(source) == sources.digest(make_source(50))
+    assert datasets.digest(source) == datasets.digest(make_source(50))
 
 
 # .npz files.
@@ -226,12 +231,12 @@ def test_npz_of_bytes_and_of_floats_agree(tmp_path):
     labels = np.arange(12) % 3
     np.savez(tmp_path / "a.npz", images=images, labels=labels)
     np.savez_compressed(tmp_path / "b.npz", images=(images / 255)[..., None], labels=labels.astype(np.uint8))
-    a, b = sources.load(str(tmp_path / "a.npz")), sources.load(str(tmp_path / "b.npz"))
+    a, b = datasets.load(str(tmp_path / "a.npz")), datasets.load(str(tmp_path / "b.npz"))
     assert a.images.shape == (12, 5, 4, 1)
-    assert sources.digest(a) == sources.digest(b)
+    assert datasets.digest(a) == datasets.digest(b)
     assert a.name == "a"
     assert a.class_names == ("0", "1", "2")
-    assert set(a.official) == {-1}
+    assert set(a.official_split) == {-1}
 
 
 def test_npz_with_test_split_and_names(tmp_path):
@@ -244,9 +249,9 @@ def test_npz_with_test_split_and_names(tmp_path):
         test_labels=np.ones(2, int),
         names=np.array(["cat", "dog", "cow"]),
     )
-    source = sources.load(str(tmp_path / "a.npz"))
-    assert source.official.tolist() == [0] * 6 + [1] * 2
-    assert source.keys[[0, 6]].tolist() == ["train/000000", "test/000000"]
+    source = datasets.load(str(tmp_path / "a.npz"))
+    assert source.official_split.tolist() == [0] * 6 + [1] * 2
+    assert source.example_ids[[0, 6]].tolist() == ["train/000000", "test/000000"]
     assert source.class_names == ("cat", "dog", "cow")
 
 
@@ -307,12 +312,12 @@ FOUR = np.arange(4)
 def test_npz_refuses(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        sources.load(str(tmp_path / "a.npz"))
+        datasets.load(str(tmp_path / "a.npz"))
 
 
 def load_npz(tmp_path, **arrays):
     np.savez(tmp_path / "x.npz", **arrays)
-    return sources.load(str(tmp_path / "x.npz"))
+    return datasets.load(str(tmp_path / "x.npz"))
 
 
 SIX = np.arange(6) % 3
@@ -396,7 +401,7 @@ def test_npz_with_a_flipped_bit_is_refused_or_the_same(tmp_path, save):
     """NumPy alone reads a flip in a shape as another shape: 12 rows of 32x32 where there were 32."""
     path = tmp_path / "x.npz"
     save(path, images=NOISE.repeat(4, 1).repeat(4, 2), labels=SIX)
-    good, expected = path.read_bytes(), sources.load(str(path))
+    good, expected = path.read_bytes(), datasets.load(str(path))
     rng, refusals = random.Random(0), []
     # every bit of the two arrays' .npy headers where they are not compressed, and anything anywhere
     header = [8 * (good.find(b"\x93NUMPY") + i) + bit for i in range(128) for bit in range(8)]
@@ -406,7 +411,7 @@ def test_npz_with_a_flipped_bit_is_refused_or_the_same(tmp_path, save):
         bad[at // 8] ^= 1 << at % 8
         path.write_bytes(bad)
         try:
-            assert sources.digest(sources.load(str(path))) == sources.digest(expected)
+            assert datasets.digest(datasets.load(str(path))) == datasets.digest(expected)
         except ValueError as error:
             refusals.append(str(error))
     assert len(refusals) > 250
@@ -415,10 +420,10 @@ def test_npz_with_a_flipped_bit_is_refused_or_the_same(tmp_path, save):
 
 def test_npz_missing_or_not_one(tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
-        sources.load(str(tmp_path / "a.npz"))
+        datasets.load(str(tmp_path / "a.npz"))
     (tmp_path / "a.npz").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="no readable"):
-        sources.load(str(tmp_path / "a.npz"))
+        datasets.load(str(tmp_path / "a.npz"))
 
 
 # Folders.
@@ -427,61 +432,61 @@ def test_npz_missing_or_not_one(tmp_path):
 def test_folder_of_class_folders(tmp_path):
     write_images(tmp_path / "cats", [(255, 0, 0), (250, 0, 0)])
     write_images(tmp_path / "ants", [(0, 0, 255)], suffix="bmp")
-    source = sources.load(f"folder:{tmp_path}")
+    source = datasets.load(f"folder:{tmp_path}")
     assert source.notes == ()
     assert source.class_names == ("ants", "cats")
     assert source.images.shape == (3, 3, 4, 3)
-    assert source.keys.tolist() == ["ants/0.bmp", "cats/0.png", "cats/1.png"]
+    assert source.example_ids.tolist() == ["ants/0.bmp", "cats/0.png", "cats/1.png"]
     assert source.labels.tolist() == [0, 1, 1]
     assert source.images[:, 0, 0].tolist() == [[0, 0, 255], [255, 0, 0], [250, 0, 0]]
-    assert source.official.tolist() == [-1, -1, -1]
+    assert source.official_split.tolist() == [-1, -1, -1]
 
 
 def test_folder_is_grey_only_if_every_image_is(tmp_path):
     write_images(tmp_path / "a", [7])
     write_images(tmp_path / "b", [9])
-    assert sources.load(f"folder:{tmp_path}").images[:, 0, 0, 0].tolist() == [7, 9]
+    assert datasets.load(f"folder:{tmp_path}").images[:, 0, 0, 0].tolist() == [7, 9]
     write_images(tmp_path / "b", [9, (1, 2, 3)])
-    assert sources.load(f"folder:{tmp_path}").images[:, 0, 0].tolist() == [[7] * 3, [9] * 3, [1, 2, 3]]
+    assert datasets.load(f"folder:{tmp_path}").images[:, 0, 0].tolist() == [[7] * 3, [9] * 3, [1, 2, 3]]
 
 
 def test_folder_with_official_split(tmp_path):
     for split in ("train", "val", "test"):
         for name in ("a", "b"):
             write_images(tmp_path / split / name, [1])
-    source = sources.load(f"folder:{tmp_path}")
-    assert dict(zip(source.keys.tolist(), source.official.tolist(), strict=True)) == {
+    source = datasets.load(f"folder:{tmp_path}")
+    assert dict(zip(source.example_ids.tolist(), source.official_split.tolist(), strict=True)) == {
         f"{split}/{name}/0.png": int(split == "test") for split in ("train", "val", "test") for name in "ab"
     }
     write_images(tmp_path / "test" / "c", [1])
     with pytest.raises(ValueError, match="they must agree"):
-        sources.load(f"folder:{tmp_path}")
+        datasets.load(f"folder:{tmp_path}")
 
 
 def test_folder_sizes_that_differ_need_a_size(tmp_path):
     write_images(tmp_path / "a", [1])
     write_images(tmp_path / "b", [1], size=(6, 6))
     with pytest.raises(ValueError, match=r"\(4, 3\).*\(6, 6\).*image_size"):
-        sources.load(f"folder:{tmp_path}")
-    assert sources.load(f"folder:{tmp_path}", image_size=(5, 2)).images.shape == (2, 5, 2, 1)
+        datasets.load(f"folder:{tmp_path}")
+    assert datasets.load(f"folder:{tmp_path}", image_size=(5, 2)).images.shape == (2, 5, 2, 1)
 
 
 def test_folder_refuses(tmp_path):
     with pytest.raises(ValueError, match="there is no folder"):
-        sources.load(f"folder:{tmp_path / 'nowhere'}")
+        datasets.load(f"folder:{tmp_path / 'nowhere'}")
     with pytest.raises(ValueError, match="at least two class folders; it holds none"):
-        sources.load(f"folder:{tmp_path}")
+        datasets.load(f"folder:{tmp_path}")
     write_images(tmp_path / "a", [1])
     (tmp_path / "b").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
-        sources.load(f"folder:{tmp_path}")
+        datasets.load(f"folder:{tmp_path}")
     (tmp_path / "b" / "0.png").write_bytes((tmp_path / "a" / "0.png").read_bytes()[:40])
     with pytest.raises(ValueError, match=r"1 of the 2 image files.*cannot be read: b/0.png \("):
-        sources.load(f"folder:{tmp_path}")
+        datasets.load(f"folder:{tmp_path}")
     with pytest.raises(ValueError, match=r"holds no images: .*/b\. Every class needs some"):
-        sources.load(f"folder:{tmp_path}", skip_broken=True)
+        datasets.load(f"folder:{tmp_path}", skip_broken=True)
     with pytest.raises(ValueError, match="skip_broken applies to folders"):
-        sources.load("digits", skip_broken=True)
+        datasets.load("digits", skip_broken=True)
 
 
 def test_folder_formats_depths_and_links(tmp_path):
@@ -500,8 +505,8 @@ def test_folder_formats_depths_and_links(tmp_path):
     (tmp_path / "data" / "b" / "one.png").symlink_to(tmp_path / "elsewhere" / "0.png")
     (tmp_path / "data" / "a" / "inside" / "back").symlink_to(tmp_path / "data")  # would make b's images a's
     (tmp_path / "data" / "a" / "round").symlink_to(tmp_path / "data" / "a" / "round")
-    source = sources.load(f"folder:{tmp_path / 'data'}")
-    assert source.keys.tolist() == [
+    source = datasets.load(f"folder:{tmp_path / 'data'}")
+    assert source.example_ids.tolist() == [
         "a/0.TIF",
         "a/0.webp",
         "a/inside/0.jpeg",
@@ -529,7 +534,7 @@ def test_folder_names_and_counts_what_is_left_out(tmp_path):
     ):
         (tmp_path / name).write_bytes(b"x")
     write_images(tmp_path / ".cache", [1])
-    source = sources.load(f"folder:{tmp_path}")
+    source = datasets.load(f"folder:{tmp_path}")
     assert len(source.labels) == 4
     assert len(source.notes) == 1
     assert source.notes[0].startswith(
@@ -538,7 +543,7 @@ def test_folder_names_and_counts_what_is_left_out(tmp_path):
     assert source.notes[0].endswith(
         ".cache, README.md, a/.hidden.png, a/Thumbs.db, b/film.mpg, b/notes.txt, b/plot.eps, b/x.heic."
     )
-    assert sources.take(source, np.arange(2)).notes == source.notes
+    assert datasets.subset(source, np.arange(2)).notes == source.notes
 
 
 def test_folder_broken_files_are_named_at_once_or_left_out(tmp_path):
@@ -548,14 +553,14 @@ def test_folder_broken_files_are_named_at_once_or_left_out(tmp_path):
         path = tmp_path / "a" / f"{i}.png"
         path.write_bytes(b"" if i == 0 else path.read_bytes()[: 20 + i])
     with pytest.raises(ValueError, match=r"^12 of the 23 image files in .*skip_broken=True") as caught:
-        sources.load(f"folder:{tmp_path}")
+        datasets.load(f"folder:{tmp_path}")
     assert "a/0.png (empty)" in str(caught.value)
     assert str(caught.value).count(".png (") == 10
     assert " and 2 more." in str(caught.value)
-    source = sources.load(f"folder:{tmp_path}", skip_broken=True)
+    source = datasets.load(f"folder:{tmp_path}", skip_broken=True)
     assert source.images[:, 0, 0, 0].tolist() == [*range(12, 20), 0, 1, 2]
     assert source.labels.tolist() == [0] * 8 + [1] * 3
-    assert len(source.keys) == len(source.official) == 11
+    assert len(source.example_ids) == len(source.official_split) == 11
     assert "left out as broken: 12 of 23, a/0.png (empty)" in source.notes[0]
 
 
@@ -564,7 +569,7 @@ def test_folder_decisions_are_counted(tmp_path):
     write_images(tmp_path / "b", [1])
     for i, alpha in enumerate((0, 128, 255)):  # the last is opaque
         Image.new("LA", (4, 3), (0, alpha)).save(tmp_path / "b" / f"clear{i}.png")
-    source = sources.load(f"folder:{tmp_path}")
+    source = datasets.load(f"folder:{tmp_path}")
     assert source.notes == (f"Images of {tmp_path} with transparency, which was laid on white: 2.",)
     assert source.images[2:, 0, 0, 0].tolist() == [255, 127, 0]
 
@@ -576,9 +581,9 @@ def test_folder_splits_are_known_however_they_are_spelled(tmp_path, names):
     for split in names:
         for name in "ab":
             write_images(tmp_path / split / name, [1])
-    source = sources.load(f"folder:{tmp_path}")
+    source = datasets.load(f"folder:{tmp_path}")
     assert source.class_names == ("a", "b")
-    assert source.official.tolist() == [0, 0, 1, 1]
+    assert source.official_split.tolist() == [0, 0, 1, 1]
 
 
 def test_folder_splits_without_their_pair_are_not_taken_for_classes(tmp_path):
@@ -587,24 +592,24 @@ def test_folder_splits_without_their_pair_are_not_taken_for_classes(tmp_path):
     with pytest.raises(
         ValueError, match=r"Train holds folders and looks like one split.*no pair of train and test"
     ):
-        sources.load(f"folder:{tmp_path}")
-    assert sources.load(f"folder:{tmp_path / 'Train'}").class_names == ("a", "b")
+        datasets.load(f"folder:{tmp_path}")
+    assert datasets.load(f"folder:{tmp_path / 'Train'}").class_names == ("a", "b")
     for name in ("valid", "invalid"):  # classes that only sound like splits
         write_images(tmp_path / "quality" / name, [1])
-    assert sources.load(f"folder:{tmp_path / 'quality'}").class_names == ("invalid", "valid")
+    assert datasets.load(f"folder:{tmp_path / 'quality'}").class_names == ("invalid", "valid")
     (tmp_path / "one").mkdir()
     (tmp_path / "quality").rename(tmp_path / "one" / "quality")
     with pytest.raises(
         ValueError, match=r"it holds quality. If the classes lie in that folder, give .*/quality"
     ):
-        sources.load(f"folder:{tmp_path / 'one'}")
+        datasets.load(f"folder:{tmp_path / 'one'}")
 
 
 def test_folder_third_split_is_noted_as_training(tmp_path):
     for split in ("train", "val", "test"):
         for name in "ab":
             write_images(tmp_path / split / name, [1])
-    assert sources.load(f"folder:{tmp_path}").notes == (
+    assert datasets.load(f"folder:{tmp_path}").notes == (
         f"{tmp_path / 'val'} is used as training data; the validation split is drawn from all training data.",
     )
 
@@ -614,7 +619,7 @@ def test_folder_of_photos_is_cut_to_one_size(tmp_path):
     for name, pixels in (("a", stripes), ("b", stripes.T)):
         (tmp_path / name).mkdir()
         Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / name / "0.png")
-    source = sources.load(f"folder:{tmp_path}", image_size=(4, 4))
+    source = datasets.load(f"folder:{tmp_path}", image_size=(4, 4))
     assert source.images.shape == (2, 4, 4, 1)
     assert np.abs(source.images.astype(int) - 20).max() <= 1  # Lanczos looks a little beyond the cut
 
@@ -622,10 +627,10 @@ def test_folder_of_photos_is_cut_to_one_size(tmp_path):
 def test_folder_names_of_any_bytes(tmp_path):
     for name in (b"caf\xe9", b"b"):  # Latin-1, as old archives unpack
         write_images(tmp_path / os.fsdecode(name), [1, 2, 3])
-    source = sources.load(f"folder:{tmp_path}")
+    source = datasets.load(f"folder:{tmp_path}")
     assert source.class_names == ("b", r"caf\xe9")
-    assert len(sources.digest(source)) == 64
-    assert len(sources.split_ids(source, validation=0, test=0)["train"]) == 6
+    assert len(datasets.digest(source)) == 64
+    assert len(datasets.split_ids(source, validation=0, test=0)["train"]) == 6
 
 
 # What a split may hide.
@@ -637,12 +642,12 @@ def test_split_notes_count_what_is_missing_twice_or_blank():
     source = source._replace(images=noise, class_names=("cat", "dog", "Cow", "cow"))
     split = {"train": np.arange(60), "validation": np.arange(60, 80), "test": np.arange(80, 100)}
     case_alone = "The names of these classes differ in case, accents or spaces alone: Cow and cow."
-    assert sources.split_notes(source, split) == (case_alone,)
+    assert datasets.split_notes(source, split) == (case_alone,)
     noise[[80, 81, 82]] = noise[[0, 1, 1]]  # labels 0, 1, 2 beside 0, 1, 1
     noise[61] = noise[3]  # label 1 beside 3
     noise[[5, 9]] = np.array([7, 8], np.uint8).reshape(2, 1, 1, 1)
     split["validation"] = np.array([61, 65, 64])  # labels 1, 1 and 0
-    assert sources.split_notes(source, split) == (
+    assert datasets.split_notes(source, split) == (
         case_alone,
         "Classes without a validation image: 2 of 4, Cow, cow.",
         "Images of validation that are also in train, pixel for pixel: 1 of 3.",
@@ -655,9 +660,9 @@ def test_split_notes_count_what_is_missing_twice_or_blank():
 def test_split_notes_are_quick():
     source = make_source(60_000)
     source = source._replace(images=np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8))
-    split = sources.split_ids(source)
+    split = datasets.split_ids(source)
     start = time.process_time()
-    assert sources.split_notes(source, split) == ()
+    assert datasets.split_notes(source, split) == ()
     assert time.process_time() - start < 3  # 0.4 s on an idle core
 
 
@@ -669,41 +674,41 @@ def test_split_notes_are_quick():
 )
 def test_unknown_name_has_a_suggestion(tmp_path, name, suggestion):
     with pytest.raises(ValueError, match=rf"unknown data set '{name}'.*Did you mean {suggestion}"):
-        sources.load(name, data_dir=tmp_path)
+        datasets.load(name, data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", "../mnist", "/etc", "qqqqqqqq"])
 def test_odd_names_are_unknown(tmp_path, name):
     with pytest.raises(ValueError, match=r"^unknown data set"):
-        sources.load(name, data_dir=tmp_path)
+        datasets.load(name, data_dir=tmp_path)
 
 
 def test_directories_that_cannot_be_read_name_the_command(tmp_path):
     command = "python -m experiments.prepare_data --dataset=mnist"
     with pytest.raises(ValueError, match=f"does not exist.*{command}"):
-        sources.load("mnist", data_dir=tmp_path / "nowhere")
+        datasets.load("mnist", data_dir=tmp_path / "nowhere")
     with pytest.raises(ValueError, match=f"holds no prepared mnist.*{command}"):
-        sources.load("mnist", data_dir=tmp_path)
+        datasets.load("mnist", data_dir=tmp_path)
     (tmp_path / ".mnist.incomplete").mkdir()
     with pytest.raises(ValueError, match=f"half-written.*{command}"):
-        sources.load("mnist", data_dir=tmp_path)
+        datasets.load("mnist", data_dir=tmp_path)
     (tmp_path / "cifar10" / "incomplete.ABC_3.0.2").mkdir(parents=True)  # as TFDS leaves it
     with pytest.raises(ValueError, match=r"cifar10 in .* is half-written"):
-        sources.load("cifar10", data_dir=tmp_path)
+        datasets.load("cifar10", data_dir=tmp_path)
     with pytest.raises(ValueError, match="tfds build kmnist"):
-        sources.load("kmnist", data_dir=tmp_path)
+        datasets.load("kmnist", data_dir=tmp_path)
 
 
 def test_data_dir_defaults_to_that_of_tfds(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "there"))
     with pytest.raises(ValueError, match="there does not exist"):
-        sources.load("mnist")
+        datasets.load("mnist")
 
 
 @pytest.mark.parametrize(("name", "size"), [("digits", (8, 8)), ("mnist", (0, 8))])
 def test_image_size_is_checked(name, size):
     with pytest.raises(ValueError, match="image_size"):
-        sources.load(name, image_size=size)
+        datasets.load(name, image_size=size)
 
 
 # The cache of decoded images, written without TFDS.
@@ -716,15 +721,17 @@ def cached(tmp_path):
     (path / "dataset_info.json").write_text("{}")
     images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), np.uint8)
     source = make_source(20)
-    arrays = stored.Arrays(images, source.labels, source.keys, source.official, source.class_names)
+    arrays = tfds_cache.Arrays(
+        images, source.labels, source.example_ids, source.official_split, source.class_names
+    )
     (path / "kdjax_decoded").mkdir()
-    stored._write_cache(path / "kdjax_decoded" / "native", path, arrays)
+    tfds_cache._write_cache(path / "kdjax_decoded" / "native", path, arrays)
     return tmp_path
 
 
 def test_cache_is_read_without_tfds(cached, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
-    source = sources.load("mnist", data_dir=cached)
+    source = datasets.load("mnist", data_dir=cached)
     assert source.name == "mnist"
     assert source.images.shape == (20, 4, 4, 1)
     assert source.class_names == tuple("0123456789")
@@ -748,11 +755,11 @@ def test_a_flipped_byte_in_the_cache_is_refused_every_time(cached):
         bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
         file.write_bytes(bad)
         with pytest.raises(ValueError, match=r"is damaged.*delete"):
-            sources.load("mnist", data_dir=cached)
+            datasets.load("mnist", data_dir=cached)
         refused += 1
         file.write_bytes(good)
     assert refused == 100
-    assert len(sources.load("mnist", data_dir=cached).labels) == 20
+    assert len(datasets.load("mnist", data_dir=cached).labels) == 20
 
 
 @pytest.mark.parametrize("file", ["images.npy", "labels.npy", "manifest.json"])
@@ -760,7 +767,7 @@ def test_a_truncated_file_in_the_cache_is_refused(cached, file):
     path = cached / "mnist" / "3.0.1" / "kdjax_decoded" / "native" / file
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match="is damaged"):
-        sources.load("mnist", data_dir=cached)
+        datasets.load("mnist", data_dir=cached)
 
 
 def test_digests_of_digits_do_not_drift():
@@ -769,4 +776,4 @@ def test_digests_of_digits_do_not_drift():
 
     digits = load_digits()
     expected = hashlib.sha256((digits.images * 255 // 16).astype(np.uint8).tobytes()).hexdigest()
-    assert hashlib.sha256(sources.load("digits").images.tobytes()).hexdigest() == expected
+    assert hashlib.sha256(datasets.load("digits").images.tobytes()).hexdigest() == expected

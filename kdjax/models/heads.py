@@ -2,12 +2,12 @@
 
 Their parameters join the student's in one pytree, so that one optimizer trains all of them and none is forgotten::
 
-    head = companions.VidHead(features=teacher_channels)
+    head = heads.VidHead(features=teacher_channels)
     params = {"student": student_params, "head": head.init(key, student_map)["params"]}
 
     def objective(params, ...):
         mean, log_scale = head.apply({"params": params["head"]}, outputs.features["stage2"])
-        loss = losses.variational_information(mean, teacher_map, log_scale=log_scale)
+        loss = losses.vid(mean, teacher_map, log_scale=log_scale)
 
 Those that normalise by the batch also keep "batch_stats", beside the student's own. A layer that a normalisation
 follows has no bias: it would be subtracted again and never receive a gradient. Initialise with ``module.init``; the
@@ -30,7 +30,7 @@ from kdjax.models.layers import Conv, batch_norm
 class Regressor(nn.Module):
     """Brings a map of the student to the teacher's channels: 1x1 convolution, normalisation, ReLU.
 
-    For :func:`kdjax.losses.hint`. Losses before the ReLU (:func:`kdjax.losses.overhaul`,
+    For :func:`kdjax.losses.hint`. Losses before the ReLU (:func:`kdjax.losses.ofd`,
     :func:`kdjax.losses.activation_boundary`) take it without its own: ``activation=lambda x: x``.
 
     Attributes:
@@ -62,7 +62,7 @@ class Regressor(nn.Module):
 class Embedding(nn.Module):
     """Projects features onto the unit sphere: flattened, one linear layer, divided by the 2-norm.
 
-    For :func:`kdjax.losses.contrastive_representation` and :func:`kdjax.losses.info_nce`: one for the student and one
+    For :func:`kdjax.losses.crd` and :func:`kdjax.losses.info_nce`: one for the student and one
     for the teacher, both trained. A row that the layer maps to zero stays zero and receives no gradient.
 
     Attributes:
@@ -89,7 +89,7 @@ class Embedding(nn.Module):
 class VidHead(nn.Module):
     """Predicts the teacher's map from the student's: its mean by three 1x1 convolutions, its scale per channel.
 
-    For :func:`kdjax.losses.variational_information`. The convolutions have ReLUs between them and no bias. The scale is
+    For :func:`kdjax.losses.vid`. The convolutions have ReLUs between them and no bias. The scale is
     a parameter that no input reaches; it starts where the variance is ``initial_variance``.
 
     Attributes:
@@ -193,7 +193,7 @@ class FactorParaphraser(nn.Module):
 class Generator(nn.Module):
     """Restores a masked map: 3x3 convolution, ReLU, 3x3 convolution.
 
-    For :func:`kdjax.losses.masked_generation`. A student with other channels than the teacher's is brought to them by a
+    For :func:`kdjax.losses.mgd`. A student with other channels than the teacher's is brought to them by a
     1x1 convolution before the mask, ``Conv(features, 1)``.
 
     Attributes:
@@ -219,7 +219,7 @@ class Generator(nn.Module):
 class ReviewFusion(nn.Module):
     """Joins a map of the student with what deeper stages handed up, by attention, and reads it for the teacher.
 
-    For :func:`kdjax.losses.review_hcl`: start at the deepest stage, without ``deeper``, and hand the second result up.
+    For :func:`kdjax.losses.reviewkd`: start at the deepest stage, without ``deeper``, and hand the second result up.
     A 1x1 convolution brings the map to ``hidden`` channels; ``deeper``, enlarged to its size, is mixed with it by two
     weights per position; a 3x3 convolution brings the mixture to the teacher's channels. Both are normalised.
 

@@ -1,4 +1,4 @@
-"""Companions of a student: every parameter is trained by the loss it belongs to, and forms are the originals'."""
+"""Heads of a student: every parameter is trained by the loss it belongs to, and forms are the originals'."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kdjax.losses import features
-from kdjax.models import companions
+from kdjax.models import heads
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4, 4, 3)), jnp.float32)
 TEACHER = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4, 4, 6)), jnp.float32)
@@ -23,45 +23,45 @@ def train_mode(module, params, *inputs):
 
 
 def regressor(params, maps):
-    return features.hint(train_mode(companions.Regressor(6), params, maps), TEACHER)
+    return features.hint(train_mode(heads.Regressor(6), params, maps), TEACHER)
 
 
 def connector(params, maps):
-    module = companions.Regressor(6, activation=lambda x: x)
-    return features.overhaul(train_mode(module, params, maps), TEACHER, margin=jnp.full(6, -0.5))
+    module = heads.Regressor(6, activation=lambda x: x)
+    return features.ofd(train_mode(module, params, maps), TEACHER, margin=jnp.full(6, -0.5))
 
 
 def embedding(params, maps):
-    ours = companions.Embedding(8).apply({"params": params["student"]}, maps)
-    theirs = companions.Embedding(8).apply({"params": params["teacher"]}, TEACHER)
+    ours = heads.Embedding(8).apply({"params": params["student"]}, maps)
+    theirs = heads.Embedding(8).apply({"params": params["teacher"]}, TEACHER)
     scores = ours @ theirs.T / 0.07  # contrastive: the own teacher's embedding against the other examples'
     return -jnp.diagonal(jax.nn.log_softmax(scores))
 
 
 def vid_head(params, maps):
-    mean, log_scale = companions.VidHead(6).apply({"params": params}, maps)
-    return features.variational_information(mean, TEACHER, log_scale=log_scale)
+    mean, log_scale = heads.VidHead(6).apply({"params": params}, maps)
+    return features.vid(mean, TEACHER, log_scale=log_scale)
 
 
 def translator(params, maps):
-    return features.factor_transfer(train_mode(companions.FactorTranslator(3), params, maps), TEACHER)
+    return features.factor_transfer(train_mode(heads.FactorTranslator(3), params, maps), TEACHER)
 
 
 def paraphraser(params, maps):
-    _, restored = companions.FactorParaphraser(3).apply({"params": params}, maps)
+    _, restored = heads.FactorParaphraser(3).apply({"params": params}, maps)
     return features.hint(restored, TEACHER[..., :5])
 
 
 def generator(params, maps):
     masked = features.mask_positions(jax.random.key(0), maps, fraction=0.5)
-    return features.masked_generation(companions.Generator(6).apply({"params": params}, masked), TEACHER)
+    return features.mgd(heads.Generator(6).apply({"params": params}, masked), TEACHER)
 
 
 def review(params, maps):
     deep = maps[:, ::2, ::2]
-    deep, mixture = train_mode(companions.ReviewFusion(6, hidden=4), params["deep"], deep)
-    shallow, _ = train_mode(companions.ReviewFusion(6, hidden=4), params["shallow"], maps, mixture)
-    return features.review_hcl(shallow, TEACHER) + features.review_hcl(deep, TEACHER[:, ::2, ::2])
+    deep, mixture = train_mode(heads.ReviewFusion(6, hidden=4), params["deep"], deep)
+    shallow, _ = train_mode(heads.ReviewFusion(6, hidden=4), params["shallow"], maps, mixture)
+    return features.reviewkd(shallow, TEACHER) + features.reviewkd(deep, TEACHER[:, ::2, ::2])
 
 
 def init(module, *inputs, **keywords):
@@ -70,24 +70,24 @@ def init(module, *inputs, **keywords):
 
 MAPS = jnp.ones((1, 4, 4, 5))
 OBJECTIVES = {
-    "regressor": (regressor, lambda: init(companions.Regressor(6), MAPS, train=False)),
-    "connector": (connector, lambda: init(companions.Regressor(6), MAPS, train=False)),
+    "regressor": (regressor, lambda: init(heads.Regressor(6), MAPS, train=False)),
+    "connector": (connector, lambda: init(heads.Regressor(6), MAPS, train=False)),
     "embedding": (
         embedding,
         lambda: {
-            "student": init(companions.Embedding(8), MAPS),
-            "teacher": init(companions.Embedding(8), TEACHER),
+            "student": init(heads.Embedding(8), MAPS),
+            "teacher": init(heads.Embedding(8), TEACHER),
         },
     ),
-    "vid_head": (vid_head, lambda: init(companions.VidHead(6), MAPS)),
-    "translator": (translator, lambda: init(companions.FactorTranslator(3), MAPS, train=False)),
-    "paraphraser": (paraphraser, lambda: init(companions.FactorParaphraser(3), MAPS)),
-    "generator": (generator, lambda: init(companions.Generator(6), MAPS)),
+    "vid_head": (vid_head, lambda: init(heads.VidHead(6), MAPS)),
+    "translator": (translator, lambda: init(heads.FactorTranslator(3), MAPS, train=False)),
+    "paraphraser": (paraphraser, lambda: init(heads.FactorParaphraser(3), MAPS)),
+    "generator": (generator, lambda: init(heads.Generator(6), MAPS)),
     "review": (
         review,
         lambda: {
-            "deep": init(companions.ReviewFusion(6, hidden=4), MAPS, train=False),
-            "shallow": init(companions.ReviewFusion(6, hidden=4), MAPS, MAPS[..., :4], train=False),
+            "deep": init(heads.ReviewFusion(6, hidden=4), MAPS, train=False),
+            "shallow": init(heads.ReviewFusion(6, hidden=4), MAPS, MAPS[..., :4], train=False),
         },
     ),
 }
@@ -97,11 +97,11 @@ OBJECTIVES = {
 def test_every_parameter_receives_a_gradient(name):
     loss, start = OBJECTIVES[name]
     kernel = np.random.default_rng(2).normal(size=(3, 5)).astype(np.float32)
-    params = {"student": {"kernel": jnp.asarray(kernel)}, "companion": start()}
+    params = {"student": {"kernel": jnp.asarray(kernel)}, "head": start()}
 
     @jax.jit
     def gradients(params):
-        return jax.grad(lambda p: jnp.mean(loss(p["companion"], student(p["student"], IMAGES))))(params)
+        return jax.grad(lambda p: jnp.mean(loss(p["head"], student(p["student"], IMAGES))))(params)
 
     for path, leaf in jax.tree.leaves_with_path(gradients(params)):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
@@ -110,7 +110,7 @@ def test_every_parameter_receives_a_gradient(name):
 
 
 def test_embeddings_have_unit_length_and_a_zero_row_stays_zero():
-    module = companions.Embedding(8, dtype=jnp.bfloat16)
+    module = heads.Embedding(8, dtype=jnp.bfloat16)
     params = init(module, MAPS)
     y = module.apply({"params": params}, jnp.concatenate([MAPS, 0 * MAPS]))
     assert y.dtype == jnp.float32
@@ -120,23 +120,23 @@ def test_embeddings_have_unit_length_and_a_zero_row_stays_zero():
 
 
 def test_vid_head_has_three_convolutions_without_bias_and_starts_at_its_variance():
-    params = init(companions.VidHead(6, initial_variance=2.0), MAPS)
+    params = init(heads.VidHead(6, initial_variance=2.0), MAPS)
     shapes = sorted(leaf.shape for leaf in jax.tree.leaves(params))
     assert shapes == [(1, 1, 5, 6), (1, 1, 6, 6), (1, 1, 6, 6), (6,)]
     np.testing.assert_allclose(jax.nn.softplus(params["log_scale"]) + 1e-5, 2, rtol=1e-6)
     with pytest.raises(ValueError, match="initial_variance above"):
-        companions.VidHead(6, initial_variance=1e-6)
+        heads.VidHead(6, initial_variance=1e-6)
 
 
 def test_paraphraser_keeps_size_and_returns_factors_and_reconstruction():
-    factors, restored = companions.FactorParaphraser(3).apply(
-        {"params": init(companions.FactorParaphraser(3), MAPS)}, MAPS
+    factors, restored = heads.FactorParaphraser(3).apply(
+        {"params": init(heads.FactorParaphraser(3), MAPS)}, MAPS
     )
     assert (factors.shape, restored.shape) == ((1, 4, 4, 3), MAPS.shape)
 
 
 def test_review_fusion_weighs_the_enlarged_mixture_by_position():
-    module = companions.ReviewFusion(6, hidden=4)
+    module = heads.ReviewFusion(6, hidden=4)
     deeper = jnp.asarray(np.random.default_rng(3).normal(size=(1, 2, 2, 4)), jnp.float32)
     variables = module.init(jax.random.key(0), MAPS, deeper, train=False)
     params = variables["params"]
@@ -147,7 +147,7 @@ def test_review_fusion_weighs_the_enlarged_mixture_by_position():
 
 
 @pytest.mark.parametrize(
-    "module", [companions.Regressor(6), companions.FactorTranslator(6), companions.ReviewFusion(6, hidden=4)]
+    "module", [heads.Regressor(6), heads.FactorTranslator(6), heads.ReviewFusion(6, hidden=4)]
 )
 def test_training_updates_the_statistics_and_evaluation_does_not(module):
     variables = module.init(jax.random.key(0), MAPS, train=False)

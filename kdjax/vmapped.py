@@ -2,11 +2,11 @@
 
 ::
 
-    run = jax.jit(many.make_run(train.make_run(train_step, make_batch)))
-    states = many.stack([train.init_state(*weights_of_seed, tx, seed=seed) for seed in seeds])
+    run = jax.jit(vmapped.make_run(train.make_run(train_step, make_batch)))
+    states = vmapped.stack([train.init_state(*weights_of_seed, tx, seed=seed) for seed in seeds])
     arrays = {**arrays, "settings": {"hard_weight": jnp.linspace(0, 1, len(seeds))}}
-    feed = many.feed([data.resident_feed(arrays, ids, seed=seed, batch_size=64) for seed in seeds])
-    for fitted in many.fit(run, states, feed, epochs=20): ...  # one train.Fitted per training
+    feed = vmapped.feed([data.resident_feed(arrays, ids, seed=seed, batch_size=64) for seed in seeds])
+    for fitted in vmapped.fit(run, states, feed, epochs=20): ...  # one train.Fitted per training
 
 Whatever differs between the trainings has a leading axis with one entry for each: every array of the state, and every
 array under ``arrays["settings"]``, which ``make_batch`` finds there without that axis and hands on, usually as
@@ -190,7 +190,7 @@ def _check_count(count: int, settings: PyTree, index: Any) -> None:
     if index.ndim != 3 or index.shape[-1] != count:
         raise ValueError(
             f"the index of {count} trainings is [batch, steps, {count}], got shape {index.shape}; "
-            "kdjax.many.feed makes it."
+            "kdjax.vmapped.feed makes it."
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(settings):
         if jnp.shape(leaf)[:1] != (count,):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kdjax.transforms.shared import (
+from kdjax.transforms._utils import (
     ValueFn,
     chosen,
     counter,

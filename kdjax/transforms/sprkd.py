@@ -8,9 +8,7 @@ import optax
 from jaxtyping import Array
 
 from kdjax.curvature.vectors import widen
-from kdjax.transforms.approaching import approach_region
-from kdjax.transforms.escaping import escape
-from kdjax.transforms.shared import (
+from kdjax.transforms._utils import (
     Draws,
     check_like,
     check_moved,
@@ -23,6 +21,8 @@ from kdjax.transforms.shared import (
     transformation,
     unmeasured,
 )
+from kdjax.transforms.negative_curvature import escape
+from kdjax.transforms.warm_start import approach_region
 from kdjax.types import Params, Scalar
 
 APPROACH, DESCEND = 0, 1  # values of SprkdState.phase

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array
 
 from kdjax.curvature.vectors import widen
-from kdjax.transforms.shared import (
+from kdjax.transforms._utils import (
     check_like,
     check_moved,
     check_positive,
@@ -50,7 +50,7 @@ def approach_region(
     Put it last in a chain. The region is kept in the state, so that it is no constant of the compiled program.
 
     Args:
-      region: T, like the parameters, such as what ``kdjax.saddles.recruit`` returns.
+      region: T, like the parameters, such as what ``kdjax.saddles.select_weights`` returns.
       form: one of the above.
       half_life: τ.
       epsilon: of :math:`\lVert S - T \rVert_2 \le \epsilon`, where the region is reached: .1 in the paper, .001 in its

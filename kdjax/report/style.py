@@ -11,8 +11,8 @@ import numpy as np
 
 from kdjax import significance
 from kdjax.extras import extra
-from kdjax.report import words
-from kdjax.report.words import Result
+from kdjax.report import text
+from kdjax.report.text import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,9 +133,9 @@ def style(more: Mapping[Any, Any] = {}) -> dict[Any, Any]:
 def colours_of(result: Result) -> dict[str, str]:
     """One colour name per arm, the same in every figure and table of a page."""
     arms = _lines_of(result)
-    competing = [arm for arm in arms if arm not in words.REFERENCES]
+    competing = [arm for arm in arms if arm not in text.REFERENCES]
     colours = {arm: SERIES[i % len(SERIES)] for i, arm in enumerate(competing)}
-    return colours | {arm: "muted" for arm in arms if arm in words.REFERENCES}
+    return colours | {arm: "muted" for arm in arms if arm in text.REFERENCES}
 
 
 def _lines_of(result: Result) -> list[str]:
@@ -147,9 +147,9 @@ def _lines_of(result: Result) -> list[str]:
 def markers_of(result: Result) -> dict[str, str]:
     """One marker per arm: arms beyond the number of colours are told apart by it."""
     lines = _lines_of(result)
-    competing = [arm for arm in lines if arm not in words.REFERENCES]
+    competing = [arm for arm in lines if arm not in text.REFERENCES]
     markers = {arm: MARKERS[i // len(SERIES) % len(MARKERS)] for i, arm in enumerate(competing)}
-    return markers | {arm: "o" for arm in lines if arm in words.REFERENCES}
+    return markers | {arm: "o" for arm in lines if arm in text.REFERENCES}
 
 
 def named_below(ax: "Axes", result: Result, labels: Mapping[str, str]) -> None:
@@ -193,7 +193,7 @@ def groups(arms: Sequence[str], size: int = 4) -> list[list[str]]:
 
 def percent(value: float, decimals: int = 1) -> str:
     """A fraction in percent, without its sign."""
-    return words.number(100 * value, decimals)
+    return text.number(100 * value, decimals)
 
 
 def is_wide(values: Sequence[float]) -> bool:

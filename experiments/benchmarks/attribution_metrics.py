@@ -54,7 +54,7 @@ def summary(name: str, numbers: np.ndarray) -> dict[str, float]:
 
 
 def check_equal(network: str, maps: Mapping[str, np.ndarray], differences: Mapping[str, np.ndarray]) -> float:
-    """Refuses to compare contenders that do not explain the same network.
+    """Refuses to compare workers that do not explain the same network.
 
     Args:
       network: its name.

@@ -137,14 +137,14 @@ def check_like(what: str, params: Params, **trees: Params) -> None:
         if wanted != got:
             raise ValueError(
                 f"{what} needs a {name} of the structure of the parameters, {wanted}, got {got}: make it with "
-                "kdjax.saddles.recruit."
+                "kdjax.saddles.select_weights."
             )
         pairs = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(tree), strict=True)
         for (path, param), leaf in pairs:
             if jnp.shape(param) != jnp.shape(leaf):
                 raise ValueError(
                     f"{what} needs {name}{jax.tree_util.keystr(path)} of shape {jnp.shape(param)} like the "
-                    f"parameter, got {jnp.shape(leaf)}: make it with kdjax.saddles.recruit."
+                    f"parameter, got {jnp.shape(leaf)}: make it with kdjax.saddles.select_weights."
                 )
 
 

@@ -1,6 +1,6 @@
 r"""One way of measuring curvature, in a process of its own; not run by hand.
 
-    python -m experiments.benchmarks.curvature_peers CONTENDER THREADS WORKLOAD
+    python -m experiments.benchmarks.curvature_baselines CONTENDER THREADS WORKLOAD
 
 ``experiments.benchmarks.curvature`` starts one such process for every contender and number of threads: PyTorch's peers
 may live in another Python than kdjax, and each process has one thread pool and one peak of memory. WORKLOAD is an
@@ -26,7 +26,7 @@ from unittest import mock
 
 import numpy as np
 
-from experiments.benchmarks.contenders import cores, peak_mib, serve, timed
+from experiments.benchmarks.workers import cores, peak_mib, serve, timed
 
 HOST, COMPILED = "kdjax host", "kdjax compiled"
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdjax import significance
-from kdjax.report import words
-from kdjax.report.drawing import (
+from kdjax.report import text
+from kdjax.report.style import (
     LIGHT,
     Folded,
     Panel,
@@ -21,7 +21,7 @@ from kdjax.report.drawing import (
     short,
     spread,
 )
-from kdjax.report.words import Result
+from kdjax.report.text import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ def dot_panel(result: Result, *, metric: str) -> Panel:
     from matplotlib.ticker import LogLocator
 
     arms = [arm for arm, metrics in result["arms"].items() if metric in metrics]
-    kind, colours = words.metric_of(metric), colours_of(result)
+    kind, colours = text.metric_of(metric), colours_of(result)
     values = [kind.scale * np.asarray(result["arms"][arm][metric], np.float64) for arm in arms]
     flat = np.concatenate(values)
 
@@ -44,7 +44,7 @@ def dot_panel(result: Result, *, metric: str) -> Panel:
                 ax.scatter(runs, below, s=22, color=colour, alpha=0.5, linewidths=0)
                 ax.plot(interval(runs), (y, y), color=colour, lw=2)
             ax.plot(mean, y, "o", color=colour, markersize=6)
-            beside(ax, y, words.mean_text(result, arm, metric), colour)
+            beside(ax, y, text.mean_text(result, arm, metric), colour)
         if kind.unit != "%" and flat.min() > 0 and flat.max() > 10 * flat.min():
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if flat.max() < 50 * flat.min() else (1,)))
@@ -52,14 +52,14 @@ def dot_panel(result: Result, *, metric: str) -> Panel:
             ax.set_xticks([], minor=True)
         ax.set_yticks(range(len(arms)), [in_two_lines(arm) for arm in arms])
         ax.set_ylim(len(arms) - 0.45, -0.45)
-        ax.set_title(words.axis_title(kind))
+        ax.set_title(text.axis_title(kind))
         ax.grid(axis="x")
 
     unit = "repeat" if result.get("ratios") else "seed"
     caption = f"Each dot is the only {unit} that was run."
     if any(len(runs) > 1 for runs in values):
         caption = f"Small dots: one {unit} each. Large dot and line: mean and its 95 % interval."
-    means = words.listing([f"{arm} {words.mean_text(result, arm, metric)}" for arm in arms])
+    means = text.listing([f"{arm} {text.mean_text(result, arm, metric)}" for arm in arms])
     return Panel(draw, caption, f"Dot plot of {kind.title} by arm, means: {means}.", 0.7 + 0.46 * len(arms))
 
 
@@ -67,7 +67,7 @@ def curve_panel(result: Result, *, metric: str) -> Panel:
     """A metric over the epochs: mean over seeds as a line, lowest to highest seed as a band."""
     from matplotlib.ticker import MaxNLocator
 
-    kind, colours = words.metric_of(metric), colours_of(result)
+    kind, colours = text.metric_of(metric), colours_of(result)
     curves = {arm: _stack(c[metric]) for arm, c in result["curves"].items() if metric in c}
     curves = {arm: (epochs, kind.scale * runs) for arm, (epochs, runs) in curves.items() if epochs.size}
 
@@ -86,17 +86,15 @@ def curve_panel(result: Result, *, metric: str) -> Panel:
         ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         ax.tick_params(axis="y", labelcolor=LIGHT["muted"])
         ax.set_xlabel("epoch")
-        ax.set_title(words.axis_title(kind))
+        ax.set_title(text.axis_title(kind))
         ax.grid(axis="y")
 
     several = any(len(runs) > 1 for _, runs in curves.values())
-    caption = f"{words.capital(kind.title)} over training. " + (
+    caption = f"{text.capital(kind.title)} over training. " + (
         "Line: mean over seeds; band: lowest to highest seed." if several else "One seed."
     )
-    last = {arm: words.number(float(runs[:, -1].mean()), kind.decimals) for arm, (_, runs) in curves.items()}
-    ends = words.listing(
-        [f"{arm} {text} {kind.unit}".rstrip() for arm, text in last.items()] or ["no values"]
-    )
+    last = {arm: text.number(float(runs[:, -1].mean()), kind.decimals) for arm, (_, runs) in curves.items()}
+    ends = text.listing([f"{arm} {text} {kind.unit}".rstrip() for arm, text in last.items()] or ["no values"])
     alt = f"Curves of {kind.title} by epoch, at the end: {ends}."
     return Panel(draw, caption, alt, 2.7)
 
@@ -114,7 +112,7 @@ def ratio_panel(result: Result) -> Panel:
             ax.plot((1, r["median"]), (y, y), color=colour, lw=1, alpha=0.5)
             ax.plot((r["low"], r["high"]), (y, y), color=colour, lw=4, alpha=0.45, solid_capstyle="butt")
             ax.plot(r["median"], y, "o", color=colour, markersize=7)
-            beside(ax, y, words.times(r["median"]), colour)
+            beside(ax, y, text.times(r["median"]), colour)
         ax.axvline(1, color=LIGHT["ink"], lw=1)
         margin = (high / low) ** 0.07
         ax.set_xlim(low / margin, high * margin)
@@ -130,7 +128,7 @@ def ratio_panel(result: Result) -> Panel:
         "Against each peer: the median, and from low to high, on a logarithmic axis. Right of the line at 1× kdjax is "
         "ahead."
     )
-    medians = words.listing([f"{peer} {words.times(r['median'])}" for peer, r in ratios.items()])
+    medians = text.listing([f"{peer} {text.times(r['median'])}" for peer, r in ratios.items()])
     return Panel(draw, caption, f"Ratios of kdjax to its peers: {medians}.", 0.85 + 0.4 * len(ratios))
 
 
@@ -145,7 +143,7 @@ def swept_panels(result: Result) -> list[Panel]:
 
 def swept_panel(result: Result, sweep: Mapping[str, Any], *, metric: str) -> Panel:
     """A metric against a swept value; the axis of values is logarithmic where they span much."""
-    kind, colours, markers = words.metric_of(metric), colours_of(result), markers_of(result)
+    kind, colours, markers = text.metric_of(metric), colours_of(result), markers_of(result)
     values = np.asarray(sweep["values"], np.float64)
     arms = {
         arm: [kind.scale * np.asarray(runs, np.float64) for runs in metrics[metric]]
@@ -172,24 +170,24 @@ def swept_panel(result: Result, sweep: Mapping[str, Any], *, metric: str) -> Pan
             beside(ax, y, short(arm, 16), LIGHT[colours[arm]], rows="axes fraction")
         ax.tick_params(axis="y", labelcolor=LIGHT["muted"])
         ax.set_xlabel(sweep["name"])
-        ax.set_title(words.axis_title(kind))
+        ax.set_title(text.axis_title(kind))
         ax.grid(axis="y")
 
     several = any(len(runs) > 1 for found in arms.values() for runs in found)
-    caption = f"{words.capital(kind.title)} against {sweep['name']}" + " on a logarithmic axis" * wide + ". "
+    caption = f"{text.capital(kind.title)} against {sweep['name']}" + " on a logarithmic axis" * wide + ". "
     caption += "Mark: mean over seeds; upright line: its 95 % interval." if several else "One seed."
     ends = []
     for arm, mean in means.items():
         best = int(np.argmax(mean) if kind.higher is not False else np.argmin(mean))
         ends.append(f"{arm} {_printed(kind, mean[best])} at {values[best]:g}")
     which = "lowest" if kind.higher is False else "highest"
-    alt = f"Lines of {kind.title} against {sweep['name']}, {which}: {words.listing(ends)}."
+    alt = f"Lines of {kind.title} against {sweep['name']}, {which}: {text.listing(ends)}."
     rows = [
         [f"{value:g}", *(_mean_sd(metric, found[i] / kind.scale) for found in arms.values())]
         for i, value in enumerate(values)
     ]
     head = [sweep["name"], *arms]
-    title = f"Numbers: {words.axis_title(kind)}, mean ± standard deviation" if several else "Numbers"
+    title = f"Numbers: {text.axis_title(kind)}, mean ± standard deviation" if several else "Numbers"
     return Panel(draw, caption, alt, 2.7, Folded(title, [(head, rows)]))
 
 
@@ -206,7 +204,7 @@ def trial_panels(result: Result) -> list[Panel]:
 
 def trial_panel(result: Result, *, flag: str) -> Panel:
     """The value of every trial against one setting: finished ones filled, stopped ones hollow, the best named."""
-    metric, best = words.metric_of(result["trials_metric"]), _best_trial(result)
+    metric, best = text.metric_of(result["trials_metric"]), _best_trial(result)
     trials = [t for t in result["trials"] if t["value"] is not None and flag in t["settings"]]
     settings = [trial["settings"][flag] for trial in trials]
     numeric = all(isinstance(s, int | float) and not isinstance(s, bool) for s in settings)
@@ -235,11 +233,11 @@ def trial_panel(result: Result, *, flag: str) -> Panel:
                 ax.tick_params(axis="x", rotation=90)
         ax.tick_params(axis="y", labelcolor=LIGHT["muted"])
         ax.set_xlabel(flag)
-        ax.set_title(words.axis_title(metric))
+        ax.set_title(text.axis_title(metric))
         ax.grid(axis="y")
 
     left = len(result["trials"]) - len(trials)
-    caption = f"{words.capital(metric.title)} of every setting tried, against {flag}"
+    caption = f"{text.capital(metric.title)} of every setting tried, against {flag}"
     caption += " on a logarithmic axis." if wide else "."
     if any(trial["outcome"] != "finished" for trial in trials):
         caption += " Hollow: stopped before its end."
@@ -256,19 +254,19 @@ def trial_panel(result: Result, *, flag: str) -> Panel:
 
 
 def _trial_table(result: Result, flags: Sequence[str]) -> Folded:
-    metric = words.metric_of(result["trials_metric"])
+    metric = text.metric_of(result["trials_metric"])
     sign = -1 if metric.higher is not False else 1
     ordered = sorted(
         result["trials"], key=lambda t: (t["value"] is None, sign * (t["value"] or 0), t["number"])
     )
-    head = ["trial", words.axis_title(metric), "outcome", *flags, "seconds"]
+    head = ["trial", text.axis_title(metric), "outcome", *flags, "seconds"]
     rows = [
         [
             str(t["number"]),
-            "–" if t["value"] is None else words.number(metric.scale * t["value"], metric.decimals),
+            "–" if t["value"] is None else text.number(metric.scale * t["value"], metric.decimals),
             "stopped early" if t["outcome"] == "pruned" else t["outcome"],
             *(_setting(t["settings"][flag]) if flag in t["settings"] else "–" for flag in flags),
-            words.number(t["seconds"], 1 if t["seconds"] < 100 else 0),
+            text.number(t["seconds"], 1 if t["seconds"] < 100 else 0),
         ]
         for t in ordered
     ]
@@ -277,7 +275,7 @@ def _trial_table(result: Result, flags: Sequence[str]) -> Folded:
 
 def _best_trial(result: Result) -> Mapping[str, Any] | None:
     finished = [trial for trial in result["trials"] if trial["outcome"] == "finished"]
-    choose = min if words.metric_of(result["trials_metric"]).higher is False else max
+    choose = min if text.metric_of(result["trials_metric"]).higher is False else max
     return choose(finished, key=lambda trial: trial["value"]) if finished else None
 
 
@@ -285,15 +283,15 @@ def _setting(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _printed(metric: words.Metric, value: float) -> str:
-    return f"{words.number(value, metric.decimals)} {metric.unit}".rstrip()
+def _printed(metric: text.Metric, value: float) -> str:
+    return f"{text.number(value, metric.decimals)} {metric.unit}".rstrip()
 
 
 def _mean_sd(name: str, runs: np.ndarray) -> str:
-    metric = words.metric_of(name)
+    metric = text.metric_of(name)
     mean, sd, n = significance.summarise((metric.scale * runs).tolist())
-    decimals = words.places(mean) if metric.decimals is None else metric.decimals
-    return words.number(mean, decimals) + (f" ± {words.number(sd, decimals)}" if n > 1 else "")
+    decimals = text.places(mean) if metric.decimals is None else metric.decimals
+    return text.number(mean, decimals) + (f" ± {text.number(sd, decimals)}" if n > 1 else "")
 
 
 def _value_ticks(ax: "Axes", values: np.ndarray, *, wide: bool) -> None:

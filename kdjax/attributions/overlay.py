@@ -27,7 +27,7 @@ def importance(attributions: Float[Array, "..."]) -> Float[Array, "*batch height
 
 
 def quantised(maps: Shaped[Array, "..."]) -> dict[str, Array]:
-    """Maps as they are stored, to be rows of :func:`kdjax.teacher.fill`.
+    """Maps as they are stored, to be rows of :func:`kdjax.teacher.precompute`.
 
     Returns:
       ``map``, uint8, as shares of each map's largest value, which is 255; and ``map_peak``, that value, float32[batch],

@@ -14,22 +14,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, Int8, Int32, UInt8
 
-from kdjax.data import arrays, folders, stored
-from kdjax.data.stored import first_ten
+from kdjax.data import arrays, folders, tfds_cache
+from kdjax.data.tfds_cache import first_ten
 from kdjax.extras import extra
 
 GROUP_PATTERNS = {"malaria": r"C\d+(?:P\d+)?"}
 """For :func:`groups_of`: the part of a key that names the patient, of sets whose examples are not independent."""
 
 
-class Source(NamedTuple):
+class Dataset(NamedTuple):
     """Labelled images in memory; row ``i`` of every array is example ``i``. Constant by convention."""
 
     name: str
     images: UInt8[np.ndarray, "n height width channels"]
     labels: Int32[np.ndarray, " n"]
-    keys: np.ndarray  # str[n]: ids that outlive a reordering, such as "train/000123" or a file name
-    official: Int8[np.ndarray, " n"]  # 0 training, 1 official test split; -1 throughout where there is none
+    example_ids: np.ndarray  # str[n]: ids that outlive a reordering, such as "train/000123" or a file name
+    official_split: Int8[
+        np.ndarray, " n"
+    ]  # 0 training, 1 official test split; -1 throughout where there is none
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()  # sentences on how the data were read, for the reader of a result
 
@@ -45,7 +47,7 @@ def load(
     data_dir: str | os.PathLike[str] | None = None,
     image_size: tuple[int, int] | None = None,
     skip_broken: bool = False,
-) -> Source:
+) -> Dataset:
     """Loads a labelled image data set into memory.
 
     Args:
@@ -88,36 +90,38 @@ def load(
 
 def _load(
     name: str, data_dir: str | os.PathLike[str] | None, image_size: tuple[int, int] | None, skip_broken: bool
-) -> Source:
+) -> Dataset:
     if name.startswith("folder:"):
         root = Path(name.removeprefix("folder:")).expanduser()
-        return Source(
+        return Dataset(
             root.resolve().name, *folders.read(root, image_size=image_size, skip_broken=skip_broken)
         )
     if name == "digits" or name.lower().endswith(".npz"):
         if image_size is not None:
             raise ValueError(f"image_size applies to TFDS sets and folders; {name} has one size already.")
         return (
-            _digits() if name == "digits" else Source(Path(name).stem, *arrays.read(Path(name).expanduser()))
+            _digits() if name == "digits" else Dataset(Path(name).stem, *arrays.read(Path(name).expanduser()))
         )
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    return Source(name, *stored.read(name, data_dir=root, image_size=image_size))
+    return Dataset(name, *tfds_cache.read(name, data_dir=root, image_size=image_size))
 
 
-def _digits() -> Source:
+def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
     images = (digits.images.astype(np.int32) * 255 // 16).astype(np.uint8)[..., None]
     keys = np.array([f"digits/{i:06d}" for i in range(len(images))])
-    official = np.full(len(images), -1, np.int8)
-    return Source("digits", images, digits.target.astype(np.int32), keys, official, tuple("0123456789"))
+    official_split = np.full(len(images), -1, np.int8)
+    return Dataset(
+        "digits", images, digits.target.astype(np.int32), keys, official_split, tuple("0123456789")
+    )
 
 
 # Functions of a source.
 
 
-def groups_of(source: Source, pattern: str) -> np.ndarray:
+def groups_of(source: Dataset, pattern: str) -> np.ndarray:
     """Returns the part of each key that names its group, for :func:`split_ids`.
 
     The patients of the malaria set are ``groups_of(source, GROUP_PATTERNS["malaria"])``.
@@ -132,8 +136,8 @@ def groups_of(source: Source, pattern: str) -> np.ndarray:
     Raises:
       ValueError: a key has no match.
     """
-    found = [re.search(pattern, key) for key in source.keys]
-    for key, match in zip(source.keys, found, strict=True):
+    found = [re.search(pattern, key) for key in source.example_ids]
+    for key, match in zip(source.example_ids, found, strict=True):
         if match is None:
             raise ValueError(
                 f"pattern {pattern!r} matches nothing in the key {str(key)!r}: every example needs a group."
@@ -142,7 +146,7 @@ def groups_of(source: Source, pattern: str) -> np.ndarray:
 
 
 def split_ids(
-    source: Source,
+    source: Dataset,
     *,
     validation: float = 0.1,
     test: float = 0.2,
@@ -169,25 +173,25 @@ def split_ids(
       ValueError: the fractions leave nothing for training, a split asked for is empty, or a group lies on
         both sides of the official split.
     """
-    has_test = bool(np.any(source.official == 1))
+    has_test = bool(np.any(source.official_split == 1))
     test = 0.0 if has_test else test
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise ValueError(
             f"validation and test must be >= 0 and sum to less than 1; got {validation} and {test}."
         )
-    units = source.keys if groups is None else np.asarray(groups)
+    units = source.example_ids if groups is None else np.asarray(groups)
     if units.shape != source.labels.shape:
         raise ValueError(
             f"groups must name one group an example, {len(source.labels)} in all; got shape {units.shape}."
         )
     if groups is not None and has_test:
-        shared = np.intersect1d(units[source.official == 1], units[source.official != 1])
+        shared = np.intersect1d(units[source.official_split == 1], units[source.official_split != 1])
         if len(shared):
             raise ValueError(
                 f"group {str(shared[0])!r} has examples in the official training and test splits alike."
             )
     position = _hash_positions(units, salt)
-    in_test = source.official == 1 if has_test else position < test
+    in_test = source.official_split == 1 if has_test else position < test
     in_validation = ~in_test & (position >= 1 - validation)
     ids = {
         "train": np.flatnonzero(~in_test & ~in_validation),
@@ -213,7 +217,7 @@ def _hash_positions(units: np.ndarray, salt: str) -> np.ndarray:
     return (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
 
 
-def split_notes(source: Source, split: Mapping[str, Int[np.ndarray, " _"]]) -> tuple[str, ...]:
+def split_notes(source: Dataset, split: Mapping[str, Int[np.ndarray, " _"]]) -> tuple[str, ...]:
     """Says what in a split makes its numbers mean less than they seem, each with counts; nothing if all is well.
 
     Images are compared byte by byte (by their digests), so that a copy which was compressed anew is not found.
@@ -229,7 +233,7 @@ def split_notes(source: Source, split: Mapping[str, Int[np.ndarray, " _"]]) -> t
     return tuple(_split_notes(source, split))
 
 
-def _split_notes(source: Source, split: Mapping[str, np.ndarray]) -> Iterator[str]:
+def _split_notes(source: Dataset, split: Mapping[str, np.ndarray]) -> Iterator[str]:
     spellings = defaultdict(list)
     for name in source.class_names:
         spellings[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
@@ -258,19 +262,19 @@ def _split_notes(source: Source, split: Mapping[str, np.ndarray]) -> Iterator[st
         yield f"Images of a single colour: {int(flat.sum()):,} of {len(flat):,}."
 
 
-def take(source: Source, ids: Int[np.ndarray, " ids"]) -> Source:
+def subset(source: Dataset, ids: Int[np.ndarray, " ids"]) -> Dataset:
     """Returns the examples ``ids``, keys included, as a data set of their own: its ``i`` is ``ids[i]``."""
     return source._replace(
         images=source.images[ids],
         labels=source.labels[ids],
-        keys=source.keys[ids],
-        official=source.official[ids],
+        example_ids=source.example_ids[ids],
+        official_split=source.official_split[ids],
     )
 
 
 def with_label_noise(
-    source: Source, ids: Int[np.ndarray, " ids"], *, fraction: float, seed: int
-) -> tuple[Source, Int[np.ndarray, " perturbed"]]:
+    source: Dataset, ids: Int[np.ndarray, " ids"], *, fraction: float, seed: int
+) -> tuple[Dataset, Int[np.ndarray, " perturbed"]]:
     """Gives exactly ``round(fraction * len(ids))`` examples a wrong label, uniform over the wrong classes.
 
     Args:
@@ -304,12 +308,12 @@ def with_label_noise(
     return source._replace(labels=labels), perturbed.astype(np.int64)
 
 
-def digest(source: Source) -> str:
+def digest(source: Dataset) -> str:
     """Returns one SHA-256 over images, labels and keys, with their shapes."""
     total = hashlib.sha256()
     for name, array in (("images", source.images), ("labels", source.labels.astype("<i4"))):
         total.update(f"{name}{array.shape}".encode())
         total.update(np.ascontiguousarray(array).data)
-    for key in source.keys.tolist():
-        stored.update_digest(total, key.encode())
+    for key in source.example_ids.tolist():
+        tfds_cache.update_digest(total, key.encode())
     return total.hexdigest()

@@ -1,7 +1,7 @@
 r"""One way of computing integrated gradients, in a process of its own; not run by hand.
 
 ``experiments.benchmarks.attributions`` starts one such process for every contender and number of threads, as
-:mod:`experiments.benchmarks.contenders` says. The workload is an ``.npz`` file with normalised images, labels and the
+:mod:`experiments.benchmarks.workers` says. The workload is an ``.npz`` file with normalised images, labels and the
 weights of trained networks, the same for all. The jobs:
 
     load     builds the named network; the answer has each image's score less that of its baseline, zeros
@@ -9,7 +9,7 @@ weights of trained networks, the same for all. The jobs:
              after loading includes compilation
     memory   MiB held at once during such a call, beyond what the process held before (Linux only)
 
-Which attributions is said by "options". All contenders know ``{"nodes": 50}``, fixed nodes by Gauss and Legendre, which
+Which attributions is said by "options". All workers know ``{"nodes": 50}``, fixed nodes by Gauss and Legendre, which
 is captum's default; captum also ``"chunk"``, how many nodes it takes at once, null for its default of all of them; and
 kdjax ``{"bound": .05}``, as many nodes as each image needs; ``{"nodes": 64, "rule": "midpoint"}``, any rule in a loop
 that is compiled once for all numbers of nodes; and ``{"gradients": 50}``, as many gradients and nothing else.
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from experiments.benchmarks.contenders import cores, peak_mib, serve, timed
+from experiments.benchmarks.workers import cores, peak_mib, serve, timed
 
 LONGEST = 1024  # nodes that the loop of any rule is compiled for; more of them are a multiple of it
 TWINS = ("resnet", "mobilenet_v2")  # what the networks' names begin with that torch_network knows

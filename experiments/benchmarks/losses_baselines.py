@@ -28,7 +28,7 @@ def squared_logits(student: Tensor, teacher: Tensor) -> Tensor:
     return f.mse_loss(student, teacher)
 
 
-def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+def dkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """Zhao et al.: masks of the target and of the others, the target of the second term pushed down by 1000."""
     t, place = 4.0, labels.unsqueeze(1)
     target = torch.zeros_like(student).scatter_(1, place, 1).bool()
@@ -128,7 +128,7 @@ def factor_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     return (_attention(student) - _attention(teacher)).abs().mean()
 
 
-def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
+def nst(student: Tensor, teacher: Tensor) -> Tensor:
     """Huang and Wang: every pair of channels multiplied at every position, summed afterwards."""
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
     return kernel(t, t).detach() + kernel(s, s) - 2 * kernel(s, t)
 
 
-def solution_flow(s_first: Tensor, s_second: Tensor, t_first: Tensor, t_second: Tensor) -> Tensor:
+def fsp(s_first: Tensor, s_second: Tensor, t_first: Tensor, t_second: Tensor) -> Tensor:
     """Yim et al., in the form of RepDistiller: the outer product at every position, averaged afterwards."""
 
     def flow(first: Tensor, second: Tensor) -> Tensor:
@@ -154,14 +154,14 @@ def activation_boundary(student: Tensor, teacher: Tensor) -> Tensor:
     return (up + down).abs().sum() / len(student)
 
 
-def overhaul(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
+def ofd(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
     """Heo et al."""
     teacher = torch.max(teacher, margin.view(1, -1, 1, 1))
     loss = f.mse_loss(student, teacher, reduction="none")
     return (loss * ((student > teacher) | (teacher > 0)).float()).sum() / len(student)
 
 
-def review_hcl(student: Tensor, teacher: Tensor) -> Tensor:
+def reviewkd(student: Tensor, teacher: Tensor) -> Tensor:
     """Chen et al."""
     loss, weight, total = f.mse_loss(student, teacher), 1.0, 1.0
     for side in (4, 2, 1):
@@ -173,13 +173,13 @@ def review_hcl(student: Tensor, teacher: Tensor) -> Tensor:
     return loss / total
 
 
-def variational_information(mean: Tensor, log_scale: Tensor, teacher: Tensor) -> Tensor:
+def vid(mean: Tensor, log_scale: Tensor, teacher: Tensor) -> Tensor:
     """Ahn et al., in the form of RepDistiller."""
     variance = (torch.log(1 + torch.exp(log_scale)) + 1e-5).view(1, -1, 1, 1)
     return (0.5 * ((mean - teacher) ** 2 / variance + torch.log(variance))).mean()
 
 
-def masked_generation(generated: Tensor, teacher: Tensor) -> Tensor:
+def mgd(generated: Tensor, teacher: Tensor) -> Tensor:
     """Yang et al."""
     return f.mse_loss(generated, teacher, reduction="sum") / len(generated)
 
@@ -263,7 +263,7 @@ def info_nce(student: Tensor, teacher: Tensor) -> Tensor:
     return f.cross_entropy(products / 0.1, torch.arange(len(student)))
 
 
-def centred_kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
+def cka(student: Tensor, teacher: Tensor) -> Tensor:
     """Kornblith et al., from the formula with the kernels of the examples."""
 
     def kernel(x: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ def centred_kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - (k * ell).sum() / (k.norm() * ell.norm())
 
 
-def contrastive_representation(
+def crd(
     student: Tensor, teacher: Tensor, candidates: Tensor, s_bank: Tensor, t_bank: Tensor, z: Tensor
 ) -> Tensor:
     """Tian et al.: candidates' rows gathered from both memories, which then move; z is set by the first batch."""

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdjax.report import words
-from kdjax.report.drawing import (
+from kdjax.report import text
+from kdjax.report.style import (
     LIGHT,
     Folded,
     Panel,
@@ -23,7 +23,7 @@ from kdjax.report.drawing import (
     short,
     spread,
 )
-from kdjax.report.words import Result
+from kdjax.report.text import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +87,7 @@ def robustness_panel(result: Result) -> Panel:
     caption += "Mark: mean over seeds; line: its 95 % interval." if several else "One seed."
     alt = "; ".join(
         f"{_disturbance(kind)[0]}: "
-        + words.listing([f"{arm} {percent(float(runs.mean()) / 100)} %" for arm, runs in found.items()])
+        + text.listing([f"{arm} {percent(float(runs.mean()) / 100)} %" for arm, runs in found.items()])
         for kind, found in means.items()
     )
     height = 0.75 + len(means) * max(0.3, 0.13 + 0.095 * len(arms)) + height_below(list(labels.values()))
@@ -160,7 +160,7 @@ def reliability_panel(result: Result, arms: Sequence[str]) -> Panel:
         "tiny ones, which say little. "
         "Off by: the mean distance from the line (expected calibration error)."
     )
-    said = words.listing([f"{arm} {percent(error)} %" for arm, error in errors.items()])
+    said = text.listing([f"{arm} {percent(error)} %" for arm, error in errors.items()])
     alt = f"Reliability diagram, expected calibration error: {said}."
     return Panel(draw, caption, alt, 3.4 + height_below(list(labels.values())))
 
@@ -251,11 +251,11 @@ def _confused(share: np.ndarray, names: Sequence[str]) -> str:
 
 def compression_panel(result: Result) -> Panel:
     """Accuracy against how many times fewer parameters an arm has than the largest, with its latency in words."""
-    metric, colours, markers = words.metric_of("accuracy"), colours_of(result), markers_of(result)
+    metric, colours, markers = text.metric_of("accuracy"), colours_of(result), markers_of(result)
     costs = {arm: result["costs"][arm] for arm in _scored(result)}
     largest = max(costs, key=lambda arm: costs[arm]["parameters"])
     times = {arm: costs[largest]["parameters"] / cost["parameters"] for arm, cost in costs.items()}
-    latency = {arm: f"{words.number(float(np.median(c['latency_ms'])), None)} ms" for arm, c in costs.items()}
+    latency = {arm: f"{text.number(float(np.median(c['latency_ms'])), None)} ms" for arm, c in costs.items()}
     values = {arm: metric.scale * np.asarray(result["arms"][arm]["accuracy"], np.float64) for arm in costs}
     wide = is_wide(list(times.values()))
     labels = {arm: f"{short(arm)}, {latency[arm]}" for arm in costs}
@@ -289,11 +289,11 @@ def compression_panel(result: Result) -> Panel:
     )
     caption += "Upright line: 95 % interval of the mean over seeds." if several else "One seed."
     said = [
-        f"{arm} {words.times(times[arm])} fewer, {words.mean_text(result, arm, 'accuracy')}, {latency[arm]}"
+        f"{arm} {text.times(times[arm])} fewer, {text.mean_text(result, arm, 'accuracy')}, {latency[arm]}"
         for arm in costs
     ]
     rows = [
-        [arm, f"{cost['parameters']:,}", words.times(times[arm]), latency[arm].removesuffix(" ms")]
+        [arm, f"{cost['parameters']:,}", text.times(times[arm]), latency[arm].removesuffix(" ms")]
         for arm, cost in costs.items()
     ]
     folded = Folded("Sizes and times", [(["arm", "parameters", "times fewer", "one image, ms"], rows)])
@@ -368,7 +368,7 @@ def density_panel(result: Result, arms: Sequence[str]) -> Panel:
         f"{arm} up to {grid[runs.max(0) > 1e-6 * runs.max()].max():.3g}"
         for arm, (grid, runs) in found.items()
     ]
-    alt = f"Densities of the Hessian's eigenvalues: {words.listing(said)}."
+    alt = f"Densities of the Hessian's eigenvalues: {text.listing(said)}."
     return Panel(draw, caption, alt, 2.7 + height_below(list(labels.values())))
 
 
@@ -390,7 +390,7 @@ def surface_panel(result: Result) -> Panel:
     steps = np.concatenate([step for x, y, _ in surfaces.values() for step in (x, y)])
     first, last = float(steps.min()), float(steps.max())
     centre = {arm: float(loss[x == 0, y == 0].item()) for arm, (x, y, loss) in surfaces.items()}
-    said = {arm: words.number(value, None) for arm, value in centre.items()}
+    said = {arm: text.number(value, None) for arm, value in centre.items()}
     # Data are inches, from the upper left corner of the figure.
     columns = 3 if len(surfaces) == 3 or len(surfaces) > 4 else 2
     width, gap = 4.0, 0.14
@@ -432,10 +432,10 @@ def surface_panel(result: Result) -> Panel:
         "fall where it rises here."
     )
     told = [
-        f"{arm} {said[arm]} there and up to {words.number(float(loss.max()), None)}"
+        f"{arm} {said[arm]} there and up to {text.number(float(loss.max()), None)}"
         for arm, (_, _, loss) in surfaces.items()
     ]
-    alt = f"Contours of the loss over a plane through the final weights: {words.listing(told)}."
+    alt = f"Contours of the loss over a plane through the final weights: {text.listing(told)}."
     return Panel(draw, caption, alt, bottom + 0.65)
 
 
@@ -488,7 +488,7 @@ def overlay_panel(result: Result) -> Panel:
     caption += "Right: both, the image in grey. "
     caption += "Orange speaks for the answer, blue against it. " if signed else ""
     caption += f"{left} more {'are' if left > 1 else 'is'} not drawn." if left else ""
-    titles = words.listing([overlay["title"] for overlay in shown])
+    titles = text.listing([overlay["title"] for overlay in shown])
     height = 0.2 + 1.33 * row_height * len(shown)
     return Panel(draw, caption.strip(), f"Images with attribution maps: {titles}.", height)
 

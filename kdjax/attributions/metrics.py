@@ -12,7 +12,7 @@ Map = Float[Array, "batch height width depth"]
 Other = Shaped[Array, "others other_height other_width other_depth"]
 
 
-def removal_curve(
+def deletion_insertion(
     score_fn: ScoreFn,
     inputs: Float[Array, "..."],
     maps: Other,
@@ -67,7 +67,7 @@ def removal_curve(
     return jax.lax.map(at, jnp.arange(num_steps + 1))
 
 
-def pointing(maps: Map, masks: Other) -> Bool[Array, " batch"]:
+def pointing_game(maps: Map, masks: Other) -> Bool[Array, " batch"]:
     """Whether the largest value of each map, the first of equal ones, lies on the object.
 
     References:
@@ -79,7 +79,7 @@ def pointing(maps: Map, masks: Other) -> Bool[Array, " batch"]:
     return jnp.take_along_axis(_rows(masks), place[:, None], axis=-1)[:, 0] != 0
 
 
-def mass_inside(maps: Map, masks: Other) -> Float[Array, " batch"]:
+def relevance_mass(maps: Map, masks: Other) -> Float[Array, " batch"]:
     """The share of each map that lies on the object; 0 for a map of zeros.
 
     References:

@@ -71,7 +71,7 @@ class Worker:
 def working(
     pythons: Mapping[str, str], threads: int, workload: Path, *, peers: str
 ) -> Iterator[list[Worker]]:
-    """Processes of contenders, ended afterwards.
+    """Processes of workers, ended afterwards.
 
     Args:
       pythons: contender → the interpreter that has it.
@@ -186,12 +186,12 @@ def free_mib() -> float | None:
 
 
 def serve(
-    contenders: Mapping[str, Callable[[], Any]], answer: Callable[[Any, Path, dict[str, Any]], dict[str, Any]]
+    workers: Mapping[str, Callable[[], Any]], answer: Callable[[Any, Path, dict[str, Any]], dict[str, Any]]
 ) -> None:
     """Answers lines from stdin on stdout until there are no more; ``main`` of a module of peers.
 
     Args:
-      contenders: name → what makes it, and raises ImportError where it cannot be imported.
+      workers: name → what makes it, and raises ImportError where it cannot be imported.
       answer: does one job, ``answer(contender, workload, asked)``.
     """
     name, threads, workload = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
@@ -205,7 +205,7 @@ def serve(
         answers.flush()
 
     try:
-        contender = contenders[name]()
+        contender = workers[name]()
     except ImportError as error:
         say({"absent": str(error)})
         return

@@ -11,7 +11,7 @@ from kdjax import curvature
 from kdjax.curvature.krylov import ritz
 from kdjax.curvature.vectors import size_of, widen
 from kdjax.saddles import SaddleScore, score_saddle
-from kdjax.transforms.shared import (
+from kdjax.transforms._utils import (
     Draws,
     check_moved,
     check_period,

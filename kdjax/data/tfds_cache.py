@@ -42,12 +42,12 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
 
 
 class Arrays(NamedTuple):
-    """A decoded data set; the fields of :class:`kdjax.data.Source` after its name."""
+    """A decoded data set; the fields of :class:`kdjax.data.Dataset` after its name."""
 
     images: np.ndarray
     labels: np.ndarray
     keys: np.ndarray
-    official: np.ndarray
+    official_split: np.ndarray
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -372,11 +372,11 @@ def _decode(
     if cache is not None:
         check_room(cache, images.nbytes, f"keeping {builder.info.name} decoded")
     labels = np.empty(total, np.int32)
-    keys, official, start = [], np.empty(total, np.int8), 0
+    keys, official_split, start = [], np.empty(total, np.int8), 0
     names = json.loads((path / KEYS_FILE).read_text()) if KEYS_FILE in preparation["files"] else {}
     for split, flag in splits.items():
         stop = start + builder.info.splits[split].num_examples
-        official[start:stop] = flag
+        official_split[start:stop] = flag
         keys += names[split] if names else [f"{split}/{i:06d}" for i in range(stop - start)]
         for row, example in enumerate(_examples(builder, split, path), start):
             encoded = example.features.feature[image_key].bytes_list.value[0]
@@ -387,7 +387,9 @@ def _decode(
         raise ValueError(
             f"{builder.info.name} has examples without a label (-1), so it cannot be used as it is."
         )
-    return Arrays(images, labels, np.array(keys), official, tuple(builder.info.features[label_key].names))
+    return Arrays(
+        images, labels, np.array(keys), official_split, tuple(builder.info.features[label_key].names)
+    )
 
 
 def _supervised(info: Any) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from kdjax.robustness.corruptions import CORRUPTIONS, Corruption, check_severiti
 from kdjax.types import ApplyFn, ModelState, Params
 
 
-def make_assessor(
+def make_evaluator(
     apply_fn: ApplyFn,
     images: np.ndarray,
     labels: np.ndarray,

@@ -20,7 +20,7 @@ _Kernel: TypeAlias = tuple[
 _KERNEL = ("params", "kernel")
 
 
-def recruit(
+def select_weights(
     teacher_params: Params,
     student_params: Params,
     *,
@@ -67,12 +67,12 @@ def recruit(
       Efficient ConvNets <https://arxiv.org/abs/1608.08710>`_, 2017, rank them by norm. Yoshida, Miyato, `Spectral Norm
       Regularization <https://arxiv.org/abs/1705.10941>`_, 2017, for a convolution's norm as that of the matrix.
     """
-    return recruit_with_state(
+    return select_weights_with_state(
         (teacher_params, {}), (student_params, {}), form=form, rescale=rescale, order=order
     )[0]
 
 
-def recruit_with_state(
+def select_weights_with_state(
     teacher: tuple[Params, ModelState],
     student: tuple[Params, ModelState],
     *,
@@ -80,22 +80,22 @@ def recruit_with_state(
     rescale: bool = True,
     order: Sequence[str] | None = None,
 ) -> tuple[Params, ModelState]:
-    """As :func:`recruit`, with the running statistics of normalisation layers, whose channels are kept along.
+    """As :func:`select_weights`, with the running statistics of normalisation layers, whose channels are kept along.
 
     Channels are compared after normalisation, by incoming weights times ``scale / sqrt(var)``.
 
     Args:
       teacher: parameters and model state.
       student: parameters and model state, for their shapes and types.
-      form: as in :func:`recruit`.
-      rescale: as in :func:`recruit`.
-      order: as in :func:`recruit`.
+      form: as in :func:`select_weights`.
+      rescale: as in :func:`select_weights`.
+      order: as in :func:`select_weights`.
 
     Returns:
       The student's parameters and model state.
 
     Raises:
-      ValueError: as :func:`recruit`.
+      ValueError: as :func:`select_weights`.
     """
     if form not in ("select", "crop"):
         raise ValueError(f"form must be 'select' or 'crop', got {form!r}.")
@@ -136,14 +136,14 @@ def _check_layers(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
         ]
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"recruit needs networks of the same layers, and has {', '.join(missing[:3])}{more}: "
+            f"select_weights needs networks of the same layers, and has {', '.join(missing[:3])}{more}: "
             "give the student the depth of its teacher."
         )
     for name, shape in teacher.items():
         if len(shape) != len(student[name]):
             raise ValueError(
-                f"recruit needs the same kinds of layers, and {name.removeprefix('params/')} is {shape} in the teacher "
-                f"and {student[name]} in the student."
+                f"select_weights needs the same kinds of layers, and {name.removeprefix('params/')} is {shape} in the "
+                f"teacher and {student[name]} in the student."
             )
 
 

@@ -1,10 +1,10 @@
 r"""Is it faster to train many students in one program than one after the other, and in which form?
 
-    python -m experiments.benchmarks.many --output=experiments/results/benchmarks/many.json
+    python -m experiments.benchmarks.vmapped --output=experiments/results/benchmarks/vmapped.json
 
 Takes about three minutes. Students of different seeds, each with a weight of its own in the loss, train on images held
 on the device, 32 steps in each call, or 5 as an epoch of few labels has: one after the other by the pmapped function
-that the experiments use, and at once by the two forms of kdjax.many. Every round times each of them once. A ratio is
+that the experiments use, and at once by the two forms of kdjax.vmapped. Every round times each of them once. A ratio is
 the time of one after the other over that of the form, above 1 where training at once is faster. What compiling adds to
 the first call stands apart; one after the other, it is paid once for all students.
 
@@ -24,7 +24,7 @@ import optax
 from absl import flags
 
 from experiments import common
-from kdjax import data, many, models, parallel, results, train
+from kdjax import data, models, parallel, results, train, vmapped
 
 OUTPUT = flags.DEFINE_string("output", None, "Result file to write.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Times that each form is timed.", lower_bound=1)
@@ -103,12 +103,13 @@ def make_ways(case: Case) -> dict[int, dict[str, Callable[[], Any]]]:
         return lambda: jax.block_until_ready([go() for go in alone[:count]])
 
     def at_once(count, form):
-        built = spread(many.make_run(run, form=form))
-        go = call(built, many.stack(states[:count]), weights[:count], index[..., :count])
+        built = spread(vmapped.make_run(run, form=form))
+        go = call(built, vmapped.stack(states[:count]), weights[:count], index[..., :count])
         return lambda: jax.block_until_ready(go())
 
     return {
-        count: {APART: apart(count)} | {form: at_once(count, form) for form in many.FORMS} for count in counts
+        count: {APART: apart(count)} | {form: at_once(count, form) for form in vmapped.FORMS}
+        for count in counts
     }
 
 

@@ -16,7 +16,7 @@ import pytest
 from absl import flags
 
 from experiments import common
-from kdjax import data, evaluate, many, models, parallel, results, train
+from kdjax import data, evaluate, models, parallel, results, train, vmapped
 from kdjax.types import Outputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +59,7 @@ TX = optax.adam(0.05)
 
 
 def begin(seeds=SEEDS):
-    return many.stack([train.init_state(*linear_weights(seed), TX, seed=seed) for seed in seeds])
+    return vmapped.stack([train.init_state(*linear_weights(seed), TX, seed=seed) for seed in seeds])
 
 
 def one_run(axis_name=None, objective=weighted):
@@ -72,7 +72,7 @@ def the_arrays(weights=WEIGHTS):
 
 def the_feed(arrays, seeds=SEEDS):
     ids = np.arange(40)
-    return many.feed(
+    return vmapped.feed(
         [data.resident_feed(arrays, ids, seed=s, batch_size=10, steps_per_dispatch=2) for s in seeds]
     )
 
@@ -87,7 +87,7 @@ def validate(params, model_state):
 
 @functools.cache
 def compiled(form):
-    run = one_run() if form == "alone" else many.make_run(one_run(), form=form)
+    run = one_run() if form == "alone" else vmapped.make_run(one_run(), form=form)
     return jax.jit(run, donate_argnums=0)
 
 
@@ -100,7 +100,7 @@ def fitting(directory=None, *, form="vmap", epochs=4, stop_after=None, weights=W
             os.kill(os.getpid(), signal.SIGTERM)
 
     options = {"evaluate": validate, "progress": progress, "directory": directory} | options
-    return many.fit(run, begin(), the_feed(the_arrays(weights)), epochs=epochs, **options), calls
+    return vmapped.fit(run, begin(), the_feed(the_arrays(weights)), epochs=epochs, **options), calls
 
 
 def alone(k, *, epochs=4):
@@ -151,9 +151,9 @@ class TestEachIsAsAlone:
         states = [train.init_state(*models.init(module, shape, seed=s), tx, seed=s) for s in SEEDS]
         index = rng.integers(0, 12, (6, 2, 3)).astype(np.int32)
         arrays = {"data": stored, "settings": {"hard_weight": jnp.asarray(WEIGHTS)}}
-        after, metrics = jax.jit(many.make_run(run, form=form))(many.stack(states), arrays, index)
+        after, metrics = jax.jit(vmapped.make_run(run, form=form))(vmapped.stack(states), arrays, index)
         assert metrics["loss"].shape == (2, 3)
-        for k, state in enumerate(many.unstack(after)):
+        for k, state in enumerate(vmapped.unstack(after)):
             own = {"data": stored, "settings": {"hard_weight": jnp.float32(WEIGHTS[k])}}
             want, losses = jax.jit(run)(states[k], own, index[:, :, k])
             tolerance = {"rtol": 0, "atol": 0} if form == "map" else {"rtol": 1e-4, "atol": 1e-6}
@@ -172,7 +172,7 @@ class TestEachIsAsAlone:
 
         def built(axis_name):
             step = train.make_train_step(still, weighted, TX, axis_name=axis_name)
-            return many.make_run(train.make_run(step, make_batch), form=form)
+            return vmapped.make_run(train.make_run(step, make_batch), form=form)
 
         spread = parallel.data_parallel(built(parallel.AXIS), replicated=2, devices=devices)
         halves = spread(*parallel.replicate((begin(), arrays), devices), index)
@@ -193,7 +193,7 @@ class TestEachIsAsAlone:
             return weighted(outputs, batch | {"settings": {"hard_weight": 1.0}})
 
         arrays = {"data": examples()}
-        _, metrics = many.make_run(one_run(objective=plain))(begin(), *the_feed(arrays).at(0))
+        _, metrics = vmapped.make_run(one_run(objective=plain))(begin(), *the_feed(arrays).at(0))
         np.testing.assert_array_equal(metrics["loss"][:, 0], metrics["loss"][:, 2])
         assert metrics["loss"][0, 0] != metrics["loss"][0, 1]
 
@@ -204,12 +204,17 @@ def test_evaluating_at_once_counts_what_each_alone_counts(form):
     options = {"batch_size": 16, "devices": parallel.local_devices()}
     apart = evaluate.make_evaluator(noisy_linear, make_batch, arrays, ids, **options)
     at_once = evaluate.make_evaluator(
-        noisy_linear, make_batch, arrays, ids, transform=lambda f: many.over_weights(f, form=form), **options
+        noisy_linear,
+        make_batch,
+        arrays,
+        ids,
+        transform=lambda f: vmapped.over_weights(f, form=form),
+        **options,
     )
     states = begin()
     for sums, weights in zip(
-        many.unstack(at_once(states.params, states.model_state)),
-        many.unstack(train.weights_of(states)),
+        vmapped.unstack(at_once(states.params, states.model_state)),
+        vmapped.unstack(train.weights_of(states)),
         strict=True,
     ):
         want = apart(*weights)
@@ -223,7 +228,7 @@ class TestDivergence:
         healthy, _ = fitting(form=form)
         with pytest.warns(UserWarning, match=r"1 of 3 trainings diverged.*: 1 in epoch 1\."):
             found, _ = fitting(form=form, weights=(1.0, float("nan"), 0.25))
-        assert [many.diverged_at(fitted) for fitted in found] == [None, 1, None]
+        assert [vmapped.diverged_at(fitted) for fitted in found] == [None, 1, None]
         for k in (0, 2):
             assert_same(found[k], healthy[k])
 
@@ -241,14 +246,14 @@ class TestDivergence:
         def constant(params, model_state):  # NaN logits are a class too, and may be right
             return {"accuracy": np.array([0.5, 0.9, 0.5])}
 
-        run = jax.jit(many.make_run(one_run(objective=rooted)))
+        run = jax.jit(vmapped.make_run(one_run(objective=rooted)))
         options = {"evaluate": constant, "directory": tmp_path}
         arrays = the_arrays((1.0, 2.0, 0.25))
         for epochs in (3, 4) if at == 7 else (4,):  # resumed with what is lost
             with pytest.warns(
                 UserWarning, match=rf"1 of 3 trainings diverged.*: 1 in epoch {(at + 1) // 4}\."
             ):
-                found = many.fit(run, begin(), the_feed(arrays), epochs=epochs, **options)
+                found = vmapped.fit(run, begin(), the_feed(arrays), epochs=epochs, **options)
             lost = found[1]
             assert [fitted.best_epoch for fitted in found] == [1, 1, 1]
             assert np.isfinite(lost.best.params["kernel"]).all()
@@ -303,11 +308,11 @@ class TestResuming:
         ids, arrays = np.arange(40), the_arrays()
         feeds = [data.resident_feed(arrays, ids, seed=s, batch_size=10) for s in (4, 3, 3)]
         with pytest.raises(ValueError, match=r"batches\.seed \[3, 4, 3\] there and \[4, 3, 3\] here"):
-            many.fit(compiled("vmap"), begin(), many.feed(feeds), epochs=4, directory=tmp_path)
+            vmapped.fit(compiled("vmap"), begin(), vmapped.feed(feeds), epochs=4, directory=tmp_path)
 
     def test_each_takes_its_own_new_learning_rate(self, tmp_path):
         def states(rates):
-            return many.stack(
+            return vmapped.stack(
                 [
                     train.init_state(*linear_weights(s), optax.inject_hyperparams(optax.sgd)(rate), seed=s)
                     for s, rate in zip(SEEDS, rates, strict=True)
@@ -316,11 +321,11 @@ class TestResuming:
 
         tx = optax.inject_hyperparams(optax.sgd)(0.1)
         step = train.make_train_step(noisy_linear, weighted, tx)
-        run = jax.jit(many.make_run(train.make_run(step, make_batch)))
+        run = jax.jit(vmapped.make_run(train.make_run(step, make_batch)))
         options = {"feed": the_feed(the_arrays()), "directory": tmp_path}
-        many.fit(run, states((0.1, 0.1, 0.2)), epochs=1, **options)
-        found = many.fit(run, states((0.1, 0.0, 0.2)), epochs=2, **options)
-        still = many.fit(run, states((0.1, 0.1, 0.2)), feed=the_feed(the_arrays()), epochs=1)
+        vmapped.fit(run, states((0.1, 0.1, 0.2)), epochs=1, **options)
+        found = vmapped.fit(run, states((0.1, 0.0, 0.2)), epochs=2, **options)
+        still = vmapped.fit(run, states((0.1, 0.1, 0.2)), feed=the_feed(the_arrays()), epochs=1)
         jax.tree.map(np.testing.assert_array_equal, found[1].last.params, still[1].last.params)
         assert not np.array_equal(found[0].last.params["kernel"], still[0].last.params["kernel"])
         assert "learning_rate was [0.1 0.1 0.2] up to step 4 and is [0.1 0.  0.2]" in found[0].notes[0]
@@ -328,7 +333,7 @@ class TestResuming:
 
 class TestRefusals:
     def test_an_unknown_form(self):
-        for build in (many.make_run, many.over_weights):
+        for build in (vmapped.make_run, vmapped.over_weights):
             with pytest.raises(ValueError, match="forms vmap, map, got 'pmap'"):
                 build(one_run(), form="pmap")
 
@@ -336,22 +341,22 @@ class TestRefusals:
         with pytest.raises(
             ValueError, match=r"'hard_weight' needs one value for each of 3 trainings.*\(2,\)"
         ):
-            many.make_run(one_run())(begin(), *the_feed(the_arrays((1.0, 0.5))).at(0))
+            vmapped.make_run(one_run())(begin(), *the_feed(the_arrays((1.0, 0.5))).at(0))
 
     def test_the_index_of_one_training(self):
         with pytest.raises(ValueError, match=r"\[batch, steps, 3\], got shape \(8, 2\)"):
-            many.make_run(one_run())(begin(), the_arrays(), jnp.zeros((8, 2), jnp.int32))
+            vmapped.make_run(one_run())(begin(), the_arrays(), jnp.zeros((8, 2), jnp.int32))
 
     def test_epochs_of_different_lengths(self):
         feeds = [data.resident_feed(None, np.arange(n), seed=0, batch_size=8) for n in (16, 40)]
         with pytest.raises(ValueError, match=r"one length, got 2 feeds of \[2, 5\] steps"):
-            many.feed(feeds)
+            vmapped.feed(feeds)
         with pytest.raises(ValueError, match="got 0 feeds"):
-            many.feed([])
+            vmapped.feed([])
 
     def test_nothing_to_stack(self):
         with pytest.raises(ValueError, match="at least one tree"):
-            many.stack([])
+            vmapped.stack([])
 
 
 @pytest.fixture(scope="class")

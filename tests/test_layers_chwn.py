@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 from kdjax import models
-from kdjax.models import narrow
+from kdjax.models import layers_chwn
 
 
 def native(x, kernel):
@@ -36,14 +36,14 @@ def test_values_gradients_and_curvature_are_those_of_a_convolution(channels, fea
         slope = jax.grad(loss)
         return form(x, kernel), slope((x, kernel)), jax.jvp(slope, ((x, kernel),), ((x, kernel),))[1]
 
-    mine, theirs = jax.jit(lambda: measured(narrow.conv))(), jax.jit(lambda: measured(native))()
+    mine, theirs = jax.jit(lambda: measured(layers_chwn.conv))(), jax.jit(lambda: measured(native))()
     for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_stays_bfloat16_and_is_summed_wider():
     x, kernel = (a.astype(jnp.bfloat16) for a in arrays(8, 2, (3, 3)))
-    y, gradient = narrow.conv(x, kernel), jax.grad(lambda k: jnp.sum(narrow.conv(x, k)))(kernel)
+    y, gradient = layers_chwn.conv(x, kernel), jax.grad(lambda k: jnp.sum(layers_chwn.conv(x, k)))(kernel)
     assert y.dtype == gradient.dtype == jnp.bfloat16
     exact = native(x.astype(jnp.float32), kernel.astype(jnp.float32))
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-7, atol=1e-3)
@@ -53,8 +53,8 @@ def test_pooling_takes_the_largest_and_drops_what_fills_no_window():
     x = arrays(2, 1, (1, 1))[0]
     rows_first = jnp.transpose(x, (3, 1, 2, 0))
     want = jnp.transpose(nn.max_pool(rows_first, (2, 2), (2, 2)), (3, 1, 2, 0))
-    np.testing.assert_array_equal(narrow.max_pool(x, 2), want)
-    assert narrow.max_pool(x, 2).shape == (2, 3, 3, 5)
+    np.testing.assert_array_equal(layers_chwn.max_pool(x, 2), want)
+    assert layers_chwn.max_pool(x, 2).shape == (2, 3, 3, 5)
 
 
 def test_the_malaria_network_is_what_linen_makes_of_its_layers():

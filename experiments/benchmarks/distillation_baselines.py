@@ -1,6 +1,6 @@
 r"""What does one step of distillation cost in each framework? The work of one process; not run by hand.
 
-    python -m experiments.benchmarks.peers FRAMEWORK THREADS FOLDER
+    python -m experiments.benchmarks.distillation_baselines FRAMEWORK THREADS FOLDER
 
 ``experiments.benchmarks.distillation_step`` starts one such process for every framework and number of threads, since a
 process has one KERAS_BACKEND and one thread pool. FOLDER holds ``workload.npz``: the images, the labels and the weights
@@ -177,7 +177,7 @@ class Kdjax:
             batch = data.gather(resident["data"], index)
             batch["image"] = data.normalise(batch["image"], mean=self.work.mean, std=self.work.std)
             if arm == KD:
-                batch |= teacher.take(resident["columns"], index)
+                batch |= teacher.gather(resident["columns"], index)
             return teacher.online(self.answers, resident["teacher"], batch) if arm == ONLINE else batch
 
         def objective(outputs, batch):
