@@ -17,7 +17,7 @@ LAYERS = [
     {"checkpoints", "results"},
     {"losses", "attributions", "curvature", "landscape", "saddles", "models", "data", "parallel"},
     {"transforms", "teacher", "train", "evaluate", "significance"},
-    {"vmapped", "robustness", "export", "report"},
+    {"vmapped", "robustness", "export", "report", "recipe"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer} | {"__init__": len(LAYERS)}
 
