@@ -103,16 +103,23 @@ def _built(spec: str, num_classes: int) -> Any:
 def _imported(spec: str, where: str) -> Any:
     """A module by its file or by its dotted name."""
     try:
-        if not where.endswith(".py"):
-            return importlib.import_module(where)
-        path = Path(where).expanduser()
-        if path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", None) == str(path):
-            return sys.modules[path.stem]
-        found: Any = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-        return module
+        return _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     except FileNotFoundError:
         raise ValueError(f"{spec}: there is no file {where}.") from None
     except ModuleNotFoundError as error:
-        raise ValueError(f"{spec}: {error}; for a file, write path/to/{where}.py:NAME.") from None
+        advice = "" if where.endswith(".py") else f"; for a file, write path/to/{where}.py:NAME"
+        raise ValueError(f"{spec}: {error}{advice}.") from None
+
+
+def _from_file(path: Path) -> Any:
+    """The module in a file, run once; its name is its path, which hides no other module."""
+    name = str(path.resolve())
+    if name not in sys.modules:
+        found: Any = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(found)  # dataclasses look their module up
+        try:
+            found.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
