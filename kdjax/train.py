@@ -333,7 +333,9 @@ def fit(
                 checkpoints.save(directory, step, tree, meta=position._asdict(), identity=identity)
                 last_save = time.monotonic()
             if stop:
-                raise Stopped(stop, step, saved=directory is not None)
+                kept = f"saved at step {step}; the same command continues."
+                none = "nothing was saved, because the run has no directory."
+                raise Stopped(stop, kept if directory is not None else none, step=step)
     if evaluate is not None and not _is_evaluated(position):  # a longer run was stopped here between two
         position, best = _evaluated(evaluate, weights_of(state), epochs, position, best)
     last = weights_of(state)
