@@ -73,7 +73,7 @@ def _section(heading: str, result: Result) -> str:
 def _figure(panel: Panel) -> str:
     """The figure as an image inside the page, its caption, and its numbers, folded."""
     data = base64.b64encode(svg(panel)).decode()
-    image = f'<img alt="{_esc(panel.alt)}" src="data:image/svg+xml;base64,{data}">'
+    image = f'<img alt="{html.escape(panel.alt)}" src="data:image/svg+xml;base64,{data}">'
     folded = ""
     if panel.table is not None:
         title, head, rows = panel.table
