@@ -600,8 +600,8 @@ def test_matplotlib_is_left_as_it_was(tmp_path):
 NAMED = {
     "empty": ("", "it is empty"),
     "cut": (json.dumps(make())[:300], "is not a result file"),
-    "list": ("[1, 2]", "no result of kdjax but a list"),
-    "foreign": ('{"epochs": 3}', "no result of kdjax but an object without a schema"),
+    "list": ("[1, 2]", "not a result of kdjax"),
+    "foreign": ('{"epochs": 3}', "not a result of kdjax"),
     "newer": (json.dumps({**make(), "schema": results.SCHEMA + 1}), "update kdjax"),
     "nan": (
         json.dumps({**make(), "arms": {"kd": {"accuracy": [float("nan")] * 5}}}),
