@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from kdjax import report, results, train
+from kdjax import report, train
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [path for name in ("README.md", "BUILD_NOTES.md") if (path := ROOT / name).exists()]
+DOCUMENTS = [
+    *(path for name in ("README.md", "BUILD_NOTES.md") if (path := ROOT / name).exists()),
+    *sorted((ROOT / "docs" / "results").glob("*.md")),
+]
 
 # Flags that absl adds to every program.
 ABSL_FLAGS = {
@@ -164,8 +167,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_tables_are_those_of_the_result_files(path):
-    text = path.read_text(encoding="utf-8")
-    filled = report.fill_tables(
-        text, lambda name: results.read(ROOT / "experiments" / "results" / f"{name}.json")
+    filled = report.fill_tables(path, ROOT / "experiments" / "results")
+    assert path.read_text(encoding="utf-8") == filled, (
+        "run python -m experiments.report --documents=docs/results,README.md,BUILD_NOTES.md"
     )
-    assert text == filled, "run python -m experiments.report --documents=README.md,BUILD_NOTES.md"
