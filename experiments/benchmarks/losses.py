@@ -54,7 +54,7 @@ SMOKE = flags.DEFINE_bool(
 
 MALLOC_OPTIONS = {"arenas": (-8, 1), "blocks mapped": (-4, 0), "trim": (-1, -1)}  # of <malloc.h>; -1 is never
 STEP = 1e-6  # small, so that every call finds nearly the same inputs
-SMOKE_LOSSES = ("soft_target_kl", "hint", "nst", "rkd_angle", "contrastive", "lovasz")
+SMOKE_LOSSES = ("soft_target_kl", "hint", "nst", "rkd_angle", "crd", "lovasz")
 
 
 class Sizes(NamedTuple):
