@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from absl import flags
+
 from experiments.cli.inputs import Data, network
 from experiments.cli.options import Flags, Launch, define, refuse_given
 from experiments.cli.workdirs import shared_cache
@@ -13,6 +15,8 @@ from kdjax import recipe as recipes
 from kdjax.callbacks import Callback
 from kdjax.models import Network
 from kdjax.recipe import Machine, Recipe, option
+
+flags.disclaim_key_flags()  # so that --help lists what is defined here as the experiment's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +133,7 @@ def teachers(
 def _taken_up(
     teacher: Teacher, dataset: data.Dataset, *, split: str, machine: Machine, **fields: Any
 ) -> run.Trained:
-    """The teacher of ``--teacher_dir``; ``--teacher=mine.py:build`` builds its network if that is not one of kdjax's."""
+    """The teacher of ``--teacher_dir``; ``--teacher=mine.py:build`` says what its network is if it is a user's."""
     assert teacher.teacher_dir is not None
     theirs = ":" in teacher.teacher
     refused = [name for name in teacher.training_flags if not (theirs and name == "teacher")]
