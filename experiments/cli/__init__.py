@@ -20,6 +20,7 @@ from experiments.cli.options import may_change as may_change
 from experiments.cli.options import parse_seeds as parse_seeds
 from experiments.cli.options import refuse_given as refuse_given
 from experiments.cli.options import settings as settings
+from experiments.cli.workdirs import check_disk as check_disk
 from experiments.cli.workdirs import claim_workdir as claim_workdir
 from experiments.cli.workdirs import file_lock as file_lock
 from experiments.cli.workdirs import released as released
