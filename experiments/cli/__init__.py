@@ -18,6 +18,7 @@ from experiments.cli.options import define_seeds as define_seeds
 from experiments.cli.options import flags_of as flags_of
 from experiments.cli.options import may_change as may_change
 from experiments.cli.options import parse_seeds as parse_seeds
+from experiments.cli.options import parse_weights as parse_weights
 from experiments.cli.options import refuse_given as refuse_given
 from experiments.cli.options import settings as settings
 from experiments.cli.teachers import Teacher as Teacher
