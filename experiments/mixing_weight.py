@@ -72,28 +72,26 @@ def main() -> dict[str, Any]:
     """The teacher, its cached answers, all students at once, report."""
     start, launch, machine = time.monotonic(), LAUNCH.value, MACHINE.value
     weights, seeds = hard_weights(), SEEDS.value[: 3 if launch.smoke else None]
-    recipe, teacher = RECIPE.value, TEACHER.value
-    if launch.smoke:
-        recipe = dataclasses.replace(recipe, epochs=2)
-        teacher = dataclasses.replace(teacher, recipe=dataclasses.replace(teacher.recipe, epochs=2))
+    recipe, wanted = smoke(RECIPE.value), TEACHER.value
+    wanted = dataclasses.replace(wanted, recipe=smoke(wanted.recipe))
     few = DATA.value.load(at_most=256 if launch.smoke else None)
     student, count = cli.network(STUDENT.value, few), len(weights) * len(seeds)
-    parallel.check_batch_size(recipe.batch_size, parallel.local_devices(machine.devices))
-    source = cli.teachers(
-        teacher, DATA.value, few, launch=launch, settings=cli.settings(__name__), machine=machine
-    )
-    trained = {student: count} | ({} if teacher.teacher_dir else {source.network: 1})
+    devices = parallel.local_devices(machine.devices)
+    parallel.check_batch_size(recipe.batch_size, devices)
+    options = {"launch": launch, "settings": cli.settings(__name__), "machine": machine}
+    source = cli.teachers(wanted, DATA.value, few, **options)
+    trained = {student: count} | ({} if wanted.teacher_dir else {source.network: 1})
     cli.check_disk(launch.workdir, trained, cache_bytes=4 * few.num_classes * len(few.images))
     workdir = cli.claim_workdir(launch.workdir, source.made_from)
-    (trained_teacher,) = source.train(workdir, [ProgressBar()])
+    (teacher,) = source.train(workdir, [ProgressBar()])
     if DATA.value.label_noise:
-        files.write_json(workdir / "perturbed.json", few.example_ids[few.mislabelled].tolist())
+        files.write_json(workdir / "mislabelled.json", few.example_ids[few.mislabelled].tolist())
     students = run.train_many(
         student,
         methods.objective(mixed),
         few,
         recipe,
-        teacher=teachers.answers(trained_teacher, few, directory=workdir / "teacher_answers"),
+        teacher=teachers.answers(teacher, few, directory=workdir / "teacher_answers", devices=devices),
         seeds=[seed for _ in weights for seed in seeds],
         directory=workdir / "students",
         many=run.Many(
@@ -106,7 +104,7 @@ def main() -> dict[str, Any]:
     )
     runs, notes = finite({a: students[i * len(seeds) :][: len(seeds)] for i, a in enumerate(weights)})
     more = {"settings": source.settings, "seconds": time.monotonic() - start}
-    return report(workdir, few, recipe, trained_teacher, runs, notes, **more)
+    return report(workdir, few, recipe, teacher, runs, notes, **more)
 
 
 def report(
@@ -156,12 +154,16 @@ def hard_weights() -> list[float]:
         found = [float(item) for item in HARD_WEIGHTS.value]
     except ValueError as error:
         raise ValueError(f"{given} must be numbers, such as 0,0.5,1.") from error
-    rising = all(a < b for a, b in zip(found, found[1:], strict=False))
-    if not found or not rising or not 0 <= found[0] <= found[-1] <= 1:
+    if not found or found != sorted(set(found)) or not 0 <= found[0] <= found[-1] <= 1:
         raise ValueError(
             f"{given} must be different numbers that rise from 0 or more to 1 or less, as 0,0.5,1."
         )
     return found
+
+
+def smoke(recipe: Recipe) -> Recipe:
+    """The recipe, with two epochs in a smoke run."""
+    return dataclasses.replace(recipe, epochs=2) if LAUNCH.value.smoke else recipe
 
 
 def name(a: float) -> str:
