@@ -344,11 +344,9 @@ def test_a_mean_over_runs_that_never_reached_the_target_is_a_lower_bound(tmp_pat
     assert found["scratch"]["steps to 0.3"] == "60.0 ± 30.0"
     said = "≥: a run that never reached the target counts with all its steps."
     assert said in Reader(page_of(result, tmp_path)).all_text()
-    assert said not in tables.legend(
-        make({"scratch": always}, n=3), tables.table(make({"scratch": always}, n=3))[1]
-    )
-    alone = make({"kd": reached}, n=3)  # has a note, but no p to explain
-    assert tables.legend(alone, tables.table(alone)[1]) == said
+    for arms, legend in (({"scratch": always}, ""), ({"kd": reached}, said)):  # without a p to explain
+        alone = make(arms, n=3)
+        assert tables.legend(alone, tables.table(alone)[1]) == legend
 
 
 # -------------------------------------------------------------------------------------------------- findings
@@ -558,9 +556,10 @@ def test_many_results_are_listed_with_their_findings(tmp_path):
 @pytest.mark.parametrize(
     "ragged", [[[0.5, 0.6, 0.7], [0.5, 0.6]], [[0.5, None, 0.7]] * 2, [[0.5]], [[None, None]]]
 )
-def test_curves_of_any_length(ragged, tmp_path):
+def test_curves_of_any_length(ragged):
     result = make(n=2) | {"curves": {"kd": {"loss": ragged}}}
-    assert len(drawings(page_of(result, tmp_path))) == 2
+    (panel,) = runs.curve_panels(result)
+    assert style.svg(panel).count(b">epoch</text>") == 1
 
 
 def test_result_without_arms(tmp_path):
@@ -570,13 +569,7 @@ def test_result_without_arms(tmp_path):
     assert not (tmp_path / "figure.png").exists()
 
 
-def test_many_arms(tmp_path):
-    arms = {f"an_arm_with_a_rather_long_name_{i}": {"accuracy": KD} for i in range(16)}
-    reader = Reader(page_of(with_curves(make(arms)), tmp_path))
-    assert len(reader.of("tr")) == 17
-
-
-@pytest.mark.parametrize("content", [with_curves(make()), make(), make(n=1), benchmark()])
+@pytest.mark.parametrize("content", [with_curves(make()), make(n=1), benchmark()])
 def test_figure_file(content, tmp_path):
     report.save_figure(tmp_path / "figure.png", content)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -876,14 +869,7 @@ def test_robustness_is_averaged_over_strengths_with_its_interval_over_seeds():
     panel = networks.robustness_panel(result)
     ax = drawn(panel)
     rows = [label.get_text() for label in ax.get_yticklabels()]
-    assert rows == [
-        "clean",
-        "gaussian noise",
-        "all corruptions",
-        "weight noise",
-        "FGSM attack",
-        "PGD attack",
-    ]
+    assert rows == ["clean", "gaussian noise", "all corruptions", "weight noise", "FGSM attack", "PGD attack"]
     found = result["robustness"]["kd"]
     noise = np.mean([found[f"gaussian_noise/{s}"] for s in (1, 3, 5)], axis=0)
     for values in (found["clean"], noise, np.mean([found["fgsm/2"], found["fgsm/8"]], axis=0)):
@@ -1054,10 +1040,10 @@ class TestSurfaces:
     )
     def test_any_range_of_losses_has_few_levels_inside_it(self, losses):
         flat = {"x": [0.0, 1.0], "y": [0.0, 1.0], "loss": [[losses[0]] * 2, [losses[1]] * 2]}
-        arms = {f"arm {i}": {"accuracy": SCRATCH} for i in range(7)}
+        arms = {f"arm {i}": {"accuracy": SCRATCH} for i in range(2)}
         panel = curvature.surface_panel(make(arms, surfaces=dict.fromkeys(arms, flat)))
         filled = [c for c in drawn(panel).collections if getattr(c, "filled", False)]
-        assert len(filled) == 7
+        assert len(filled) == 2
         inner = filled[0].levels[1:-1]
         assert 1 <= len(inner) <= 9
         assert all(min(losses) <= level <= max(losses) for level in inner)
