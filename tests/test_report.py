@@ -6,7 +6,6 @@ import html
 import io
 import json
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,7 +22,6 @@ from kdjax.report.figures import curvature, networks, runs, searches, style
 pytest.importorskip("matplotlib", reason="needs the extra [experiments]")
 stats = pytest.importorskip("scipy.stats", reason="needs the extra [experiments]")
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRATCH, KD = [0.951, 0.946, 0.957, 0.949, 0.953], [0.971, 0.968, 0.979, 0.966, 0.975]
 HOSTILE = "<script src='http://evil.example/x.js'>&\"|$\\frac{a}$ 99 %"
 
@@ -609,7 +607,14 @@ NAMED = {
 }
 
 
-def test_command_reports_a_directory_and_names_every_damaged_file(tmp_path):
+@pytest.fixture(scope="module")
+def command(alone):
+    with alone("experiments.report") as module:
+        flags.FLAGS.mark_as_parsed()
+        yield module
+
+
+def test_command_reports_a_directory_and_names_every_damaged_file(command, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "found"
     results.write(folder / "quickstart.json", with_curves(make()))
     results.write(folder / "benchmarks" / "step.json", benchmark())
@@ -617,11 +622,16 @@ def test_command_reports_a_directory_and_names_every_damaged_file(tmp_path):
     (folder / "older.json").write_text(json.dumps(first))
     for name, (content, _) in NAMED.items():
         (folder / f"{name}.json").write_text(content)
-    done = run_report("--results=found", "--output=all.html", directory=tmp_path)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout.startswith(f"all.html: 3 of {3 + len(NAMED)} results, ")
-    assert done.stdout.endswith(f"{(tmp_path / 'all.html').stat().st_size / 1e6:.1f} MB.\n")
-    lines = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
+    monkeypatch.chdir(tmp_path)
+    with (
+        flagsaver.flagsaver((command.RESULTS, "found"), (command.OUTPUT, "all.html")),
+        pytest.raises(SystemExit, match="1"),
+    ):
+        command.main()
+    stdout, stderr = capsys.readouterr()
+    assert stdout.startswith(f"all.html: 3 of {3 + len(NAMED)} results, ")
+    assert stdout.endswith(f"{(tmp_path / 'all.html').stat().st_size / 1e6:.1f} MB.\n")
+    lines = [line for line in stderr.splitlines() if line.startswith("left out: ")]
     assert len(lines) == len(NAMED)
     text = Reader((tmp_path / "all.html").read_text(encoding="utf-8")).all_text()
     for name, (_, said) in NAMED.items():
@@ -630,13 +640,6 @@ def test_command_reports_a_directory_and_names_every_damaged_file(tmp_path):
         assert f"found/{name}.json" in text
     for expected in (report.finding(make()), "kdjax is ahead of keras", "benchmarks/step", "older"):
         assert expected in text
-
-
-@pytest.fixture(scope="module")
-def command(alone):
-    with alone("experiments.report") as module:
-        flags.FLAGS.mark_as_parsed()
-        yield module
 
 
 def test_runs_are_reported_by_their_names(command, tmp_path):
@@ -684,14 +687,6 @@ def test_a_page_tells_how_many_results_are_drawn(tmp_path):
     seen = []
     report.page({"a": make(), "b": make()}, path=tmp_path / "page.html", progress=seen.append)
     assert seen == [1, 2]
-
-
-def run_report(*arguments, directory):
-    command = [sys.executable, "-m", "experiments.report", *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(directory), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=120
-    )
 
 
 def test_p_of_several_arms_are_corrected_by_holm():
