@@ -276,7 +276,7 @@ def test_modules_share_parameters_with_linen(mine, linens):
 
 def test_layers_say_what_does_not_fit():
     x, kernel = jnp.zeros((1, 2, 5, 1)), jnp.zeros((3, 3, 1, 1))
-    with pytest.raises(ValueError, match="3x3 window does not fit into the 2x5 map"):
+    with pytest.raises(ValueError, match="3x3 window does not fit into a 2x5 map"):
         layers.conv(x, kernel, padding="VALID")
     with pytest.raises(ValueError, match="'SAME' or 'VALID', got 'same'"):
         layers.max_pool(x, 2, padding="same")
@@ -707,7 +707,7 @@ def test_init_wants_an_image_shape(shape):
 
 
 def test_init_says_that_images_are_too_small():
-    with pytest.raises(ValueError, match="3x3 window does not fit into the 2x2 map"):
+    with pytest.raises(ValueError, match="3x3 window does not fit into a 2x2 map"):
         models.init(models.build("malaria_student", num_classes=2), (4, 4, 3), seed=0)
 
 
