@@ -68,12 +68,14 @@ class Teachers(NamedTuple):
 
     Attributes:
       network: of each.
+      to_train: how many networks will be trained, for :func:`check_disk`.
       settings: those of the study; with --teacher_dir, None for what decides the training of a teacher.
       made_from: for :func:`claim_workdir`.
       train: ``(workdir, callbacks=()) -> [Trained]``, one per seed; it reads back those that are trained already.
     """
 
     network: Network
+    to_train: dict[Network, int]
     settings: dict[str, Any]
     made_from: dict[str, Any]
     train: Callable[..., list[run.Trained]]
@@ -108,7 +110,7 @@ def teachers(
         found = _taken_up(teacher, dataset, split=launch.split, machine=machine, **fields)
         settings = {**settings, **dict.fromkeys(teacher.training_flags), "teacher": found.network.name}
         made_from |= {**settings, "teacher_weights": checkpoints.digest_tree(found.weights)}
-        return Teachers(found.network, settings, made_from, lambda workdir, callbacks=(): [found])
+        return Teachers(found.network, {}, settings, made_from, lambda workdir, callbacks=(): [found])
     own, recipe = dataset, teacher.recipe
     if teacher.teacher_num_train is not None:
         own = source.load(at_most=256 if launch.smoke else None, num_train=teacher.teacher_num_train)
@@ -127,7 +129,8 @@ def teachers(
                 for seed in range(teacher.teacher_seeds)
             ]
 
-    return Teachers(net, dict(settings), made_from | {"teacher_data": own.fingerprint}, train)
+    to_train = {net: teacher.teacher_seeds}
+    return Teachers(net, to_train, dict(settings), made_from | {"teacher_data": own.fingerprint}, train)
 
 
 def _taken_up(
