@@ -149,8 +149,7 @@ def region_of(
             kind: Any = which
             kept = saddles.choose(own, which=kind, rule=RULES[rule], key=jax.random.key(seed))
         chosen += [read(entry.step) for entry in kept]
-    # Of teachers that have one snapshot left, it is the average.
-    params = saddles.aggregate(chosen, which="average")
+    params = saddles.aggregate(chosen)
     shape: Any = form
     return Region(
         saddles.select_weights(params, student, form=shape), [snapshot.step for snapshot in chosen], found
