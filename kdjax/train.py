@@ -26,6 +26,7 @@ from kdjax.data.batches import Feed, check_seed
 from kdjax.interrupts import Stopped as Stopped
 from kdjax.interrupts import stop_requests
 from kdjax.types import ApplyFn, Batch, Metrics, ModelState, Params
+from kdjax.types import Weights as Weights
 
 _DATA, _NETWORK = 0, 1  # what a step's key is folded with for either use
 
@@ -185,13 +186,6 @@ def _norm(grads: Params) -> Array:
 
 def _step_key(state: TrainState, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.step), purpose)
-
-
-class Weights(NamedTuple):
-    """What is evaluated and exported: parameters and statistics, without the optimizer."""
-
-    params: Params
-    model_state: ModelState
 
 
 def weights_of(state: TrainState) -> Weights:
