@@ -103,6 +103,9 @@ def test_so_it_is_in_other_cases(program, alone, monkeypatch, capfd, tmp_path):
             act(*arguments)
         return ended.value.code, capfd.readouterr().err
 
+    def refuse(sentence):
+        raise ValueError(sentence)
+
     def parsed(*arguments):
         return said(launching._parsed, ["program", *arguments])
 
@@ -116,6 +119,8 @@ def test_so_it_is_in_other_cases(program, alone, monkeypatch, capfd, tmp_path):
             code, line = parsed(*arguments)
             assert (code, line[:7], line.count("\n")) == (2, "error: ", 1)
             assert sentence in line
+        code, line = said(refuse, "temperature=0.0 must be above 0.")  # by the library, which knows no flags
+        assert (code, line) == (2, "error: --temperature=0.0 must be above 0.\n")
     code, line = said(cli.claim_workdir, tmp_path / "file" / "run", {})
     assert code == 2
     assert "would have to be a directory" in line

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
@@ -22,6 +21,7 @@ from experiments import cli  # noqa: E402
 from experiments.sweep import __main__ as sweep  # noqa: E402
 from experiments.sweep import spaces, trials  # noqa: E402
 from kdjax import report, results, train  # noqa: E402
+from kdjax.callbacks import RunId  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = "experiments.sweep.__main__"
@@ -211,7 +211,7 @@ def fake_main(curve, *, epochs=6):
                     record = {"epoch": float(epoch)}
                     record["validation_accuracy"] = curve(FLAGS.temperature, seed, epoch, "validation")
                     for callback in callbacks:
-                        callback.on_epoch(SimpleNamespace(arm=arm, seed=seed), record)
+                        callback.on_epoch(RunId(arm, seed), record)
                 finals.append(curve(FLAGS.temperature, seed, epochs, FLAGS.split))
             arms[arm] = {"accuracy": finals}
         return {"arms": arms, "seeds": seeds, "scaled_down": ""}
@@ -273,7 +273,7 @@ class TestSearch:
             ("kd", 0, {"epoch": 3.0, "validation_accuracy": 0.7}),
             ("kd", 5, {"epoch": 1.0, "validation_accuracy": 0.3}),
         ):
-            reporter.on_epoch(SimpleNamespace(arm=arm, seed=seed), record)
+            reporter.on_epoch(RunId(arm, seed), record)
         found = study.trials[0].intermediate_values
         assert found == pytest.approx({3: 0.7, trials.SEED_STEPS + 1: 0.5})
 
@@ -390,9 +390,10 @@ class TestSearch:
 
 
 EXPERIMENT = """
-import os, time, types
+import os, time
 from absl import flags
 from experiments import cli
+from kdjax.callbacks import RunId
 
 LAUNCH = cli.define(cli.Launch(), only=("workdir", "split"))
 SEEDS = cli.define_seeds("0")
@@ -417,8 +418,7 @@ def main(callbacks=()):
         time.sleep(0.05)
     time.sleep(PAUSE.value)
     for callback in callbacks:
-        run = types.SimpleNamespace(arm="one", seed=0)
-        callback.on_epoch(run, {"epoch": 1.0, "validation_accuracy": RATE.value})
+        callback.on_epoch(RunId("one", 0), {"epoch": 1.0, "validation_accuracy": RATE.value})
     return {"arms": {"one": {"accuracy": [RATE.value]}}, "seeds": SEEDS.value, "scaled_down": ""}
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from kdjax import data, models, parallel
+from kdjax import data, models
 from kdjax.recipe import option
 
 
@@ -57,15 +57,15 @@ class Data:
         num_train = own.num_train if at_most is None else min(own.num_train or at_most, at_most)
         return data.split(
             loaded,
-            num_train=num_train or None,
-            num_validation=own.num_validation or None,
+            num_train=num_train,
+            num_validation=own.num_validation,
             by_group=own.split_by == "group",
             label_noise=own.label_noise,
             clip=at_most is not None,
         )
 
 
-def network(spec: str, dataset: data.Dataset, **fields: Any) -> Any:
+def network(spec: str, dataset: data.Dataset, **fields: Any) -> models.Network:
     """The network that ``--student`` or ``--teacher`` names, for the classes and images of a data set.
 
     Args:
@@ -78,25 +78,21 @@ def network(spec: str, dataset: data.Dataset, **fields: Any) -> Any:
       ValueError: if there is no such network, file or function, it returns something else, or the network does not
         take these images.
     """
-    classes = dataset.num_classes
-    module = _built(spec, classes) if ":" in spec else models.build(spec, num_classes=classes, **fields)
-    if hasattr(module, "axis_name"):
-        module = module.clone(axis_name=parallel.AXIS)  # batch statistics over all devices
-    models.init(module, dataset.images.shape[1:], seed=0)
-    return module
-
-
-def _built(spec: str, num_classes: int) -> Any:
-    """What the user's function returns."""
+    classes, shape = dataset.num_classes, dataset.image_shape
+    if ":" not in spec:
+        return models.from_linen(models.build(spec, num_classes=classes, **fields), shape)
     where, _, name = spec.rpartition(":")
     function = getattr(_imported(spec, where), name, None)
     if not callable(function):
         raise ValueError(f"{spec}: there is no function {name!r} in {where}.")
-    made = function(num_classes=num_classes)
-    if not isinstance(made, nn.Module):
-        raise ValueError(
-            f"{spec} must return a linen module or a kdjax.models.Network, it returned {type(made).__name__}."
-        )
+    made = function(num_classes=classes)
+    if isinstance(made, nn.Module):
+        return models.from_linen(made, shape)
+    if not isinstance(made, models.Network):
+        kind = type(made).__name__
+        raise ValueError(f"{spec} must return a linen module or a kdjax.models.Network, it returned {kind}.")
+    if made.image_shape != shape:
+        raise ValueError(f"{spec} is for images of shape {made.image_shape}; {dataset.name} has {shape}.")
     return made
 
 

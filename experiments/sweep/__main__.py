@@ -38,6 +38,7 @@ from optuna.trial import FrozenTrial, TrialState
 from experiments import cli
 from experiments.sweep import spaces, trials
 from kdjax import report, results, significance, train
+from kdjax.callbacks import Callback, bar
 from kdjax.data.tfds_cache import did_you_mean
 
 EXPERIMENT = flags.DEFINE_string(
@@ -211,7 +212,7 @@ def run(
     name: str,
     values: Mapping[str, Any],
     *,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[Callback] = (),
     all_arms: bool = False,
 ) -> dict[str, Any]:
     """Runs the experiment in ``workdir/name`` with these flags; what it prints goes into a log beside that.
@@ -274,7 +275,7 @@ def attempt(sweep: Sweep, study: optuna.Study, trial: optuna.Trial) -> None:
 def side_by_side(sweep: Sweep, study: optuna.Study, tasks: Sequence[list[int]]) -> None:
     """Lets one worker per task run trials, and shows on the terminal which have ended."""
     logs = [sweep.workdir / f"worker_{number}.log" for number in range(len(tasks))]
-    with cli.bar("trials", total=NUM_TRIALS.value, unit="trial") as meter:
+    with bar("trials", total=NUM_TRIALS.value, unit="trial") as meter:
         shown = trials.ended(study)
         meter.update(len(shown))
 
