@@ -69,12 +69,12 @@ def main(callbacks=()):
 def tuned(tmp_path_factory, alone):
     """An experiment that can be swept, with no other experiment's flags in the process."""
     directory = tmp_path_factory.mktemp("tuned")
-    (directory / "mine").mkdir()
-    (directory / "mine" / "__init__.py").touch()
-    (directory / "mine" / "tuned.py").write_text(TUNED)
+    (directory / "studies").mkdir()
+    (directory / "studies" / "__init__.py").touch()
+    (directory / "studies" / "tuned.py").write_text(TUNED)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(directory)
-        with alone("mine.tuned", keep=(SWEEP,)) as module:
+        with alone("studies.tuned", keep=(SWEEP,)) as module:
             yield module
 
 
@@ -91,11 +91,11 @@ def swept(tuned, tmp_path):
     """Runs a sweep in this process, as ``main`` would be run in a fresh one."""
 
     def run(*arguments):
-        flags_set("mine.tuned", f"--workdir={tmp_path / 'sweep'}", *arguments)
+        flags_set("studies.tuned", f"--workdir={tmp_path / 'sweep'}", *arguments)
         with cli.released():
             return sweep.main()
 
-    flags_set("mine.tuned", f"--workdir={tmp_path}")
+    flags_set("studies.tuned", f"--workdir={tmp_path}")
     return run
 
 
@@ -128,7 +128,7 @@ class TestSpace:
         ],
     )
     def test_is_read(self, part, expected):
-        assert spaces.read([part], cli.flags_of("mine.tuned")) == {part.split("=")[0]: expected}
+        assert spaces.read([part], cli.flags_of("studies.tuned")) == {part.split("=")[0]: expected}
 
     @hypothesis.given(st.floats(1e-9, 1e9), st.floats(1e-9, 1e9), st.booleans())
     def test_any_two_numbers_in_order_are_a_range(self, low, high, log):
