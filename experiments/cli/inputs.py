@@ -21,7 +21,7 @@ class Data:
     data_dir: str | None = option(
         None, "Where prepared TFDS data sets lie (python -m experiments.prepare_data)."
     )
-    image_size: tuple[int, ...] | None = option(
+    image_size: tuple[int, int] | None = option(
         None, "HEIGHT,WIDTH that photos and TFDS images are resized to cover and cropped to, as in 32,32."
     )
     skip_broken: bool = option(
