@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ optuna = pytest.importorskip("optuna", reason="needs the extra [experiments]")
 from experiments import cli  # noqa: E402
 from experiments.sweep import __main__ as sweep  # noqa: E402
 from experiments.sweep import spaces, trials  # noqa: E402
-from kdjax import report, results, train  # noqa: E402
+from kdjax import files, report, results, train  # noqa: E402
 from kdjax.callbacks import RunId  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -516,43 +515,79 @@ def is_alive(pid):
     return state != "Z"
 
 
-def of_the_second_design(module):
-    """Whether an experiment takes callbacks already."""
-    with open(ROOT / "experiments" / f"{module}.py") as file:
-        return "def main(callbacks" in file.read()
+DISTILLATION = """
+from pathlib import Path
+
+from absl import flags
+from experiments import cli
+from kdjax import checkpoints, methods, run, teacher
+from kdjax.recipe import Recipe
+
+LAUNCH = cli.define(cli.Launch(), only=("workdir", "split", "shared_cache"))
+DATA = cli.define(cli.Data(num_train=48, num_validation=40))
+RECIPE = cli.define(Recipe(epochs=2, batch_size=16))
+SEEDS = cli.define_seeds("0")
+ARMS = cli.define_arms(default=("scratch", "kd"))
+TEMPERATURE = flags.DEFINE_float("temperature", 3.0, "")
+TABLE = {"scratch": methods.labels, "kd": lambda: methods.kd(temperature=TEMPERATURE.value)}
 
 
-DIGITS = ("--smoke", "--batch_size=16", "--num_train=48", "--num_validation=40", "--arms=scratch,kd")
+def main(callbacks=()):
+    launch, dataset, recipe = LAUNCH.value, DATA.value.load(), RECIPE.value
+    settings = cli.settings(__name__)
+    workdir = cli.claim_workdir(launch.workdir, settings | {"data": dataset.fingerprint})
+    large, small = (cli.network(f"digits_{name}", dataset) for name in ("teacher", "student"))
+    with cli.shared_cache(launch.shared_cache, workdir / "teacher", dataset.fingerprint) as home:
+        own = Recipe(epochs=2, batch_size=16)  # the teacher's; were it drawn too, it would decide the directory
+        train = run.make_trainer(large, methods.labels(), dataset, own, split=launch.split)
+        taught_by = train(0, home / "0", arm="teacher", callbacks=callbacks)
+    digest = checkpoints.digest_tree(taught_by.weights)
+    with cli.shared_cache(launch.shared_cache, workdir / "answers", dataset.fingerprint, of=digest) as home:
+        signal = teacher.answers(taught_by, dataset, directory=home)
+    found = {}
+    for arm in ARMS.value:
+        train = run.make_trainer(small, TABLE[arm](), dataset, recipe, teacher=signal, split=launch.split)
+        options = {"arm": arm, "callbacks": callbacks, "settings": settings}
+        found[arm] = [train(seed, workdir / arm / str(seed), **options) for seed in SEEDS.value]
+    return {
+        "arms": {arm: {"accuracy": [one.metrics["accuracy"] for one in own]} for arm, own in found.items()},
+        "seeds": SEEDS.value,
+        "flags": settings,
+        "scaled_down": "",
+    }
+"""
 
 
-@pytest.mark.skipif(not of_the_second_design("distill"), reason="distill takes no callbacks yet")
-def test_the_digits_with_one_teacher_and_no_look_at_the_test_split(alone, tmp_path, undrawn):
+@pytest.mark.once
+def test_the_digits_with_one_teacher_and_no_look_at_the_test_split(alone, tmp_path, monkeypatch, undrawn):
+    (tmp_path / "distillation.py").write_text(DISTILLATION)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sweep, "load", lambda name: sys.modules[name])
     workdir = tmp_path / "sweep"
-    with alone("experiments.distill", keep=(SWEEP,)), cli.released():
-        arguments = ("--space=temperature=1:20:log,soft_weight=0.5|0.9", "--num_trials=2", "--seeds=0")
-        flags_set("experiments.distill", f"--workdir={workdir}", *DIGITS, *arguments)
+    with alone("distillation", keep=(SWEEP,)), cli.released():
+        space = "--space=temperature=1:20:log,batch_size=12|16"
+        flags_set("distillation", f"--workdir={workdir}", space, "--num_trials=2", "--seeds=0")
         result = sweep.main()
-    # The teacher was trained by the first trial and read back by the others, and so were its answers.
-    networks = sorted(str(path.parent.relative_to(workdir)) for path in workdir.rglob("network.json"))
-    shared = [where for where in networks if where.startswith("shared/")]
-    assert len(shared) == 1
-    expected = ["trials/0/kd/0", "trials/1/kd/0", "final/default/kd/100"]
-    expected += ["final/chosen/kd/100", "final/chosen/scratch/100"]
-    assert sorted(set(networks) - set(shared)) == sorted(expected)
+    # The teacher depends on the data alone: the first trial trained it, and the others read it and its answers back.
+    networks = {str(path.parent.relative_to(workdir)) for path in workdir.rglob("network.json")}
+    (of_teacher,) = (where for where in networks if where.startswith("shared/"))
+    assert len([*workdir.glob("shared/*/header.json")]) == 1
+    # Only the tuned arm is run, but for the end.
+    expected = {"trials/0/kd/0", "trials/1/kd/0", "final/default/kd/100"}
+    expected |= {"final/chosen/kd/100", "final/chosen/scratch/100"}
+    assert networks - {of_teacher} == expected
     # Trials read the validation split alone; the teacher was measured on the test split after them.
-    read = [path.relative_to(workdir).parts[0] for path in workdir.rglob("summary_test.json")]
-    assert sorted(set(read)) == ["final", "shared"]
-    of_teacher = workdir / shared[0] / "summary_test.json"
-    last = max(path.stat().st_mtime_ns for path in workdir.glob("trials/*/results.json"))
-    assert of_teacher.stat().st_mtime_ns > last
-    trial = results.read(workdir / "trials" / "0" / "results.json")
-    assert trial["flags"]["split"] == "validation"
-    assert "validation split" in trial["notes"][0]
-    assert result["trials"][0]["value"] == pytest.approx(statistics.fmean(trial["arms"]["kd"]["accuracy"]))
-    histories = trial["curves"]["kd"]["validation_accuracy"]
-    assert trial["arms"]["kd"]["accuracy"] == [history[-1] for history in histories]
-    assert result["trials"][0]["settings"]["soft_weight"] in (0.5, 0.9)
-    final = results.read(workdir / "final" / "chosen" / "results.json")
-    assert final["flags"]["split"] == "test"
-    assert final["arms"]["kd"] == result["arms"]["chosen"]
-    assert final["seeds"] == result["seeds"] == [100]
+    summaries = [path.relative_to(workdir) for path in workdir.rglob("summary_test.json")]
+    assert {path.parts[0] for path in summaries} == {"final", "shared"}
+    of_trials = [path.stat().st_mtime_ns for path in workdir.glob("trials/*/kd/0/summary_validation.json")]
+    assert len(of_trials) == 2
+    assert max(of_trials) < (workdir / of_teacher / "summary_test.json").stat().st_mtime_ns
+    for trial in result["trials"]:
+        summary = files.read_sealed(workdir / f"trials/{trial['number']}/kd/0/summary_validation.json")
+        assert (
+            trial["value"] == summary["metrics"]["accuracy"] == summary["history"][-1]["validation_accuracy"]
+        )
+        assert trial["settings"]["batch_size"] in (12, 16)
+    chosen = files.read_sealed(workdir / "final/chosen/kd/100/summary_test.json")
+    assert result["arms"]["chosen"]["accuracy"] == [chosen["metrics"]["accuracy"]]
+    assert result["seeds"] == [100]
