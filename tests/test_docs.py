@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from kdjax import report, results, train
+from kdjax import losses, report, train
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [path for name in ("README.md", "BUILD_NOTES.md") if (path := ROOT / name).exists()]
+DOCUMENTS = [
+    *(path for name in ("README.md", "BUILD_NOTES.md") if (path := ROOT / name).exists()),
+    *sorted((ROOT / "docs" / "results").glob("*.md")),
+]
 
 # Flags that absl adds to every program.
 ABSL_FLAGS = {
@@ -69,11 +72,11 @@ def learns(apply_fn, params, model_state):
     step = jax.jit(train.make_train_step(apply_fn, objective, tx))
     state = train.init_state(params, model_state, tx, seed=0)
     batch = {"image": jax.random.normal(jax.random.key(0), (8, 8, 8, 1)), "label": jnp.arange(8) % 10}
-    losses = []
+    values = []
     for _ in range(10):
         state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.7 * losses[0]
+        values.append(float(metrics["loss"]))
+    assert values[-1] < 0.7 * values[0]
 
 
 def docstring_examples() -> list[tuple[str, str, str, int]]:
@@ -154,6 +157,14 @@ def test_command_exists(document, module, swept, flags):
     assert unknown == set(), f"{document} gives {module} flags that it does not define"
 
 
+def test_the_guide_links_every_public_loss_to_its_module():
+    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[`(\w+)`\]\(\.\./kdjax/losses/(\w+)\.py\)", text, flags=re.MULTILINE)
+    public = {name: value for name, value in vars(losses).items() if callable(value) and name[0] != "_"}
+    wanted = [(name, value.__module__.rpartition(".")[2]) for name, value in public.items()]
+    assert sorted(listed) == sorted(wanted)
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
@@ -164,8 +175,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_tables_are_those_of_the_result_files(path):
-    text = path.read_text(encoding="utf-8")
-    filled = report.fill_tables(
-        text, lambda name: results.read(ROOT / "experiments" / "results" / f"{name}.json")
+    filled = report.fill_tables(path, ROOT / "experiments" / "results")
+    assert path.read_text(encoding="utf-8") == filled, (
+        "run python -m experiments.report --documents=docs/results,README.md,BUILD_NOTES.md"
     )
-    assert text == filled, "run python -m experiments.report --documents=README.md,BUILD_NOTES.md"

@@ -23,6 +23,11 @@ from jaxtyping import Array, Float
 
 from kdjax import losses, train
 from kdjax.methods import learned
+from kdjax.methods.images import ig_overlay as ig_overlay
+from kdjax.methods.images import map_matching as map_matching
+from kdjax.methods.images import saliency_crop as saliency_crop
+from kdjax.methods.images import saliency_dim as saliency_dim
+from kdjax.methods.images import unit_distance as unit_distance
 from kdjax.methods.method import FIRST_STAGE as FIRST_STAGE
 from kdjax.methods.method import WARM_UP as WARM_UP
 from kdjax.methods.method import Bound as Bound

@@ -328,12 +328,13 @@ def _part(term: Term, student: Outputs, teacher: Outputs) -> _Part:
 def _try(method: Method, bound: Bound, student: Outputs, teacher: Outputs) -> None:
     """Traces the method on shapes, so that what does not fit is found before anything is trained."""
     rows = student.logits.shape[0]
+    compared = [name for name in bound.teacher_features if name in teacher.features]
     batch = {
         "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
         "position": jax.ShapeDtypeStruct((rows,), jnp.int32),
         "step": jax.ShapeDtypeStruct((), jnp.int32),
         "teacher_logits": teacher.logits,
-    } | {f"teacher_{key}": teacher.features[key] for key in bound.teacher_features}
+    } | {f"teacher_{key}": teacher.features[key] for key in compared}
 
     def run(outputs, batch):
         terms = bound.objective(outputs, batch)
@@ -347,7 +348,7 @@ def _try(method: Method, bound: Bound, student: Outputs, teacher: Outputs) -> No
         jax.eval_shape(jax.vmap(run, axis_name=AXIS), *lifted)
     except (TypeError, ValueError) as error:
         shapes = {key: x.shape[1:] for key, x in student.features.items()}
-        theirs = {key: teacher.features[key].shape[1:] for key in bound.teacher_features}
+        theirs = {key: teacher.features[key].shape[1:] for key in compared}
         raise ValueError(
             f"{' + '.join(term.name for term in method.terms)} cannot compare these networks "
             f"({str(error).splitlines()[0]}). The student's features: {shapes}; of the teacher's it takes {theirs}."

@@ -1,58 +1,66 @@
-"""Tables inside Markdown documents, kept equal to the result files they come from.
+"""Tables in Markdown documents, kept equal to the result files.
 
-A document marks a place with ``<!-- results: NAME -->`` or ``<!-- results: NAME accuracy,loss -->`` and
-``<!-- end -->``; what stands between the two is written by :func:`fill_tables`. ``<!-- results: NAME flatness -->`` is
-the place of the table of flatness.
+A document marks the place of a table with ``<!-- results: NAME -->`` or ``<!-- results: NAME accuracy,loss -->``, and
+its end with ``<!-- end -->``. :func:`fill_tables` writes what stands between. ``<!-- results: NAME flatness -->`` marks
+the table of flatness.
 """
 
+import os
 import re
-from collections.abc import Callable
+from pathlib import Path
 
+from kdjax import results
 from kdjax.report import tables, text
 from kdjax.report.text import Result
 
 _PLACE = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def fill_tables(text: str, read: Callable[[str], Result]) -> str:
-    """Writes every marked table of a document anew.
+def fill_tables(document: str | os.PathLike[str], folder: str | os.PathLike[str]) -> str:
+    """The text of a Markdown document with every marked table written from its result file.
 
     Args:
-      text: of the document.
-      read: the name of a result, such as ``benchmarks/layers``, to its content.
+      document: path of the document; it is not changed.
+      folder: of the result files. The mark ``benchmarks/layers`` stands for ``benchmarks/layers.json`` in it.
 
     Returns:
-      The text with each mark followed by what was found, the ratios or the table, and where the numbers come from.
+      The text. After each mark come the finding, the ratios or the table, and how the numbers were made, with a link to
+      the result file that is relative to the document.
+
+    Raises:
+      ValueError: if a result file is damaged or has no such metric.
+      FileNotFoundError: if there is no such result file.
     """
+    folder, document = Path(folder), Path(document)
+    link = Path(os.path.relpath(folder, document.parent)).as_posix()
 
     def place(match: re.Match[str]) -> str:
         begin, name, metrics, end = match.groups()
-        return (
-            f"{begin}{section(read(name), name=name, metrics=metrics.split(',') if metrics else None)}{end}"
-        )
+        result = results.read(folder / f"{name}.json")
+        return begin + _section(result, f"[{name}.json]({link}/{name}.json)", metrics) + end
 
-    return _PLACE.sub(place, text)
+    return _PLACE.sub(place, document.read_text(encoding="utf-8"))
 
 
-def section(result: Result, *, name: str, metrics: list[str] | None) -> str:
-    """One result as Markdown: the finding, its table, and the line that says how it came about."""
-    if metrics == ["flatness"]:
-        return f"\n{tables.markdown_flatness(result)}\n{provenance(result, name=name)}\n"
-    ratios = result.get("ratios", {})
-    # Means alone, and many ratios, are said better by their table.
+def _section(result: Result, link: str, metrics: str | None) -> str:
+    """One result as Markdown: the finding, its table, and how the numbers were made."""
+    if metrics == "flatness":
+        return f"\n{tables.markdown_flatness(result)}\n{_provenance(result, link)}\n"
+    ratios, columns = result.get("ratios", {}), metrics.split(",") if metrics else None
+    # A table alone is clearer than a sentence of many ratios or of means without a test.
     in_words = len(ratios) <= text.RATIOS_IN_WORDS if ratios else bool(result.get("comparisons"))
     parts = [text.finding(result)] if in_words else []
     if ratios:
-        parts.append(ratio_table(result))
-    if metrics or not ratios:
-        parts.append(tables.markdown_table(result, metrics=metrics).rstrip())
-        legend = tables.p_legend(result, tables.table(result, metrics)[1])
+        parts.append(_ratio_table(result))
+    if columns or not ratios:
+        parts.append(tables.markdown_table(result, metrics=columns).rstrip())
+        legend = tables.legend(result, tables.table(result, columns)[1])
         parts += [f"<sub>{legend}</sub>"] if legend else []
-    return "\n\n".join(["", *parts, provenance(result, name=name)])[1:] + "\n"
+    return "\n" + "\n\n".join([*parts, _provenance(result, link)]) + "\n"
 
 
-def ratio_table(result: Result) -> str:
-    """Peers by how many times faster or smaller kdjax is."""
+def _ratio_table(result: Result) -> str:
+    """How many times faster or smaller kdjax is than each peer."""
     lines = ["| compared with | times | low | high |", "| :-- | --: | --: | --: |"]
     for peer, ratio in result["ratios"].items():
         values = " | ".join(f"{ratio[k]:#.3g}" for k in ("median", "low", "high"))
@@ -60,8 +68,8 @@ def ratio_table(result: Result) -> str:
     return "\n".join(lines)
 
 
-def provenance(result: Result, *, name: str) -> str:
-    """Command, n, what was scaled down, machine and commit, in one line of small print."""
+def _provenance(result: Result, link: str) -> str:
+    """Command, n, what was scaled down, machine, commit and file, in one line of small print."""
     machine, n = result["hardware"], len(result["seeds"])
     where = (
         f"{machine['cores']} {'core' if machine['cores'] == 1 else 'cores'} of {machine['cpu']}"
@@ -72,6 +80,5 @@ def provenance(result: Result, *, name: str) -> str:
     dirty = " with uncommitted changes" if result["dirty"] else ""
     return (
         f"<sub>`{result['command']}`; n = {n}{scaled}; {where}, jax {result['versions'].get('jax', 'unknown')}; "
-        f"commit {result['commit'][:8]}{dirty}; "
-        f"[{name}.json](experiments/results/{name}.json)</sub>"
+        f"commit {result['commit'][:8]}{dirty}; {link}</sub>"
     )

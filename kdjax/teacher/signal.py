@@ -92,6 +92,11 @@ def answers(
     """
     if mode not in MODES:
         raise ValueError(f"a teacher is asked in one of the modes {', '.join(MODES)}, got {mode!r}.")
+    if lacking := [name for name in features if name not in teacher.network.output_shapes.features]:
+        raise ValueError(
+            f"{teacher.network.name} has no feature {lacking[0]}; it has "
+            f"{', '.join(teacher.network.output_shapes.features) or 'none'}. Maps are made by teacher.explain."
+        )
     own = teacher.normalisation._asdict()
     identity = {"weights": checkpoints.digest_tree(teacher.weights), "normalisation": own, "mode": mode}
     identity |= {"views": views if mode == "views" else 1, "features": list(features)}
