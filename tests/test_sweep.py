@@ -536,7 +536,7 @@ def main(callbacks=()):
     launch, dataset, recipe = LAUNCH.value, DATA.value.load(), RECIPE.value
     settings = cli.settings(__name__)
     workdir = cli.claim_workdir(launch.workdir, settings | {"data": dataset.fingerprint})
-    large, small = (cli.network(f"digits_{name}", dataset) for name in ("teacher", "student"))
+    large, small = (cli.network("mlp", dataset, widths=(width,)) for width in (16, 4))
     with cli.shared_cache(launch.shared_cache, workdir / "teacher", dataset.fingerprint) as home:
         own = Recipe(epochs=2, batch_size=16)  # the teacher's; were it drawn too, it would decide the directory
         train = run.make_trainer(large, methods.labels(), dataset, own, split=launch.split)
