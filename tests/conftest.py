@@ -47,6 +47,7 @@ def _alone(name, keep=()):
     ]
     for _, flag in others:
         delattr(flags.FLAGS, flag.name)
+    before = sys.modules.pop(name, None)  # so that importing it defines its flags
     _lent.append(name)
     try:
         yield importlib.import_module(name)
@@ -54,7 +55,9 @@ def _alone(name, keep=()):
         _lent.pop()
         for flag in list(flags.FLAGS.flags_by_module_dict().get(name, [])):
             delattr(flags.FLAGS, flag.name)
-        sys.modules.pop(name, None)  # so that a later import defines its flags anew
+        sys.modules.pop(name, None)
+        if before is not None:
+            sys.modules[name] = before
         for module, flag in others:
             flags.FLAGS[flag.name] = flag
             flags.FLAGS.register_flag_by_module(module, flag)
