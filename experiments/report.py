@@ -2,7 +2,7 @@ r"""What have all experiments found? One page from every result file.
 
     python -m experiments.report --results=experiments/results --output=report.html
     python -m experiments.report --results=runs --output=runs/report.html
-    python -m experiments.report --documents=README.md,BUILD_NOTES.md
+    python -m experiments.report --documents=README.md,docs
 
 The third form writes no page, but the tables of those documents anew, between <!-- results: NAME --> and <!-- end -->;
 a test fails where they differ from the files. A page takes a second for every few figures, and 40 kB for each: all of
@@ -11,6 +11,7 @@ damaged, is no result or was written by a newer kdjax is named on the page and h
 the exit code is then 1.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,9 @@ RESULTS = flags.DEFINE_string(
     "A result file; or a directory, searched for every results.json if it holds any, else for *.json.",
 )
 OUTPUT = flags.DEFINE_string("output", None, "Page to write, such as report.html.")
-DOCUMENTS = flags.DEFINE_list("documents", [], "Markdown files whose marked tables are written anew.")
+DOCUMENTS = flags.DEFINE_list(
+    "documents", [], "Markdown files, or folders of them, whose marked tables are written anew."
+)
 TITLE = flags.DEFINE_string("title", "What kdjax has measured", "Of the page.")
 
 
@@ -45,14 +48,23 @@ def main() -> None:
     found, problems = report.load(paths)
     if OUTPUT.value:
         write_page(found, problems, root)
-    for document in DOCUMENTS.value:
-        text = Path(document).read_text(encoding="utf-8")
-        files.write_text(document, report.fill_tables(text, lambda name: results.read(root / f"{name}.json")))
-        print(f"{document}: its tables are those of {root}.")
+    for document in documents_of(DOCUMENTS.value):
+        text = document.read_text(encoding="utf-8")
+        folder = Path(os.path.relpath(root, document.parent)).as_posix()
+        filled = report.fill_tables(text, lambda name: results.read(root / f"{name}.json"), folder=folder)
+        if filled != text:
+            files.write_text(document, filled)
+            print(f"{document}: its tables are those of {root}.")
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     if problems:
         sys.exit(1)
+
+
+def documents_of(names: Sequence[str]) -> list[Path]:
+    """The Markdown files that are named, or lie in the folders that are."""
+    paths = map(Path, names)
+    return [file for path in paths for file in (sorted(path.rglob("*.md")) if path.is_dir() else [path])]
 
 
 def write_page(found: Mapping[Path, Any], problems: Sequence[str], root: Path) -> None:
