@@ -2,9 +2,7 @@
 
 import sys
 
-if sys.argv[:1] == [
-    "-m"
-]:  # python -m experiments.NAME is under way, and imports for seconds before it can do more
-    from experiments import process
+if sys.argv[:1] == ["-m"]:  # `python -m experiments.NAME` has just begun, and will import for seconds
+    from experiments import stopping
 
-    process.end_on_signals()
+    stopping.end_on_signals()

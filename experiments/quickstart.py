@@ -3,13 +3,13 @@ r"""Does a small network learn more from a large one than from the labels alone,
     python -m experiments.quickstart
 
 The whole data flow on real data in about a minute on two CPU cores, without a download: scikit-learn's 1,797
-handwritten digits. A teacher is trained on the whole training split; what it says of every image is computed once,
-stored and verified; a much smaller student then learns from only --num_train of those images, over five seeds, and is
-measured on a test split that nothing was chosen on. It learns from their labels alone (scratch), with the teacher's
-softened answers beside them (kd), likewise with some images overlaid with what the teacher looks at (kd+ig; see
-experiments.ig_cifar10), or likewise, but starting from what is cut out of the teacher itself and looking for ways down
-along negative curvature (sprkd+kd, as this library recommends it; experiments.sprkd_malaria takes it to pieces). At the
-end the curvature of the loss is measured where each arm came to rest.
+handwritten digits. A teacher is trained on the whole training split; its answers for every image are computed once,
+cached and verified; a much smaller student then learns from only --num_train of those images, over five seeds, and is
+measured on the test split. It learns from their labels alone (scratch), with the teacher's
+softened logits beside them (kd), with some images overlaid with the teacher's integrated gradients as well (kd+ig; see
+experiments.ig_cifar10), or starting from weights selected from the teacher, with escapes along negative curvature
+(sprkd+kd; experiments.sprkd_malaria has its ablation). At the end the curvature of the loss is measured where each arm
+came to rest.
 
 Leaves in runs/quickstart/: the checkpoints of every run, results.json, figure.png and report.html. Expect kd to beat
 scratch, and sprkd+kd to beat kd; the numbers stand in BUILD_NOTES.md, from experiments/results/quickstart.json.
@@ -19,103 +19,109 @@ References:
   Distillation with Integrated Gradients, arXiv 2503.13008, 2025. Dewan, SPRKD, arXiv 2607.23346, 2026.
 """
 
+import dataclasses
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from experiments import common
-from experiments.common import recruiting
-from kdjax import models, saddles
+from experiments import cli
+from kdjax import data, methods, run, saddles, study
+from kdjax import teacher as teachers
+from kdjax.callbacks import ProgressBar
+from kdjax.recipe import Recipe
+from kdjax.types import Params
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
-OUTPUT = flags.DEFINE_string("output", None, "Also write the results to this file.")
 NUM_TRAIN = flags.DEFINE_integer("num_train", 100, "Training images that the students see.", lower_bound=16)
 TEMPERATURE = flags.DEFINE_float("temperature", 4.0, "Softening of both logits.", lower_bound=1e-3)
 HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Weight of the labels in kd.", lower_bound=0.0)
-SOFT_WEIGHT = flags.DEFINE_float(
-    "soft_weight", 0.9, "Weight of the teacher's answers in kd.", lower_bound=0.0
-)
-SMOKE = flags.DEFINE_bool("smoke", False, "The same code in seconds: three seeds, two epochs.")
+SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.9, "Weight of the teacher in kd.", lower_bound=0.0)
+LAUNCH = cli.define(cli.Launch(workdir="runs/quickstart"), only=("workdir", "output", "smoke"))
 
-TEACHER = common.Recipe(epochs=30, batch_size=64, learning_rate=2e-3, schedule="cosine", evaluate_every=5)
-STUDENT = common.Recipe(epochs=150, batch_size=20, learning_rate=2e-3, schedule="cosine", evaluate_every=10)
+TEACHER = Recipe(epochs=30, batch_size=64, learning_rate=2e-3, schedule="cosine", evaluate_every=5)
+STUDENT = Recipe(epochs=150, batch_size=20, learning_rate=2e-3, schedule="cosine", evaluate_every=10)
+
+NOTES = [
+    "Blur and translation are in pixels, of strengths made for pictures of 32x32. One pixel of an 8x8 digit is "
+    "an eighth of it, so hardly any network stands them here.",
+    "All students of sprkd+kd start from the same weights, so they differ less than those of other arms.",
+]
 
 
-def main() -> None:
-    """Teacher, columns, students, report."""
-    start = time.monotonic()
-    settings = common.settings_of(globals(), apart=("workdir", "output"))
-    kd = common.kd(
-        hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
-    )
-    seeds = range(3 if SMOKE.value else 5)
-    teacher_recipe, student_recipe = (
-        recipe._replace(epochs=2, evaluate_every=1) if SMOKE.value else recipe
-        for recipe in (TEACHER, STUDENT)
-    )
-
-    everything = common.make_task("digits", data_dir=None)
-    network = common.build("digits_teacher", everything)
-    few = common.make_task("digits", data_dir=None, num_train=NUM_TRAIN.value)
-    made_from = settings | {"data": few.fingerprint, "teacher_data": everything.fingerprint}
-    workdir = common.claim_workdir(WORKDIR.value, made_from)
-    trainer = common.make_trainer(everything, network, common.scratch, teacher_recipe)
-    teacher = common.train_teacher(
-        everything, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0"
-    )
-
-    student = common.build("digits_student", few)
-    taught = common.taught_by(
-        few, teacher, student_recipe, mode="centre", views=1, directory=workdir / "columns"
-    )
-    shape, _ = models.init(student, few.source.images.shape[1:], seed=0)
-    region = saddles.select_weights(teacher.weights.params, shape)
-    recruit = recruiting.with_escapes(region, recruiting.Escape())
-    explained = common.explained_by(few, teacher, directory=workdir / "maps")
-    shown = taught._replace(
-        columns={**(taught.columns or {}), "map": explained.columns["map"]},
-        maps=("teacher_map",),
-        blend=common.overlaid(),
-    )
-    learning: dict = {
-        "scratch": (common.scratch, taught, {}),
-        "kd": (kd, taught, {}),
-        "kd+ig": (kd, shown, {}),
-        "sprkd+kd": (kd, taught, {"wrap": recruit, "second": True}),
+def arms(region: Params) -> Mapping[str, methods.Method]:
+    """What each student learns from; ``region`` holds weights selected from the teacher."""
+    kd = methods.kd(TEMPERATURE.value, hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value)
+    return {
+        "scratch": methods.labels(),
+        "kd": kd,
+        "kd+ig": kd + methods.ig_overlay(),
+        "sprkd+kd": kd + methods.sprkd(region),
     }
-    students: dict = {}
-    for arm, (objective, told, more) in learning.items():
-        trainer = common.make_trainer(few, student, objective, student_recipe, told, **more)
+
+
+def main() -> dict[str, Any]:
+    """Teacher, its cached answers and maps, students, report."""
+    start, launch, settings = time.monotonic(), LAUNCH.value, cli.settings(__name__)
+    recipes = [
+        dataclasses.replace(r, epochs=2, evaluate_every=1) if launch.smoke else r for r in (TEACHER, STUDENT)
+    ]
+    digits = data.load("digits")
+    everything, few = data.split(digits), data.split(digits, num_train=NUM_TRAIN.value)
+    large, small = (cli.network(f"digits_{size}", few) for size in ("teacher", "student"))
+    arms(small.init(0)[0])  # raises for weights and temperatures that make no sense
+    made_from = settings | {"data": few.fingerprint, "teacher_data": everything.fingerprint}
+    workdir, watch = cli.claim_workdir(launch.workdir, made_from), {"callbacks": [ProgressBar()]}
+
+    train_teacher = run.make_trainer(large, methods.labels(), everything, recipes[0])
+    teacher = train_teacher(0, workdir / "teacher" / "0", arm="teacher", **watch)
+    answers = teachers.answers(teacher, few, directory=workdir / "teacher_answers")
+    maps = teachers.explain(teacher, few, directory=workdir / "maps").answers["map"]
+    with_maps = answers._replace(answers={**(answers.answers or {}), "map": maps}, maps=("map",))
+    region = saddles.select_weights(teacher.weights.params, small.init(0)[0])
+
+    students: dict[str, list[run.Trained]] = {}
+    for arm, method in arms(region).items():
+        signal = with_maps if arm == "kd+ig" else answers
+        train_student = run.make_trainer(small, method, few, recipes[1], teacher=signal)
         students[arm] = [
-            trainer(seed, workdir / arm / str(seed), f"{arm}, seed {seed}", settings) for seed in seeds
+            train_student(seed, workdir / arm / str(seed), arm=arm, settings=settings, **watch)
+            for seed in range(3 if launch.smoke else 5)
         ]
-    arms = {"teacher": [teacher], **students}
-    disturbed = common.robustness_of(few, arms, workdir / "robustness")
-    common.conclude(
-        workdir,
+    return report(
+        workdir, few, {"teacher": [teacher], **students}, settings, start, overlays=study.pictures(few, maps)
+    )
+
+
+def report(
+    workdir: Path,
+    few: data.Dataset,
+    every: study.Arms,
+    settings: Mapping[str, Any],
+    start: float,
+    **more: Any,
+) -> dict[str, Any]:
+    """Robustness, curvature and costs of every arm, and the result."""
+    students = {arm: runs for arm, runs in every.items() if arm != "teacher"}
+    more |= {
+        "robustness": study.robustness_of(few, every, workdir / "robustness"),
+        "flatness": study.flatness_of(few, students, workdir / "flatness"),
+        "densities": study.densities_of(few, students, workdir / "densities"),
+        "surfaces": study.surfaces_of(few, students, workdir / "surfaces"),
+        "costs": study.costs_of(every),
+    }
+    about = study.Study(
         "quickstart",
-        task=few,
-        question=f"Does a small network learn more of digits from a teacher than from {NUM_TRAIN.value} labels alone?",
-        arms=arms,
-        arm_seeds={"teacher": [0]} | dict.fromkeys(students, seeds),
+        f"Does a small network learn more of digits from a teacher than from {NUM_TRAIN.value} labels alone?",
         baseline="scratch",
-        settings=settings,
-        output=OUTPUT.value,
-        scaled_down="8x8 images; one teacher" + (", two epochs (smoke)" if SMOKE.value else ""),
-        notes=[
-            "Blur and translation are in pixels, of strengths made for pictures of 32x32. One pixel of an 8x8 digit is "
-            "an eighth of it, so hardly any network stands them here.",
-            "All students of sprkd+kd start from the same weights, so they differ less than those of other arms.",
-        ],
-        robustness=disturbed,
-        flatness=common.flatness_of(few, students, workdir / "flatness"),
-        densities=common.densities_of(few, students, workdir / "densities"),
-        surfaces=common.surfaces_of(few, students, workdir / "surfaces"),
-        overlays=common.pictures(few, explained),
-        costs=common.costs_of(few, arms),
-        wall_clock_s=time.monotonic() - start,  # all of the above too
+        scaled_down="8x8 images; one teacher" + (", two epochs (smoke)" if LAUNCH.value.smoke else ""),
+    )
+    seconds, output = time.monotonic() - start, LAUNCH.value.output
+    return study.conclude(
+        about, workdir, few, every, settings=settings, seconds=seconds, notes=NOTES, output=output, **more
     )
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

@@ -1,7 +1,7 @@
-"""Metrics as masked sums, so that neither padding, nor batch size, nor sharding changes an answer.
+"""Metrics as masked sums, so that padding, batch size and sharding do not change them.
 
-A step turns one batch into sums over its valid examples; sums add up over batches, devices and hosts; and
-:func:`summarise` turns the totals into the metrics one reports.
+:func:`metric_sums` turns a batch into sums over its valid examples, :func:`make_evaluator` adds these up over batches,
+devices and hosts, and :func:`summarise` turns the totals into metrics.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +17,8 @@ from kdjax import losses, parallel
 from kdjax.data.batches import evaluation_index
 from kdjax.types import ApplyFn, Batch, ModelState, Params
 
-NUM_BINS = 15  # of confidence, for the calibration error; 15 as in Guo et al. 2017
-"""Equal-width bins of confidence between 0 and 1."""
+NUM_BINS = 15
+"""Equal-width bins of confidence between 0 and 1, for the calibration error; 15 as in Guo et al. 2017."""
 
 
 def metric_sums(
@@ -28,19 +28,19 @@ def metric_sums(
     valid: Float[Array, " batch"],
     teacher_logits: Float[Array, "batch classes"] | None = None,
 ) -> dict[str, Array]:
-    """Sums over the valid examples from which every metric follows.
+    """Sums over the valid examples of a batch, from which all metrics are computed.
 
     Args:
       logits: scores before the softmax.
       label: true classes.
-      valid: 1 where the example counts, 0 where it only fills up the batch.
-      teacher_logits: for agreement with the teacher.
+      valid: 1 for examples, 0 for padding.
+      teacher_logits: of the teacher on the same examples, to measure agreement with it.
 
     Returns:
       ``count``, ``nll`` (nats), ``confusion`` (true class by predicted class), and per bin of confidence ``bin_count``,
       ``bin_confidence``, ``bin_correct``; with a teacher ``agree`` and ``teacher_kl`` (nats). All float32.
     """
-    # Rows that only fill up are set to zero, not multiplied by it: they may hold NaN.
+    # Padding is replaced by zero, not multiplied by it: it may hold NaN.
     logits = jnp.where(valid[:, None] > 0, logits, 0).astype(jnp.float32)
     num_classes = logits.shape[-1]
     predicted, confidence = jnp.argmax(logits, -1), jnp.max(jax.nn.softmax(logits), -1)
@@ -64,7 +64,10 @@ def metric_sums(
 
 
 def summarise(sums: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics from totals of :func:`metric_sums`.
+    """Metrics from the totals of :func:`metric_sums`.
+
+    Args:
+      sums: added up over all batches.
 
     Returns:
       ``accuracy``, ``loss`` (mean negative log-likelihood, nats), ``precision``, ``recall`` and ``f1`` (means over the
@@ -101,10 +104,7 @@ def summarise(sums: Mapping[str, Any]) -> dict[str, float]:
 
 
 def per_class(sums: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and F1 of each class, 0 where one is undefined: float64[classes] each.
-
-    The recall of a class is its accuracy.
-    """
+    """Precision, recall (a class's accuracy) and F1, float64[classes] each; 0 where undefined."""
     confusion = np.asarray(sums["confusion"], np.float64)
     hits, truth, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     precision, recall = hits / np.maximum(predicted, 1), hits / np.maximum(truth, 1)
@@ -113,11 +113,11 @@ def per_class(sums: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def reliability(sums: Mapping[str, Any]) -> dict[str, list[float]]:
-    """The bins of a reliability diagram, whose weighted gaps between the two curves add up to ``ece``.
+    """The bins of a reliability diagram; ``ece`` is the mean gap between confidence and accuracy, weighted by count.
 
     Returns:
-      Per bin of confidence, from the lowest: ``confidence`` and ``accuracy``, means over the bin's examples and 0 where
-      there are none, and ``count``.
+      Per bin, from the lowest confidence: ``confidence`` and ``accuracy``, the means over its examples (0 if it has
+      none), and ``count``.
 
     References:
       Guo et al., `On Calibration of Modern Neural Networks <https://arxiv.org/abs/1706.04599>`_, 2017, section 2.
@@ -133,18 +133,18 @@ def reliability(sums: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def best_shift(
-    logits: Float[np.ndarray, "examples classes"], label: Int[np.ndarray, " examples"], chosen: int
+    logits: Float[np.ndarray, "examples classes"], label: Int[np.ndarray, " examples"], target: int
 ) -> float:
-    """What to add to one class's logit for the fewest errors: the bias of a class that training saw too rarely.
+    """The constant that minimises the errors when it is added to one class's logit, which training saw too rarely.
 
-    An example's answer turns into the class where the shift exceeds the lead of its best other class: a gain if that is
-    what it is, a loss if it was right before. So the number of right answers is a sum of steps at the leads, and its
-    highest place is found exactly.
+    The prediction of an example becomes the class as soon as the shift exceeds the lead of the best other class. That
+    gains an example of the class, and loses one that was right before. The number of right predictions is therefore a
+    step function of the shift with steps at the leads, and its maximum is found exactly.
 
     Args:
       logits: of a validation split, not of the split that is reported.
       label: true classes.
-      chosen: the class.
+      target: the class whose logit is shifted.
 
     Returns:
       The middle of the range of shifts with the fewest errors; of the lowest such range if there are several.
@@ -154,19 +154,19 @@ def best_shift(
 
     References:
       Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015, section
-      3, correct the bias of a digit that a student never saw.
+      3: the bias of a digit that the student never saw.
     """
-    if not (label == chosen).any():
-        raise ValueError(f"best_shift needs examples of class {chosen} to choose its bias by, got none.")
-    classes = np.delete(np.arange(logits.shape[1]), chosen)
+    if not (label == target).any():
+        raise ValueError(f"best_shift needs examples of class {target} to choose its bias by, got none.")
+    classes = np.delete(np.arange(logits.shape[1]), target)
     others = logits[:, classes].astype(np.float64)
-    lead = others.max(1) - logits[:, chosen]
-    gain = np.where(label == chosen, 1, -(classes[others.argmax(1)] == label).astype(int))
+    lead = others.max(1) - logits[:, target]
+    gain = np.where(label == target, 1, -(classes[others.argmax(1)] == label).astype(int))
     order = np.argsort(lead[gain != 0])
     lead, gain = lead[gain != 0][order], gain[gain != 0][order]
     ends = np.concatenate([[lead[0] - 1], lead, [lead[-1] + 1]])
-    right = np.concatenate([[0], np.cumsum(gain)])  # between two ends, but for a constant
-    right = np.where(np.diff(ends) > 0, right, -np.inf)  # examples of equal lead turn at once
+    right = np.concatenate([[0], np.cumsum(gain)])  # between two ends, up to a constant
+    right = np.where(np.diff(ends) > 0, right, -np.inf)  # examples of equal lead change together
     best = int(np.argmax(right))
     return float(ends[best] + ends[best + 1]) / 2
 
@@ -181,21 +181,24 @@ def make_evaluator(
     devices: Sequence[jax.Device],
     transform: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda sums_of: sums_of,
 ) -> Callable[..., dict[str, Any]]:
-    """Builds a function of the weights that returns the total sums over ``ids``, computed on all devices.
+    """Builds a function of the weights that returns the sums of :func:`metric_sums` over ``ids``.
 
     Args:
       apply_fn: the network; called with ``train=False``.
-      make_batch: ``(arrays, index) -> batch`` without augmentation. A batch with ``teacher_logits`` is also
-        compared with the teacher.
-      arrays: the resident data set; a call may be given other arrays of the same shapes, as a third argument.
+      make_batch: ``(arrays, index) -> batch``, without augmentation. If the batch has ``teacher_logits``, agreement
+        with the teacher is measured too.
+      arrays: the data set, on the devices.
       ids: the examples to evaluate.
       batch_size: examples per call over all devices; changes memory and speed, not the answer.
-      devices: of this process.
-      transform: of the function ``(params, model_state, arrays, index, valid) -> sums`` before it is compiled, such as
+      devices: of this process, which share the work.
+      transform: applied to ``(params, model_state, arrays, index, valid) -> sums`` before it is compiled, such as
         :func:`kdjax.vmapped.over_weights`, which evaluates stacked weights at once.
 
     Returns:
-      ``(params, model_state, arrays=arrays) -> sums``; pass them to :func:`summarise`.
+      ``(params, model_state, arrays=arrays) -> sums`` for :func:`summarise`; other arrays must have the same shapes.
+
+    Raises:
+      ValueError: if the devices do not divide ``batch_size``.
     """
     parallel.check_batch_size(batch_size, devices)
     index, valid = evaluation_index(ids, batch_size=batch_size)
@@ -212,7 +215,7 @@ def make_evaluator(
 
     def evaluate(params: Params, model_state: ModelState, arrays: Any = arrays) -> dict[str, Any]:
         parts = [compiled(params, model_state, arrays, *row) for row in rows]
-        # Added up on the host in float64: counts stay exact beyond the 2^24 that float32 can hold.
+        # Added up on the host in float64: float32 counts exactly only up to 2^24.
         return jax.tree.map(
             lambda *values: np.sum([np.asarray(v, np.float64) for v in values], axis=0), *parts
         )

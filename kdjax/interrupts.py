@@ -10,23 +10,19 @@ import jax
 
 
 class Stopped(SystemExit):
-    """A run was told to stop. Uncaught, it ends the process with 128 plus the signal's number, as shells count.
+    """The process was asked to stop. Uncaught, it ends with exit code 128 plus the signal's number, as shells count.
 
     Attributes:
       signal: its number, ``signal.SIGTERM`` or ``signal.SIGINT``.
-      step: the steps that were done.
-      message: one sentence for the user: what stopped the run, and what was saved.
+      step: the steps that were done, in a training.
+      message: one sentence for the user: the signal, and what was saved.
     """
 
-    def __init__(self, number: int, step: int, *, saved: bool):
+    def __init__(self, number: int, outcome: str, *, step: int | None = None):
         super().__init__(128 + number)
         self.signal, self.step = signal.Signals(number), step
-        by = "Ctrl-C" if number == signal.SIGINT else self.signal.name
-        self.message = (
-            f"stopped by {by}; saved at step {step}; the same command continues."
-            if saved
-            else f"stopped by {by} at step {step}; nothing was saved, because the run has no directory."
-        )
+        name = "Ctrl-C" if number == signal.SIGINT else self.signal.name
+        self.message = f"stopped by {name}; {outcome}"
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from kdjax.data.batches import Feed, check_seed
 from kdjax.interrupts import Stopped as Stopped
 from kdjax.interrupts import stop_requests
 from kdjax.types import ApplyFn, Batch, Metrics, ModelState, Params
+from kdjax.types import Weights as Weights
 
 _DATA, _NETWORK = 0, 1  # what a step's key is folded with for either use
 
@@ -187,13 +188,6 @@ def _step_key(state: TrainState, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.step), purpose)
 
 
-class Weights(NamedTuple):
-    """What is evaluated and exported: parameters and statistics, without the optimizer."""
-
-    params: Params
-    model_state: ModelState
-
-
 def weights_of(state: TrainState) -> Weights:
     """The weights of a student that is trained alone."""
     return Weights(state.params, state.model_state)
@@ -339,7 +333,9 @@ def fit(
                 checkpoints.save(directory, step, tree, meta=position._asdict(), identity=identity)
                 last_save = time.monotonic()
             if stop:
-                raise Stopped(stop, step, saved=directory is not None)
+                kept = f"saved at step {step}; the same command continues."
+                none = "nothing was saved, because the run has no directory."
+                raise Stopped(stop, kept if directory is not None else none, step=step)
     if evaluate is not None and not _is_evaluated(position):  # a longer run was stopped here between two
         position, best = _evaluated(evaluate, weights_of(state), epochs, position, best)
     last = weights_of(state)

@@ -23,6 +23,20 @@ Metrics: TypeAlias = dict[str, Array]
 """Named scalars of one step."""
 
 
+class Normalisation(NamedTuple):
+    """Mean and standard deviation per channel, of images scaled to [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Weights(NamedTuple):
+    """What is evaluated and exported: parameters and statistics, without the optimizer."""
+
+    params: Params
+    model_state: ModelState
+
+
 class Outputs(NamedTuple):
     """What a network returns: scores before the softmax, and the activations that a loss may ask for by name."""
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,20 +35,25 @@ if importlib.util.find_spec("beartype"):
 
 
 @contextlib.contextmanager
-def _alone(name):
+def _alone(name, keep=()):
     modules = flags.FLAGS.flags_by_module_dict().items()
-    others = [(module, flag) for module, own in modules if module.startswith("experiments.") for flag in own]
+    others = [
+        (m, flag) for m, own in modules if m.startswith("experiments.") and m not in keep for flag in own
+    ]
     for _, flag in others:
         delattr(flags.FLAGS, flag.name)
-    yield importlib.import_module(name)
-    for flag in list(flags.FLAGS.flags_by_module_dict()[name]):
-        delattr(flags.FLAGS, flag.name)
-    for module, flag in others:
-        flags.FLAGS[flag.name] = flag
-        flags.FLAGS.register_flag_by_module(module, flag)
+    try:
+        yield importlib.import_module(name)
+    finally:
+        for flag in list(flags.FLAGS.flags_by_module_dict().get(name, [])):
+            delattr(flags.FLAGS, flag.name)
+        sys.modules.pop(name, None)  # so that a later import defines its flags anew
+        for module, flag in others:
+            flags.FLAGS[flag.name] = flag
+            flags.FLAGS.register_flag_by_module(module, flag)
 
 
 @pytest.fixture(scope="session")
 def alone():
-    """Lends an experiment, the flags of others out of its way: no two flags of one name can be in one process."""
+    """Lends an experiment while the flags of others are away: no two flags of one name can be in one process."""
     return _alone

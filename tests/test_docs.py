@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from kdjax import report, results, train
+from kdjax import losses, report, results, train
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -37,13 +37,9 @@ def blocks(path: Path, language: str) -> list[tuple[str, int, str]]:
     return [(f"{name_of(path)}:{line}", line, code) for line, code in lines]
 
 
-# losses.md quotes fragments of docstrings, which are no programs.
-WITH_CODE = [path for path in DOCUMENTS if path.name != "losses.md"]
-
-
 # Haiku and Equinox may warn of what they like; our own warnings are errors in the tests of the modules.
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("path", [path for path in WITH_CODE if blocks(path, "python")], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks(path, "python")], ids=name_of)
 def test_python_blocks_run(path, tmp_path, monkeypatch):
     """The blocks of a page run in order and share their names, as the cells of a notebook do."""
     monkeypatch.chdir(tmp_path)
@@ -74,11 +70,11 @@ def learns(apply_fn, params, model_state):
     step = jax.jit(train.make_train_step(apply_fn, objective, tx))
     state = train.init_state(params, model_state, tx, seed=0)
     batch = {"image": jax.random.normal(jax.random.key(0), (8, 8, 8, 1)), "label": jnp.arange(8) % 10}
-    losses = []
+    values = []
     for _ in range(10):
         state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.7 * losses[0]
+        values.append(float(metrics["loss"]))
+    assert values[-1] < 0.7 * values[0]
 
 
 def docstring_examples() -> list[tuple[str, str, str, int]]:
@@ -183,17 +179,19 @@ def test_links_lead_somewhere(path):
     assert broken == []
 
 
-@functools.cache
-def read(name: str):
-    return results.read(RESULTS / f"{name}.json")
+def test_the_guide_links_every_public_loss_to_its_module():
+    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[`(\w+)`\]\(\.\./kdjax/losses/(\w+)\.py\)", text, flags=re.MULTILINE)
+    public = {name: value for name, value in vars(losses).items() if callable(value) and name[0] != "_"}
+    wanted = [(name, value.__module__.rpartition(".")[2]) for name, value in public.items()]
+    assert sorted(listed) == sorted(wanted)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_tables_are_those_of_the_result_files(path):
-    text = path.read_text(encoding="utf-8")
-    folder = Path(os.path.relpath(RESULTS, path.parent)).as_posix()
-    filled = report.fill_tables(text, read, folder=folder)
-    assert text == filled, "run python -m experiments.report --documents=README.md,docs"
+    assert path.read_text(encoding="utf-8") == report.fill_tables(path, RESULTS), (
+        "run python -m experiments.report --documents=README.md,docs"
+    )
 
 
 def test_every_result_has_a_table():
@@ -210,13 +208,13 @@ def test_every_page_is_on_the_map():
         assert {page.name for page in index.parent.glob("*.md") if page != index} <= linked
 
 
-def test_a_summary_shows_the_arm_its_baseline_and_the_corrected_p():
+def test_a_summary_shows_the_arm_its_baseline_and_the_corrected_p(tmp_path):
     """One row per study, with the numbers of that study's own table."""
-    mark = "<!-- summary: accuracy\nDigits: quickstart/kd\n-->\n<!-- end -->"
-    row = report.fill_tables(mark, read, folder="there").splitlines()[-3]
-    table = report.markdown_table(read("quickstart"), metrics=["accuracy"])
+    (tmp_path / "page.md").write_text("<!-- summary: accuracy\nDigits: quickstart/kd\n-->\n<!-- end -->")
+    row = report.fill_tables(tmp_path / "page.md", RESULTS).splitlines()[-3]
+    table = report.markdown_table(results.read(RESULTS / "quickstart.json"), metrics=["accuracy"])
     arms = {
         line.split(" | ")[0].strip("| "): line.split(" | ")[2].rstrip("| ") for line in table.splitlines()
     }
     value, _, p = arms["kd"].removesuffix(")").partition(" (")
-    assert row == f"| [Digits](there/quickstart.json) | kd | 5 | {arms['scratch']} | {value} | {p} |"
+    assert re.sub(r"\(.*?\)", "", row) == f"| [Digits] | kd | 5 | {arms['scratch']} | {value} | {p} |"

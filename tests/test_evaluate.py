@@ -22,10 +22,13 @@ def scores(n=203, seed=0):
     return logits, label, rng.normal(size=(n, CLASSES)).astype(np.float32)
 
 
+metric_sums = jax.jit(evaluate.metric_sums)
+
+
 def summary(logits, label, valid=None, teacher=None):
     valid = np.ones(len(label), np.float32) if valid is None else valid
     teacher = None if teacher is None else jnp.asarray(teacher)
-    sums = evaluate.metric_sums(
+    sums = metric_sums(
         jnp.asarray(logits), jnp.asarray(label), valid=jnp.asarray(valid), teacher_logits=teacher
     )
     return evaluate.summarise(sums)
@@ -84,8 +87,7 @@ def test_masked_rows_do_not_count_even_if_they_hold_nan():
     )
 
 
-@pytest.mark.parametrize("batch_size", [2, 50, 64, 300])
-@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize(("batch_size", "num_devices"), [(2, 1), (50, 2), (64, 1), (300, 2)])
 def test_neither_batches_nor_devices_change_the_answer(batch_size, num_devices):
     logits, label, teacher = scores()
     ids = np.flatnonzero(np.arange(len(label)) % 4)

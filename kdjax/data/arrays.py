@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +27,23 @@ def read(path: Path) -> tfds_cache.Arrays:
     Raises:
       ValueError: the file is missing or damaged, or its arrays are not what they must be.
     """
-    arrays = _arrays(path)
+    return checked(_arrays(path), str(path))
+
+
+def checked(arrays: Mapping[str, np.ndarray], where: str) -> tfds_cache.Arrays:
+    """The arrays of an ``.npz``, or as many in memory, checked; ``where`` names them in errors and notes."""
     splits = {"train": "", "test": "test_"} if "test_images" in arrays else {"train": ""}
     images, given = [], []
     for start in splits.values():
-        images.append(_as_uint8(arrays[f"{start}images"], f"{start}images of {path}"))
-        given.append(_checked_labels(arrays[f"{start}labels"], len(images[-1]), f"{start}labels of {path}"))
+        images.append(_as_uint8(arrays[f"{start}images"], f"{start}images of {where}"))
+        given.append(_checked_labels(arrays[f"{start}labels"], len(images[-1]), f"{start}labels of {where}"))
     if len({part.shape[1:] for part in images}) > 1:
         raise ValueError(
-            f"images and test_images of {path} differ in shape: {images[0].shape}, {images[1].shape}."
+            f"images and test_images of {where} differ in shape: {images[0].shape}, {images[1].shape}."
         )
-    labels, class_names, notes = _classes(given, arrays.get("names"), path)
+    labels, class_names, notes = _classes(given, arrays.get("names"), where)
     if len({arrays[f"{start}images"].dtype.kind for start in splits.values()}) > 1:
-        notes.append(f"Of images and test_images in {path} one is uint8 and one floats; both are now uint8.")
+        notes.append(f"Of images and test_images in {where} one is uint8 and one floats; both are now uint8.")
     every = np.concatenate(images)
     counts = [len(part) for part in images]
     return tfds_cache.Arrays(
@@ -48,7 +52,7 @@ def read(path: Path) -> tfds_cache.Arrays:
         np.array([f"{split}/{i:06d}" for split, n in zip(splits, counts, strict=True) for i in range(n)]),
         np.repeat(np.array([0, 1] if len(splits) > 1 else [-1], np.int8), counts),
         class_names,
-        (*notes, *_notes(every, path)),
+        (*notes, *_notes(every, where)),
     )
 
 
@@ -135,11 +139,11 @@ def _check_range(images: np.ndarray, what: str) -> None:
         )
 
 
-def _notes(images: np.ndarray, path: Path) -> Iterator[str]:
+def _notes(images: np.ndarray, where: str) -> Iterator[str]:
     if images.max() <= 1:
-        yield f"No pixel of {path} is above 1 of 255, so its images are nearly black: should 1 be white?"
+        yield f"No pixel of {where} is above 1 of 255, so its images are nearly black: should 1 be white?"
     if images.shape[-1] not in (1, 3):
-        yield f"The images of {path} have {images.shape[-1]} channels, which are taken as they are."
+        yield f"The images of {where} have {images.shape[-1]} channels, which are taken as they are."
 
 
 # Labels.
@@ -170,7 +174,7 @@ def _checked_labels(labels: np.ndarray, count: int, what: str) -> np.ndarray:
 
 
 def _classes(
-    given: Sequence[np.ndarray], names: np.ndarray | None, path: Path
+    given: Sequence[np.ndarray], names: np.ndarray | None, where: str
 ) -> tuple[list[np.ndarray], tuple[str, ...], list[str]]:
     """Numbers classes from 0; returns the labels, the names, and a note if that changed the labels."""
     found = [part.tolist() for part in map(np.unique, given)]
@@ -178,23 +182,23 @@ def _classes(
         {value for part in found for value in part}, key=lambda value: (isinstance(value, str), value)
     )
     if len({type(value) for value in values}) > 1:
-        raise ValueError(f"labels and test_labels of {path} must both be integers or both text.")
+        raise ValueError(f"labels and test_labels of {where} must both be integers or both text.")
     if len(values) < 2:
-        raise ValueError(f"{path} needs at least two classes; all of its labels are {values[0]!r}.")
+        raise ValueError(f"{where} needs at least two classes; all of its labels are {values[0]!r}.")
     notes = []
     if names is not None:
-        class_names = _checked_names(names, path)
+        class_names = _checked_names(names, where)
         order = list(class_names) if isinstance(values[0], str) else list(range(len(class_names)))
         if unnamed := sorted({*values} - {*order}):
             raise ValueError(
-                f"{path} names {len(class_names)} classes but has label {unnamed[-1]}: names needs one name for "
+                f"{where} names {len(class_names)} classes but has label {unnamed[-1]}: names needs one name for "
                 "each class, in the order of the labels."
             )
     else:
         order, class_names = values, tuple(map(str, values))
         if values != list(range(len(values))) and not isinstance(values[0], str):
             notes = [
-                f"The labels of {path} are {first_ten(values)}: they are numbered 0 to {len(values) - 1}, and their "
+                f"The labels of {where} are {first_ten(values)}: they are numbered 0 to {len(values) - 1}, and their "
                 "own numbers are the names of the classes."
             ]
     number = {value: i for i, value in enumerate(order)}
@@ -205,10 +209,10 @@ def _classes(
     return labels, class_names, notes
 
 
-def _checked_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
+def _checked_names(names: np.ndarray, where: str) -> tuple[str, ...]:
     found = tuple(map(str, names.ravel()))
     if names.ndim != 1 or len(set(found)) < len(found):
         raise ValueError(
-            f"names of {path} must be one list of different names; got {first_ten(found)} of shape {names.shape}."
+            f"names of {where} must be one list of different names; got {first_ten(found)} of shape {names.shape}."
         )
     return found

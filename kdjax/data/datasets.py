@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,28 +17,59 @@ from jaxtyping import Int, Int8, Int32, UInt8
 from kdjax.data import arrays, folders, tfds_cache
 from kdjax.data.tfds_cache import first_ten
 from kdjax.extras import extra
+from kdjax.types import Normalisation
 
 GROUP_PATTERNS = {"malaria": r"C\d+(?:P\d+)?"}
 """For :func:`groups_of`: the part of a key that names the patient, of sets whose examples are not independent."""
 
 
 class Dataset(NamedTuple):
-    """Labelled images in memory; row ``i`` of every array is example ``i``. Constant by convention."""
+    """Labelled images in memory; row ``i`` of every array is example ``i``. Constant by convention.
+
+    :func:`load` and :func:`from_arrays` leave the last four fields empty; :func:`kdjax.data.split` fills them.
+    """
 
     name: str
     images: UInt8[np.ndarray, "n height width channels"]
     labels: Int32[np.ndarray, " n"]
-    example_ids: np.ndarray  # str[n]: ids that outlive a reordering, such as "train/000123" or a file name
-    official_split: Int8[
-        np.ndarray, " n"
-    ]  # 0 training, 1 official test split; -1 throughout where there is none
+    example_ids: np.ndarray  # str[n], stable under reordering, such as "train/000123" or a file name
+    official_split: Int8[np.ndarray, " n"]  # 0 train, 1 test; -1 throughout where there is no official split
     class_names: tuple[str, ...]
-    notes: tuple[str, ...] = ()  # sentences on how the data were read, for the reader of a result
+    notes: tuple[str, ...] = ()  # what a reader of a result should know about the data
+    splits: Mapping[str, np.ndarray] | None = None  # ids under "train", "validation" and "test"
+    normalisation: Normalisation | None = None  # of the training images
+    mislabelled: np.ndarray | None = None  # ids of training examples that were given a wrong label
+    content: str = ""  # :func:`digest`, kept because it takes a third of a second for CIFAR
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Height, width and channels."""
+        return self.images.shape[1:]
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything about the data that decides a run's numbers, as plain JSON: counts, and digests of 64 bits.
+
+        It is kept with whatever a run writes and compared before anything is read back, so that a changed label or
+        another split is noticed (:func:`kdjax.files.read_sealed`, :func:`kdjax.checkpoints.restore`).
+        """
+        if self.splits is None:
+            raise ValueError("a Dataset has a fingerprint once it is split: call kdjax.data.split(dataset).")
+        splits = {name: np.asarray(ids, "<i8").tobytes() for name, ids in sorted(self.splits.items())}
+        ids = b"".join(f"{name} {len(rows) // 8} ".encode() + rows for name, rows in splits.items())
+        return {
+            "shape": list(self.images.shape),
+            "classes": self.num_classes,
+            "content": (self.content or digest(self))[:16],
+            "class_names": hashlib.sha256("\0".join(self.class_names).encode()).hexdigest()[:16],
+            "splits": hashlib.sha256(ids).hexdigest()[:16],
+            **{name: len(rows) // 8 for name, rows in splits.items()},
+        }
 
 
 def load(
@@ -100,7 +131,7 @@ def _load(
         if image_size is not None:
             raise ValueError(f"image_size applies to TFDS sets and folders; {name} has one size already.")
         return (
-            _digits() if name == "digits" else Dataset(Path(name).stem, *arrays.read(Path(name).expanduser()))
+            _digits() if name == "digits" else Dataset(Path(name).name, *arrays.read(Path(name).expanduser()))
         )
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     return Dataset(name, *tfds_cache.read(name, data_dir=root, image_size=image_size))
@@ -118,16 +149,46 @@ def _digits() -> Dataset:
     )
 
 
-# Functions of a source.
-
-
-def groups_of(source: Dataset, pattern: str) -> np.ndarray:
-    """Returns the part of each key that names its group, for :func:`split_ids`.
-
-    The patients of the malaria set are ``groups_of(source, GROUP_PATTERNS["malaria"])``.
+def from_arrays(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    class_names: Sequence[str] | None = None,
+    test_images: np.ndarray | None = None,
+    test_labels: np.ndarray | None = None,
+    name: str = "arrays",
+) -> Dataset:
+    """Makes a data set of arrays in memory.
 
     Args:
-      source: the data set.
+      images: uint8, or floats in [0, 1]; [n, height, width] or [n, height, width, channels].
+      labels: integers or text, one per image. Text, and integers with gaps, are numbered in their order.
+      class_names: one per class; the labels' own by default.
+      test_images: an official test split, if there is one.
+      test_labels: its labels.
+      name: of the data set, for results.
+
+    Raises:
+      ValueError: if the arrays do not fit together or hold something else than images and labels.
+    """
+    given = {"images": images, "labels": labels, "test_images": test_images, "test_labels": test_labels}
+    given |= {"names": None if class_names is None else np.asarray(class_names)}
+    found = {key: np.asarray(value) for key, value in given.items() if value is not None}
+    if ("test_images" in found) != ("test_labels" in found):
+        raise ValueError("from_arrays needs test_images and test_labels together, got one of them.")
+    return Dataset(name, *arrays.checked(found, "the arrays"))
+
+
+# Functions of a data set.
+
+
+def groups_of(dataset: Dataset, pattern: str) -> np.ndarray:
+    """Returns the part of each key that names its group, for :func:`split_ids`.
+
+    The patients of the malaria set are ``groups_of(dataset, GROUP_PATTERNS["malaria"])``.
+
+    Args:
+      dataset: the data set.
       pattern: a regular expression; its first match in a key is the group.
 
     Returns:
@@ -136,8 +197,8 @@ def groups_of(source: Dataset, pattern: str) -> np.ndarray:
     Raises:
       ValueError: a key has no match.
     """
-    found = [re.search(pattern, key) for key in source.example_ids]
-    for key, match in zip(source.example_ids, found, strict=True):
+    found = [re.search(pattern, key) for key in dataset.example_ids]
+    for key, match in zip(dataset.example_ids, found, strict=True):
         if match is None:
             raise ValueError(
                 f"pattern {pattern!r} matches nothing in the key {str(key)!r}: every example needs a group."
@@ -146,7 +207,7 @@ def groups_of(source: Dataset, pattern: str) -> np.ndarray:
 
 
 def split_ids(
-    source: Dataset,
+    dataset: Dataset,
     *,
     validation: float = 0.1,
     test: float = 0.2,
@@ -160,7 +221,7 @@ def split_ids(
     or out of the other. The sizes are binomial around the fractions asked for.
 
     Args:
-      source: the data set.
+      dataset: the data set.
       validation: expected fraction for validation; of the training split where there is an official test.
       test: expected fraction for test; ignored where there is an official test split, which is used.
       groups: str[n], for instance patients, whose examples stay together; hashed in place of the keys.
@@ -173,25 +234,25 @@ def split_ids(
       ValueError: the fractions leave nothing for training, a split asked for is empty, or a group lies on
         both sides of the official split.
     """
-    has_test = bool(np.any(source.official_split == 1))
+    has_test = bool(np.any(dataset.official_split == 1))
     test = 0.0 if has_test else test
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise ValueError(
             f"validation and test must be >= 0 and sum to less than 1; got {validation} and {test}."
         )
-    units = source.example_ids if groups is None else np.asarray(groups)
-    if units.shape != source.labels.shape:
+    units = dataset.example_ids if groups is None else np.asarray(groups)
+    if units.shape != dataset.labels.shape:
         raise ValueError(
-            f"groups must name one group an example, {len(source.labels)} in all; got shape {units.shape}."
+            f"groups must name one group an example, {len(dataset.labels)} in all; got shape {units.shape}."
         )
     if groups is not None and has_test:
-        shared = np.intersect1d(units[source.official_split == 1], units[source.official_split != 1])
+        shared = np.intersect1d(units[dataset.official_split == 1], units[dataset.official_split != 1])
         if len(shared):
             raise ValueError(
                 f"group {str(shared[0])!r} has examples in the official training and test splits alike."
             )
     position = _hash_positions(units, salt)
-    in_test = source.official_split == 1 if has_test else position < test
+    in_test = dataset.official_split == 1 if has_test else position < test
     in_validation = ~in_test & (position >= 1 - validation)
     ids = {
         "train": np.flatnonzero(~in_test & ~in_validation),
@@ -217,35 +278,35 @@ def _hash_positions(units: np.ndarray, salt: str) -> np.ndarray:
     return (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
 
 
-def split_notes(source: Dataset, split: Mapping[str, Int[np.ndarray, " _"]]) -> tuple[str, ...]:
+def split_notes(dataset: Dataset, split: Mapping[str, Int[np.ndarray, " _"]]) -> tuple[str, ...]:
     """Says what in a split makes its numbers mean less than they seem, each with counts; nothing if all is well.
 
     Images are compared byte by byte (by their digests), so that a copy which was compressed anew is not found.
 
     Args:
-      source: the data set, with its labels as they came, before any noise.
+      dataset: the data set, with its labels as they came, before any noise.
       split: the ids of each split, as :func:`split_ids` returns them.
 
     Returns:
       Sentences: classes without an example in a split; images that lie in two splits, that bear two labels, or that
       are of one colour throughout; class names that differ in case alone.
     """
-    return tuple(_split_notes(source, split))
+    return tuple(_split_notes(dataset, split))
 
 
-def _split_notes(source: Dataset, split: Mapping[str, np.ndarray]) -> Iterator[str]:
+def _split_notes(dataset: Dataset, split: Mapping[str, np.ndarray]) -> Iterator[str]:
     spellings = defaultdict(list)
-    for name in source.class_names:
+    for name in dataset.class_names:
         spellings[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
     if alike := [" and ".join(names) for names in spellings.values() if len(names) > 1]:
         yield f"The names of these classes differ in case, accents or spaces alone: {first_ten(alike)}."
     for name, ids in split.items():
-        counts = np.bincount(source.labels[ids], minlength=source.num_classes)
+        counts = np.bincount(dataset.labels[ids], minlength=dataset.num_classes)
         if len(ids) and (missing := np.flatnonzero(counts == 0)).size:
-            lacking = first_ten(source.class_names[i] for i in missing)
-            yield f"Classes without a {name} image: {len(missing):,} of {source.num_classes:,}, {lacking}."
+            lacking = first_ten(dataset.class_names[i] for i in missing)
+            yield f"Classes without a {name} image: {len(missing):,} of {dataset.num_classes:,}, {lacking}."
     digests = np.frombuffer(
-        b"".join(hashlib.blake2b(image, digest_size=8).digest() for image in source.images), "<u8"
+        b"".join(hashlib.blake2b(image, digest_size=8).digest() for image in dataset.images), "<u8"
     )
     sides = list(split)
     for i, name in enumerate(sides):
@@ -254,31 +315,33 @@ def _split_notes(source: Dataset, split: Mapping[str, np.ndarray]) -> Iterator[s
                 total = len(split[other])
                 yield f"Images of {other} that are also in {name}, pixel for pixel: {copies:,} of {total:,}."
     _, image_of = np.unique(digests, return_inverse=True)
-    pairs = np.unique(np.stack([image_of, source.labels]), axis=1)
+    pairs = np.unique(np.stack([image_of, dataset.labels]), axis=1)
     if contradicted := int((np.bincount(pairs[0]) > 1).sum()):
         yield f"Images that occur with more than one label: {contradicted:,}."
-    flat = (source.images.min((1, 2)) == source.images.max((1, 2))).all(-1)
+    flat = (dataset.images.min((1, 2)) == dataset.images.max((1, 2))).all(-1)
     if flat.any():
         yield f"Images of a single colour: {int(flat.sum()):,} of {len(flat):,}."
 
 
-def subset(source: Dataset, ids: Int[np.ndarray, " ids"]) -> Dataset:
+def subset(dataset: Dataset, ids: Int[np.ndarray, " ids"]) -> Dataset:
     """Returns the examples ``ids``, keys included, as a data set of their own: its ``i`` is ``ids[i]``."""
-    return source._replace(
-        images=source.images[ids],
-        labels=source.labels[ids],
-        example_ids=source.example_ids[ids],
-        official_split=source.official_split[ids],
+    return dataset._replace(
+        images=dataset.images[ids],
+        labels=dataset.labels[ids],
+        example_ids=dataset.example_ids[ids],
+        official_split=dataset.official_split[ids],
+        splits=None,
+        content="",
     )
 
 
 def with_label_noise(
-    source: Dataset, ids: Int[np.ndarray, " ids"], *, fraction: float, seed: int
+    dataset: Dataset, ids: Int[np.ndarray, " ids"], *, fraction: float, seed: int
 ) -> tuple[Dataset, Int[np.ndarray, " perturbed"]]:
     """Gives exactly ``round(fraction * len(ids))`` examples a wrong label, uniform over the wrong classes.
 
     Args:
-      source: the data set; it is left as it is.
+      dataset: the data set; it is left as it is.
       ids: the examples that may be perturbed, usually the training ids; their order does not matter.
       fraction: share of ``ids`` to perturb, in [0, 1].
       seed: which examples and which labels.
@@ -292,28 +355,28 @@ def with_label_noise(
     ids = np.sort(np.asarray(ids))
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be in [0, 1]; got {fraction}.")
-    if source.num_classes < 2:
-        raise ValueError(f"label noise needs at least two classes; {source.name} has {source.num_classes}.")
+    if dataset.num_classes < 2:
+        raise ValueError(f"label noise needs at least two classes; {dataset.name} has {dataset.num_classes}.")
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or np.any(ids[1:] == ids[:-1]):
         raise ValueError(
             f"ids must be distinct example indices; got {ids.dtype} of shape {ids.shape}, perhaps repeated."
         )
-    if len(ids) and (ids[0] < 0 or ids[-1] >= len(source.labels)):
-        raise ValueError(f"ids must be in [0, {len(source.labels)}); got {ids[0]} to {ids[-1]}.")
+    if len(ids) and (ids[0] < 0 or ids[-1] >= len(dataset.labels)):
+        raise ValueError(f"ids must be in [0, {len(dataset.labels)}); got {ids[0]} to {ids[-1]}.")
     rng = np.random.default_rng(seed)
     perturbed = np.sort(rng.choice(ids, round(fraction * len(ids)), replace=False))
-    shift = rng.integers(1, source.num_classes, len(perturbed), dtype=np.int32)
-    labels = source.labels.copy()
-    labels[perturbed] = (labels[perturbed] + shift) % source.num_classes
-    return source._replace(labels=labels), perturbed.astype(np.int64)
+    shift = rng.integers(1, dataset.num_classes, len(perturbed), dtype=np.int32)
+    labels = dataset.labels.copy()
+    labels[perturbed] = (labels[perturbed] + shift) % dataset.num_classes
+    return dataset._replace(labels=labels, content=""), perturbed.astype(np.int64)
 
 
-def digest(source: Dataset) -> str:
+def digest(dataset: Dataset) -> str:
     """Returns one SHA-256 over images, labels and keys, with their shapes."""
     total = hashlib.sha256()
-    for name, array in (("images", source.images), ("labels", source.labels.astype("<i4"))):
+    for name, array in (("images", dataset.images), ("labels", dataset.labels.astype("<i4"))):
         total.update(f"{name}{array.shape}".encode())
         total.update(np.ascontiguousarray(array).data)
-    for key in source.example_ids.tolist():
+    for key in dataset.example_ids.tolist():
         tfds_cache.update_digest(total, key.encode())
     return total.hexdigest()

@@ -33,7 +33,7 @@ from kdjax.models.mlp import Mlp
 from kdjax.models.mobilenet import MobileNetV2
 from kdjax.models.resnet import ResNet
 from kdjax.models.wideresnet import WideResNet
-from kdjax.types import ApplyFn, ModelState, Params
+from kdjax.types import ApplyFn, ModelState, Params, Weights
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "keras_teacher": functools.partial(KerasCnn, widths=(256, 512)),
@@ -187,14 +187,28 @@ def init(module: nn.Module, image_shape: Sequence[int], *, seed: int) -> tuple[P
     Raises:
       ValueError: if the images do not fit the network, or an array has a name whose distribution is not known.
     """
+    abstract = {"params": (shapes := shapes_of(module, image_shape)).params, **shapes.model_state}
+    model_state = jax.tree.map_with_path(functools.partial(_initial, seed=seed), abstract)
+    return model_state.pop("params"), model_state
+
+
+def shapes_of(module: nn.Module, image_shape: Sequence[int]) -> Weights:
+    """Shapes of what :func:`init` returns.
+
+    Raises:
+      ValueError: if the images do not fit the network.
+    """
     shape = tuple(image_shape)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"image_shape needs to be (height, width, channels), all positive, got {shape}.")
-    abstract = jax.eval_shape(
-        functools.partial(module.init, train=False), jax.random.key(0), jnp.zeros((1, *shape), jnp.float32)
+    variables = dict(
+        jax.eval_shape(
+            functools.partial(module.init, train=False),
+            jax.random.key(0),
+            jnp.zeros((1, *shape), jnp.float32),
+        )
     )
-    model_state = jax.tree.map_with_path(functools.partial(_initial, seed=seed), abstract)
-    return model_state.pop("params"), model_state
+    return Weights(variables.pop("params"), variables)
 
 
 def count_parameters(params: Params) -> int:
@@ -237,3 +251,9 @@ def _truncated_normal(generator: np.random.Philox, count: int) -> np.ndarray:
         kept.append(place[height < np.exp(-(place**2) / 2)][:missing])
         missing -= len(kept[-1])
     return np.concatenate(kept) if kept else np.zeros(0)
+
+
+from kdjax.models.network import Network as Network  # noqa: E402, needs the functions above
+from kdjax.models.network import from_equinox as from_equinox  # noqa: E402
+from kdjax.models.network import from_linen as from_linen  # noqa: E402
+from kdjax.models.network import from_nnx as from_nnx  # noqa: E402

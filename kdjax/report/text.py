@@ -1,7 +1,7 @@
-"""Numbers into words: how metrics are called and printed, and what was found, in sentences.
+"""Names and formats of metrics, and the finding of a result in sentences.
 
-Words are careful: one arm "beats" another only where p < .05, and otherwise no difference "was found", with the
-interval that the data allow. The teacher is a reference: it is named, but never tested.
+One arm "beats" another only where p < .05; otherwise no difference "was found", with its interval. The teacher is a
+reference: it is listed, but never tested.
 """
 
 import math
@@ -14,11 +14,11 @@ from kdjax import significance
 
 Result = Mapping[str, Any]
 ALPHA = 0.05
-RATIOS_IN_WORDS = 6  # up to which each peer is named
+RATIOS_IN_WORDS = 6  # with more, a sentence counts the peers instead of naming each
 
 
 class Metric(NamedTuple):
-    """How a metric is called and printed. ``higher`` says whether more is better, None where neither is."""
+    """Title, unit and decimals of a metric; ``higher`` says whether more is better, None where neither is."""
 
     title: str
     unit: str = ""
@@ -27,7 +27,7 @@ class Metric(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """What a stored value is multiplied by to be printed."""
+        """Factor from the stored value to the printed one."""
         return 100.0 if self.unit == "%" else 1.0
 
 
@@ -62,12 +62,12 @@ METRICS = {
     "images_per_second": Metric("images per second", higher=True),
     "examples_per_second": Metric("examples per second", higher=True),
 }
-# Arms that mark a ceiling and do not compete: neither tested against the baseline nor set in bold.
+# Arms that are not tested against the baseline and never bold.
 REFERENCES = ("teacher",)
 
 
 def metric_of(name: str) -> Metric:
-    """Looks a metric up by its name, or by the known name that it starts or ends with (``validation_accuracy``)."""
+    """Looks up a metric, also by a known name that it begins or ends with, as ``validation_accuracy`` does."""
     if name in METRICS:
         return METRICS[name]
     for known in sorted(METRICS, key=len, reverse=True):
@@ -78,9 +78,9 @@ def metric_of(name: str) -> Metric:
 
 
 def finding(result: Result) -> str:
-    """What was found, in one sentence: of the ratios in a benchmark, else of the first comparison, else of the means.
+    """One sentence with the main finding: the ratios of a benchmark, else the first comparison, else the means.
 
-    Without ``comparisons`` the arms are compared with the baseline of :func:`markdown_table` on the first metric.
+    If the result has no ``comparisons``, every arm is compared with the first one on the first metric.
     """
     if result.get("ratios"):
         return _ratio_sentence(result["ratios"])
@@ -89,16 +89,15 @@ def finding(result: Result) -> str:
 
 
 def comparison_sentence(result: Result, comparison: Mapping[str, Any]) -> str:
-    """One comparison in words, such as "kd beats scratch in accuracy by 2.3 points (95 % interval ...)."."""
+    """One comparison as a sentence, such as "kd beats scratch in accuracy by 2.3 points (95 % interval ...)."."""
     name, a, b = (str(comparison[k]) for k in ("metric", "a", "b"))
     metric, decimals = metric_of(name), decimals_of(result, name)
     unit = " points" if metric.unit == "%" else f" {metric.unit}" if metric.unit else ""
     difference, low, high = (metric.scale * comparison[k] for k in ("difference", "low", "high"))
     n = comparison.get("n", ())
     repeats = " + ".join(map(str, n if isinstance(n, Sequence) else [n]))
-    test = f"{p_text(comparison['p'])}, {comparison.get('test', 'Welch')}" + f", n = {repeats}" * bool(
-        repeats
-    )
+    test = f"{p_text(comparison['p'])}, {comparison.get('test', 'Welch')}"
+    test += f", n = {repeats}" if repeats else ""
     if comparison["p"] >= ALPHA:
         interval = f"95 % interval {number(low, decimals, sign=True)} to {number(high, decimals, sign=True)}"
         gap = number(difference, decimals, sign=True) + unit
@@ -126,17 +125,17 @@ def _ratio_sentence(ratios: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _counted_sentence(ratios: Mapping[str, Mapping[str, float]]) -> str:
-    """Many ratios: how many are ahead and behind, and the range of each side's medians."""
+    """Counts the ratios on each side of one, with the range of their medians."""
     ahead = [r["median"] for r in ratios.values() if r["low"] > 1]
     behind = [1 / r["median"] for r in ratios.values() if r["high"] < 1]
     level = len(ratios) - len(ahead) - len(behind)
-    said = [
+    parts = [
         f"{side} in {len(medians)} ({times(min(medians))} to {times(max(medians))})"
         for side, medians in {"ahead": ahead, "behind": behind}.items()
         if medians
     ]
-    said += [f"level in {level}"] if level else []
-    return f"Of {len(ratios)} comparisons kdjax is {listing(said)}."
+    parts += [f"level in {level}"] if level else []
+    return f"Of {len(ratios)} comparisons kdjax is {listing(parts)}."
 
 
 def _untested_sentence(result: Result) -> str:
@@ -150,7 +149,7 @@ def _untested_sentence(result: Result) -> str:
 
 
 def comparisons(result: Result) -> list[Mapping[str, Any]]:
-    """The result's own comparisons, else Welch of every competing arm against the baseline on the first metric."""
+    """The result's own comparisons, else Welch's test of every arm against the baseline on the first metric."""
     if result.get("comparisons"):
         return list(result["comparisons"])
     baseline, metric = baseline_of(result), primary_of(result)
@@ -162,7 +161,7 @@ def comparisons(result: Result) -> list[Mapping[str, Any]]:
 
 
 def welch(result: Result, metric: str | None, a: str, b: str | None) -> significance.Comparison | None:
-    """Welch's test, or None where it would say nothing: too few seeds, a constant, timings of a benchmark."""
+    """Welch's test; None for fewer than three seeds, constant values, or the timings of a benchmark."""
     values = [result["arms"].get(arm, {}).get(metric, []) for arm in (a, b)]
     if result.get("ratios") or min(map(len, values)) < 3 or not any(np.ptp(v) > 0 for v in values):
         return None
@@ -170,7 +169,7 @@ def welch(result: Result, metric: str | None, a: str, b: str | None) -> signific
 
 
 def adjusted_p(result: Result, metric: str, baseline: str | None) -> dict[str, float]:
-    """Welch's p of every arm that competes with the baseline on a metric, corrected by Holm for their number."""
+    """Welch's p of every arm against the baseline on a metric, with Holm's correction for their number."""
     arms = [arm for arm in _competitors(result, metric) if arm != baseline]
     tests = {arm: welch(result, metric, arm, baseline) for arm in arms}
     return significance.holm({arm: test.p for arm, test in tests.items() if test is not None})
@@ -182,7 +181,7 @@ def measured(result: Result) -> list[str]:
 
 
 def primary_of(result: Result) -> str | None:
-    """The metric that the first comparison is about, else the first of the arms."""
+    """The metric of the first comparison, else the first metric of the arms."""
     known = measured(result)
     first = [c["metric"] for c in result.get("comparisons", [])[:1] if c["metric"] in known]
     return next(iter(first + known), None)
@@ -193,13 +192,13 @@ def _competitors(result: Result, metric: str | None) -> list[str]:
 
 
 def baseline_of(result: Result) -> str | None:
-    """The arm that the first comparison is against, else the first competing arm."""
+    """The second arm of the first comparison, else the first arm that is not a reference."""
     first = [c["b"] for c in result.get("comparisons", [])[:1] if c["b"] in result["arms"]]
     return next(iter(first + [arm for arm in result["arms"] if arm not in REFERENCES]), None)
 
 
 def best_arm(result: Result, metric: str) -> str | None:
-    """The arm with the best mean, where Welch tells it from the runner-up."""
+    """The arm with the best mean, if Welch's p against the runner-up is below .05."""
     higher = metric_of(metric).higher
     arms = _competitors(result, metric)
     if higher is None or len(arms) < 2:
@@ -210,7 +209,7 @@ def best_arm(result: Result, metric: str) -> str | None:
 
 
 def decimals_of(result: Result, name: str) -> int | None:
-    """Decimals of a metric, one more where the spread over seeds would otherwise print as zero."""
+    """Decimals of a metric, one more where the standard deviation over seeds would print as zero."""
     metric = metric_of(name)
     runs = [m[name] for m in result["arms"].values() if name in m and np.ptp(m[name]) > 0]
     smallest = min((metric.scale * significance.summarise(values).sd for values in runs), default=1.0)
@@ -220,8 +219,8 @@ def decimals_of(result: Result, name: str) -> int | None:
 def number(value: float, decimals: int | None, *, sign: bool = False) -> str:
     """Prints a number with a real minus; three significant digits where ``decimals`` is None."""
     decimals = places(value) if decimals is None else decimals
-    text = f"{round(value, decimals) + 0.0:{'+' if sign else ''},.{decimals}f}"
-    return text.replace("-", "\N{MINUS SIGN}")
+    printed = f"{round(value, decimals) + 0.0:{'+' if sign else ''},.{decimals}f}"
+    return printed.replace("-", "\N{MINUS SIGN}")
 
 
 def places(value: float) -> int:
@@ -230,7 +229,7 @@ def places(value: float) -> int:
 
 
 def p_text(p: float) -> str:
-    """Prints p with enough digits that it never seems to stand on the other side of .05."""
+    """Prints p with enough digits that rounding never moves it across .05."""
     if p < 0.001 or p > 0.99:
         return "p < .001" if p < 0.001 else "p > .99"
     texts = (f"{p:.{digits}f}" for digits in range(3 if p < 0.1 else 2, 18))
@@ -238,7 +237,7 @@ def p_text(p: float) -> str:
 
 
 def stars(p: float) -> str:
-    """Prints how far p lies below .05: * there, ** below .01, *** below .001."""
+    """One star for p below .05, two below .01, three below .001."""
     return "*" * sum(p < level for level in (0.05, 0.01, 0.001))
 
 
@@ -252,6 +251,22 @@ def listing(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
+def mean_sd(values: Sequence[float] | np.ndarray, metric: Metric, decimals: int | None = None) -> str:
+    """Prints the mean and standard deviation of stored values, such as "97.3 ± 0.4".
+
+    Args:
+      values: one per run, not yet scaled.
+      metric: how they are printed.
+      decimals: instead of the metric's own.
+    """
+    scaled = metric.scale * np.asarray(values, np.float64)
+    mean, sd, n = significance.summarise(scaled.tolist())
+    decimals = metric.decimals if decimals is None else decimals
+    decimals = places(mean) if decimals is None else decimals
+    spread = n > 1 and (decimals > 0 or np.ptp(scaled) > 0)
+    return number(mean, decimals) + (f" ± {number(sd, decimals)}" if spread else "")
+
+
 def mean_text(result: Result, arm: str, name: str) -> str:
     """An arm's mean with its unit, such as "97.3 %"."""
     metric = metric_of(name)
@@ -259,9 +274,9 @@ def mean_text(result: Result, arm: str, name: str) -> str:
     return f"{number(mean, decimals_of(result, name))} {metric.unit}".rstrip()
 
 
-def capital(text: str) -> str:
-    """Begins a text with a capital and leaves the rest alone."""
-    return text[:1].upper() + text[1:]
+def capital(words: str) -> str:
+    """Makes the first letter a capital."""
+    return words[:1].upper() + words[1:]
 
 
 def axis_title(metric: Metric) -> str:

@@ -1,4 +1,4 @@
-"""A result file is made of what was measured and of the process that measured it; written whole, checked when read."""
+"""Makes results from the numbers and the environment of this process, and writes and reads their files."""
 
 import datetime
 import importlib.metadata
@@ -19,11 +19,11 @@ PACKAGES = ("kdjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nump
 
 
 def environment() -> dict[str, Any]:
-    """What a number depends on beside the code's input: commit, versions, hardware.
+    """Commit, versions and hardware of this process.
 
-    ``commit`` is "unknown" outside a git checkout; ``dirty`` says that tracked files other than results differ from it.
+    ``commit`` is "unknown" outside a git checkout; ``dirty`` says whether tracked files other than results differ.
     """
-    import jax  # here, so that reading results needs no accelerator start-up
+    import jax  # here: reading results must not start an accelerator
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     commit = _git("rev-parse", "HEAD")
@@ -55,20 +55,20 @@ def make(
     scaled_down: str = "",
     **optional: Any,
 ) -> dict[str, Any]:
-    """Assembles and checks one experiment's result, with the command line and the environment of this process.
+    """Makes and checks one experiment's result, with the command line and the environment of this process.
 
     Args:
       name: of the experiment, also the stem of its file.
-      question: what the experiment answers, in one sentence.
-      flags: every setting that decided the numbers.
+      question: that the experiment answers, in one sentence.
+      flags: every setting that influenced the numbers.
       seeds: one integer per repeat.
       arms: arm → metric → one number per seed.
-      wall_clock_s: seconds that the whole run took.
-      scaled_down: what is smaller than in the study that it follows (data, epochs, width); empty if nothing is.
+      wall_clock_s: duration of the whole run, in seconds.
+      scaled_down: what is smaller than in the paper that it follows (data, epochs, width); empty if nothing is.
       **optional: further fields of the schema, such as ``curves``, ``comparisons``, ``ratios`` or ``notes``.
 
     Raises:
-      ValueError: if a metric has another number of values than there are seeds, or one is not finite.
+      ValueError: if a metric does not have one finite value per seed, or another field breaks the schema.
     """
     content = {
         "schema": schema.SCHEMA,
@@ -91,7 +91,11 @@ def make(
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Checks a result made by :func:`make` and writes it atomically, with the digest of its content."""
+    """Checks a result of :func:`make` and writes it atomically, with a digest of its content.
+
+    Raises:
+      ValueError: if it breaks the schema.
+    """
     schema.check(content)
     files.write_json(path, {**content, "sha256": files.digest_json(content)})
 
@@ -100,8 +104,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads and checks one result file of this schema or an older one.
 
     Raises:
-      ValueError: if the file is no JSON (truncated, foreign), of a newer schema, or breaks it, naming the file and the
-        field; or if its content has changed since :func:`write` noted its digest, which older results do not have.
+      ValueError: naming the file, and the field if one is wrong: if it is not JSON, of a newer schema, breaks the
+        schema, or does not match its digest, which older results do not have.
     """
     text = Path(path).read_bytes()
     if not text.strip():
@@ -122,11 +126,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that started this process, with a module shown as ``python -m`` and no path of this machine."""
+    """The command that started this process, as ``python -m`` for a module, without this machine's paths."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
     arguments = [argument.replace(os.getcwd() + os.sep, "") for argument in sys.argv[1:]]
-    home = os.path.expanduser("~").rstrip(os.sep)  # "~" if there is none, and nothing is left of "/"
+    home = os.path.expanduser("~").rstrip(os.sep)  # empty if home is "/"
     if home:
         arguments = [argument.replace(home, "~") for argument in arguments]
     return f"{program} {shlex.join(arguments)}".rstrip()
@@ -143,7 +147,7 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """Output of a git command in this package's checkout, empty where there is none."""
+    """Output of a git command in this package's checkout; empty if there is none."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""

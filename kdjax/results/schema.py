@@ -1,9 +1,10 @@
-"""What a result file must hold, checked before it is written and after it is read.
+"""The checks of a result file, before it is written and after it is read.
 
-A check names the field by its path, as in ``robustness/kd/fgsm/8``, and says what it needs and what it holds.
+An error names the field by its path, such as ``robustness/kd/fgsm/8``, what it needs, and what it holds.
 """
 
 import itertools
+import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -28,25 +29,19 @@ REQUIRED = {
     "seeds": list,
     "arms": dict,
 }
-_INFINITE = 1e100  # no measurement, and its square is still a float
+_INFINITE = 1e100  # larger than any measurement, and its square is still a float
 OUTCOMES = ("finished", "pruned", "failed")
 
 
 def upgrade(content: Any) -> dict[str, Any]:
-    """Turns a result of an older schema into one of this version, and refuses what is no result.
+    """Turns a result of schema 1, which had fewer optional fields, into one of schema 2.
 
     Raises:
-      ValueError: if the content is of a newer schema, or of none.
+      ValueError: if the content is not a result, or of a newer schema.
     """
     if not isinstance(content, Mapping) or "schema" not in content:
-        name = type(content).__name__
-        what = (
-            "an object without a schema"
-            if isinstance(content, Mapping)
-            else f"a{'n' * (name == 'int')} {name}"
-        )
         raise ValueError(
-            f"this JSON is no result of kdjax but {what}; leave it out, or run the experiment again."
+            "this JSON is not a result of kdjax; leave the file out, or run the experiment again."
         )
     version = content["schema"]
     if not _is_count(version) or version < 1:
@@ -55,15 +50,14 @@ def upgrade(content: Any) -> dict[str, Any]:
         raise ValueError(
             f"this kdjax reads schema 1 to {SCHEMA}, the result has the newer {version}; update kdjax."
         )
-    # Version 2 only added optional fields to version 1.
     return {**content, "schema": SCHEMA}
 
 
 def check(content: Any) -> None:
-    """Checks a result against the schema that the package describes.
+    """Checks a result against the schema in the docstring of :mod:`kdjax.results`.
 
     Raises:
-      ValueError: naming the first field that is missing, of another type, of another length or not finite.
+      ValueError: naming the first field that is missing, or of a wrong type or length, or not finite.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"a result is a JSON object, got {type(content).__name__}.")
@@ -98,13 +92,13 @@ def check(content: Any) -> None:
     for peer, ratio in _items(content.get("ratios", {}), "ratios"):
         _check_ratio(ratio, f"ratios/{peer}")
     _check_together(content)
-    _check_finite(content, "")
+    _check_finite(content)
 
 
 def _check_required(content: Mapping[str, Any]) -> None:
     for field, kind in REQUIRED.items():
         value = content.get(field)
-        # True is an int to Python, but no number to a reader.
+        # In Python True is an int.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"a result needs the field {field!r}, got {reprlib.repr(value)}.")
     if content["schema"] != SCHEMA:
@@ -115,7 +109,7 @@ def _check_required(content: Mapping[str, Any]) -> None:
 
 
 def _checked_seeds(content: Mapping[str, Any]) -> dict[str, int]:
-    """How many seeds each arm has."""
+    """The number of seeds of each arm."""
     seeds, own = content["seeds"], content.get("arm_seeds", {})
     arms = content["arms"]
     for path, found in [("seeds", seeds), *((f"arm_seeds/{a}", s) for a, s in _items(own, "arm_seeds"))]:
@@ -130,7 +124,7 @@ def _check_per_seed(values: Any, path: str, seeds: int) -> None:
     values = _list(values, path)
     if len(values) != seeds:
         raise ValueError(f"{path} has {len(values)} values for {seeds} seeds.")
-    if not all(map(_is_number, values)):
+    if not _are_numbers(values):
         raise ValueError(f"{path} holds a value that is no finite number: {reprlib.repr(values)}.")
 
 
@@ -140,12 +134,12 @@ def _check_curves(metrics: Any, path: str, seeds: int) -> None:
         needed = f"one non-empty list of finite numbers or null for each of the {seeds} seeds"
         _need(len(runs) == seeds, f"{path}/{metric}", needed, runs)
         for run in runs:
-            fine = isinstance(run, Sequence) and run and all(v is None or _is_number(v) for v in run)
+            fine = isinstance(run, Sequence) and run and _are_numbers([v for v in run if v is not None])
             _need(fine, f"{path}/{metric}", needed, run)
 
 
-def _check_robustness(disturbances: Any, path: str, seeds: int) -> None:
-    for name, values in _items(disturbances, path):
+def _check_robustness(perturbations: Any, path: str, seeds: int) -> None:
+    for name, values in _items(perturbations, path):
         kind, *rest = name.split("/")
         named = bool(kind) and len(rest) <= 2 and all(map(_is_size, rest[:1]))
         _need(named, f"{path}/{name}", "a name of the form kind, kind/size or kind/size/metric", name)
@@ -171,7 +165,7 @@ def _check_confusion(matrix: Any, path: str, seeds: int) -> None:
     square = bool(rows) and all(isinstance(row, list) and len(row) == len(rows) for row in rows)
     _need(square, path, "a square matrix, true class by predicted class", matrix)
     counts = [v for row in rows for v in row]
-    fine = all(_is_number(v) and v >= 0 for v in counts) and any(counts)
+    fine = _are_numbers(counts) and min(counts) >= 0 and any(counts)
     _need(fine, path, "counts of at least one example", matrix)
 
 
@@ -281,7 +275,7 @@ def _check_overlay(overlay: Any, path: str) -> None:
 
 
 def _check_together(content: Mapping[str, Any]) -> None:
-    """What more than one field decides."""
+    """Checks that fields fit each other."""
     matrices = content.get("confusion", {})
     names = _list(content.get("class_names", []), "class_names")
     for name in names:
@@ -295,16 +289,24 @@ def _check_together(content: Mapping[str, Any]) -> None:
         _need(len(set(numbers)) == len(numbers), "trials", "a number of its own for each trial", numbers)
 
 
-def _check_finite(value: Any, path: str) -> None:
-    """Refuses NaN and infinity in any field, an experiment's own too: JSON has no word for them."""
+def _check_finite(content: Mapping[str, Any]) -> None:
+    """Refuses NaN and infinity in every field, also in an experiment's own: JSON has no name for them."""
+    try:
+        json.dumps(content, allow_nan=False, default=str)  # much faster than the walk
+    except ValueError:
+        for field, value in content.items():
+            _find_infinite(value, field)
+
+
+def _find_infinite(value: Any, path: str) -> None:
     if isinstance(value, float):
         _need(_is_number(value), path, "a finite number", value)
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            _check_finite(inner, f"{path}/{key}" if path else str(key))
+            _find_infinite(inner, f"{path}/{key}")
     elif isinstance(value, list | tuple):
         for inner in value:
-            _check_finite(inner, path)
+            _find_infinite(inner, path)
 
 
 def _need(fine: Any, path: str, needed: str, got: Any) -> None:
@@ -323,13 +325,13 @@ def _get(value: Any, name: str, path: str) -> Any:
 
 
 def _list(value: Any, path: str) -> Sequence[Any]:
-    # A tuple becomes a list in JSON.
+    # JSON writes a tuple as a list.
     _need(isinstance(value, list | tuple), path, "a list", value)
     return value
 
 
 def _numbers(value: Any, path: str) -> Sequence[float]:
-    fine = isinstance(value, list | tuple) and value and all(map(_is_number, value))
+    fine = isinstance(value, list | tuple) and value and _are_numbers(value)
     _need(fine, path, "a non-empty list of finite numbers", value)
     return value
 
@@ -339,7 +341,7 @@ def _check_text(value: Any, path: str) -> None:
 
 
 def _array(value: Any) -> np.ndarray:
-    """Nested lists as an array, an empty one where they are ragged."""
+    """Nested lists as an array; an empty one if they are ragged."""
     try:
         return np.asarray(value)
     except (ValueError, OverflowError):
@@ -347,8 +349,14 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _is_number(value: Any) -> bool:
-    # True is an int to Python. NaN is below nothing.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _INFINITE
+    return _are_numbers([value])
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    # In Python True is an int; comparisons with NaN are false.
+    return all(
+        isinstance(v, int | float) and not isinstance(v, bool) and -_INFINITE < v < _INFINITE for v in values
+    )
 
 
 def _is_whole(value: Any) -> bool:
@@ -360,7 +368,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_size(text: str) -> bool:
-    """Whether a text is the size of a disturbance, such as "3" or "0.1"."""
+    """Whether a text is the size of a perturbation, such as "3" or "0.1"."""
     try:
         return _is_number(float(text))
     except ValueError:

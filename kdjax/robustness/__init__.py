@@ -1,18 +1,20 @@
-"""How a network fares on corrupted images, with noisy weights, and under attack.
+"""Accuracy of a network on corrupted images, with noisy weights, and under adversarial attack.
 
 ::
 
-    assess = robustness.make_evaluator(apply_fn, images, labels, mean=mean, std=std, batch_size=360, devices=devices)
-    assess(params, model_state, jax.random.key(0))  # {"clean": .98, "gaussian_noise/1": .97, ..., "pgd/8": .41}
+    evaluate = robustness.make_evaluator(
+        apply_fn, images, labels, mean=mean, std=std, batch_size=360, devices=devices
+    )
+    evaluate(params, model_state, jax.random.key(0))  # {"clean": .98, "gaussian_noise/1": .97, ..., "pgd/8": .41}
 
-A corruption is a pure function ``(images, strength, keys) -> images`` of images in [0, 1] with any number of channels
-and any size; :data:`CORRUPTIONS` gives each one five strengths. ``CORRUPTIONS["contrast"](images, 3, key)`` is severity
-3. The constants of Gaussian noise, Gaussian blur, contrast and JPEG are those of CIFAR-10-C. Their lengths are in
-pixels of a 32x32 picture and are *not* scaled, so the same blur takes more from an 8x8 digit; a data set of larger
-pictures needs strengths of its own, ``dataclasses.replace(corruption, strengths=...)``.
+A corruption is a pure function ``(images, strength, keys) -> images`` of images in [0, 1] of any size and number of
+channels. :data:`CORRUPTIONS` gives each one five strengths; ``CORRUPTIONS["contrast"](images, 3, key)`` is severity 3.
+The constants of Gaussian noise, Gaussian blur, contrast and JPEG are those of CIFAR-10-C. Lengths are in pixels of a
+32x32 image and are *not* scaled, so the same blur damages an 8x8 digit more. For larger images choose other strengths:
+``dataclasses.replace(corruption, strengths=...)``.
 
-Randomness hangs on the key and the example's index, so that an image meets the same noise, in growing strength, at all
-severities, in every batch and on every device. Wrong labels in training are :func:`kdjax.data.with_label_noise`.
+Random numbers depend on the key and the example's index alone. An image therefore has the same noise, of growing
+strength, at all severities, in every batch and on every device.
 
 References:
   Hendrycks and Dietterich, `Benchmarking Neural Network Robustness to Common Corruptions and Perturbations

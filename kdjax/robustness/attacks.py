@@ -1,7 +1,7 @@
-"""What is done to a network's weights, by chance, and to its images, on purpose.
+"""Noise on a network's weights, and adversarial attacks on its images.
 
-Attacks know the network and follow its gradient, taken in reverse mode, the one that kdjax's convolutions have. They
-measure this network only as far as that gradient is of use.
+The attacks are white-box: they follow the network's own gradient, in reverse mode, since kdjax's convolutions have no
+forward mode. Where that gradient is uninformative, they overestimate the robustness.
 """
 
 import functools
@@ -16,24 +16,27 @@ from kdjax import data
 from kdjax.types import ApplyFn, ModelState, Params, Scalar
 
 WEIGHT_NOISE = (0.02, 0.05, 0.1, 0.2, 0.4)
-"""Deviations for :func:`perturb_weights`, our own: from what hardly any network notices to what most do."""
+"""Relative standard deviations for :func:`perturb_weights`, our own choice: from hardly noticeable to harmful."""
 
 EPSILONS = (2.0, 4.0, 8.0, 16.0)
-"""Sizes of attacks in grey levels of 255; 8 is the usual one for CIFAR-10 (Madry et al. 2018, section 5)."""
+"""Sizes of attacks in grey levels of 255; 8 is usual for CIFAR-10 (Madry et al. 2018, section 5)."""
+
+PGD_STEPS, PGD_STEP_SIZE = 20, 0.25
+"""Steps of :func:`pgd`, and the size of each as a part of epsilon: Madry et al. 2018, section 5."""
 
 
 def perturb_weights(params: Params, sigma: Scalar, key: Key[Array, ""]) -> Params:
-    """Multiplies every parameter by ``1 + sigma * normal``, as the tolerances of analogue hardware would.
+    """Multiplies every parameter by ``1 + sigma * normal``, a model of analogue hardware.
 
     Args:
-      params: the parameters; statistics of BatchNorm are not among them and stay as they are.
+      params: the parameters, without BatchNorm's statistics.
       sigma: relative standard deviation.
-      key: a draw; the same key gives the same directions at every ``sigma``.
+      key: the same key gives the same directions at every ``sigma``.
     """
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
         return params
-    # One draw for all leaves, cut up: a draw of each would take half a second each to compile.
+    # One draw for all leaves: a separate draw for each would take half a second each to compile.
     ends = np.cumsum([leaf.size for leaf in leaves])
     noise = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
     noisy = [
@@ -54,7 +57,7 @@ def fgsm(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[Array, "batch height width channels"]:
-    """One step of ``epsilon`` along the sign of the loss's gradient, kept in [0, 1]: the fast gradient sign method.
+    """Fast gradient sign method: one step of ``epsilon`` along the sign of the loss's gradient, clipped to [0, 1].
 
     Args:
       apply_fn: the network; called with ``train=False``, so BatchNorm uses its stored statistics.
@@ -64,7 +67,7 @@ def fgsm(
       label: true classes, which the attack moves away from.
       epsilon: largest change of a pixel, on the scale [0, 1].
       mean: of the normalisation that the network expects, through which the gradient is taken.
-      std: likewise.
+      std: of the normalisation.
 
     References:
       Goodfellow et al., `Explaining and Harnessing Adversarial Examples <https://arxiv.org/abs/1412.6572>`_, 2015,
@@ -88,9 +91,9 @@ def pgd(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[Array, "batch height width channels"]:
-    """Steps along the sign of the loss's gradient from a random start, each projected back: projected gradient descent.
+    """Projected gradient descent: steps along the sign of the loss's gradient from a random start, each projected back.
 
-    What is returned is the last step, within ``epsilon`` of the image in every pixel, and in [0, 1].
+    Returns the last step, within ``epsilon`` of the image in every pixel, and in [0, 1].
 
     Args:
       apply_fn: the network; called with ``train=False``, so BatchNorm uses its stored statistics.
@@ -100,10 +103,10 @@ def pgd(
       label: true classes, which the attack moves away from.
       keys: one per image, for its start, uniform within ``epsilon``.
       epsilon: largest change of a pixel, on the scale [0, 1].
-      steps: how many.
-      step_size: of each, on the scale [0, 1].
+      steps: number of steps.
+      step_size: of each step, on the scale [0, 1].
       mean: of the normalisation that the network expects, through which the gradient is taken.
-      std: likewise.
+      std: of the normalisation.
 
     References:
       Madry et al., `Towards Deep Learning Models Resistant to Adversarial Attacks
@@ -115,7 +118,7 @@ def pgd(
 
 
 def offset(keys: Key[Array, " batch"], images: Array) -> Array:
-    """Where an attack starts, per pixel and uniform in [-1, 1]: in units of its size."""
+    """The random start of an attack: uniform in [-1, 1] per pixel, in units of epsilon."""
     return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], minval=-1, maxval=1))(keys)
 
 
@@ -128,7 +131,7 @@ def ascend(
     steps: int | Array,
     step_size: Scalar,
 ) -> Array:
-    """Climbs ``loss`` by signed steps from ``start``, within ``epsilon`` of ``images`` and in [0, 1]."""
+    """Increases ``loss`` by signed gradient steps from ``start``, within ``epsilon`` of ``images`` and in [0, 1]."""
     lowest, highest = jnp.clip(images - epsilon, 0, 1), jnp.clip(images + epsilon, 0, 1)
 
     def step(_, x):
@@ -147,10 +150,10 @@ def margin(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Array:
-    """Sum over the batch of m, where the cross-entropy is log(1 + exp(m)).
+    """Sum over the batch of the margin m, where the cross-entropy is log(1 + exp(m)).
 
-    It rises with m, so the signs of both gradients are the same; but that of the cross-entropy rounds off where the
-    network is sure, and an attack that follows it then finds nothing.
+    The cross-entropy increases with m, so both gradients have the same signs. But where the network is confident the
+    gradient of the cross-entropy rounds to zero, and an attack that follows it stands still.
     """
     inputs = data.normalise(255 * images, mean=mean, std=std)
     logits = apply_fn(params, model_state, inputs, train=False, key=None)[0].logits.astype(jnp.float32)

@@ -22,7 +22,7 @@ def gaussian_noise(
     sigma: Scalar,
     keys: Key[Array, " batch"],
 ) -> Float[Array, "batch height width channels"]:
-    """Adds independent normal noise to every pixel and channel, and cuts off at 0 and 1.
+    """Adds independent normal noise to every pixel and channel, and clips to [0, 1].
 
     Args:
       images: in [0, 1].
@@ -38,9 +38,9 @@ def gaussian_blur(
     sigma: Scalar,
     keys: Key[Array, " batch"] | None = None,
 ) -> Float[Array, "batch height width channels"]:
-    """Blurs with a Gaussian cut off at four deviations; beyond the border its nearest pixel goes on.
+    """Blurs with a Gaussian truncated at four standard deviations; the border's pixels continue beyond it.
 
-    So does ``scipy.ndimage.gaussian_filter`` with ``mode="nearest"``, which made CIFAR-10-C.
+    Equal to ``scipy.ndimage.gaussian_filter`` with ``mode="nearest"``, which made CIFAR-10-C.
 
     Args:
       images: in [0, 1]; they may be smaller than the Gaussian.
@@ -58,11 +58,11 @@ def contrast(
     factor: Scalar,
     keys: Key[Array, " batch"] | None = None,
 ) -> Float[Array, "batch height width channels"]:
-    """Draws each image towards its own mean per channel.
+    """Moves the pixels of each image towards its mean per channel.
 
     Args:
       images: in [0, 1].
-      factor: what is left of the differences from the mean: 1 changes nothing, 0 leaves a plain area.
+      factor: of the differences from the mean: 1 changes nothing, 0 leaves a uniform image.
       keys: not used.
     """
     del keys
@@ -75,7 +75,7 @@ def jpeg(
     quality: int | float,
     keys: Key[Array, " batch"] | None = None,
 ) -> Float[Array, "batch height width channels"]:
-    """Writes and reads each image as a JPEG, with Pillow and on the host: not for use under ``jit``.
+    """Compresses and decompresses each image as a JPEG, with Pillow on the host: not for use under ``jit``.
 
     Args:
       images: in [0, 1], of one channel or three; rounded to 8 bits.
@@ -112,15 +112,13 @@ def occlusion(
     *,
     grey: float = 0.5,
 ) -> Float[Array, "batch height width channels"]:
-    """Covers a square, wholly inside the image and anywhere with the same probability.
-
-    With the same key a larger square covers all that a smaller one does.
+    """Covers a square inside the image, uniformly placed. With one key, a larger square contains a smaller one.
 
     Args:
       images: in [0, 1].
       fraction: side of the square, as a part of the image's shorter side; rounded to whole pixels.
       keys: one per image.
-      grey: what covers it.
+      grey: value of the covered pixels.
 
     References:
       Zeiler and Fergus, `Visualizing and Understanding Convolutional Networks <https://arxiv.org/abs/1311.2901>`_,
@@ -150,9 +148,9 @@ def translation(
 
     Args:
       images: in [0, 1].
-      pixels: how far; whole.
+      pixels: distance, a whole number.
       keys: one per image, which chooses the direction.
-      fill: what moves in; black, as at the border of :func:`kdjax.data.random_crop`.
+      fill: value of the pixels that move in; black, as at the border of :func:`kdjax.data.random_crop`.
     """
     height, width = images.shape[1:3]
     direction = jax.vmap(lambda key: jax.random.randint(key, (), 0, 4))(keys)
@@ -168,8 +166,8 @@ def translation(
 
 
 def _blur_matrix(size: int, sigma: Scalar) -> Float[Array, "size size"]:
-    """What each pixel of a line takes from each other, the border's pixels also for what would lie beyond."""
-    reach = 4 * size  # taps on each side, of which those within four deviations count
+    """Weights of the blur along one axis, output by input pixel; the border's include all beyond it."""
+    reach = 4 * size  # taps on each side; only those within four standard deviations have weight
     taps = jnp.arange(-reach, reach + 1)
     sigma = jnp.asarray(sigma, jnp.float32)
     weights = jnp.exp(-(taps**2) / (2 * jnp.maximum(sigma, 1e-6) ** 2))
@@ -184,12 +182,12 @@ def _blur_matrix(size: int, sigma: Scalar) -> Float[Array, "size size"]:
 
 @dataclasses.dataclass(frozen=True)  # not a tuple, which `jax.jit` cannot take as a function
 class Corruption:
-    """A corruption and what its severities are; call it as ``corruption(images, severity, key)``.
+    """A corruption and the strengths of its severities; call it as ``corruption(images, severity, key)``.
 
     Attributes:
-      function: ``(images, strength, keys) -> images``, all in [0, 1], where the strength may be traced.
+      function: ``(images, strength, keys) -> images``, images in [0, 1]; the strength may be traced.
       strengths: of severity 1, 2, and so on.
-      on_host: whether the function needs values instead; then nothing in it is random, and ``keys`` is None.
+      on_host: whether the function cannot be traced; then it is not random either, and ``keys`` is None.
     """
 
     function: Callable[..., Array]
@@ -202,12 +200,12 @@ class Corruption:
         severity: int | Int[Array, ""],
         key: Key[Array, ""],
     ) -> Float[Array, "batch height width channels"]:
-        """The images at a severity.
+        """Corrupts images at a severity.
 
         Args:
-          images: in [0, 1].
+          images: in [0, 1], the first examples of a data set.
           severity: from 1; may be traced unless the corruption runs on the host.
-          key: of the whole data set, whose first examples these are.
+          key: of the data set.
 
         Raises:
           ValueError: if a severity that is not traced has no strength.

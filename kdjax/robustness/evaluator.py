@@ -1,4 +1,4 @@
-"""All disturbances of one network, in few compiled programs."""
+"""All perturbations of one network, in two compiled programs."""
 
 import functools
 import itertools
@@ -12,7 +12,16 @@ import numpy as np
 from jaxtyping import Array
 
 from kdjax import data, evaluate, parallel
-from kdjax.robustness.attacks import EPSILONS, WEIGHT_NOISE, ascend, margin, offset, perturb_weights
+from kdjax.robustness.attacks import (
+    EPSILONS,
+    PGD_STEP_SIZE,
+    PGD_STEPS,
+    WEIGHT_NOISE,
+    ascend,
+    margin,
+    offset,
+    perturb_weights,
+)
 from kdjax.robustness.corruptions import CORRUPTIONS, Corruption, check_severities
 from kdjax.types import ApplyFn, ModelState, Params
 
@@ -31,46 +40,41 @@ def make_evaluator(
     weight_noise: Sequence[float] = WEIGHT_NOISE,
     draws: int = 5,
     epsilons: Sequence[float] = EPSILONS,
-    pgd_steps: int = 20,
-    pgd_step_size: float = 0.25,
     metrics: Sequence[str] = ("accuracy",),
-    progress: Callable[[int, int], None] | None = None,
 ) -> Callable[[Params, ModelState, Array], dict[str, float]]:
-    """Builds a function of the weights that returns what is left of a network's metrics under each disturbance.
+    """Builds a function of the weights that returns a network's metrics under each perturbation.
 
-    The network is compiled twice, once forward for all corruptions and weights, once with its gradient for all attacks,
-    and not again for other weights. A corrupted image is cut to 8 bits as in CIFAR-10-C, an attacked one is not.
+    Compiles the network twice, forward for all corruptions and weights, and with its gradient for all attacks; never
+    again for other weights. Corrupted images are truncated to 8 bits as in CIFAR-10-C, attacked ones are not.
 
     Args:
       apply_fn: the network; called with ``train=False``.
       images: uint8[n, height, width, channels], the test split.
       labels: int[n], true classes.
       mean: of the normalisation that the network expects, per channel on the scale [0, 1].
-      std: likewise.
+      std: of the same normalisation.
       batch_size: examples per call over all devices; changes memory and speed, not the answer.
       devices: of this process.
-      corruptions: by name; an empty mapping leaves them out.
+      corruptions: by name; ``{}`` for none.
       severities: of every corruption.
-      weight_noise: deviations for :func:`perturb_weights`; an empty sequence leaves it out.
-      draws: of the weights, over which each metric is averaged; the same draws for every deviation.
-      epsilons: largest change of a pixel by an attack, in grey levels of 255; an empty sequence leaves attacks out.
-      pgd_steps: of :func:`pgd`.
-      pgd_step_size: of each, as a part of epsilon; 1/4 as Madry et al. on CIFAR-10.
-      metrics: which of those of :func:`kdjax.evaluate.summarise` to return.
-      progress: called as ``progress(done, total)`` after every pass over the images.
+      weight_noise: relative standard deviations for :func:`perturb_weights`; ``()`` for none.
+      draws: noisy weights per deviation, over which each metric is averaged; the same draws for every deviation.
+      epsilons: largest change of a pixel by FGSM and PGD, in grey levels of 255; ``()`` for no attack.
+      metrics: those of :func:`kdjax.evaluate.summarise` to return.
 
     Returns:
-      ``(params, model_state, key) -> {name: value}`` with plain floats, accuracy under the names "clean",
-      "gaussian_noise/3" (severity), "mean_corruption" (over all of ``corruptions`` and ``severities``; the mean
-      corruption error of CIFAR-10-C has other corruptions and is relative to a baseline),
-      "weight_noise/0.1" (deviation), "fgsm/8" and "pgd/8" (grey levels), and another metric under the same name with
-      its own behind it, "gaussian_noise/3/ece".
+      ``(params, model_state, key) -> {name: value}`` with plain floats. Accuracies have the names "clean",
+      "gaussian_noise/3" (severity), "mean_corruption" (over all ``corruptions`` and ``severities``; unlike the mean
+      corruption error of CIFAR-10-C, which has other corruptions and is relative to a baseline), "weight_noise/0.1"
+      (relative deviation), "fgsm/8" and "pgd/8" (grey levels). Another metric's name is appended:
+      "gaussian_noise/3/ece".
 
     Raises:
-      ValueError: if images, labels and normalisation do not fit together, or a setting is out of range.
+      ValueError: if images, labels and normalisation do not fit together, or a setting is out of range. The returned
+        function: if there is no such metric.
     """
     _check_data(images, labels, mean, std)
-    _check_settings(severities, corruptions, weight_noise, draws, epsilons, pgd_steps, pgd_step_size)
+    _check_settings(severities, corruptions, weight_noise, draws, epsilons)
     resident = {"image": images, "label": np.asarray(labels, np.int32), "key": jax.random.key(0)}
     resident = parallel.replicate(resident, devices)
     size = {"ids": np.arange(len(images)), "batch_size": batch_size, "devices": devices}
@@ -83,7 +87,7 @@ def make_evaluator(
     corrupted_sums = _corruption_evaluator(apply_fn, resident, corruptions, scale, size)
     attacked_sums = _attack_evaluator(apply_fn, resident, scale, size)
     perturb = jax.jit(perturb_weights)
-    attacks = (("fgsm", 1, 1.0, False), ("pgd", pgd_steps, pgd_step_size, True))
+    attacks = (("fgsm", 1, 1.0, False), ("pgd", PGD_STEPS, PGD_STEP_SIZE, True))
 
     def passes(params, model_state, key) -> Iterator[tuple[str, dict[str, Any]]]:
         image_key, weight_key = jax.random.split(key)
@@ -95,17 +99,13 @@ def make_evaluator(
             noisy = perturb(params, np.float32(sigma), jax.random.fold_in(weight_key, draw))
             yield f"weight_noise/{sigma:g}", corrupted_sums(noisy, model_state, arrays)
         for (name, steps, part, start), epsilon in itertools.product(attacks, epsilons):
-            how = _how(epsilon / 255, steps, part * epsilon / 255, start)
-            yield f"{name}/{epsilon:g}", attacked_sums(params, model_state, arrays | how)
+            attack = _attack(epsilon / 255, steps, part * epsilon / 255, start)
+            yield f"{name}/{epsilon:g}", attacked_sums(params, model_state, arrays | attack)
 
-    total = 1 + len(corrupted) + len(weight_noise) * draws + 2 * len(epsilons)
-
-    def assess(params: Params, model_state: ModelState, key: Array) -> dict[str, float]:
+    def evaluate_all(params: Params, model_state: ModelState, key: Array) -> dict[str, float]:
         found: dict[str, list[dict[str, float]]] = {}
-        for done, (name, sums) in enumerate(passes(params, model_state, key), 1):
+        for name, sums in passes(params, model_state, key):
             found.setdefault(name, []).append(_chosen(evaluate.summarise(sums), metrics))
-            if progress is not None:
-                progress(done, total)
         if corrupted:
             found["mean_corruption"] = [found[f"{name}/{severity}"][0] for name, severity in corrupted]
         return {
@@ -115,7 +115,7 @@ def make_evaluator(
             for metric in metrics
         }
 
-    return assess
+    return evaluate_all
 
 
 def _corruption_evaluator(
@@ -125,7 +125,7 @@ def _corruption_evaluator(
     scale: dict[str, Any],
     size: dict[str, Any],
 ) -> Callable[..., dict[str, Any]]:
-    """Builds ``(params, model_state, arrays, name, changes) -> sums``: one program for all corruptions and none."""
+    """Builds ``(params, model_state, arrays, name, changes) -> sums``, one program for all corruptions and none."""
     names = [name for name, corruption in corruptions.items() if not corruption.on_host]
     functions = [_unchanged, *(corruptions[name].function for name in names)]
     number = {name: np.int32(i) for i, name in enumerate(names, 1)}
@@ -141,8 +141,8 @@ def _corruption_evaluator(
     def run(params, model_state, arrays, name="", changes: Mapping[str, Any] = plain):
         if "image" in changes:
             changes = parallel.replicate(changes, size["devices"])
-        how = plain | {"function": number.get(name, plain["function"])}
-        return sums_of(params, model_state, arrays | how | changes)
+        chosen = plain | {"function": number.get(name, plain["function"])}
+        return sums_of(params, model_state, arrays | chosen | changes)
 
     return run
 
@@ -150,7 +150,7 @@ def _corruption_evaluator(
 def _attack_evaluator(
     apply_fn: ApplyFn, resident: dict[str, Any], scale: dict[str, Any], size: dict[str, Any]
 ) -> Callable[..., dict[str, Any]]:
-    """Builds ``(params, model_state, arrays) -> sums`` where ``arrays`` hold what :func:`_how` returns."""
+    """Builds ``(params, model_state, arrays) -> sums`` where ``arrays`` hold an :func:`_attack`."""
 
     def make_batch(arrays, index):
         x, keys = _pixels(arrays, index)
@@ -164,11 +164,11 @@ def _attack_evaluator(
         x = ascend(loss, x, first, epsilon=epsilon, steps=inputs["steps"], step_size=inputs["step_size"])
         return apply_fn(params, model_state, data.normalise(255 * x, **scale), train=train)
 
-    return evaluate.make_evaluator(attacked, make_batch, resident | _how(0.0, 1, 0.0, False), **size)
+    return evaluate.make_evaluator(attacked, make_batch, resident | _attack(0.0, 1, 0.0, False), **size)
 
 
-def _how(epsilon: float, steps: int, step_size: float, start: bool) -> dict[str, Any]:
-    """An attack as arguments of the program that runs every one; ``start`` says whether it starts at random."""
+def _attack(epsilon: float, steps: int, step_size: float, start: bool) -> dict[str, Any]:
+    """An attack as arguments of the program that runs them all; ``start``: whether it starts at random."""
     numbers = {"epsilon": np.float32(epsilon), "step_size": np.float32(step_size), "start": np.float32(start)}
     return {"attack": numbers | {"steps": np.int32(steps)}}
 
@@ -176,7 +176,7 @@ def _how(epsilon: float, steps: int, step_size: float, start: bool) -> dict[str,
 def _corrupted(
     corruption: Corruption, images: np.ndarray, severities: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Per severity the strength, or the corrupted images themselves if that is the host's work."""
+    """Yields each severity with its strength, or with the corrupted images if the host computes them."""
     for severity in severities:
         strength = corruption.strengths[severity - 1]
         if corruption.on_host:
@@ -187,7 +187,7 @@ def _corrupted(
 
 
 def _pixels(arrays: Mapping[str, Any], index: Array) -> tuple[Array, Array]:
-    """Images in [0, 1] and a key for each, which depends on its index and not on its batch."""
+    """Images in [0, 1] and a key for each, which depends on its index alone."""
     return arrays["image"][index].astype(jnp.float32) / 255, data.example_keys(arrays["key"], index)
 
 
@@ -197,7 +197,7 @@ def _unchanged(images: Array, strength: Array, keys: Array) -> Array:
 
 
 def _levels(images: Array) -> Array:
-    """Images in [0, 1] as whole grey levels, cut and not rounded; a rounding error below one still reaches it."""
+    """Images in [0, 1] as whole grey levels, truncated as in CIFAR-10-C, but not by a float's rounding error."""
     return jnp.floor(255 * images + 1e-3)
 
 
@@ -229,8 +229,6 @@ def _check_settings(
     weight_noise: Sequence[float],
     draws: int,
     epsilons: Sequence[float],
-    pgd_steps: int,
-    pgd_step_size: float,
 ) -> None:
     check_severities(severities, corruptions)
     if corruptions and not severities:
@@ -242,8 +240,4 @@ def _check_settings(
     if any(not 0 <= epsilon <= 255 for epsilon in epsilons):
         raise ValueError(
             f"epsilons are grey levels between 0 and 255, got {tuple(epsilons)}; 8 is the usual one for CIFAR-10."
-        )
-    if pgd_steps < 1 or pgd_step_size <= 0:
-        raise ValueError(
-            f"pgd needs 1 step or more of a size above 0, got pgd_steps={pgd_steps}, pgd_step_size={pgd_step_size}."
         )

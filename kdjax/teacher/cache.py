@@ -11,8 +11,6 @@ The directory holds ``header.json``, with digests of the teacher and the images,
 covers the header, its number and its bytes and stands in its file name, so that one rename writes and seals it: a
 changed byte, a chunk of another teacher and a chunk in another place are all refused. A killed ``precompute`` starts
 again at the chunks that are missing or damaged.
-
-The other mode is :func:`online`: the teacher sees the student's own augmented input, in the step.
 """
 
 import hashlib
@@ -177,15 +175,6 @@ def gather(
     return {f"teacher_{name}": jnp.asarray(array)[index, view] for name, array in arrays.items()}
 
 
-def online(fn: TeacherFn, variables: PyTree, batch: Mapping[str, Array]) -> dict[str, Array]:
-    """Adds the teacher's outputs on the batch's own augmented images, as constants under differentiation.
-
-    Pass ``variables`` into the jitted step as an argument: closed over, XLA would fold them into the program.
-    """
-    rows = jax.lax.stop_gradient(_named(fn(variables, batch["image"])))
-    return dict(batch) | {f"teacher_{name}": array for name, array in rows.items()}
-
-
 def verify(
     columns: TeacherCache,
     fn: TeacherFn,
@@ -298,7 +287,7 @@ class _Teacher:
 def _apply(
     fn: TeacherFn, view_fn: ViewFn | None, variables: PyTree, images: Array, index: Array, view: Array
 ):
-    return _named(fn(variables, images if view_fn is None else view_fn(images, index, view)))
+    return named(fn(variables, images if view_fn is None else view_fn(images, index, view)))
 
 
 def _apply_each(
@@ -308,10 +297,10 @@ def _apply_each(
     if view_fn is not None:
         one = jax.vmap(lambda image, i, v: jax.tree.map(lambda x: x[0], view_fn(image[None], i[None], v)))
         images = one(images, index, view)
-    return _named(fn(variables, images))
+    return named(fn(variables, images))
 
 
-def _named(rows: Any) -> dict[str, Any]:
+def named(rows: Any) -> dict[str, Any]:
     """The arrays of a dict, and of what it nests, by their paths."""
     if not isinstance(rows, Mapping):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept from one start to the next, and what is done about an entry that is damaged."""
+"""Where compiled programs are kept from one start to the next; a damaged entry is removed."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ _FAULT = re.compile(r"Error (reading|writing) persistent compilation cache entry
 
 
 def keep() -> None:
-    """Keeps compiled programs in the user's cache directory, unless JAX was told of another or there is none."""
+    """Keeps compiled programs in the user's cache directory, unless JAX has been given another or there is none."""
     if jax.config.values["jax_compilation_cache_dir"]:
         return
     try:
@@ -32,25 +32,22 @@ def keep() -> None:
 
 
 def note(message: str) -> None:
-    """Prints a warning as a note, and takes a damaged entry out of the cache, which JAX itself never replaces."""
+    """Prints a warning as a note. If it is about a damaged entry, removes that, since JAX never replaces it."""
     fault = _FAULT.search(message)
     if not fault:
         print(f"note: {message}", file=sys.stderr)
-    elif _removed(fault[2]) and fault[1] == "reading":
+    elif _remove(fault[2]) and fault[1] == "reading":
         print(
             f"note: a damaged program in JAX's compilation cache was removed ({fault[2]}).", file=sys.stderr
         )
 
 
-def _removed(program: str) -> bool:
+def _remove(program: str) -> bool:
     """Removes all entries of a program, since the message does not say which one is damaged."""
     entries = []
     with contextlib.suppress(OSError):
-        entries = [
-            path
-            for path in Path(jax.config.values["jax_compilation_cache_dir"]).iterdir()
-            if path.name.startswith(f"{program}-") and path.name.endswith("-cache")
-        ]
+        cache = Path(jax.config.values["jax_compilation_cache_dir"])
+        entries = [path for path in cache.glob("*-cache") if path.name.startswith(f"{program}-")]
         for path in entries:
             path.unlink(missing_ok=True)
     return bool(entries)

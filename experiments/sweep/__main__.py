@@ -1,22 +1,22 @@
-r"""Which settings suit a method best, and how much of that is left on a test split that nothing was chosen on?
+r"""Which settings suit a method best, and how much of the gain is left on the test split?
 
     python -m experiments.sweep --experiment=distill --space=temperature=1:20:log,hard_weight=0:1 --num_trials=30 \
         --workdir=runs/sweep --dataset=digits --num_train=100 --epochs=60 --batch_size=20 --teacher_num_train=0 \
-        --teacher_epochs=30 --method=scratch,kd
+        --teacher_epochs=30 --arms=scratch,kd
 
-Every flag but those of the sweep itself (--help) is the experiment's own (--helpfull) and means what it means there.
---space varies flags by name=low:high, name=low:high:log or name=a|b|c. A trial is one run of the experiment with drawn
-values, of one arm (--arm; the last of --method or --arms), measured on the validation split; Optuna's TPE draws, and a
-trial whose validation accuracy is below the median of the finished ones is pruned (--spared_epochs). What does best, by
-the mean of the last validation accuracy over --seeds, is then run beside the settings of the command line, both on
---final_seeds that no trial had: only there is the test split read.
+Flags that are not the sweep's own (--help) are the experiment's (--helpfull) and mean what they mean there. --space
+varies flags by name=low:high, name=low:high:log or name=a|b|c. A trial runs the experiment with drawn values for one
+arm (--arm; the last of --arms) and measures it on the validation split. Optuna's TPE draws; a trial whose validation
+accuracy falls below the median of the finished ones is pruned (--pruner_warmup). The best trial, by the mean over
+--seeds of the last validation accuracy, is then run beside the settings of the command line, both on --final_seeds,
+which no trial had: only there is the test split read.
 
-Any experiment can be swept that has --workdir, --seeds and --split, whose trainings are called "ARM, seed N", and whose
-main() returns its result. Teachers and columns that trials have in common are computed once (--shared_dir). --workers
-runs trials side by side.
+Any experiment can be swept that has --workdir, --seeds and --split, and whose main(callbacks) passes the callbacks to
+its trainings and returns its result. Teachers and cached answers that trials have in common are computed once
+(--shared_cache). --workers runs trials side by side.
 
-The workdir receives trials/ and final/, a run each, Optuna's journal, results.json, figure.png and report.html. The
-same command started again continues: finished trials stay, interrupted ones go on from their own checkpoints.
+The workdir receives trials/ and final/ with one run each, Optuna's journal, results.json, figure.png and report.html.
+The same command started again continues: finished trials stay, interrupted ones go on from their own checkpoints.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import importlib.util
 import os
 import statistics
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +35,9 @@ import optuna
 from absl import flags
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments import common
-from experiments.common import reporting, spaces, trials, workers
-from kdjax import results, significance, train
+from experiments import cli
+from experiments.sweep import spaces, trials
+from kdjax import report, results, significance, train
 from kdjax.data.tfds_cache import did_you_mean
 
 EXPERIMENT = flags.DEFINE_string(
@@ -45,27 +45,33 @@ EXPERIMENT = flags.DEFINE_string(
 )
 SPACE = flags.DEFINE_list("space", [], "What is varied: name=low:high, name=low:high:log, name=a|b|c.")
 NUM_TRIALS = flags.DEFINE_integer("num_trials", 30, "Trials, pruned and failed ones included.", lower_bound=1)
-ARM = flags.DEFINE_string("arm", None, "What is tuned; the last of --method, or of --arms, by default.")
+ARM = flags.DEFINE_string("arm", None, "The arm that is tuned; the last of --arms by default.")
 FINAL_SEEDS = flags.DEFINE_list(
-    "final_seeds", [], "Of the comparison on the test split; as many as --seeds, from 100 on, by default."
+    "final_seeds",
+    [],
+    "Seeds of the comparison on the test split; by default as many as --seeds, from 100 on.",
 )
 RANDOM_TRIALS = flags.DEFINE_integer(
-    "random_trials", 10, "First trials, drawn without regard to others; none is pruned before so many.", 1
+    "random_trials", 10, "First trials, drawn at random; none is pruned before so many.", lower_bound=1
 )
-SPARED_EPOCHS = flags.DEFINE_integer(
-    "spared_epochs",
+PRUNER_WARMUP = flags.DEFINE_integer(
+    "pruner_warmup",
     None,
-    "Epochs of its first seed that every trial is given; by default half of --epochs, since what is best in the end is "
-    "often slow at first: of the digits with a few labels, early curves are in the reverse order of the last.",
+    "Epochs of its first seed before a trial can be pruned; half of --epochs by default, since the best settings are "
+    "often slow at first.",
     lower_bound=0,
 )
-SWEEP_SEED = flags.DEFINE_integer("sweep_seed", 0, "Of the draws.", lower_bound=0)
-WORKERS = flags.DEFINE_integer("workers", 1, "Processes that run trials side by side.", lower_bound=1)
-GPUS = flags.DEFINE_list("gpus", [], "One for each worker, as in 0,1; all see all by default.")
+SWEEP_SEED = flags.DEFINE_integer("sweep_seed", 0, "Seed of the draws.", lower_bound=0)
+WORKERS = cli.may_change(
+    flags.DEFINE_integer("workers", 1, "Processes that run trials side by side.", lower_bound=1)
+)
+GPUS = cli.may_change(
+    flags.DEFINE_list("gpus", [], "One for each worker, as in 0,1; all see all by default.")
+)
 
 METRIC = "accuracy"  # larger is better
-CHOOSERS = ("method", "arms")  # what an experiment may call the list of its arms
-MACHINE = ("workers", "gpus")  # what may change when a sweep is resumed
+TABLE = ("accuracy", "best_accuracy", "loss", "f1", "ece", "agreement")  # what the terminal shows
+SET_BY_SWEEP = ("workdir", "seeds", "split")
 
 
 class Sweep(NamedTuple):
@@ -79,27 +85,26 @@ class Sweep(NamedTuple):
 
     def study(self) -> optuna.Study:
         """The trials, as every process sees them."""
-        spared = SPARED_EPOCHS.value
-        if spared is None:  # the first seed whole where no flag says how long it is
-            spared = -(-flags.FLAGS.epochs // 2) if "epochs" in flags.FLAGS else trials.SEED_STEPS
+        warmup = PRUNER_WARMUP.value
+        if warmup is None:  # the whole first seed where no flag says how many epochs it has
+            warmup = -(-flags.FLAGS.epochs // 2) if "epochs" in flags.FLAGS else trials.SEED_STEPS
         return trials.open_study(
-            self.workdir, self.settings, random_trials=RANDOM_TRIALS.value, spared_epochs=spared
+            self.workdir, self.settings, random_trials=RANDOM_TRIALS.value, pruner_warmup=warmup
         )
 
 
 def main() -> dict[str, Any] | None:
-    """Checks everything, runs the trials that are missing, and measures the best beside the default."""
+    """Checks the flags, runs the trials that are missing, and measures the best settings beside the default."""
     start = time.monotonic()
     sweep = checked_flags()
-    task = workers.my_task("experiments.sweep")
+    task = cli.my_task("experiments.sweep")
     if task is not None:
-        workers.end_with_parent()
         return conclude(sweep, start) if task == "conclude" else search(sweep, task)
     if WORKERS.value > 1:
         jax.config.update("jax_platforms", "cpu")  # the devices are for the workers
     elif GPUS.value:
         os.environ["CUDA_VISIBLE_DEVICES"] = GPUS.value[0]
-    common.claim_workdir(str(sweep.workdir), sweep.settings | data_of(sweep.experiment))
+    cli.claim_workdir(str(sweep.workdir), sweep.settings | data_of(sweep.experiment))
     trials.unlock_journal(sweep.workdir)
     study = sweep.study()
     left = trials.unfinished(study)
@@ -107,7 +112,7 @@ def main() -> dict[str, Any] | None:
         search(sweep, left)
         return conclude(sweep, start)
     side_by_side(sweep, study, [left[k :: WORKERS.value] for k in range(WORKERS.value)])
-    workers.in_children("experiments.sweep", ["conclude"], gpus=GPUS.value)
+    cli.in_children("experiments.sweep", ["conclude"], gpus=GPUS.value)
     return None
 
 
@@ -115,7 +120,7 @@ def main() -> dict[str, Any] | None:
 
 
 def import_experiment(argv: Sequence[str]) -> None:
-    """Imports the experiment that the arguments name, before they are parsed: its flags must be there by then."""
+    """Imports the experiment that the arguments name, before they are parsed, since it defines flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--experiment", "-experiment", default=EXPERIMENT.default)
     load(parser.parse_known_args(list(argv[1:]))[0].experiment)
@@ -129,7 +134,7 @@ def load(name: str) -> Any:
     except ModuleNotFoundError:
         found = None
     if found is None:
-        known = [path.stem for path in Path(__file__).parent.glob("[a-z]*.py")]
+        known = [path.stem for path in Path(__file__).parent.parent.glob("[a-z]*.py")]
         raise ValueError(f"--experiment={name}: there is no module {module}.{did_you_mean(name, known)}")
     try:
         return importlib.import_module(module)
@@ -137,25 +142,12 @@ def load(name: str) -> Any:
         raise ValueError(f"--experiment={name} and the sweep have a flag in common: {error}") from error
 
 
-def flags_of(experiment: Any) -> set[str]:
-    """Names of the flags that an experiment defines."""
-    return {holder.name for holder in vars(experiment).values() if isinstance(holder, flags.FlagHolder)}
-
-
-def chooser_of(its: Collection[str]) -> str | None:
-    """Which of an experiment's flags lists its arms."""
-    return next((flag for flag in CHOOSERS if flag in its), None)
-
-
 def checked_flags() -> Sweep:
-    """What is swept, once all flags make sense together.
-
-    An experiment's own ``checked_flags``, if it has one, is asked about every bound and choice of the space.
-    """
+    """What is swept, once all flags make sense together, for every bound and choice of the space."""
     name, given = EXPERIMENT.value, flags.FLAGS
     experiment = load(name)
-    its, apart = flags_of(experiment), getattr(experiment, "MACHINE", ("workdir",))
-    if missing := [f"--{flag}" for flag in ("workdir", "seeds", "split") if flag not in its]:
+    its = cli.flags_of(experiment.__name__)
+    if missing := [f"--{flag}" for flag in SET_BY_SWEEP if flag not in its]:
         raise ValueError(f"--experiment={name} has no {' and no '.join(missing)}, which a sweep sets.")
     for flag, instead in (("split", "trials are measured on validation"), ("pod", "use --workers")):
         if flag in its and not given[flag].using_default_value:
@@ -169,96 +161,101 @@ def checked_flags() -> Sweep:
         raise ValueError(
             f"--gpus={','.join(GPUS.value)} must name one for each of --workers={WORKERS.value}."
         )
-    check = getattr(experiment, "checked_flags", lambda: None)
-    check()
-    with spaces.flags_set({"seeds": ",".join(final_seeds())}):
-        check()
-    space = spaces.read(SPACE.value, its - {"workdir", "seeds", "split", *CHOOSERS, *apart})
-    chooser = chooser_of(its)
-    methods = list(given[chooser].value or []) if chooser else []
-    arm = ARM.value or (methods[-1] if methods else None)
-    if arm is None or (methods and arm not in methods):
-        raise ValueError(
-            f"--arm={arm} must be one of {', '.join(methods) or 'those that the experiment runs'}."
-        )
-    with spaces.flags_set({chooser: arm} if chooser else {}):  # as trials are run
-        check()
-        spaces.check(space, check)
-    settings = common.settings_of(globals(), apart=MACHINE)
-    settings |= common.settings_of(vars(experiment), apart=apart)
+    cli.parse_seeds(final_seeds(), "final_seeds")
+    check(experiment)
+    settings = cli.settings(experiment.__name__)
+    space = spaces.read(SPACE.value, settings.keys() - {*SET_BY_SWEEP, "arms"})
+    arm = tuned_arm()
+    with spaces.flags_set({"arms": arm} if "arms" in its else {}):  # as trials are run
+        check(experiment)
+        spaces.check(space, lambda: check(experiment))
+    settings |= cli.settings(__name__) | ({"arms": given.arms} if "arms" in its else {})
     return Sweep(experiment, space, arm, Path(given.workdir), settings)
 
 
+def check(experiment: Any) -> None:
+    """Raises what the experiment says against its flags: its dataclasses, and ``checked_flags`` if it has that."""
+    for holder in vars(experiment).values():
+        if isinstance(holder, cli.Flags):
+            _ = holder.value
+    getattr(experiment, "checked_flags", lambda: None)()
+
+
+def tuned_arm() -> str:
+    """The arm of --arm, or the last of --arms."""
+    arms = list(flags.FLAGS.arms) if "arms" in flags.FLAGS else []
+    arm = ARM.value or (arms[-1] if arms else None)
+    if arm is None or (arms and arm not in arms):
+        raise ValueError(f"--arm={arm} must be one of {', '.join(arms) or 'those that the experiment runs'}.")
+    return arm
+
+
 def final_seeds() -> list[str]:
-    """Of the comparison on the test split."""
+    """Seeds of the comparison on the test split."""
     return FINAL_SEEDS.value or [str(100 + k) for k in range(len(flags.FLAGS.seeds))]
 
 
 def data_of(experiment: Any) -> dict[str, Any]:
-    """The fingerprint of all the data that trials draw from, so that a sweep does not go on with others.
-
-    Of an experiment that has a function ``the_task``, as distill has; nothing is known of the data of another.
-    """
-    return {"data": experiment.the_task(None).fingerprint} if hasattr(experiment, "the_task") else {}
+    """The fingerprint of all the data that trials draw from, so that a sweep does not go on with others."""
+    for holder in vars(experiment).values():
+        if isinstance(holder, cli.Flags) and issubclass(holder.kind, cli.Data):
+            return {"data": holder.value.load(num_train=0).fingerprint}
+    return {}
 
 
 # Trials, and the end.
 
 
-def run(sweep: Sweep, name: str, values: Mapping[str, Any], *, others: bool = False) -> dict[str, Any]:
-    """Runs the experiment in ``workdir/name`` with these flags, and what it prints into a log beside that.
+def run(
+    sweep: Sweep,
+    name: str,
+    values: Mapping[str, Any],
+    *,
+    callbacks: Sequence[Any] = (),
+    all_arms: bool = False,
+) -> dict[str, Any]:
+    """Runs the experiment in ``workdir/name`` with these flags; what it prints goes into a log beside that.
 
-    ``others`` says whether to run the arms too that are not tuned.
+    Only the tuned arm is run, unless ``all_arms``.
     """
-    directory, its = sweep.workdir / name, flags_of(sweep.experiment)
+    directory, its = sweep.workdir / name, cli.flags_of(sweep.experiment.__name__)
     more: dict[str, Any] = {"workdir": directory}
-    if (chooser := chooser_of(its)) and not others:
-        more[chooser] = sweep.arm
-    if "shared_dir" in its and flags.FLAGS.shared_dir is None:
-        more["shared_dir"] = sweep.workdir / "shared"
+    if "arms" in its and not all_arms:
+        more["arms"] = sweep.arm
+    if "shared_cache" in its and flags.FLAGS.shared_cache is None:
+        more["shared_cache"] = sweep.workdir / "shared"
     directory.parent.mkdir(parents=True, exist_ok=True)
     with (
         spaces.flags_set({**values, **more}),
-        common.released(),
+        cli.released(),
         open(f"{directory}.log", "a", encoding="utf-8", errors="replace") as log,
         contextlib.redirect_stdout(log),
     ):
         try:
-            return sweep.experiment.main()
+            return sweep.experiment.main(callbacks=callbacks)
         except train.NonFiniteLoss as error:
             raise train.NonFiniteLoss(f"{name}: {error}") from error
         finally:
-            jax.clear_caches()  # no run can use another's programs in memory, 11 MiB of the digits; those on disk stay
+            jax.clear_caches()  # 11 MiB of programs that no other run can use; those on disk stay
 
 
 def search(sweep: Sweep, unfinished: Sequence[int]) -> None:
     """Runs trials until there are as many as were asked for, the unfinished ones first."""
     study, first = sweep.study(), list(unfinished)
-
-    def next_trial() -> optuna.Trial | None:
-        return trials.next_trial(
-            study,
-            sweep.space,
-            num_trials=NUM_TRIALS.value,
-            random_trials=RANDOM_TRIALS.value,
-            seed=SWEEP_SEED.value,
-            unfinished=first,
-            lock=sweep.workdir / "next.lock",
-        )
-
-    while (trial := next_trial()) is not None:
+    draws = trials.Draws(NUM_TRIALS.value, RANDOM_TRIALS.value, SWEEP_SEED.value, sweep.workdir / "next.lock")
+    while (trial := trials.next_trial(study, sweep.space, draws, unfinished=first)) is not None:
         attempt(sweep, study, trial)
-        common.say(trials.in_a_line(study.trials[trial.number]))
+        cli.say(trials.in_a_line(study.trials[trial.number]))
 
 
 def attempt(sweep: Sweep, study: optuna.Study, trial: optuna.Trial) -> None:
     """Runs one trial to its end: finished, pruned, or failed by a loss that is not finite."""
     values, start = spaces.draw(trial, sweep.space), time.monotonic()
     known = study.trials[trial.number].intermediate_values
+    reporter = trials.Reporter(trial, sweep.arm, f"validation_{METRIC}", known)
     value, state = None, TrialState.COMPLETE
     try:
-        with common.watched(trials.reporter(trial, sweep.arm, f"validation_{METRIC}", known)):
-            result = run(sweep, f"trials/{trial.number}", {**values, "split": "validation"})
+        result = run(sweep, f"trials/{trial.number}", {**values, "split": "validation"}, callbacks=[reporter])
         if sweep.arm not in result["arms"]:
             raise ValueError(f"the run has no --arm={sweep.arm}, but {', '.join(result['arms'])}.")
         value = statistics.fmean(result["arms"][sweep.arm][METRIC])
@@ -275,19 +272,19 @@ def attempt(sweep: Sweep, study: optuna.Study, trial: optuna.Trial) -> None:
 
 
 def side_by_side(sweep: Sweep, study: optuna.Study, tasks: Sequence[list[int]]) -> None:
-    """Lets a worker per task run trials, and shows on the terminal which are over."""
+    """Lets one worker per task run trials, and shows on the terminal which have ended."""
     logs = [sweep.workdir / f"worker_{number}.log" for number in range(len(tasks))]
-    with common.bar("trials", total=NUM_TRIALS.value, unit="trial") as meter:
+    with cli.bar("trials", total=NUM_TRIALS.value, unit="trial") as meter:
         shown = trials.ended(study)
         meter.update(len(shown))
 
         def show() -> None:
             for trial in trials.ended(study)[len(shown) :]:
-                common.say(trials.in_a_line(trial))
+                cli.say(trials.in_a_line(trial))
                 shown.append(trial)
                 meter.update()
 
-        workers.in_children("experiments.sweep", tasks, gpus=GPUS.value, logs=logs, meanwhile=show)
+        cli.in_children("experiments.sweep", tasks, gpus=GPUS.value, logs=logs, meanwhile=show)
         show()
 
 
@@ -296,13 +293,11 @@ def conclude(sweep: Sweep, start: float) -> dict[str, Any]:
     study = sweep.study()
     best = trials.best_of(study)
     words = spaces.in_words(best.params)
-    common.say(
-        f"Best by validation is trial {best.number} ({words}); now it and the default on the test split."
-    )
+    cli.say(f"Best by validation is trial {best.number} ({words}); now it and the default on the test split.")
     final = {"split": "test", "seeds": ",".join(final_seeds())}
     runs = {
         "default": run(sweep, "final/default", final),
-        "chosen": run(sweep, "final/chosen", {**best.params, **final}, others=True),
+        "chosen": run(sweep, "final/chosen", {**best.params, **final}, all_arms=True),
     }
     arms = {name: found["arms"][sweep.arm] for name, found in runs.items()}
     seeds = {name: found["seeds"] for name, found in runs.items()}
@@ -327,16 +322,19 @@ def conclude(sweep: Sweep, start: float) -> dict[str, Any]:
         wall_clock_s=time.monotonic() - start,
         scaled_down=runs["chosen"]["scaled_down"],
     )
-    workdir = sweep.workdir
-    shown = [metric for metric in reporting.TABLE if metric in arms["default"]]
-    reporting.publish(workdir, result, metrics=shown)
-    common.say(f"results.json, figure.png and report.html are in {workdir}/, both runs in {workdir}/final/.")
+    results.write(sweep.workdir / "results.json", result)
+    report.save_figure(sweep.workdir / "figure.png", result)
+    report.page(result, path=sweep.workdir / "report.html", title="sweep")
+    shown = [metric for metric in TABLE if metric in arms["default"]]
+    cli.say(f"\n{report.markdown_table(result, metrics=shown)}\n\n{report.finding(result)}")
+    where = sweep.workdir
+    cli.say(f"results.json, figure.png and report.html are in {where}/, both runs in {where}/final/.")
     return result
 
 
 def as_run(sweep: Sweep, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The experiment's flags as one of its runs records them, such as the network of a teacher that was taken up."""
-    chosen = {"seeds", "split", *CHOOSERS}
+    """The experiment's flags as one of its runs records them, such as the network of a teacher that it loads."""
+    chosen = {"arms", *SET_BY_SWEEP}
     return {k: v for k, v in result.get("flags", {}).items() if k in sweep.settings.keys() - chosen}
 
 
@@ -354,4 +352,4 @@ def notes(study: optuna.Study, best: FrozenTrial, seeds: Sequence[int]) -> list[
 
 
 if __name__ == "__main__":
-    common.launch(main, before=import_experiment)
+    cli.launch(main, before=import_experiment)

@@ -1,7 +1,4 @@
-"""The space of a sweep: which flags of an experiment are varied and over what, as it is written on a command line.
-
-Not imported by ``experiments.common``, so that only a sweep needs Optuna.
-"""
+"""The space of a sweep: which flags of an experiment are varied, and over which values."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence

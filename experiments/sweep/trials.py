@@ -1,22 +1,19 @@
-"""The trials of a sweep in Optuna's journal: drawn, reported on, taken up again, and read.
-
-Not imported by ``experiments.common``, so that only a sweep needs Optuna.
-"""
+"""The trials of a sweep in Optuna's journal: drawn, reported on, taken up again, and read."""
 
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
 from optuna.storages.journal import BaseJournalBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.common import spaces
-from experiments.common.launching import alone
+from experiments.cli import file_lock
+from experiments.sweep import spaces
 from kdjax import files
 
 OUTCOMES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
@@ -24,13 +21,13 @@ SEED_STEPS = 10**6  # Optuna's step is the epoch, and this much more for each se
 
 
 class Journal(BaseJournalBackend):
-    """Optuna's journal as lines that each hold a digest of the sweep, of all lines before, and of their own content.
+    """Optuna's journal, each line with a digest of the sweep, of all lines before it, and of its own content.
 
-    A line that was changed, moved or left out, or is another sweep's, is thus noticed whenever the file is read.
+    So a line that was changed, moved, left out, or written by another sweep is noticed when the file is read.
 
     Args:
       path: of the file, which any number of processes may have open.
-      sweep: digest of what is swept.
+      sweep: digest of the sweep's settings.
     """
 
     def __init__(self, path: Path, sweep: str):
@@ -79,15 +76,15 @@ class Journal(BaseJournalBackend):
         if not intact:
             raise ValueError(
                 f"{self._path}, line {len(self._logs) + 1}, was changed or is of another sweep. Delete that file and "
-                f"{self._path.parent / 'trials'}/, then start the same command again; teachers and columns in "
-                "shared/ are kept."
+                f"{self._path.parent / 'trials'}/, then start the same command again; teachers and cached "
+                "answers in shared/ are kept."
             )
         self._digest = digest
         return content["log"]
 
 
 def open_study(
-    workdir: Path, settings: Mapping[str, Any], *, random_trials: int, spared_epochs: int
+    workdir: Path, settings: Mapping[str, Any], *, random_trials: int, pruner_warmup: int
 ) -> optuna.Study:
     """The study of a sweep, which any number of processes may have open.
 
@@ -95,7 +92,7 @@ def open_study(
       workdir: of the sweep.
       settings: of the sweep, to which its journal belongs.
       random_trials: finished trials that pruning needs to compare with.
-      spared_epochs: epochs before which no trial is pruned.
+      pruner_warmup: epochs of the first seed before which no trial is pruned.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     backend = Journal(workdir / "journal.log", files.digest_json(dict(settings)))
@@ -104,7 +101,7 @@ def open_study(
         study_name="sweep",
         direction="maximize",
         load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(random_trials, n_warmup_steps=spared_epochs),
+        pruner=optuna.pruners.MedianPruner(random_trials, n_warmup_steps=pruner_warmup),
     )
 
 
@@ -113,75 +110,77 @@ def unlock_journal(workdir: Path) -> None:
     Path(f"{workdir / 'journal.log'}.lock").unlink(missing_ok=True)
 
 
+class Draws(NamedTuple):
+    """How new trials are drawn.
+
+    Attributes:
+      num_trials: trials in total.
+      random_trials: the first ones, drawn at random.
+      seed: of all draws.
+      lock: file by which workers wait for each other, so that no two draw the same, or one trial too many.
+    """
+
+    num_trials: int
+    random_trials: int
+    seed: int
+    lock: Path
+
+
 def next_trial(
-    study: optuna.Study,
-    space: spaces.Space,
-    *,
-    num_trials: int,
-    random_trials: int,
-    seed: int,
-    unfinished: list[int],
-    lock: Path,
+    study: optuna.Study, space: spaces.Space, draws: Draws, *, unfinished: list[int]
 ) -> optuna.Trial | None:
     """A trial that was left unfinished, with the values it had; else a new one; None when there are enough.
 
-    Args:
-      study: of the sweep.
-      space: to draw from.
-      num_trials: trials in total.
-      random_trials: the first ones, drawn without regard to others.
-      seed: of all draws.
-      unfinished: numbers of trials to take up first; the one taken is removed.
-      lock: file by which workers wait for each other, so that none draws as another, or one trial too many.
+    The one taken is removed from ``unfinished``, the numbers of the trials to take up first.
     """
-    with alone(lock):
+    with file_lock(draws.lock):
         there = study.trials
         number = unfinished.pop(0) if unfinished else len(there)
-        if number == len(there) >= num_trials:
+        if number == len(there) >= draws.num_trials:
             return None
-        # Seeded by the number, so that a sweep which was stopped draws what it would have drawn.
-        own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        study.sampler = optuna.samplers.TPESampler(n_startup_trials=random_trials, seed=own_seed)
+        # Seeded by the number, so that a sweep that was stopped draws what it would have drawn.
+        own_seed = int(np.random.SeedSequence([draws.seed, number]).generate_state(1)[0])
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=draws.random_trials, seed=own_seed)
         trial = optuna.Trial(study, there[number]._trial_id) if number < len(there) else study.ask()
         spaces.draw(trial, space)
         return trial
 
 
-def reporter(
-    trial: optuna.Trial, arm: str, metric: str, known: Mapping[int, float]
-) -> Callable[[str, Mapping[str, float]], None]:
-    """A watcher of training that tells Optuna of every epoch, and ends the trial if Optuna says it leads nowhere.
+class Reporter:
+    """A callback that reports every epoch of the tuned arm to Optuna, and ends the trial if Optuna prunes it.
 
-    What is told is the mean, over the seeds so far, of the newest validation metric: at the end, the trial's value.
+    Reported is the mean, over the seeds so far, of the newest validation metric: at the end, the trial's value.
 
     Args:
       trial: under way.
       arm: whose trainings count.
       metric: on validation.
-      known: what another process has told of this trial before, by step.
+      known: what another process has reported of this trial before, by step.
     """
-    newest: dict[str, float] = {}
 
-    def watch(label: str, record: Mapping[str, float]) -> None:
-        if not label.startswith(f"{arm}, seed ") or metric not in record:
+    def __init__(self, trial: optuna.Trial, arm: str, metric: str, known: Mapping[int, float]):
+        self._trial, self._arm, self._metric, self._known = trial, arm, metric, known
+        self._newest: dict[int, float] = {}  # seed → metric
+
+    def on_epoch(self, run: Any, record: Mapping[str, float]) -> None:
+        """Reports the record of an epoch of ``run``, which has an ``arm`` and a ``seed``."""
+        if run.arm != self._arm or self._metric not in record:
             return
-        newest[label] = record[metric]
-        step = (len(newest) - 1) * SEED_STEPS + int(record["epoch"])
-        if step not in known:
-            trial.report(statistics.fmean(newest.values()), step)
-        if trial.should_prune():
+        self._newest[run.seed] = record[self._metric]
+        step = (len(self._newest) - 1) * SEED_STEPS + int(record["epoch"])
+        if step not in self._known:
+            self._trial.report(statistics.fmean(self._newest.values()), step)
+        if self._trial.should_prune():
             raise optuna.TrialPruned
-
-    return watch
 
 
 def unfinished(study: optuna.Study) -> list[int]:
-    """Numbers of the trials that are not over."""
+    """Numbers of the trials that have not ended."""
     return [trial.number for trial in study.trials if not trial.state.is_finished()]
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that are over, in the order in which they ended."""
+    """The trials that have ended, in that order."""
     over = [trial for trial in study.trials if trial.state.is_finished()]
     return sorted(over, key=lambda trial: (trial.datetime_complete, trial.number))
 
@@ -196,7 +195,7 @@ def best_of(study: optuna.Study) -> FrozenTrial:
 
 
 def in_a_line(trial: FrozenTrial) -> str:
-    """What came of a trial, for the terminal."""
+    """One line on a trial, for the terminal."""
     outcome, attributes = OUTCOMES[trial.state], trial.user_attrs
     said = attributes.get("reason") or f"validation {trial.value or 0:.2%}"
     settings = spaces.in_words(trial.params)

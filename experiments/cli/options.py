@@ -1,0 +1,238 @@
+"""Flags made from dataclasses, and the flags that all experiments share: each is defined once and means one thing."""
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from absl import flags
+
+from kdjax.data.batches import MAX_SEED
+from kdjax.recipe import option
+
+T = TypeVar("T")
+
+flags.disclaim_key_flags()  # so that --help lists what is defined here as the experiment's own
+
+MAY_CHANGE = frozenset(
+    ("workdir", "output", "shared_cache", "data_dir", "jobs", "pod", "tensorboard", "devices", "save_every_s")
+)
+"""Flags that say where and how fast something is computed, not what: they may change when a run is resumed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What a launch needs beside its data, its networks and its recipe."""
+
+    workdir: str = option(None, "Where everything is written.")  # required
+    output: str | None = option(None, "Also write the results to this file.")
+    split: str = option(
+        "test",
+        "Split of the final numbers; validation while settings are chosen, which leaves the test split unread.",
+        choices=("test", "validation"),
+    )
+    shared_cache: str | None = option(
+        None,
+        "Where runs share teachers, and their cached answers, of equal settings; the workdir by default.",
+    )
+    jobs: int = option(1, "Processes that train side by side.", least=1)
+    pod: bool = option(False, "Join the processes of a TPU pod or cluster job first.")
+    tensorboard: bool = option(False, "Write every epoch's numbers to workdir/tensorboard.")
+    scaled_down: str = option("", "What is smaller than in the study followed; kept with the result.")
+    smoke: bool = option(False, "The same code in seconds: few images, epochs and seeds.")
+
+
+class Flags(Generic[T]):
+    """Flags that together make one value; it is made anew whenever ``value`` is read.
+
+    Attributes:
+      kind: the class of the value.
+    """
+
+    def __init__(self, kind: type[T], make: Callable[[], T]):
+        self.kind, self._make = kind, make
+
+    @property
+    def value(self) -> T:
+        """What the flags say; a ValueError where they contradict each other."""
+        return self._make()
+
+
+def define(
+    defaults: T | Flags[T], *, prefix: str = "", only: Collection[str] = (), omit: Collection[str] = ()
+) -> Flags[T]:
+    """Defines a flag for each field of a dataclass: its type, range and help are those of the field.
+
+    A field whose annotation does not admit its default None becomes a flag that must be given.
+
+    Args:
+      defaults: an instance, which holds the defaults; or what another call returned, whose values stand in for flags
+        that are not given, as in ``define(RECIPE, prefix="teacher_")``: the teacher is trained as the student is.
+      prefix: of the flags' names.
+      only: the fields to define, all by default; the others are as in ``defaults``.
+      omit: fields not to define.
+    """
+    base = defaults if isinstance(defaults, Flags) else Flags(type(defaults), lambda: defaults)
+    hints, inherits = typing.get_type_hints(base.kind), base is defaults
+    fields = {
+        field.name: hints[field.name]
+        for field in dataclasses.fields(base.kind)  # type: ignore
+        if field.name not in omit and (not only or field.name in only)
+    }
+    for field in dataclasses.fields(base.kind):  # type: ignore
+        if field.name in fields:
+            said = dict(field.metadata)
+            if inherits:
+                said["help"] += f" As --{field.name} by default."
+            default = None if inherits else getattr(defaults, field.name)
+            _define(prefix + field.name, fields[field.name], default, said, may_be_none=inherits)
+
+    def make() -> T:
+        values = {name: _converted(prefix + name, hint) for name, hint in fields.items()}
+        try:
+            given = {name: value for name, value in values.items() if not (inherits and value is None)}
+            return dataclasses.replace(base.value, **given)  # type: ignore
+        except ValueError as error:
+            of_flag = str(error).partition("=")[0] in fields
+            raise ValueError(f"--{prefix}{error}" if of_flag else str(error)) from error
+
+    return Flags(base.kind, make)
+
+
+def _define(name: str, hint: Any, default: Any, said: Mapping[str, Any], *, may_be_none: bool) -> None:
+    """Defines one flag of the type that a field is annotated with."""
+    kind, optional = _without_none(hint)
+    options: dict[str, Any] = {"required": default is None and not (optional or may_be_none)}
+    bounds = {"lower_bound": said.get("least"), "upper_bound": said.get("most")}
+    if kind is bool:
+        flags.DEFINE_bool(name, default, said["help"], **options)
+    elif kind is int:
+        flags.DEFINE_integer(name, default, said["help"], **bounds, **options)
+    elif kind is float:
+        flags.DEFINE_float(name, default, said["help"], **bounds, **options)
+    elif said.get("choices"):
+        flags.DEFINE_enum(name, default, list(said["choices"]), said["help"], **options)
+    elif kind is str:
+        flags.DEFINE_string(name, default, said["help"], **options)
+    else:
+        flags.DEFINE_list(
+            name, None if default is None else [str(x) for x in default], said["help"], **options
+        )
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """``X`` and True of the annotation ``X | None``; any other as it is, and False."""
+    among = typing.get_args(hint)
+    if type(None) not in among:
+        return hint, False
+    return next(one for one in among if one is not type(None)), True
+
+
+def _converted(name: str, hint: Any) -> Any:
+    """The value of a flag as the field has it: a list as a tuple of its items."""
+    value, (kind, _) = flags.FLAGS[name].value, _without_none(hint)
+    if typing.get_origin(kind) is not tuple or value is None:
+        return value
+    item = typing.get_args(kind)[0]
+    try:
+        return tuple(item(part) for part in value)
+    except ValueError:
+        said = {int: "whole numbers", float: "numbers"}[item]
+        raise ValueError(f"--{name}={','.join(value)} must be {said}, separated by commas.") from None
+
+
+# One concept in all experiments.
+
+
+def define_seeds(default: str = "0,1,2,3,4") -> Flags[list[int]]:
+    """Defines ``--seeds``: different whole numbers."""
+    flags.DEFINE_list("seeds", default, "One run of each arm per seed.")
+    return Flags(list, lambda: parse_seeds(flags.FLAGS["seeds"].value))
+
+
+def parse_seeds(values: Sequence[str], flag: str = "seeds") -> list[int]:
+    """Seeds as numbers; a ValueError unless they are different and fit into 32 bits."""
+    try:
+        seeds = [int(seed) for seed in values]
+    except ValueError as error:
+        raise ValueError(f"--{flag}={','.join(values)} must be whole numbers, such as 0,1,2.") from error
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) > MAX_SEED:
+        raise ValueError(
+            f"--{flag}={','.join(values)} must be different numbers from 0 to {MAX_SEED}, such as 0,1,2."
+        )
+    return seeds
+
+
+def define_arms(
+    known: Sequence[str] = (),
+    *,
+    default: Sequence[str] = (),
+    baseline: str | None = None,
+    help: str = "Some of the arms above; all by default.",
+) -> Flags[list[str]]:
+    """Defines ``--arms``; its value is a list of names.
+
+    Args:
+      known: all arms of a study. The value is then in their order, all of them by default, and may change when a run is
+        resumed, since every run is identified by its own arm. Without them the experiment checks what is given.
+      default: of the flag.
+      baseline: the arm that must be among them.
+      help: for ``--help``.
+    """
+    holder = flags.DEFINE_list("arms", list(default), help)
+    if not known:
+        return Flags(list, lambda: list(flags.FLAGS["arms"].value))
+    may_change(holder)
+
+    def make() -> list[str]:
+        wanted = flags.FLAGS["arms"].value
+        check_arms(wanted, known, baseline=baseline)
+        return [name for name in known if not wanted or name in wanted]
+
+    return Flags(list, make)
+
+
+def check_arms(wanted: Sequence[str], known: Sequence[str], *, baseline: str | None = None) -> None:
+    """Refuses ``--arms`` that name an arm that there is not, or one twice, or lack the baseline."""
+    unknown = [name for name in wanted if name not in known]
+    said = f"--arms={','.join(wanted)}"
+    if unknown:
+        raise ValueError(f"{said}: there is no arm {unknown[0]!r}; there are {', '.join(known)}.")
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"{said} must name different arms.")
+    if wanted and baseline is not None and baseline not in wanted:
+        raise ValueError(f"{said} must include {baseline}, with which the others are compared.")
+
+
+# What the flags of an experiment are.
+
+
+def flags_of(module: str) -> dict[str, flags.Flag]:
+    """The flags of a module by name; an experiment asks for its own by ``__name__``."""
+    name = sys.argv[0] if module == "__main__" else module  # as absl has it
+    return {flag.name: flag for flag in flags.FLAGS.flags_by_module_dict().get(name, [])}
+
+
+def settings(module: str) -> dict[str, Any]:
+    """The flags of a module that decide its numbers: all but those that may change when a run is resumed."""
+    return {
+        name: flag.value
+        for name, flag in sorted(flags_of(module).items())
+        if name not in MAY_CHANGE and not getattr(flag, "may_change", False)
+    }
+
+
+def may_change(holder: flags.FlagHolder) -> flags.FlagHolder:
+    """Lets a flag change when a run is resumed, as those of :data:`MAY_CHANGE` may; returns it."""
+    flags.FLAGS[holder.name].may_change = True  # type: ignore
+    return holder
+
+
+def refuse_given(names: Iterable[str], because: str) -> None:
+    """Refuses those of the flags that were given: they would change nothing, and yet be recorded."""
+    given = [
+        f"--{name}={flags.FLAGS[name].value}" for name in names if not flags.FLAGS[name].using_default_value
+    ]
+    if given:
+        raise ValueError(f"{' and '.join(given)} would change nothing: {because}.")

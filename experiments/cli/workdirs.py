@@ -1,0 +1,120 @@
+"""A workdir belongs to one run and one process at a time; locks, and what several runs share."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+
+from kdjax import files
+
+_LOCK = ".lock"  # the first file in every workdir
+_claimed: list[IO[str]] = []  # the open locks of this process
+
+
+def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
+    """Makes a workdir this run's own, or takes it up again if an equal run was begun there.
+
+    A workdir in which another run has left no work is taken over, so that a corrected command can follow one that
+    diverged at once. A record that is missing or damaged is written again: all other files that are read back carry the
+    identity of their run, and are refused if it is another's.
+
+    Args:
+      path: of the workdir.
+      made_from: every setting that decides the run's numbers, the fingerprint of its data, and the digest of the
+        weights of a teacher that it takes up.
+
+    Raises:
+      ValueError: if it holds another run or other files, or another process is at work there.
+    """
+    workdir, record, wanted = Path(path), Path(path) / "run.json", files.json_ready(dict(made_from))
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={path} is a file; name a directory.")
+    if not record.exists() and not (workdir / _LOCK).exists() and workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(f"--workdir={path} holds files of something else; name an empty or a new directory.")
+    try:
+        different = files.differences(files.read_sealed(record), wanted, most=6)
+    except FileNotFoundError:
+        different = ""
+    except files.Damaged as error:
+        warnings.warn(f"{error} It is written again.", stacklevel=2)
+        different = ""
+    if different and _holds_work(workdir):
+        raise ValueError(
+            f"--workdir={path} holds another run ({different}); name another directory, or delete that one."
+        )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = open(workdir / _LOCK, "w")  # noqa: SIM115
+        if not _locked(handle, wait=False):
+            handle.close()
+            raise ValueError(
+                f"--workdir={workdir} is in use by another process; wait for it, or name another directory."
+            )
+        _claimed.append(handle)
+        files.write_sealed(record, wanted)
+    return workdir
+
+
+def _holds_work(workdir: Path) -> bool:
+    """Whether a run has left more than its record; one that was refused, or diverged at once, has not."""
+    return any(
+        path.is_file() and path.suffix not in (".tmp", _LOCK) and path.name not in ("run.json", _LOCK)
+        for path in workdir.rglob("*")
+    )
+
+
+def _locked(handle: IO[str], *, wait: bool) -> bool:
+    """Locks a file for as long as it is open; False if another process holds it and ``wait`` is False."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def claimed() -> Path | None:
+    """The workdir that this process claimed first."""
+    return Path(_claimed[0].name).parent if _claimed else None
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """Gives back the workdirs that are claimed within, for a process that runs several experiments in turn."""
+    held = len(_claimed)
+    try:
+        yield
+    finally:
+        while len(_claimed) > held:
+            _claimed.pop().close()
+
+
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Waits until no other process is within. The lock ends with the process that holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as handle:
+        if jax.process_index() == 0:  # the other processes of a pod follow the first
+            _locked(handle, wait=True)
+        yield
+
+
+@contextlib.contextmanager
+def shared_cache(
+    store: str | None, own: Path, fingerprint: Mapping[str, Any], **decides: Any
+) -> Iterator[Path]:
+    """The directory in ``store`` for what these data and settings decide; ``own`` where there is no store.
+
+    It is locked within, so that what two runs need at the same time is computed by one of them.
+    """
+    directory = own
+    if store is not None:
+        directory = Path(store) / files.digest_json({"data": fingerprint, **decides})[:16]
+    with file_lock(directory.with_name(f"{directory.name}.lock")):
+        yield directory

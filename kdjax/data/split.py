@@ -1,0 +1,84 @@
+"""From a loaded data set to the one that a run learns from: the examples it uses, their splits, their normalisation."""
+
+import functools
+import sys
+
+import jax
+import numpy as np
+
+from kdjax.data.batches import channel_statistics
+from kdjax.data.datasets import (
+    GROUP_PATTERNS,
+    Dataset,
+    digest,
+    groups_of,
+    split_ids,
+    split_notes,
+    subset,
+    with_label_noise,
+)
+from kdjax.types import Normalisation
+
+
+def split(
+    dataset: Dataset,
+    *,
+    num_train: int = 0,
+    num_validation: int = 0,
+    by_group: bool = True,
+    label_noise: float = 0.0,
+    clip: bool = False,
+) -> Dataset:
+    """Splits a data set by its example ids, and keeps the examples that a run uses.
+
+    What is odd about the data is printed once to stderr, and added to the notes.
+
+    Args:
+      dataset: as loaded.
+      num_train: training examples to keep, 0 for all; a smaller sample is part of a larger one.
+      num_validation: validation examples to keep, 0 for all (a tenth of the training split).
+      by_group: keep the images of one patient on one side of every split, where example ids name patients.
+      label_noise: share of the training labels to make wrong.
+      clip: take all there are where fewer are there than asked for.
+
+    Returns:
+      The data set with ``splits``, ``normalisation`` (of its training images), ``mislabelled`` and ``content``.
+
+    Raises:
+      ValueError: if a split would be empty, or has fewer examples than asked for.
+    """
+    pattern = GROUP_PATTERNS.get(dataset.name.partition(":")[0]) if by_group else None
+    splits = split_ids(dataset, groups=groups_of(dataset, pattern) if pattern else None)
+    splits["train"] = _sample(splits["train"], num_train, "num_train", clip)
+    splits["validation"] = _sample(splits["validation"], num_validation, "num_validation", clip)
+    used = np.sort(np.concatenate(list(splits.values())))
+    dataset = subset(dataset, used)
+    splits = {name: np.searchsorted(used, ids) for name, ids in splits.items()}
+    notes = (*dataset.notes, *split_notes(dataset, splits))
+    for note in notes:
+        _print_once(note)
+    mislabelled = np.zeros(0, np.int64)
+    if label_noise:
+        dataset, mislabelled = with_label_noise(dataset, splits["train"], fraction=label_noise, seed=0)
+    return dataset._replace(
+        splits=splits,
+        normalisation=Normalisation(*channel_statistics(dataset.images[splits["train"]])),
+        mislabelled=mislabelled,
+        content=digest(dataset),
+        notes=notes,
+    )
+
+
+def _sample(ids: np.ndarray, count: int, option: str, clip: bool) -> np.ndarray:
+    """``count`` of the ids, the same every time."""
+    if not count or (clip and count > len(ids)):
+        return ids
+    if not 1 <= count <= len(ids):
+        raise ValueError(f"{option}={count} is not between 1 and the {len(ids)} examples of that split.")
+    return np.sort(np.random.default_rng(0).permutation(ids)[:count])
+
+
+@functools.cache  # an experiment may split the same data several times
+def _print_once(note: str) -> None:
+    if jax.process_index() == 0:
+        print(f"note: {note}", file=sys.stderr, flush=True)

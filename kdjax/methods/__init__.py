@@ -1,0 +1,501 @@
+"""Methods of distillation, ready to train with: losses with their published weights, and their heads.
+
+Methods add up::
+
+    method = methods.labels() + methods.kd(soft_weight=1.0) + methods.crd()
+    student = run.train(network, method, dataset, recipe, teacher=teacher)
+
+Each function is one paper and takes its weight first. Where sources disagree, the default is of the CRD benchmark
+(Tian et al., 2020, RepDistiller), 240 epochs on CIFAR-100; stages that are given there in epochs are the same share of
+a run here. Methods that compare features find them by the names that kdjax's networks give them ("stage1",
+"preactivation1", "embedding"). For a network of your own, name them:
+``hint(student=("block2",), teacher=("layer2",))``. A method of your own is :func:`objective`, a function
+``(outputs, batch) -> {name: scalar}``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from kdjax import losses, train
+from kdjax.methods import learned
+from kdjax.methods.images import ig_overlay as ig_overlay
+from kdjax.methods.images import map_matching as map_matching
+from kdjax.methods.images import saliency_crop as saliency_crop
+from kdjax.methods.images import saliency_dim as saliency_dim
+from kdjax.methods.images import unit_distance as unit_distance
+from kdjax.methods.method import FIRST_STAGE as FIRST_STAGE
+from kdjax.methods.method import WARM_UP as WARM_UP
+from kdjax.methods.method import Bound as Bound
+from kdjax.methods.method import Features, Select, TermFn, View
+from kdjax.methods.method import Method as Method
+from kdjax.methods.method import Schedule as Schedule
+from kdjax.methods.method import Term as Term
+from kdjax.methods.method import bind as bind
+from kdjax.methods.method import cross_entropy as cross_entropy
+from kdjax.methods.method import head_initialiser as head_initialiser
+from kdjax.methods.saddles import perturbations as perturbations
+from kdjax.methods.saddles import sprkd as sprkd
+from kdjax.methods.saddles import sprkd_paper as sprkd_paper
+from kdjax.methods.saddles import start_at as start_at
+from kdjax.methods.saddles import towards as towards
+from kdjax.parallel import AXIS
+from kdjax.types import Batch
+
+# Which features a method compares.
+
+
+def stages(features: Features) -> tuple[str, ...]:
+    """The maps after the stages, shallowest first."""
+    return _maps(features, "stage")
+
+
+def last_stage(features: Features) -> tuple[str, ...]:
+    """The map after the last stage."""
+    return stages(features)[-1:]
+
+
+def middle_stage(features: Features) -> tuple[str, ...]:
+    """The map in the middle."""
+    found = stages(features)
+    return found[len(found) // 2 :][:1]
+
+
+def stem_and_stages(features: Features) -> tuple[str, ...]:
+    """The maps between which FSP looks at the flow: after the stem, if it is a feature, and after the stages."""
+    return ("stage0",) * ("stage0" in features) + stages(features)
+
+
+def preactivations(features: Features) -> tuple[str, ...]:
+    """The maps before the ReLU of the stages."""
+    return _maps(features, "preactivation")
+
+
+def embedding(features: Features) -> tuple[str, ...]:
+    """The vector that the last layer maps to the logits."""
+    return ("embedding",) * ("embedding" in features)
+
+
+def stages_and_embedding(features: Features) -> tuple[str, ...]:
+    """The maps after the stages, and the embedding."""
+    return (*stages(features), "embedding")
+
+
+def preactivations_and_embedding(features: Features) -> tuple[str, ...]:
+    """The maps before the ReLU of the stages, and the embedding."""
+    return (*preactivations(features), "embedding")
+
+
+def _maps(features: Features, prefix: str) -> tuple[str, ...]:
+    names = (name for name, x in features.items() if name.startswith(prefix) and x.ndim == 4)
+    return tuple(sorted(name for name in names if name != "stage0"))
+
+
+# How a method's term is made from a loss.
+
+
+def _logits(loss: Callable[..., Array], **options: Any) -> TermFn:
+    return lambda student, teacher, batch: jnp.mean(loss(student.logits, teacher.logits, **options))
+
+
+def _labels(loss: Callable[..., Array], **options: Any) -> TermFn:
+    return lambda student, teacher, batch: jnp.mean(loss(student.logits, batch["label"], **options))
+
+
+def _logits_and_labels(loss: Callable[..., Array], **options: Any) -> TermFn:
+    return lambda student, teacher, batch: jnp.mean(
+        loss(student.logits, teacher.logits, batch["label"], **options)
+    )
+
+
+def _features(loss: Callable[..., Array], **options: Any) -> TermFn:
+    """The loss of each pair of features, averaged over the batch, summed over the pairs."""
+
+    def term(student: View, teacher: View, batch: Batch) -> Float[Array, ""]:
+        pairs = zip(student.features, teacher.features, strict=True)
+        return sum((jnp.mean(loss(s, t, **options)) for s, t in pairs), jnp.zeros(()))
+
+    return term
+
+
+def _on_logits(name: str, weight: float, loss: TermFn, hard_weight: float = 0.1, **more: Any) -> Method:
+    return Method(hard_weight, (Term(name, weight, loss, **more),))
+
+
+def _on_features(
+    name: str,
+    weight: float,
+    loss: TermFn | None,
+    student: Select,
+    teacher: Select | None = None,
+    **more: Any,
+) -> Method:
+    return Method(1.0, (Term(name, weight, loss, features=student, teacher_features=teacher, **more),))
+
+
+# Labels, and the teacher's logits.
+
+
+def labels(weight: float = 1.0) -> Method:
+    """Cross-entropy with the labels."""
+    return Method(weight)
+
+
+def kd(temperature: float = 4.0, *, hard_weight: float = 0.1, soft_weight: float = 0.9) -> Method:
+    """Knowledge distillation (KD): the T²-scaled divergence from the teacher's softened logits, beside the labels.
+
+    Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
+    """
+    if not temperature > 0:
+        raise ValueError(f"kd needs a temperature above 0, got {temperature}; the field uses 1 to 20.")
+    if hard_weight == soft_weight == 0:
+        raise ValueError("kd with hard_weight=0 and soft_weight=0 has nothing to learn; one must be above 0.")
+    loss = _logits(losses.soft_target_kl, temperature=temperature)
+    return _on_logits("soft", soft_weight, loss, hard_weight, settings={"temperature": temperature})
+
+
+def soft_target_cross_entropy(weight: float = 0.9) -> Method:
+    """Cross-entropy with the teacher's probabilities at T = 4. No published weight: as kd."""
+    return _on_logits(
+        "soft_target_cross_entropy", weight, _logits(losses.soft_target_cross_entropy, temperature=4.0)
+    )
+
+
+def squared_logits(weight: float = 0.9) -> Method:
+    """Squared distance of logits (Ba and Caruana, 2014). No published weight: as kd."""
+    return _on_logits("squared_logits", weight, _logits(losses.squared_logits))
+
+
+def dkd(weight: float = 1.0) -> Method:
+    """Decoupled knowledge distillation (DKD) with warm-up (Zhao et al., 2022, on CIFAR-100: 1 and 8 at T = 4)."""
+    return _on_logits("dkd", weight, _logits_and_labels(losses.dkd), 1.0, schedule=WARM_UP, reads_labels=True)
+
+
+def dist(weight: float = 2.0) -> Method:
+    """DIST, correlations between and within classes (Huang et al., 2022, code: 2, T = 4)."""
+    return _on_logits("dist", weight, _logits(losses.dist, temperature=4.0, axis_name=AXIS), 1.0)
+
+
+def logit_standardised_kl(weight: float = 9.0) -> Method:
+    """Logit standardisation (Sun et al., 2024: 9, T = 2, labels .1)."""
+    return _on_logits("logit_standardised_kl", weight, _logits(losses.logit_standardised_kl))
+
+
+def confidence_penalty(weight: float = 0.1) -> Method:
+    """Confidence penalty, without a teacher (Pereyra et al., 2017, on CIFAR-10: .1)."""
+    return _on_logits(
+        "confidence_penalty",
+        weight,
+        lambda student, teacher, batch: jnp.mean(losses.confidence_penalty(student.logits)),
+        1.0,
+        teacher_free=True,
+    )
+
+
+def teacher_free_kl(weight: float = 0.1) -> Method:
+    """Teacher-free distillation (Tf-KD) from a virtual teacher (Yuan et al., 2020, on ImageNet: .1, T = 20)."""
+    return _on_logits(
+        "teacher_free_kl", weight, _labels(losses.teacher_free_kl), 0.9, reads_labels=True, teacher_free=True
+    )
+
+
+def jensen_shannon(weight: float = 0.9) -> Method:
+    """Jensen–Shannon divergence at T = 4. No published weight: as kd."""
+    return _on_logits("jensen_shannon", weight, _logits(losses.jensen_shannon, temperature=4.0))
+
+
+def top_k_kl(weight: float = 0.9, *, k: int = 5, temperature: float = 4.0) -> Method:
+    """KD as if only the teacher's k largest probabilities had been stored. No published weight: as kd."""
+
+    def term(student: View, teacher: View, batch: Batch) -> Array:
+        chances = jax.nn.softmax(teacher.logits.astype(jnp.float32) / temperature)
+        stored, classes = jax.lax.top_k(chances, min(k, chances.shape[-1]))
+        return jnp.mean(losses.top_k_kl(student.logits, stored, classes, temperature=temperature))
+
+    return _on_logits("top_k_kl", weight, term)
+
+
+def label_smoothing_cross_entropy(weight: float = 1.0) -> Method:
+    """Label smoothing of .1 in place of the labels, without a teacher (Szegedy et al., 2016)."""
+    return _on_logits(
+        "label_smoothing_cross_entropy",
+        weight,
+        _labels(losses.label_smoothing_cross_entropy, smoothing=0.1),
+        0.0,
+        reads_labels=True,
+        teacher_free=True,
+    )
+
+
+def correlation_distance(weight: float = 1.0) -> Method:
+    """Correlation of student and teacher probabilities at T = 4. No confirmed weight."""
+    return _on_logits(
+        "correlation_distance", weight, _logits(losses.correlation_distance, temperature=4.0), 1.0
+    )
+
+
+def noisy_teacher(weight: float = 0.9) -> Method:
+    """KD from logits with Gaussian noise of .1 on half of the examples (Sau, 2016). No published weight: as kd."""
+    return Method(
+        0.1, (Term("noisy_teacher", weight, head=lambda name, labels: learned.NoisyTeacher(name=name)),)
+    )
+
+
+def privileged(weight: float = 1.0) -> Method:
+    """Generalised distillation (Lopez-Paz et al., 2016) with soft_weight .5 at T = 4, in place of the labels."""
+    return _on_logits(
+        "privileged",
+        weight,
+        _logits_and_labels(losses.privileged, soft_weight=0.5, temperature=4.0),
+        0.0,
+        reads_labels=True,
+    )
+
+
+# Feature maps.
+
+
+def hint(weight: float = 100.0, *, student: Select = middle_stage, teacher: Select | None = None) -> Method:
+    """FitNets' hint through a regressor (Romero et al., 2015). CRD benchmark: 100, second stage."""
+    return _on_features(
+        "hint", weight, None, student, teacher, head=lambda name, labels: learned.Hints(name=name)
+    )
+
+
+def attention_transfer(
+    weight: float = 1000.0, *, student: Select = stages, teacher: Select | None = None
+) -> Method:
+    """Attention transfer, AT (Zagoruyko and Komodakis, 2017). CRD benchmark: 1000."""
+    return _on_features("attention_transfer", weight, _features(losses.attention_transfer), student, teacher)
+
+
+def factor_transfer(
+    weight: float = 200.0, *, student: Select = last_stage, teacher: Select | None = None
+) -> Method:
+    """Factor transfer, FT (Kim et al., 2018). CRD benchmark: 200."""
+    return _on_features(
+        "factor_transfer",
+        weight,
+        None,
+        student,
+        teacher,
+        head=lambda name, labels: learned.FactorTransfer(name=name),
+    )
+
+
+def nst(weight: float = 50.0, *, student: Select = stages, teacher: Select | None = None) -> Method:
+    """Neuron selectivity transfer, NST (Huang and Wang, 2017). CRD benchmark: 50."""
+    return _on_features("nst", weight, _features(losses.nst), student, teacher)
+
+
+def fsp(weight: float = 50.0, *, student: Select = stem_and_stages, teacher: Select | None = None) -> Method:
+    """Flow of solution procedure, FSP (Yim et al., 2017). CRD benchmark: 50, in a first stage of its own."""
+
+    def term(student: View, teacher: View, batch: Batch) -> Float[Array, ""]:
+        """Over each pair of consecutive maps."""
+        pairs = [tuple(zip(v.features[:-1], v.features[1:], strict=True)) for v in (student, teacher)]
+        return sum((jnp.mean(losses.fsp(s, t)) for s, t in zip(*pairs, strict=True)), jnp.zeros(()))
+
+    return _on_features("fsp", weight, term, student, teacher, schedule=FIRST_STAGE)
+
+
+def activation_boundary(
+    weight: float = 1.0, *, student: Select = preactivations, teacher: Select | None = None
+) -> Method:
+    """Activation boundaries, AB (Heo et al., 2019). CRD benchmark: Heo's weights, in a first stage of its own."""
+    return _on_features(
+        "activation_boundary",
+        weight,
+        None,
+        student,
+        teacher,
+        head=lambda name, labels: learned.Boundaries(name=name),
+        schedule=FIRST_STAGE,
+    )
+
+
+def ofd(weight: float = 1.0, *, student: Select = preactivations, teacher: Select | None = None) -> Method:
+    """Overhaul of feature distillation, OFD (Heo et al., 2019), with the weights of the authors' CIFAR-100 code."""
+    return _on_features(
+        "ofd", weight, None, student, teacher, head=lambda name, labels: learned.Overhaul(name=name)
+    )
+
+
+def reviewkd(
+    weight: float = 5.0,
+    *,
+    student: Select = stages_and_embedding,
+    teacher: Select | None = preactivations_and_embedding,
+) -> Method:
+    """Knowledge review, ReviewKD, with warm-up (Chen et al., 2021, for resnet32x4 and resnet8x4: 5)."""
+    return _on_features(
+        "reviewkd",
+        weight,
+        None,
+        student,
+        teacher,
+        head=lambda name, labels: learned.Review(name=name),
+        schedule=WARM_UP,
+    )
+
+
+def vid(weight: float = 1.0, *, student: Select = stages, teacher: Select | None = None) -> Method:
+    """Variational information distillation, VID (Ahn et al., 2019). CRD benchmark: 1."""
+    return _on_features(
+        "vid",
+        weight,
+        None,
+        student,
+        teacher,
+        head=lambda name, labels: learned.VariationalInformation(name=name),
+    )
+
+
+def mgd(weight: float = 7e-5, *, student: Select = last_stage, teacher: Select | None = None) -> Method:
+    """Masked generative distillation, MGD, with masked channels (Yang et al., 2022, on ImageNet: 7e-5)."""
+    return _on_features(
+        "mgd", weight, None, student, teacher, head=lambda name, labels: learned.MaskedGeneration(name=name)
+    )
+
+
+# Relations between the examples of a batch.
+
+
+def rkd(weight: float = 1.0, *, student: Select = embedding, teacher: Select | None = None) -> Method:
+    """Relational KD, RKD, distances and angles (Park et al., 2019). CRD benchmark: 25 and 50."""
+
+    def term(student: View, teacher: View, batch: Batch) -> Float[Array, ""]:
+        (s,), (t,) = student.features, teacher.features
+        return 25 * losses.rkd_distance(s, t, axis_name=AXIS) + 50 * losses.rkd_angle(s, t, axis_name=AXIS)
+
+    return _on_features("rkd", weight, term, student, teacher)
+
+
+def rkd_distance(
+    weight: float = 25.0, *, student: Select = embedding, teacher: Select | None = None
+) -> Method:
+    """RKD's distances alone (Park et al., 2019: 25)."""
+    loss = _features(losses.rkd_distance, axis_name=AXIS)
+    return _on_features("rkd_distance", weight, loss, student, teacher)
+
+
+def rkd_angle(weight: float = 50.0, *, student: Select = embedding, teacher: Select | None = None) -> Method:
+    """RKD's angles alone (Park et al., 2019: 50)."""
+    return _on_features("rkd_angle", weight, _features(losses.rkd_angle, axis_name=AXIS), student, teacher)
+
+
+def pkt(weight: float = 30000.0, *, student: Select = embedding, teacher: Select | None = None) -> Method:
+    """Probabilistic knowledge transfer, PKT (Passalis and Tefas, 2018). CRD benchmark: 30000."""
+    return _on_features("pkt", weight, _features(losses.pkt, axis_name=AXIS), student, teacher)
+
+
+def similarity_preserving(
+    weight: float = 3000.0, *, student: Select = last_stage, teacher: Select | None = None
+) -> Method:
+    """Similarity-preserving distillation, SP (Tung and Mori, 2019). CRD benchmark: 3000."""
+    loss = _features(losses.similarity_preserving, axis_name=AXIS)
+    return _on_features("similarity_preserving", weight, loss, student, teacher)
+
+
+def correlation_congruence(
+    weight: float = 0.02, *, student: Select = embedding, teacher: Select | None = None
+) -> Method:
+    """Correlation congruence, CC (Peng et al., 2019). CRD benchmark: .02."""
+    return _on_features(
+        "correlation_congruence",
+        weight,
+        None,
+        student,
+        teacher,
+        head=lambda name, labels: learned.Congruence(name=name),
+    )
+
+
+def info_nce(weight: float = 1.0, *, student: Select = embedding, teacher: Select | None = None) -> Method:
+    """InfoNCE between student and teacher embeddings. No published weight."""
+    return _on_features(
+        "info_nce", weight, None, student, teacher, head=lambda name, labels: learned.InfoNce(name=name)
+    )
+
+
+def cka(weight: float = 1.0, *, student: Select = last_stage, teacher: Select | None = None) -> Method:
+    """Centred kernel alignment, CKA (Kornblith et al., 2019). No published weight."""
+    return _on_features("cka", weight, _features(losses.cka, axis_name=AXIS), student, teacher)
+
+
+def crd(weight: float = 0.8, *, student: Select = embedding, teacher: Select | None = None) -> Method:
+    """Contrastive representation distillation, CRD, with a memory of all examples (Tian et al., 2020: .8)."""
+    return _on_features(
+        "crd",
+        weight,
+        None,
+        student,
+        teacher,
+        head=lambda name, labels: learned.ContrastiveMemory(labels=labels, name=name),
+    )
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    function.__name__: function
+    for function in (
+        soft_target_cross_entropy,
+        squared_logits,
+        dkd,
+        dist,
+        logit_standardised_kl,
+        confidence_penalty,
+        teacher_free_kl,
+        jensen_shannon,
+        top_k_kl,
+        label_smoothing_cross_entropy,
+        correlation_distance,
+        noisy_teacher,
+        privileged,
+        hint,
+        attention_transfer,
+        factor_transfer,
+        nst,
+        fsp,
+        activation_boundary,
+        ofd,
+        reviewkd,
+        vid,
+        mgd,
+        rkd,
+        rkd_distance,
+        rkd_angle,
+        pkt,
+        similarity_preserving,
+        correlation_congruence,
+        info_nce,
+        cka,
+        crd,
+    )
+}
+"""The methods that take a weight alone, by name; beside them :func:`labels` and :func:`kd`."""
+
+
+# Of your own, and on images.
+
+
+def objective(function: train.Objective, *, teacher_features: Sequence[str] = ()) -> Method:
+    """A method of your own.
+
+    Args:
+      function: ``(outputs, batch) -> {name: scalar}``, weights included. With a teacher ``batch["teacher_logits"]``
+        is there, and ``batch["teacher_NAME"]`` for each of ``teacher_features``.
+      teacher_features: names of the teacher's features that it reads.
+    """
+    named = getattr(function, "__qualname__", type(function).__qualname__)
+    return Method(
+        objectives=(function,), teacher_features=tuple(teacher_features), settings={"objective": named}
+    )
+
+
+def optimizer(wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation]) -> Method:
+    """Wraps the recipe's optimizer in another transformation, such as one of :mod:`kdjax.transforms`."""
+    return Method(optimizer=wrap)

@@ -1,0 +1,109 @@
+"""Saddle point recruitment (SPRKD) as a method: a region to start from, and escapes along negative curvature."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from kdjax import parallel, train, transforms
+from kdjax.methods.method import Method
+from kdjax.types import Params
+
+NUM_MATVECS = 16  # Hessian-vector products of every look at a spectrum
+
+
+def sprkd(region: Params | None = None, **escape: float) -> Method:
+    """SPRKD as this library recommends it: a smooth approach to the region, then checked escapes.
+
+    It adds no loss: use ``labels() + sprkd(region)`` or ``kd() + sprkd(region)``.
+
+    Args:
+      region: parameters shaped like the student's, as of :func:`kdjax.saddles.select_weights`; None for escapes alone.
+      **escape: options of :func:`kdjax.transforms.sprkd`, such as ``period`` and ``budget``.
+    """
+
+    def wrap(base: optax.GradientTransformation) -> optax.GradientTransformation:
+        return transforms.sprkd(
+            base,
+            key=jax.random.key(0),
+            num_matvecs=NUM_MATVECS,
+            region=region,
+            axis_name=parallel.AXIS,
+            **escape,
+        )
+
+    wrap(optax.identity())  # refuses options that make no sense
+    return Method(optimizer=wrap, record=cost, second_batch=True)
+
+
+def perturbations(region: Params | None = None, *, period: int = 100, radius: float = 0.01) -> Method:
+    """SPRKD without its eigensteps: perturbations of the same length, kept where the loss falls."""
+
+    def wrap(base: optax.GradientTransformation) -> optax.GradientTransformation:
+        noise = transforms.perturb(period=period, key=jax.random.key(0), radius=radius)
+        parts = [base, transforms.accept_if_better(noise, axis_name=parallel.AXIS)]
+        return optax.chain(*parts, *([] if region is None else [transforms.approach_region(region)]))
+
+    return Method(optimizer=wrap, record=cost)
+
+
+def sprkd_paper(region: Params) -> Method:
+    """SPRKD as published: approach by l·T, then eigensteps and perturbations that are kept where the loss falls.
+
+    Dewan, SPRKD, arXiv 2607.23346, 2026.
+    """
+
+    def wrap(base: optax.GradientTransformation) -> optax.GradientTransformation:
+        trial = optax.chain(
+            transforms.negative_eigenstep(
+                period=20, key=jax.random.key(0), num_matvecs=NUM_MATVECS, axis_name=parallel.AXIS
+            ),
+            transforms.perturb(period=20, key=jax.random.key(1), sigma=0.1**0.5),
+        )
+        return optax.chain(
+            base,
+            transforms.accept_if_better(trial, axis_name=parallel.AXIS),
+            transforms.approach_region(region, form="published"),
+        )
+
+    return Method(optimizer=wrap, record=cost)
+
+
+def start_at(params: Params) -> Callable[[int, train.TrainState], train.TrainState]:
+    """A run's ``init`` that starts the student at these parameters; heads start as they would."""
+
+    def init(seed: int, state: train.TrainState) -> train.TrainState:
+        del seed
+        copied = jax.tree.map(jnp.array, params)
+        if isinstance(state.params, Mapping) and state.params.keys() == {"student", "heads"}:
+            copied = {**state.params, "student": copied}
+        return state._replace(params=copied)
+
+    return init
+
+
+def towards(region: Params) -> Callable[[int, train.TrainState], train.TrainState]:
+    """A run's ``init`` that lets :func:`sprkd` approach this region: a program compiled once serves many regions."""
+    copied = jax.tree.map(lambda x: np.asarray(x, np.float32), region)
+
+    def init(seed: int, state: train.TrainState) -> train.TrainState:
+        del seed
+        return state._replace(opt_state=optax.tree.set(state.opt_state, region=copied))
+
+    return init
+
+
+def cost(before: optax.OptState, after: optax.OptState) -> Mapping[str, Array]:
+    """Escapes accepted by one update, and what it cost: Hessian-vector products and losses."""
+
+    def total(state):
+        def one(name):
+            return optax.tree.get(state, name, jnp.zeros((), jnp.int32))
+
+        accepted = optax.tree.get(state, "events", one("accepted"))
+        return {"events": accepted, "hvps": one("hvps"), "evaluations": one("evaluations")}
+
+    return jax.tree.map(lambda new, old: (new - old).astype(jnp.float32), total(after), total(before))

@@ -1,0 +1,26 @@
+"""What a teacher says of every example: computed once and cached by index, or asked in the step.
+
+* :func:`precompute`, :func:`load`, :func:`gather`, :func:`verify`: the cache, on disk and in a batch.
+* :func:`answers`: a teacher as a :class:`TeacherSignal`, cached or online, for :mod:`kdjax.run`;
+  :func:`from_file`: the same of a teacher in any framework, from an ``.npz`` of its answers.
+* :func:`explain`: cached integrated-gradients maps of the training images.
+"""
+
+from kdjax.teacher.cache import TeacherCache as TeacherCache
+from kdjax.teacher.cache import TeacherFn as TeacherFn
+from kdjax.teacher.cache import describe as describe
+from kdjax.teacher.cache import gather as gather
+from kdjax.teacher.cache import load as load
+from kdjax.teacher.cache import precompute as precompute
+from kdjax.teacher.cache import verify as verify
+from kdjax.teacher.maps import Explanations as Explanations
+from kdjax.teacher.maps import explain as explain
+from kdjax.teacher.signal import MODES as MODES
+from kdjax.teacher.signal import VIEW_SEED as VIEW_SEED
+from kdjax.teacher.signal import TeacherSignal as TeacherSignal
+from kdjax.teacher.signal import TrainedNetwork as TrainedNetwork
+from kdjax.teacher.signal import answers as answers
+from kdjax.teacher.signal import attach as attach
+from kdjax.teacher.signal import attach_online as attach_online
+from kdjax.teacher.signal import from_file as from_file
+from kdjax.teacher.signal import perturb as perturb
