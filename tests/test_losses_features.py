@@ -99,7 +99,7 @@ def boundary_golden(student, teacher):
 
 
 def overhaul_golden(student, teacher):
-    return features.ofd(student, teacher, margin=jnp.asarray(GOLDENS["ofd_margin"]))
+    return features.ofd(student, teacher, margin=jnp.asarray(GOLDENS["overhaul_margin"]))
 
 
 # The loss of the batch and the layers of student and teacher that it takes.
@@ -112,7 +112,7 @@ AUTHORS = {
     "fsp": (flow_golden, [0, 1, 2], [0, 1, 2]),
     "activation_boundary": (boundary_golden, [0, 1, 2], [0, 1, 2]),
     "overhaul_last": (layers_mean(overhaul_golden), [2], [2]),
-    "reviewkd": (layers_mean(features.reviewkd), [0, 1, 2], [0, 1, 2]),
+    "review_hcl": (layers_mean(features.reviewkd), [0, 1, 2], [0, 1, 2]),
     "vid_last": (layers_mean(vid_golden), [2], [2]),
 }
 
@@ -219,7 +219,7 @@ class TestAttention:
             run(3.0), features.attention_transfer(student, teacher, power=3), rtol=1e-5
         )
         with pytest.raises(ValueError, match="power"):
-            features.factor_transfer(student, teacher, power=0)
+            features.attention_transfer(student, teacher, power=0)
 
 
 class TestNeuronSelectivity:
@@ -333,10 +333,6 @@ class TestReview:
         wanted = np.average(terms, axis=0, weights=[1, 1 / 2, 1 / 4, 1 / 8])
         np.testing.assert_allclose(features.reviewkd(d, 0 * d), wanted, rtol=1e-5)
 
-    def test_refuses_an_empty_grid(self):
-        with pytest.raises(ValueError, match="at least 1"):
-            features.reviewkd(random(*SHAPE), random(*SHAPE), levels=(4, 0))
-
 
 class TestVariationalInformation:
     def test_the_best_variance_is_the_mean_squared_error(self):
@@ -357,8 +353,6 @@ class TestVariationalInformation:
             )
             assert jnp.isfinite(value)
             assert jnp.isfinite(gradient).all()
-        with pytest.raises(ValueError, match="smallest_variance above 0"):
-            features.vid(x, x, log_scale=jnp.zeros(2), smallest_variance=0)
 
 
 class TestMasks:

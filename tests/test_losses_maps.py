@@ -164,7 +164,7 @@ class TestMaps:
         student, _ = pair()
         with pytest.raises(ValueError, match=r"power of at least 1, got 0\.5"):
             maps.attention_map(student, power=0.5)
-        with pytest.raises(ValueError, match="'unit_norm' and 'min_max', got 'sum'"):
+        with pytest.raises(ValueError, match="'unit_norm' or 'min_max', got 'sum'"):
             maps.attribution_map(student, scale="sum")
         with pytest.raises(ValueError, match="square maps, got 6 positions"):
             maps.map_distance(jnp.zeros((1, 6)), jnp.zeros((1, 4)))

@@ -227,8 +227,9 @@ class TestCorrelationDistance:
         student, teacher = pair(3, 6)
         ranks = [np.argsort(np.argsort(x, axis=1), axis=1) for x in (student, teacher)]
         wanted = [1 - np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True)]
-        plain = relations.correlation_distance(student, teacher)
-        got = relations.correlation_distance(student, teacher, rank_weight=1.0, rank_temperature=1e-4)
+        student, teacher = 1e4 * student, 1e4 * teacher  # any difference is far beyond the width of the step
+        plain = relations.correlation_distance(student, teacher, temperature=1e4)
+        got = relations.correlation_distance(student, teacher, temperature=1e4, rank_weight=1.0)
         np.testing.assert_allclose(got - plain, wanted, rtol=1e-3)
 
     def test_is_one_value_per_example(self):
@@ -244,7 +245,7 @@ def test_info_nce_of_indistinguishable_teachers_is_log_of_the_batch():
     np.testing.assert_allclose(relations.info_nce(student, jnp.ones((8, 5))), np.log(8), rtol=1e-6)
 
 
-def test_centred_kernel_alignment_is_blind_to_rotation_and_one_minus_the_similarity():
+def test_cka_ignores_rotations_and_is_one_minus_the_similarity():
     student, teacher = pair(6, 5)
     rotation, _ = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (5, 5)))
     loss = relations.cka(student, teacher)
@@ -259,7 +260,6 @@ def test_centred_kernel_alignment_is_blind_to_rotation_and_one_minus_the_similar
     [
         (lambda s, t: relations.info_nce(s, t, temperature=0), "info_nce needs a temperature above 0, got 0"),
         (lambda s, t: relations.correlation_distance(s, t, temperature=-1), "temperature above 0, got -1"),
-        (lambda s, t: relations.correlation_distance(s, t, rank_temperature=0), "rank_temperature above 0"),
         (
             lambda s, t: relations.init_crd_memory(jax.random.key(0), examples=0, dims=3),
             "at least one example",

@@ -1,26 +1,24 @@
-r"""Is any loss slower or larger in memory than its authors' form in PyTorch?
+r"""Is any loss slower, or larger in memory, than its authors' implementation in PyTorch?
 
     python -m experiments.benchmarks.losses --output=experiments/results/benchmarks/losses.json
     python -m experiments.benchmarks.losses --smoke
 
 Needs PyTorch (pip install 'kdjax[bench]'). Takes about five minutes. Every loss of the library is evaluated with its
-gradient by the student's inputs, which then take a small step along it in place: a donated array here, ``sub_`` there.
-The peers are in :mod:`experiments.benchmarks.losses_baselines`, in PyTorch's own layout, channels first, with the
-operations of the authors' code. Before a case is timed both values and all gradients are compared, and a difference
-stops the run. Both sides allocate by malloc, which is told to keep what is freed, as accelerators do: else large arrays
-measure the kernel, which maps fresh memory at every call.
+gradient by the student's inputs, which are then updated in place by a small step: a donated array in JAX, ``sub_`` in
+PyTorch. The baselines are in :mod:`experiments.benchmarks.losses_baselines`, channels first, with the operations of the
+authors' code. Before timing, values and all gradients of the two are compared; a difference stops the run. Both sides
+use malloc, configured to keep freed memory as accelerators do: otherwise large arrays measure how fast the kernel maps
+fresh memory.
 
-The two take turns in rounds, each first in every other one. "torch" is PyTorch's time over kdjax's in the same round,
-above 1 where kdjax is faster; its low and high are those of all rounds. With one thread the clock is the process's CPU
-time, which a busy machine disturbs least; with more it is the wall clock. "torch memory" is the ratio of the most
-memory held at once for value and gradient, beyond the inputs, the gradient included: here what XLA's buffer assignment
-allocates for the compiled program, there the running sum of the allocations that PyTorch's profiler records. Both are
-exact and do not vary; neither counts the scratch space of a matrix product's own library.
+The two alternate in rounds and in order. "torch" is PyTorch's time over kdjax's in the same round, above 1 where kdjax
+is faster; low and high are over all rounds. With one thread the clock is the process's CPU time, which other load
+disturbs least; with more it is the wall clock. "torch memory" is the ratio of the peak memory for value and gradient,
+without the inputs: for JAX what XLA's buffer assignment allocates, for PyTorch the running sum of the allocations that
+its profiler records. Both are exact and do not vary; neither counts the workspace of matrix product libraries.
 
-Expect every "torch" above 1 but for ties at dice, lovasz, and hint and mgd of the smaller map; 20 to 50
-for nst and fsp, whose originals form the products of all channels at every position. "torch
-memory" is below 1 for some losses of logits (tens of KiB), and for lovasz, which sorts all classes at once where the
-original takes one after the other.
+Expect every "torch" above 1, except ties at dice, lovasz, and hint and mgd of the smaller map; 20 to 50 for nst and
+fsp, whose originals form the products of all channels at every position. "torch memory" is below 1 for some losses on
+logits (tens of KiB), and for lovasz, which sorts all classes at once where the original sorts one class at a time.
 """
 
 import contextlib
@@ -54,11 +52,11 @@ SMOKE = flags.DEFINE_bool(
 
 MALLOC_OPTIONS = {"arenas": (-8, 1), "blocks mapped": (-4, 0), "trim": (-1, -1)}  # of <malloc.h>; -1 is never
 STEP = 1e-6  # small, so that every call finds nearly the same inputs
-SMOKE_LOSSES = ("soft_target_kl", "hint", "nst", "rkd_angle", "contrastive", "lovasz")
+SMOKE_LOSSES = ("soft_target_kl", "hint", "nst", "rkd_angle", "crd", "lovasz")
 
 
 class Sizes(NamedTuple):
-    """Of the arrays that the losses are given."""
+    """Sizes of the arguments."""
 
     batch: int = 128
     classes: int = 100
@@ -67,14 +65,14 @@ class Sizes(NamedTuple):
     images: Sequence[int] = (32, 224)  # sides, of 3 channels
     segmented: tuple[int, int, int] = (8, 64, 21)  # images, side, classes
     memory: tuple[int, int, int] = (50_000, 16_384, 64)  # examples, negatives, batch
-    product: int = 2**31  # bytes that the authors' products of two channels everywhere may take: a batch fits
+    product: int = 2**31  # bytes for the authors' products of all channels; the batch is cut to fit
 
 
 SMALL = Sizes(8, 10, ((8, 6),), (16,), (12,), (2, 12, 5), (100, 40, 4))
 
 
 class Case(NamedTuple):
-    """A loss with what it is given; arrays with four axes are maps, channels last here and first in PyTorch."""
+    """A loss and its arguments; arrays with four axes are maps, channels last in JAX and first in PyTorch."""
 
     ours: Callable[..., Any]  # (*inputs, *given, *state) -> values, and the next state where there is one
     reference: str  # its name in losses_baselines
@@ -102,7 +100,7 @@ def case(name: str, *arrays: np.ndarray, inputs: int = 1, **options: Any) -> Cas
 
 
 def logit_cases(sizes: Sizes, rng: np.random.Generator) -> dict[str, Case]:
-    """Losses between scores, and of real-valued outputs."""
+    """Losses on logits, and for regression."""
     s, t, other = (3 * normal(rng, sizes.batch, sizes.classes) for _ in range(3))
     y = rng.integers(0, sizes.classes, sizes.batch)
     top = np.argsort(-t, axis=1)[:, : sizes.classes // 10]
@@ -130,7 +128,7 @@ def logit_cases(sizes: Sizes, rng: np.random.Generator) -> dict[str, Case]:
 
 
 def map_cases(sizes: Sizes, rng: np.random.Generator) -> dict[str, Case]:
-    """Losses between feature maps, and what the kernel losses take of them flattened."""
+    """Losses between feature maps, and relational losses on maps."""
     found = {}
     for channels, side in sizes.maps:
         s, t, s_first, t_first = (normal(rng, sizes.batch, side, side, channels) for _ in range(4))
@@ -186,7 +184,7 @@ def embedding_cases(sizes: Sizes, rng: np.random.Generator) -> dict[str, Case]:
 
 
 def memory_case(sizes: Sizes, rng: np.random.Generator) -> dict[str, Case]:
-    """The loss that remembers all examples; drawing its candidates is not part of it on either side."""
+    """CRD with its memory; drawing the candidates is timed on neither side."""
     examples, negatives, batch = sizes.memory
     s, t, s_bank, t_bank = (normal(rng, rows, 128) for rows in (batch, batch, examples, examples))
     s, t, s_bank, t_bank = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (s, t, s_bank, t_bank))
@@ -267,7 +265,7 @@ class Ours:
         return held / 2**20
 
     def __call__(self) -> None:
-        """One step, until its result is there."""
+        """One step, until its result is ready."""
         value, self.carry = self.step(*self.carry, self.given)
         jax.block_until_ready((value, self.carry))
 

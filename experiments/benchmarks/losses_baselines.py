@@ -1,9 +1,8 @@
-"""The losses in PyTorch as their authors compute them, for :mod:`experiments.benchmarks.losses` to be timed against.
+"""The losses in PyTorch as their authors compute them: the baselines of :mod:`experiments.benchmarks.losses`.
 
-Written anew after the authors' published code, with its operations and so with its cost: what is broadcast into a large
-product there is so here, and nothing is spared or wasted that is not there. Maps are NCHW; each returns the mean over
-the batch where the original sums and divides. Where no original in PyTorch is public, it is what one would write from
-the formula with PyTorch's own functions; those say "from the formula".
+Rewritten from the authors' published code, with the same operations and so the same cost. Maps are NCHW; each function
+returns the mean over the batch. Where no original in PyTorch is public, the function is written from the formula with
+PyTorch's own functions and says so.
 """
 
 import torch
@@ -29,7 +28,7 @@ def squared_logits(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def dkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Zhao et al.: masks of the target and of the others, the target of the second term pushed down by 1000."""
+    """Zhao et al.: masks for target and other classes; 1000 is subtracted from the target in the second term."""
     t, place = 4.0, labels.unsqueeze(1)
     target = torch.zeros_like(student).scatter_(1, place, 1).bool()
     others = torch.ones_like(student).scatter_(1, place, 0).bool()
@@ -71,7 +70,7 @@ def confidence_penalty(student: Tensor) -> Tensor:
 
 
 def teacher_free_kl(student: Tensor, labels: Tensor) -> Tensor:
-    """Yuan et al.'s formula; their code fills the virtual teacher in a loop over the batch, which is spared here."""
+    """Yuan et al.'s formula; their code fills the virtual teacher in a loop over the batch, ours does not."""
     virtual = torch.full_like(student, 0.01 / (student.shape[1] - 1)).scatter_(1, labels.unsqueeze(1), 0.99)
     return soft_target_kl(student, virtual.log(), temperature=20.0)
 
@@ -278,7 +277,7 @@ def cka(student: Tensor, teacher: Tensor) -> Tensor:
 def crd(
     student: Tensor, teacher: Tensor, candidates: Tensor, s_bank: Tensor, t_bank: Tensor, z: Tensor
 ) -> Tensor:
-    """Tian et al.: candidates' rows gathered from both memories, which then move; z is set by the first batch."""
+    """Tian et al.: the candidates' rows are gathered from both memories, then updated; the first batch sets z."""
     batch, count = candidates.shape
     examples, width = s_bank.shape
     noise, scores = (count - 1) / examples, []

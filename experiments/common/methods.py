@@ -183,7 +183,7 @@ class VariationalInformation(nn.Module):
 
 
 class MaskedGeneration(nn.Module):
-    """The last map, with positions masked, from which a generator restores the teacher's."""
+    """The last map, with channels masked, from which a generator restores the teacher's."""
 
     @nn.compact
     def __call__(self, student: Seen, teacher: Seen, batch: Batch, *, train: bool) -> Array:

@@ -1,30 +1,28 @@
 """Distillation losses as pure functions: arrays in, one value per example out.
 
-Arrays are positional, the student's before the teacher's; everything else is keyword-only. The caller takes the mean
-and writes the weights, so that what is minimised can be read where it is used::
+Arrays are positional, the student's before the teacher's; options are keyword-only. The caller takes the mean and
+writes the weights::
 
     hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
     soft = losses.soft_target_kl(outputs.logits, batch["teacher_logits"], temperature=4.0)
     loss = hard_weight * jnp.mean(hard) + soft_weight * jnp.mean(soft)
 
-Losses over the relations within a batch return a scalar, and say so.
+Losses that compare the examples of a batch with each other return one scalar, and say so.
 
-**What is refused.** The annotations hold in use, not only in tests: dimensions of one name have one size, so that
-nothing broadcasts, and labels are integers. This is static and works under ``jit``. Options out of range, and labels of
-C or more, are refused where their values are known: Python numbers, NumPy arrays, and JAX arrays outside ``jit``, for
-which the call waits. Under ``jit`` a label of C or more makes the value NaN, at which training stops. NumPy arrays are
-taken as well.
+**Input checks.** Every call checks its arguments against the annotations: dimensions of one name must have one size, so
+nothing broadcasts, and labels must be integers. These checks are static and work under ``jit``. Options out of range
+and labels of C or more raise an error where their values are known: Python numbers, NumPy arrays, and JAX arrays
+outside ``jit`` (the call then waits for the device). Under ``jit`` a label of C or more makes the value NaN.
 
-**Void labels.** A negative label, such as -1 or -100, is void in every loss: the example costs zero and moves nothing,
-whatever its logits hold. Its zero still counts in ``jnp.mean``; :func:`masked_mean` divides by the labelled examples
-only, also when the batch is cut over devices.
+**Void labels.** A negative label, such as -1 or -100, is void in every loss: the example has value and gradient zero,
+whatever its logits are. It still counts in ``jnp.mean``; :func:`masked_mean` divides by the number of labelled examples
+only, also when the batch is sharded over devices.
 
-**Masked classes.** A logit of -inf, or of the lowest number of its dtype, which some libraries write instead, rules a
-class out. What the student rules out does not exist for the teacher either: value and gradient are those of the other
-classes, the teacher's probabilities divided among them. What only the teacher rules out has probability zero for it:
-a loss between predictions makes the student give it up, and a loss between the scores themselves
-(:func:`squared_logits`, the ranks of :func:`correlation_distance`) leaves it out. An example without any class left
-costs zero. The cross-entropy with a label that the student rules out is infinite.
+**Masked classes.** A logit of -inf, or of the lowest number of its dtype, masks its class. A class that the student
+masks is removed for the teacher too, whose other probabilities are renormalised. A class that only the teacher masks
+has probability zero for the teacher; losses on the logits themselves (:func:`squared_logits`, the ranks of
+:func:`correlation_distance`) leave it out. An example without any class left has value zero. The cross-entropy with a
+label that the student masks is infinite.
 """
 
 from kdjax.losses.features import activation_boundary as activation_boundary

@@ -1,7 +1,7 @@
-"""What every public loss checks of its arguments, read from its own annotations.
+"""Checks the arguments of every public loss against its annotations.
 
-Shapes and dtypes are static, so the check works on tracers and costs nothing in a compiled step. Values are looked at
-only where they are known, outside ``jit``; that waits for the device if it holds them.
+Shapes and dtypes are static, so the checks work on tracers and cost nothing in a compiled step. Values are checked only
+outside ``jit``, where they are known; this waits for the device that holds them.
 """
 
 import functools
@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 class Range(NamedTuple):
-    """Which numbers an option may have."""
+    """Allowed values of an option."""
 
     words: str
     holds: Callable[[float], bool]
@@ -37,11 +37,11 @@ NonNegative = Annotated[Scalar, Range("of at least 0", lambda x: x >= 0)]
 Exponent = Annotated[Scalar, Range("of at least 1", lambda x: x >= 1, "; the field uses 1, 2 and 4")]
 Share = Annotated[Scalar, Range("from 0 to 1", lambda x: 0 <= x <= 1)]
 Fraction = Annotated[Scalar, Range("of at least 0 and below 1", lambda x: 0 <= x < 1)]
-Uncertain = Annotated[Scalar, Range("between 0 and 1", lambda x: 0 < x < 1, "; the paper uses 0.99")]
+Probability = Annotated[Scalar, Range("between 0 and 1", lambda x: 0 < x < 1, "; the paper uses 0.99")]
 
 _KINDS = {"Float": jnp.floating, "Int": jnp.integer, "Bool": jnp.bool_}
-_LEAST = {"classes": 2}  # of other dimensions 1
-_NUMBERED_BY = {  # arguments that hold numbers from 0, and the dimension that they count; a void label is below 0
+_LEAST = {"classes": 2}  # smallest size of a dimension; 1 for all others
+_NUMBERED_BY = {  # arguments that hold indices, and the dimension that they index; a void label is below 0
     "labels": "classes",
     "teacher_classes": "classes",
     "partner": "batch",
@@ -51,10 +51,10 @@ _NUMBERED_BY = {  # arguments that hold numbers from 0, and the dimension that t
 
 
 def checked(loss: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a loss: its arguments have to be what its annotations say, dimensions of one name of one size.
+    """Decorates a loss: checks its arguments against its annotations; dimensions of one name must have one size.
 
-    NumPy arrays become JAX arrays and integers int32 on the way. A ValueError names the loss, the argument, what is
-    needed and what came.
+    Also converts NumPy arrays to JAX arrays and integers to int32. A ValueError names the loss, the argument, what is
+    needed and what was passed.
     """
     signature = inspect.signature(loss)
     hints = {name: parameter.annotation for name, parameter in signature.parameters.items()}
@@ -86,7 +86,7 @@ def checked(loss: Callable[P, R]) -> Callable[P, R]:
 
 
 def _parts(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
-    """An argument with its annotation; of a tuple of arrays every one."""
+    """An argument with its annotation; for a tuple of arrays, each array."""
     kinds = typing.get_args(hint)
     if isinstance(hint, type) and issubclass(hint, tuple) and isinstance(value, hint):
         for field, kind in typing.get_type_hints(hint).items():
@@ -99,7 +99,7 @@ def _parts(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _leaves(hint: Any) -> list[Any]:
-    """The arrays and numbers that an annotation allows; none if it is of something else, which is not checked."""
+    """The arrays and numbers that an annotation allows; empty for other types, which are not checked."""
     if typing.get_origin(hint) is Annotated:
         return _leaves(typing.get_args(hint)[0])
     if isinstance(hint, type) and issubclass(hint, tuple):
@@ -119,14 +119,14 @@ def _check_kind(name: str, value: Any, hint: Any, sizes: dict[str, Any]) -> None
         raise ValueError(f"{name} as {wanted}, got {_came(value)}{_advice(name, value, sizes)}")
     for dim in " ".join(getattr(leaf, "dim_str", "") for leaf in leaves).split():
         if sizes.get(dim, 9) in range(_LEAST.get(dim, 1)):
-            one = "; a softmax over one class is always 1: of a single sigmoid score z make the two scores 0 and z"
+            one = "; a softmax over one class is always 1: write a single sigmoid logit z as the two logits 0 and z"
             raise ValueError(
                 f"at least {_LEAST.get(dim, 1)} {dim}, got {name} as {_came(value)}{one * (dim == 'classes')}."
             )
 
 
 def _fits(value: Any, leaf: Any, sizes: dict[str, Any]) -> bool:
-    """Whether a value is what one annotation says; if so, the sizes that it brings are added to those known."""
+    """Whether a value matches one annotation; if so, adds the sizes of its dimensions to those known."""
     if leaf in (int, float):
         number = numbers.Integral if leaf is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)
@@ -144,7 +144,7 @@ def _fits(value: Any, leaf: Any, sizes: dict[str, Any]) -> bool:
 def _bind(dims: list[str], shape: tuple[int, ...], sizes: dict[str, Any]) -> bool:
     """Whether a shape agrees with its dimensions' names, given the sizes bound so far; binds the others.
 
-    One name may have a star and stands for any number of axes.
+    One name may have a star, which stands for any number of axes.
     """
     star = next((i for i, dim in enumerate(dims) if dim.startswith("*")), None)
     axes: tuple[Any, ...] = shape
@@ -157,7 +157,7 @@ def _bind(dims: list[str], shape: tuple[int, ...], sizes: dict[str, Any]) -> boo
 
 
 def _check_values(name: str, value: Any, hint: Any, sizes: dict[str, Any]) -> None:
-    """Refuses numbers out of range, where they are known."""
+    """Raises an error for numbers out of range, where they are known."""
     leaves = _leaves(hint)
     if not leaves or value is None or isinstance(value, Tracer):
         return
@@ -165,7 +165,7 @@ def _check_values(name: str, value: Any, hint: Any, sizes: dict[str, Any]) -> No
     if limit is not None and np.size(value) and getattr(value, "is_fully_addressable", True):
         low, high = np.min(np.asarray(value)), np.max(np.asarray(value))
         if high >= limit or (low < 0 and name != "labels"):
-            void = ", or below 0 where an example has none" * (name == "labels")
+            void = ", or below 0 for an example without a label" * (name == "labels")
             raise ValueError(f"{name} from 0 to {limit - 1}{void}, got {high if high >= limit else low}.")
     if np.ndim(value) == 0 and float in leaves:
         number = np.asarray(value).item()
@@ -183,7 +183,7 @@ def _ranges(hint: Any) -> list[Range]:
 
 
 def _as_jax(value: Any) -> Any:
-    """NumPy's numbers as Python's and its arrays as JAX's; integers wide enough to count all classes."""
+    """NumPy numbers as Python's, NumPy arrays as JAX's, integer arrays as int32."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray | jax.Array) and jnp.issubdtype(value.dtype, jnp.integer):
@@ -192,7 +192,7 @@ def _as_jax(value: Any) -> Any:
 
 
 def _words(leaf: Any, sizes: dict[str, Any]) -> str:
-    """An annotation in words, with the sizes that are known: ``int [*batch] = [4]``."""
+    """An annotation as text, with the sizes that are known: ``int [*batch] = [4]``."""
     if leaf in (int, float):
         return "a number"
     dims = leaf.dim_str.split()
@@ -211,14 +211,14 @@ def _came(value: Any) -> str:
 
 
 def _advice(name: str, value: Any, sizes: dict[str, Any]) -> str:
-    """What to write instead, where that is known."""
+    """How to correct the call, where that is known."""
     if not hasattr(value, "dtype"):
         return "."
     if name == "labels":
         if value.ndim > 1 and value.shape[-1] == 1:
             return ": write labels[..., 0]."
         if value.ndim > 1 and value.shape[-1] == sizes.get("classes"):
-            return ": labels are the numbers of the classes, not one-hot; write jnp.argmax(labels, axis=-1)."
+            return ": labels are class indices, not one-hot; write jnp.argmax(labels, axis=-1)."
         if not jnp.issubdtype(value.dtype, jnp.integer):
-            return ": labels are the numbers of the classes; write labels.astype(jnp.int32)."
+            return ": labels are class indices; write labels.astype(jnp.int32)."
     return "."

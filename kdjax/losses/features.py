@@ -1,25 +1,24 @@
-"""Losses between feature maps: what the layers of two networks see, not only what they answer.
+"""Losses between feature maps of two networks.
 
-All of them take one pair of maps, student first, channels last, return one value per example and compute in float32.
-A method that matches several layers is a sum that the caller writes, with the weights of the layers in sight::
+All take one map of the student and one of the teacher, channels last, compute in float32 and return one value per
+example. A method that matches several layers is a sum that the caller writes::
 
     sum(jnp.mean(losses.attention_transfer(s, t)) for s, t in zip(student_maps, teacher_maps, strict=True))
 
-The exception is :func:`fsp`, which is about the way from one layer to the next and takes two maps of each
-network. Where a loss needs maps of equal shape, a learnable head (:mod:`kdjax.models.heads`) makes them so;
-where it only needs equal heights and widths, the larger map is average-pooled to the smaller.
+Only :func:`fsp` takes two maps of each network. Where a loss needs maps of equal shape, a learnable head
+(:mod:`kdjax.models.heads`) converts the student's; where it needs equal heights and widths only, the larger map is
+average-pooled to the smaller.
 """
 
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kdjax.losses._checks import Exponent, Fraction, NonNegative, Positive, checked
+from kdjax.losses._checks import Exponent, Fraction, NonNegative, checked
 from kdjax.losses.maps import attention_map, map_distance
 from kdjax.types import Scalar
 
@@ -29,26 +28,21 @@ def hint(
     student_features: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
 ) -> Float[Array, "*batch"]:
-    r"""Mean squared difference between a map of the student and the teacher's map that is its hint.
-
-    Known as FitNets.
+    r"""FitNets (hint learning): mean squared difference between a map of the student and one of the teacher.
 
     .. math:: \frac{1}{HWC} \sum_{p, c} (s_{pc} - t_{pc})^2
 
     Args:
-      student_features: usually the output of :class:`kdjax.models.heads.Regressor`, which brings a middle layer
-        of the student to the teacher's channels.
+      student_features: usually the output of :class:`kdjax.models.heads.Regressor`, which maps a middle layer of the
+        student to the teacher's channels.
       teacher_features: the hint; constant under differentiation.
 
     Returns:
       One non-negative value per example, zero where the maps are equal. Reduce with ``jnp.mean``.
 
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory.
-
     References:
-      Romero et al., `FitNets: Hints for Thin Deep Nets <https://arxiv.org/abs/1412.6550>`_, 2015, section 2.2, there
-      half the sum and the only loss of a first stage of training. As one term of a sum: weight 100 (Tian et al.,
+      Romero et al., `FitNets: Hints for Thin Deep Nets <https://arxiv.org/abs/1412.6550>`_, 2015, section 2.2:
+      half the sum there, as the only loss of a first training stage. Weight 100 as a term of a sum (Tian et al.,
       `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020, appendix).
     """
     return _mean(jnp.square(_float(student_features) - _constant(teacher_features)))
@@ -61,9 +55,7 @@ def attention_transfer(
     *,
     power: Exponent = 2.0,
 ) -> Float[Array, "*batch"]:
-    r"""Mean squared difference of where the two networks look: their energies over the image, of unit norm.
-
-    Known as AT.
+    r"""Attention transfer (AT): mean squared difference of two attention maps of unit norm.
 
     .. math:: \frac{1}{P} \sum_p (Q^s_p - Q^t_p)^2, \quad
               Q_p = \frac{\sum_c |f_{pc}|^k}{\big\| \sum_c |f_{\cdot c}|^k \big\|_2}
@@ -73,7 +65,7 @@ def attention_transfer(
     Args:
       student_features: a map of the student.
       teacher_features: the teacher's map of the same stage; constant under differentiation.
-      power: exponent k ≥ 1 of the activations; the higher, the more the strongest channels count.
+      power: exponent k ≥ 1; larger values give more weight to the strongest activations.
 
     Returns:
       One value per example between 0 and 2 / P, zero where the attention maps are equal. Reduce with ``jnp.mean``.
@@ -81,13 +73,10 @@ def attention_transfer(
     Raises:
       ValueError: if the power is below 1.
 
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory. Pooling to a size that does not divide the larger takes O(B·P²·C) time.
-
     References:
-      Zagoruyko, Komodakis, `Paying More Attention to Attention <https://arxiv.org/abs/1612.03928>`_, 2017, section 3.1,
-      in the form of the authors' code, whose mean stands where equation 2 has the norm. Default there: k 2, weight
-      1000 on the sum over the last maps of the stages.
+      Zagoruyko, Komodakis, `Paying More Attention to Attention <https://arxiv.org/abs/1612.03928>`_, 2017, section 3.1;
+      the mean replaces the norm of equation 2, as in the authors' code. Default there: k 2, weight 1000 on the sum over
+      the last maps of the stages.
     """
     return map_distance(*_attention_maps(student_features, teacher_features, power))
 
@@ -96,40 +85,29 @@ def attention_transfer(
 def factor_transfer(
     student_factors: Float[Array, "*batch student_height student_width student_channels"],
     teacher_factors: Float[Array, "*batch teacher_height teacher_width teacher_channels"],
-    *,
-    power: Exponent = 2.0,
 ) -> Float[Array, "*batch"]:
-    r"""Mean absolute difference of the energies of two factors over the image, of unit norm.
-
-    Known as FT.
+    r"""Factor transfer (FT): mean absolute difference of the attention maps of two factors, of unit norm.
 
     .. math:: \frac{1}{P} \sum_p |Q^s_p - Q^t_p|
 
-    with Q as in :func:`attention_transfer`. The paper normalises the whole factor; this is the form of the published
-    comparisons, in which heights and widths may differ as well.
+    with Q as in :func:`attention_transfer` for k = 2. The paper normalises the whole factor; this is the form of
+    RepDistiller, which also allows different heights and widths.
 
     Args:
       student_factors: the output of :class:`kdjax.models.heads.FactorTranslator`, trained with the student.
-      teacher_factors: the output of :class:`kdjax.models.heads.FactorParaphraser`, trained on the teacher's maps
-        beforehand to reconstruct them; constant under differentiation.
-      power: exponent k ≥ 1 of the factors.
+      teacher_factors: the output of :class:`kdjax.models.heads.FactorParaphraser`, trained beforehand to reconstruct
+        the teacher's maps; constant under differentiation.
 
     Returns:
       One non-negative value per example, zero where the factors are equal. Reduce with ``jnp.mean``.
 
-    Raises:
-      ValueError: if the power is below 1.
-
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory. Pooling to a size that does not divide the larger takes O(B·P²·C) time.
-
     References:
       Kim, Park, Kwak, `Paraphrasing Complex Network: Network Compression via Factor Transfer
       <https://arxiv.org/abs/1802.04977>`_, 2018; in the form of Tian et al., `Contrastive Representation Distillation
-      <https://arxiv.org/abs/1910.10699>`_, 2020 (weight 200). Weight in the authors' code for CIFAR-10, where the
-      whole factor has unit norm: 500.
+      <https://arxiv.org/abs/1910.10699>`_, 2020, RepDistiller (weight 200). Weight in the authors' code for CIFAR-10,
+      where the whole factor has unit norm: 500.
     """
-    student, teacher = _attention_maps(student_factors, teacher_factors, power)
+    student, teacher = _attention_maps(student_factors, teacher_factors, 2.0)
     return jnp.mean(jnp.abs(student - teacher), axis=-1)
 
 
@@ -138,17 +116,15 @@ def nst(
     student_features: Float[Array, "*batch student_height student_width student_channels"],
     teacher_features: Float[Array, "*batch teacher_height teacher_width teacher_channels"],
 ) -> Float[Array, "*batch"]:
-    r"""Squared maximum mean discrepancy between the two sets of channels, each a pattern over the image.
-
-    Known as NST.
+    r"""Neuron selectivity transfer (NST): squared maximum mean discrepancy between two sets of channels.
 
     .. math:: \frac{1}{C_t^2} \sum_{ij} \langle t_i, t_j \rangle^2
               + \frac{1}{C_s^2} \sum_{ij} \langle s_i, s_j \rangle^2
               - \frac{2}{C_s C_t} \sum_{ij} \langle s_i, t_j \rangle^2
 
-    of channels s_i, t_j scaled to unit norm over positions: the polynomial kernel of degree 2. The same number is
-    :math:`\| S^\top S / C_s - T^\top T / C_t \|_F^2` with the channels as rows, so that either Gram matrices over
-    channels or ones over positions do, whichever are smaller; no product of more than two axes is ever stored.
+    with channels s_i, t_j of unit norm over positions: the polynomial kernel of degree 2. With the channels as rows it
+    equals :math:`\| S^\top S / C_s - T^\top T / C_t \|_F^2`; of the Gram matrices over channels and over positions the
+    smaller are computed.
 
     Args:
       student_features: a map of the student, in any number of channels.
@@ -158,10 +134,6 @@ def nst(
     Returns:
       One value per example, non-negative up to rounding, zero where the channels are equal in any order. Reduce with
       ``jnp.mean``.
-
-    Cost:
-      O(B·P·C·min(P, C)) time, O(B·P·C + B·min(P, C)²) memory, with the larger C. Pooling to a size that does
-      not divide the larger takes O(B·P²·C) time.
 
     References:
       Huang, Wang, `Like What You Like: Knowledge Distill via Neuron Selectivity Transfer
@@ -186,9 +158,7 @@ def fsp(
         Float[Array, "*batch height_c width_c first"], Float[Array, "*batch height_d width_d second"]
     ],
 ) -> Float[Array, "*batch"]:
-    r"""Mean squared difference of the flow from one layer to a later one: the products of their channels.
-
-    Known as FSP.
+    r"""Flow of the solution procedure (FSP): mean squared difference of the Gram matrices between two layers.
 
     .. math:: \frac{1}{C_1 C_2} \sum_{ij} (G^s_{ij} - G^t_{ij})^2, \quad G_{ij} = \frac{1}{P} \sum_p a_{pi} b_{pj}
 
@@ -198,20 +168,16 @@ def fsp(
     Args:
       student_features: two maps of the student, a and b, usually of the first and last layer of a stage, or of
         consecutive stages.
-      teacher_features: the same two of the teacher; constant under differentiation.
+      teacher_features: the same two maps of the teacher; constant under differentiation.
 
     Returns:
-      One non-negative value per example, zero where the flows are equal. Reduce with ``jnp.mean``.
-
-    Cost:
-      O(B·P·C²) time, O(B·P·C + B·C²) memory. Pooling to a size that does not divide the larger takes O(B·P²·C)
-      time.
+      One non-negative value per example, zero where the Gram matrices are equal. Reduce with ``jnp.mean``.
 
     References:
       Yim et al., `A Gift from Knowledge Distillation
-      <https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html>`_, 2017, section 3,
-      there a first stage of training, with max-pooling. As one: weight 50 for the sum over consecutive stages (Tian et
-      al., `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020).
+      <https://openaccess.thecvf.com/content_cvpr_2017/html/Yim_A_Gift_From_CVPR_2017_paper.html>`_, 2017, section 3:
+      the loss of a first training stage, with max-pooling. Weight 50 for the sum over consecutive stages (Tian et al.,
+      `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020).
     """
     student = _flow(*(_float(x) for x in student_features))
     teacher = _flow(*(_constant(x) for x in teacher_features))
@@ -225,18 +191,16 @@ def activation_boundary(
     *,
     margin: NonNegative = 1.0,
 ) -> Float[Array, "*batch"]:
-    r"""Squared hinge on which neurons fire: the student's are to be on the teacher's side of zero, by a margin.
-
-    Known as AB.
+    r"""Activation boundaries (AB): squared hinge loss on the sign of the teacher's activations before the ReLU.
 
     .. math:: \sum_{p, c} \max(0, m + \epsilon_{pc} s_{pc})^2, \quad
               \epsilon_{pc} = -1 \text{ if } t_{pc} > 0 \text{ else } 1
 
     Args:
-      student_features: activations *before* the ReLU, brought to the teacher's channels by
+      student_features: activations *before* the ReLU, mapped to the teacher's channels by
         :class:`kdjax.models.heads.Regressor` without its ReLU.
-      teacher_features: the teacher's activations before its ReLU, of which only the sign counts.
-      margin: distance m >= 0 from zero beyond which a student's neuron is left alone.
+      teacher_features: the teacher's activations before its ReLU; only the sign counts.
+      margin: m ≥ 0; a student's activation of the right sign and at least m from zero costs nothing.
 
     Returns:
       One non-negative value per example, a sum over neurons. Reduce with ``jnp.mean``.
@@ -244,12 +208,9 @@ def activation_boundary(
     Raises:
       ValueError: if the margin is below 0.
 
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory.
-
     References:
       Heo et al., `Knowledge Transfer via Distillation of Activation Boundaries <https://arxiv.org/abs/1811.03233>`_,
-      2019. Default in the authors' code: m 1, a first stage of training with weight 3 / 1000 · 2^(i - n + 1) on layer
+      2019. Default in the authors' code: m 1, a first training stage with weight 3 / 1000 · 2^(i - n + 1) on layer
       i = 0, ..., n - 1.
     """
     student = _float(student_features)
@@ -264,30 +225,24 @@ def ofd(
     *,
     margin: Float[Array, " channels"],
 ) -> Float[Array, "*batch"]:
-    r"""Squared difference before the ReLU, that does not ask for more than the teacher's ReLU lets through.
-
-    Known as OFD.
+    r"""Overhaul of feature distillation (OFD): partial squared difference of activations before the ReLU.
 
     .. math:: \sum_{p, c} (s_{pc} - \hat t_{pc})^2 \, [s_{pc} > \hat t_{pc} \text{ or } \hat t_{pc} > 0], \quad
               \hat t_{pc} = \max(t_{pc}, m_c)
 
     Args:
-      student_features: activations before the ReLU, brought to the teacher's channels by
+      student_features: activations before the ReLU, mapped to the teacher's channels by
         :class:`kdjax.models.heads.Regressor` without its ReLU.
-      teacher_features: the teacher's activations before its ReLU; constant under differentiation. The teacher is in
-        evaluation mode.
-      margin: what each channel's negative values count as, at most 0: :func:`ofd_margin`.
+      teacher_features: the teacher's activations before its ReLU, in evaluation mode; constant under differentiation.
+      margin: m ≤ 0, the target of each channel where the teacher's value is below it; see :func:`ofd_margin`.
 
     Returns:
       One non-negative value per example, a sum over neurons, zero at equality. Reduce with ``jnp.mean``.
 
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory.
-
     References:
       Heo et al., `A Comprehensive Overhaul of Feature Distillation <https://arxiv.org/abs/1904.01866>`_, 2019.
-      Default in the authors' code: weight 1 / 1000 · 2^(i - n + 1) on layer i = 0, ..., n - 1 for CIFAR-100, a tenth of
-      it for ImageNet.
+      Default in the authors' code: weight 1 / 1000 · 2^(i - n + 1) on layer i = 0, ..., n - 1 for CIFAR-100, a
+      tenth of it for ImageNet.
     """
     student, teacher = _float(student_features), _constant(teacher_features)
     teacher = jnp.maximum(teacher, _per_channel(_constant(margin), teacher))
@@ -298,9 +253,7 @@ def ofd(
 def ofd_margin(
     scale: Float[Array, " channels"], bias: Float[Array, " channels"]
 ) -> Float[Array, " channels"]:
-    r"""What a channel's negative values are on average, from the batch normalisation that it comes out of.
-
-    Known as OFD.
+    r"""Margin of :func:`ofd`: the mean negative value of each channel, from the batch normalisation before it.
 
     .. math:: m = \mathrm{E}[x \mid x < 0] = \beta - |\gamma| \, \frac{\phi(\beta / \gamma)}{\Phi(-\beta / |\gamma|)},
               \quad x \sim N(\beta, \gamma^2)
@@ -310,11 +263,8 @@ def ofd_margin(
       bias: its learnt bias β.
 
     Returns:
-      The ``margin`` of :func:`ofd`. As in the authors' code, a channel that is negative less than once in a
-      thousand gets -3 \|γ\|.
-
-    Cost:
-      O(C) time, O(C) memory, once before training.
+      The ``margin`` of :func:`ofd`. As in the authors' code, a channel that is negative with a probability below .001
+      gets -3 \|γ\|.
 
     References:
       Heo et al., `A Comprehensive Overhaul of Feature Distillation <https://arxiv.org/abs/1904.01866>`_, 2019.
@@ -331,41 +281,29 @@ def ofd_margin(
 def reviewkd(
     student_features: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
-    *,
-    levels: Sequence[int] = (4, 2, 1),
 ) -> Float[Array, "*batch"]:
-    r"""Mean squared difference over a pyramid of ever coarser means (hierarchical context loss).
-
-    Known as ReviewKD.
+    r"""Knowledge review (ReviewKD): the hierarchical context loss, over a pyramid of average-pooled maps.
 
     .. math:: \frac{\sum_{l=0}^{L} 2^{-l} \, \mathrm{MSE}(\mathrm{pool}_l(s), \mathrm{pool}_l(t))}
               {\sum_{l=0}^{L} 2^{-l}}
 
-    Level 0 is the map itself; the others are its means over a grid.
+    Level 0 is the map itself. The others are the map pooled to 4×4, 2×2 and 1×1; grids that are not smaller than the
+    map are left out.
 
     Args:
       student_features: usually an output of :class:`kdjax.models.heads.ReviewFusion`.
       teacher_features: the teacher's map of that stage; constant under differentiation.
-      levels: sides of the grids, coarsest last; those that are not smaller than the map are left out.
 
     Returns:
       One non-negative value per example, zero where the maps are equal. Reduce with ``jnp.mean``.
 
-    Raises:
-      ValueError: if a level is below 1.
-
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory.
-
     References:
       Chen et al., `Distilling Knowledge via Knowledge Review <https://arxiv.org/abs/2104.09044>`_, 2021, section 3.3.
-      Default there: the sum over all stages, weight .6 to 8 by pair, with a warm-up over 20 epochs on CIFAR-100.
+      Default there: the sum over all stages, weight .6 to 8 by pair, with a warm-up of 20 epochs on CIFAR-100.
     """
-    if any(level < 1 for level in levels):
-        raise ValueError(f"reviewkd needs grids of at least 1, got levels={levels!r}; write (4, 2, 1).")
     difference = _float(student_features) - _constant(teacher_features)
-    used = [level for level in levels if level < min(difference.shape[-3:-1])]
-    pyramid = [difference, *(_pool(difference, (level, level)) for level in used)]
+    sides = [side for side in (4, 2, 1) if side < min(difference.shape[-3:-1])]
+    pyramid = [difference, *(_pool(difference, (side, side)) for side in sides)]
     weights = [0.5**level for level in range(len(pyramid))]
     terms = [weight * _mean(jnp.square(x)) for weight, x in zip(weights, pyramid, strict=True)]
     return functools.reduce(jnp.add, terms) / sum(weights)
@@ -377,39 +315,29 @@ def vid(
     teacher_features: Float[Array, "*batch height width channels"],
     *,
     log_scale: Float[Array, " channels"],
-    smallest_variance: Positive = 1e-5,
 ) -> Float[Array, "*batch"]:
-    r"""Negative log-likelihood of the teacher's map under a Gaussian that the student predicts, less its constant.
-
-    Known as VID.
+    r"""Variational information distillation (VID): Gaussian negative log-likelihood of the teacher's map.
 
     .. math:: \frac{1}{HWC} \sum_{p, c} \frac12 \Big( \frac{(\mu_{pc} - t_{pc})^2}{\sigma_c^2} + \log \sigma_c^2 \Big),
-              \quad \sigma_c^2 = \log(1 + e^{a_c}) + \epsilon
+              \quad \sigma_c^2 = \log(1 + e^{a_c}) + 10^{-5}
 
-    Minimising it raises a lower bound on the mutual information of the two maps. The scales are learnt too: their
-    gradient belongs in the optimizer with the head's.
+    Minimising it raises a lower bound on the mutual information of the two maps. The constant of the Gaussian is left
+    out.
 
     Args:
       student_mean: the mean μ, the first output of :class:`kdjax.models.heads.VidHead`.
       teacher_features: the teacher's map; constant under differentiation.
-      log_scale: the learnt a, one per channel, the second output of the head; it receives a gradient.
-      smallest_variance: ε > 0.
+      log_scale: a, one per channel, the second output of the head; it is trained with the head.
 
     Returns:
       One value per example, of either sign. Reduce with ``jnp.mean``.
 
-    Raises:
-      ValueError: if the smallest variance is not above 0.
-
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory.
-
     References:
       Ahn et al., `Variational Information Distillation <https://arxiv.org/abs/1904.05835>`_, 2019, equation 5.
-      Default in Tian et al., `Contrastive Representation Distillation
-      <https://arxiv.org/abs/1910.10699>`_, 2020: weight 1 for the sum over the middle maps.
+      Default in Tian et al., `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020:
+      weight 1 for the sum over the middle maps.
     """
-    variance = jax.nn.softplus(_float(log_scale)) + smallest_variance
+    variance = jax.nn.softplus(_float(log_scale)) + 1e-5
     error = jnp.square(_float(student_mean) - _constant(teacher_features))
     return 0.5 * (_mean(error / _per_channel(variance, error)) + jnp.mean(jnp.log(variance)))
 
@@ -419,33 +347,28 @@ def mgd(
     generated_features: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
 ) -> Float[Array, "*batch"]:
-    r"""Squared difference between the teacher's map and what was generated from a masked map of the student.
-
-    Known as MGD.
+    r"""Masked generative distillation (MGD): squared difference of a map that a generator restores from a masked one.
 
     .. math:: \sum_{p, c} (g_{pc} - t_{pc})^2
 
     ::
 
         aligned = features @ align  # to the teacher's channels, where they differ
-        generated = generator.apply(variables, losses.mask_positions(key, aligned, fraction=0.5))
+        generated = generator.apply(variables, losses.mask_channels(key, aligned, fraction=0.15))
         loss = jnp.mean(losses.mgd(generated, teacher_features))
 
     Args:
-      generated_features: output of :class:`kdjax.models.heads.Generator` on :func:`mask_positions` or
-        :func:`mask_channels` of the student's map.
+      generated_features: output of :class:`kdjax.models.heads.Generator` for the student's map, masked by
+        :func:`mask_channels` (classification) or :func:`mask_positions` (detection, segmentation).
       teacher_features: the teacher's map, unmasked; constant under differentiation.
 
     Returns:
       One non-negative value per example, a sum over positions and channels. Reduce with ``jnp.mean``.
 
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory.
-
     References:
-      Yang et al., `Masked Generative Distillation <https://arxiv.org/abs/2205.01529>`_, 2022. Default in the authors'
-      code: weight 7e-5 (ImageNet, masked channels); 2e-5 (one-stage detection and segmentation) or 5e-7 (two-stage
-      detection), with masked positions.
+      Yang et al., `Masked Generative Distillation <https://arxiv.org/abs/2205.01529>`_, 2022, section 3. Default in
+      the authors' code: weight 7e-5 with masked channels (ImageNet); with masked positions 2e-5 (one-stage detection
+      and segmentation) or 5e-7 (two-stage detection).
     """
     return _sum(jnp.square(_float(generated_features) - _constant(teacher_features)))
 
@@ -454,7 +377,7 @@ def mgd(
 def mask_positions(
     key: Array, features: Float[Array, "*batch height width channels"], *, fraction: Fraction = 0.65
 ) -> Float[Array, "*batch height width channels"]:
-    """Sets positions of a map to zero at random, all channels of one together.
+    """Sets random positions of a map to zero, in all channels: the mask of :func:`mgd` for dense tasks.
 
     Args:
       key: randomness, ``jax.random.key(...)``; a new one every step.
@@ -467,9 +390,6 @@ def mask_positions(
     Raises:
       ValueError: if the fraction is outside [0, 1).
 
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory.
-
     References:
       Yang et al., `Masked Generative Distillation <https://arxiv.org/abs/2205.01529>`_, 2022. Default in the authors'
       code: .65 or .45 in detection (one- or two-stage), .75 in segmentation.
@@ -481,7 +401,7 @@ def mask_positions(
 def mask_channels(
     key: Array, features: Float[Array, "*batch height width channels"], *, fraction: Fraction = 0.15
 ) -> Float[Array, "*batch height width channels"]:
-    """Sets channels of a map to zero at random, all positions of one together.
+    """Sets random channels of a map to zero, at all positions: the mask of :func:`mgd` for classification.
 
     Args:
       key: randomness, ``jax.random.key(...)``; a new one every step.
@@ -493,9 +413,6 @@ def mask_channels(
 
     Raises:
       ValueError: if the fraction is outside [0, 1).
-
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory.
 
     References:
       Yang et al., `Masked Generative Distillation <https://arxiv.org/abs/2205.01529>`_, 2022. Default in the authors'
@@ -529,13 +446,13 @@ def _per_channel(values: Float[Array, " channels"], like: Array) -> Array:
 
 
 def _same_size(a: Array, b: Array) -> tuple[Array, Array]:
-    """Two maps at the smaller height and the smaller width of both."""
+    """Average-pools two maps to the smaller height and the smaller width of both."""
     height, width = (min(sizes) for sizes in zip(a.shape[-3:-1], b.shape[-3:-1], strict=True))
     return _pool(a, (height, width)), _pool(b, (height, width))
 
 
 def _pool(x: Array, size: tuple[int, int]) -> Array:
-    """Means over a grid of cells, which overlap where a side of the map is no multiple of the grid's."""
+    """Average-pools to a grid of cells, which overlap where the sides of the map are not multiples of the grid's."""
     old, new = (*x.shape[-3:-1],), (*size,)
     if old == new:
         return x
@@ -548,7 +465,7 @@ def _pool(x: Array, size: tuple[int, int]) -> Array:
 
 
 def _cells(old: int, new: int) -> np.ndarray:
-    """The weights with which each of ``new`` cells takes the mean of its part of a side."""
+    """Pooling weights along one axis, one row per cell."""
     cell, place = np.arange(new)[:, None], np.arange(old)
     inside = (place >= cell * old // new) & (place < -(-(cell + 1) * old // new))
     return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -560,7 +477,7 @@ def _attention_maps(student: Array, teacher: Array, power: Scalar) -> tuple[Arra
 
 
 def _unit_channels(x: Float[Array, "*batch positions channels"]) -> Float[Array, "*batch positions channels"]:
-    """Channels scaled to unit norm over positions; one that is zero everywhere stays so and gets no gradient."""
+    """Channels scaled to unit norm over positions; one that is zero everywhere stays zero and gets no gradient."""
     energy = jnp.sum(jnp.square(x), axis=-2, keepdims=True)
     dead = energy <= 1e-24
     return jnp.where(dead, 0, x * jax.lax.rsqrt(jnp.where(dead, 1, energy)))

@@ -1,19 +1,19 @@
-"""Losses between the scores of two networks: what the teacher says of every class, not only of the right one.
+"""Losses on the logits of two networks.
 
-All of them take logits before the softmax, student first, then the teacher's, then labels. They compute in float32 and
-return one value per example, except :func:`dist`, which compares the columns of a batch and returns one value for it.
-Soft losses carry the factor T², which keeps their gradient on one scale as the temperature varies, so that a weight
-chosen at one temperature stays meaningful at another.
+All take logits before the softmax: the student's, then the teacher's, then labels. They compute in float32 and return
+one value per example, except :func:`dist`, which also correlates over the batch and returns one value for it. Soft
+losses carry the factor T², which keeps the size of their gradient as the temperature varies, so that a weight chosen at
+one temperature still fits at another.
 
-Logits may be as large as ±1e4: everything happens on log-probabilities, so values and gradients stay finite. A logit of
--inf masks its class, and a negative label is void, as :mod:`kdjax.losses` says.
+Logits may be as large as ±1e4: all computation is on log-probabilities, so values and gradients stay finite. A logit of
+-inf masks its class, and a negative label is void; see :mod:`kdjax.losses`.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kdjax.losses._checks import Share, Temperature, Uncertain, checked
+from kdjax.losses._checks import Probability, Share, Temperature, checked
 from kdjax.types import Scalar
 
 
@@ -24,26 +24,20 @@ def soft_target_kl(
     *,
     temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch"]:
-    r"""Divergence of the student from the teacher's softened predictions.
-
-    Known as KD.
+    r"""Knowledge distillation (KD): KL divergence of the student from the teacher's softened predictions.
 
     .. math:: T^2 \, \mathrm{KL}(\sigma(t / T) \,\|\, \sigma(s / T))
 
     Args:
-      student_logits: unnormalised scores of the student.
-      teacher_logits: unnormalised scores of the teacher; constant under differentiation.
-      temperature: softening T > 0. At 1 the teacher's probabilities are matched; as T grows the loss tends to half
-        the mean squared difference of the centred logits.
+      student_logits: logits of the student.
+      teacher_logits: logits of the teacher; constant under differentiation.
+      temperature: T > 0. As T grows the loss tends to half the mean squared difference of the centred logits.
 
     Returns:
       One non-negative value per example, in nats times T²; zero where both predict the same. Reduce with ``jnp.mean``.
 
     Raises:
       ValueError: if the temperature is not above 0.
-
-    Cost:
-      O(B·C) time, O(B·C) memory.
 
     References:
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
@@ -68,28 +62,23 @@ def soft_target_cross_entropy(
     *,
     temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch"]:
-    r"""Cross-entropy of the student under the teacher's softened predictions.
-
-    Known as KD.
+    r"""Knowledge distillation (KD) as a cross-entropy: the student's, under the teacher's softened predictions.
 
     .. math:: -T^2 \sum_k \sigma(t / T)_k \log \sigma(s / T)_k
 
-    It is :func:`soft_target_kl` plus T² times the entropy of the teacher's softened predictions: the same gradient,
-    but a value that is not zero at student = teacher.
+    Equals :func:`soft_target_kl` plus T² times the entropy of the teacher's softened predictions: the same gradient,
+    but not zero at student = teacher.
 
     Args:
-      student_logits: unnormalised scores of the student.
-      teacher_logits: unnormalised scores of the teacher; constant under differentiation.
-      temperature: softening T > 0.
+      student_logits: logits of the student.
+      teacher_logits: logits of the teacher; constant under differentiation.
+      temperature: T > 0.
 
     Returns:
       One value per example, at least T² times the teacher's entropy.
 
     Raises:
       ValueError: if the temperature is not above 0.
-
-    Cost:
-      O(B·C) time, O(B·C) memory.
 
     References:
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
@@ -103,24 +92,19 @@ def soft_target_cross_entropy(
 def squared_logits(
     student_logits: Float[Array, "*batch scores"], teacher_logits: Float[Array, "*batch scores"]
 ) -> Float[Array, "*batch"]:
-    r"""Mean over the classes of the squared difference of the logits.
-
-    Known as logit matching.
+    r"""Logit matching: mean squared difference of the logits over the classes.
 
     .. math:: \frac{1}{C} \sum_k (s_k - t_k)^2
 
-    Unlike the losses on probabilities it also asks for the teacher's common offset: adding a constant to all scores
-    of an example changes it. The mean is over the classes that neither of the two rules out.
+    Unlike the losses on probabilities, it changes when a constant is added to all logits of an example. The mean is
+    over the classes that neither network masks.
 
     Args:
-      student_logits: unnormalised scores of the student.
-      teacher_logits: unnormalised scores of the teacher; constant under differentiation.
+      student_logits: logits of the student.
+      teacher_logits: logits of the teacher; constant under differentiation.
 
     Returns:
       One non-negative value per example, in squared logits.
-
-    Cost:
-      O(B·C) time, O(B·C) memory.
 
     References:
       Ba, Caruana, `Do Deep Nets Really Need to be Deep? <https://arxiv.org/abs/1312.6184>`_, 2014, section 2.2;
@@ -143,23 +127,21 @@ def dkd(
     non_target_weight: Scalar | Float[Array, "*batch"] = 8.0,
     temperature: Temperature = 4.0,
 ) -> Float[Array, "*batch"]:
-    r"""Decoupled distillation (DKD): how sure of the target, and how the rest is shared, weighted apart.
-
-    Known as DKD.
+    r"""Decoupled knowledge distillation (DKD): separate weights for the target class and for the other classes.
 
     .. math:: T^2 \left[\alpha \, \mathrm{KL}(b^t \,\|\, b^s) + \beta \, \mathrm{KL}(\hat p^t \,\|\, \hat p^s)\right]
 
     where :math:`b = (p_y, 1 - p_y)` is the softened prediction of target against rest and :math:`\hat p` the softmax
-    over the classes other than the target. With α = 1 and β = 1 - p_y of the teacher, example by example, it equals
+    over the classes other than the target. With α = 1 and β = 1 - p_y of the teacher on each example it equals
     :func:`soft_target_kl`. With two classes the second term is zero.
 
     Args:
-      student_logits: unnormalised scores of the student.
-      teacher_logits: unnormalised scores of the teacher; constant under differentiation.
+      student_logits: logits of the student.
+      teacher_logits: logits of the teacher; constant under differentiation.
       labels: the target class of each example, 0 to classes - 1; void if negative.
       target_weight: α, one for all examples or one for each; constant under differentiation.
-      non_target_weight: β, likewise.
-      temperature: softening T > 0.
+      non_target_weight: β, one for all examples or one for each; constant under differentiation.
+      temperature: T > 0.
 
     Returns:
       One non-negative value per example; zero where both predict the same.
@@ -167,13 +149,10 @@ def dkd(
     Raises:
       ValueError: if the temperature is not above 0.
 
-    Cost:
-      O(B·C) time, O(B·C) memory.
-
     References:
       Zhao et al., `Decoupled Knowledge Distillation <https://arxiv.org/abs/2203.08679>`_, 2022, section 3. Default
-      there on CIFAR-100: α 1, T 4, β 8 (2 or 6 for some pairs), all of it warmed up linearly over 20 epochs; on
-      ImageNet T 1, β .5 or 2.
+      there on CIFAR-100: α 1, T 4, β 8 (2 or 6 for some pairs), with a linear warm-up over 20 epochs; on ImageNet
+      T 1, β .5 or 2.
     """
     student, teacher = _log_softmax(_labelled(student_logits, labels), teacher_logits, temperature)
     is_target = _one_hot(labels, student.shape[-1])
@@ -195,38 +174,31 @@ def dist(
     temperature: Temperature = 1.0,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    r"""Correlation with the teacher (DIST), over the classes of an example and over the examples of a class.
-
-    Known as DIST.
+    r"""DIST: correlation with the teacher, over the classes of each example and over the examples of each class.
 
     .. math:: T^2 \left[\beta \Big(1 - \frac1B \sum_b \rho(p^s_{b\cdot}, p^t_{b\cdot})\Big)
               + \gamma \Big(1 - \frac1C \sum_c \rho(p^s_{\cdot c}, p^t_{\cdot c})\Big)\right],
               \quad \rho(a, b) = \frac{\langle a - \bar a, b - \bar b\rangle}
               {\|a - \bar a\| \, \|b - \bar b\| + 10^{-8}}
 
-    with p = softmax(z / T). The second term compares examples with each other: the value belongs to the batch, and a
-    mean over shards is not the value of the whole batch. ``axis_name`` gathers the shards first.
-
-    A row or column that does not vary (norm below 1e-6) counts as uncorrelated and gets no gradient. So a batch of
-    one has γT² in its second term, and student = teacher gives zero only up to the 1e-8 above.
+    with p = softmax(z / T). The second term compares examples with each other, so the mean over shards is not the value
+    of the whole batch: ``axis_name`` gathers the shards first. A constant row or column (norm below 1e-6) counts as
+    uncorrelated and gets no gradient. So a batch of one has γT² as its second term.
 
     Args:
-      student_logits: unnormalised scores of the student.
-      teacher_logits: unnormalised scores of the teacher; constant under differentiation.
+      student_logits: logits of the student.
+      teacher_logits: logits of the teacher; constant under differentiation.
       inter_weight: β, of the correlation over the classes of each example.
-      intra_weight: γ, of the correlation over the examples for each class.
-      temperature: softening T > 0.
-      axis_name: of the mapped axis over which the batch is sharded; every device then returns the value of the whole
-        batch, and the mean over devices of the gradients is its gradient.
+      intra_weight: γ, of the correlation over the examples of each class.
+      temperature: T > 0.
+      axis_name: the mapped axis over which the batch is sharded; every device then returns the value of the whole
+        batch, and the mean of the devices' gradients is its gradient.
 
     Returns:
       One value for the batch, between 0 and 2T²(β + γ).
 
     Raises:
       ValueError: if the temperature is not above 0.
-
-    Cost:
-      O(B·C) time, O(B·C) memory.
 
     References:
       Huang et al., `Knowledge Distillation from A Stronger Teacher <https://arxiv.org/abs/2205.10536>`_, 2022,
@@ -246,31 +218,25 @@ def logit_standardised_kl(
     *,
     temperature: Temperature = 2.0,
 ) -> Float[Array, "*batch"]:
-    r"""Divergence after each example's logits are brought to mean zero and deviation one.
-
-    Known as LSKD.
+    r"""Logit standardisation (LSKD): KL divergence of logits scaled to mean 0 and deviation 1 per example.
 
     .. math:: T^2 \, \mathrm{KL}(\sigma(\hat t / T) \,\|\, \sigma(\hat s / T)),
               \quad \hat z = \frac{z - \bar z}{10^{-7} + \mathrm{sd}(z)}
 
     with the unbiased deviation over the classes that are not masked, as in the authors' code (their algorithm 1 divides
-    by C). The student has to match the relations among the teacher's logits, not their scale. T² is their algorithm's
-    too; divide by it to compare with a value without it. Logits that are all equal become zeros and get no gradient.
+    by C). The student matches the relations among the teacher's logits, not their scale. Equal logits become zeros and
+    get no gradient.
 
     Args:
-      student_logits: unnormalised scores of the student.
-      teacher_logits: unnormalised scores of the teacher; constant under differentiation.
-      temperature: T > 0, here in units of a deviation.
+      student_logits: logits of the student.
+      teacher_logits: logits of the teacher; constant under differentiation.
+      temperature: T > 0, in standard deviations.
 
     Returns:
-      One non-negative value per example; zero where the student's logits are the teacher's, shifted and scaled up or
-      down.
+      One non-negative value per example; zero where the student's logits are the teacher's, shifted and scaled.
 
     Raises:
       ValueError: if the temperature is not above 0.
-
-    Cost:
-      O(B·C) time, O(B·C) memory.
 
     References:
       Sun et al., `Logit Standardization in Knowledge Distillation <https://arxiv.org/abs/2403.01427>`_, 2024,
@@ -282,22 +248,17 @@ def logit_standardised_kl(
 
 @checked
 def confidence_penalty(student_logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
-    r"""Negative entropy of the prediction: distillation from a teacher that knows nothing.
-
-    Known as confidence penalty.
+    r"""Confidence penalty: negative entropy of the prediction.
 
     .. math:: -H(\sigma(s)) = \sum_k \sigma(s)_k \log \sigma(s)_k
 
-    Adding log C makes it the divergence of the prediction from the uniform one, with the same gradient.
+    Plus log C it is the KL divergence of the prediction from the uniform distribution, with the same gradient.
 
     Args:
-      student_logits: unnormalised scores of the student.
+      student_logits: logits of the student.
 
     Returns:
       One value per example, in nats, from -log C (uniform) to 0 (certain).
-
-    Cost:
-      O(B·C) time, O(B·C) memory.
 
     References:
       Pereyra et al., `Regularizing Neural Networks by Penalizing Confident Output Distributions
@@ -312,26 +273,24 @@ def teacher_free_kl(
     student_logits: Float[Array, "*batch classes"],
     labels: Int[Array, "*batch"],
     *,
-    correct_probability: Uncertain = 0.99,
+    correct_probability: Probability = 0.99,
     temperature: Temperature = 20.0,
 ) -> Float[Array, "*batch"]:
-    r"""Distillation from a virtual teacher (Tf-KD) that is nearly sure of the label and shares the rest evenly.
-
-    Known as Tf-KD.
+    r"""Teacher-free distillation (Tf-KD): a virtual teacher gives the label probability a and spreads the rest evenly.
 
     .. math:: T^2 \, \mathrm{KL}(u_T \,\|\, \sigma(s / T)),
               \quad u = (a \text{ at } y, \tfrac{1 - a}{C - 1} \text{ elsewhere}),
               \quad u_T \propto u^{1 / T}
 
-    It is :func:`soft_target_kl` against the logits log u: the authors' formula, with the factor T², which they leave
-    out. Their code differs from it: it takes the softmax of u / T, does not soften the student, averages over classes
-    too, and multiplies by up to 100.
+    This is :func:`soft_target_kl` with the teacher's logits log u: the paper's formula, times T². The authors' code
+    differs: it takes the softmax of u / T, does not soften the student, averages over the classes, and multiplies by up
+    to 100.
 
     Args:
-      student_logits: unnormalised scores of the student.
-      labels: the right class of each example, 0 to classes - 1; void if negative.
-      correct_probability: a, what the virtual teacher gives to the label, between 0 and 1.
-      temperature: softening T > 0.
+      student_logits: logits of the student.
+      labels: the class of each example, 0 to classes - 1; void if negative.
+      correct_probability: a, between 0 and 1.
+      temperature: T > 0.
 
     Returns:
       One non-negative value per example.
@@ -339,13 +298,10 @@ def teacher_free_kl(
     Raises:
       ValueError: if the temperature is not above 0, or the probability not between 0 and 1.
 
-    Cost:
-      O(B·C) time, O(B·C) memory.
-
     References:
       Yuan et al., `Revisiting Knowledge Distillation via Label Smoothing Regularization
       <https://arxiv.org/abs/1909.11723>`_, 2020, section 4, equations 8 and 9. Default there: a .99, and on ImageNet
-      T 20, soft weight .1; in the authors' code for CIFAR-100 T 10 to 40, soft weight .1 or .95, by network.
+      T 20, soft weight .1; in the authors' code for CIFAR-100 T 10 to 40, soft weight .1 or .95 by network.
     """
     student = _labelled(student_logits, labels)
     live = ~jnp.isneginf(student)
@@ -363,20 +319,17 @@ def jensen_shannon(
     *,
     temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch"]:
-    r"""Jensen-Shannon divergence of the softened predictions: symmetric and bounded.
-
-    Known as JSD.
+    r"""Jensen-Shannon divergence (JSD) of the softened predictions: symmetric and bounded.
 
     .. math:: \frac{T^2}{2} \left[\mathrm{KL}(p^t \,\|\, m) + \mathrm{KL}(p^s \,\|\, m)\right],
               \quad m = \tfrac12 (p^s + p^t)
 
-    A teacher that rules a class out costs the student at most T² log 2, where :func:`soft_target_kl` has no bound.
+    It is at most T² log 2, where :func:`soft_target_kl` has no bound.
 
     Args:
-      student_logits: unnormalised scores of the student.
-      teacher_logits: unnormalised scores of the teacher; constant under differentiation.
-      temperature: softening T > 0. As T grows the loss tends to an eighth of the mean squared difference of the
-        centred logits.
+      student_logits: logits of the student.
+      teacher_logits: logits of the teacher; constant under differentiation.
+      temperature: T > 0. As T grows the loss tends to an eighth of the mean squared difference of the centred logits.
 
     Returns:
       One value per example between 0 and T² log 2; zero where both predict the same.
@@ -384,13 +337,10 @@ def jensen_shannon(
     Raises:
       ValueError: if the temperature is not above 0.
 
-    Cost:
-      O(B·C) time, O(B·C) memory.
-
     References:
       Lin, Divergence measures based on the Shannon entropy, 1991, section 4; for distillation Agarwal et al.,
-      `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024, section 2, with shares
-      .1, .5 (here) and .9 of the teacher.
+      `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024, section 2, with
+      teacher's shares of .1, .5 (here) and .9.
     """
     student, teacher = _log_softmax(student_logits, teacher_logits, temperature)
     live = ~jnp.isneginf(student)
@@ -407,26 +357,23 @@ def top_k_kl(
     *,
     temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch"]:
-    r"""Divergence from a teacher of which only the k largest probabilities were stored.
-
-    Known as top-k KD.
+    r"""Top-k distillation: KL divergence from a teacher of which only the k largest probabilities are stored.
 
     .. math:: T^2 \Big[\sum_{j \in K} p^t_j \log \frac{p^t_j}{p^s_j} + r^t \log \frac{r^t}{r^s}\Big],
               \quad r = 1 - \sum_{j \in K} p_j
 
-    What the stored probabilities lack of one is the residual mass r of the teacher; it is compared with what the
-    student gives to all other classes together, as one event. The value is a lower bound of :func:`soft_target_kl`,
-    equal to it where k is the number of classes, and how the student shares r among those classes is left to it.
+    All classes that are not stored count as one event, with the residual probability r. The value is a lower bound of
+    :func:`soft_target_kl`, and equal to it at k = C; how the student divides r among those classes is free.
 
-    Two other policies for the missing mass are one line each for the caller: to drop it, divide the stored
-    probabilities by their sum; to spread it evenly, pass ``targets.spread_top_k`` to :func:`soft_target_kl`.
+    There are two other ways to treat r: to drop it, divide the stored probabilities by their sum; to spread it evenly,
+    pass :func:`~kdjax.losses.targets.spread_top_k` to :func:`soft_target_kl`.
 
     Args:
-      student_logits: unnormalised scores of the student.
+      student_logits: logits of the student.
       teacher_probabilities: of the stored classes, from the teacher's softmax **at this temperature**; constant under
-        differentiation. A sum that rounding brought above one leaves no residual.
-      teacher_classes: the class of each of them, all different within an example.
-      temperature: softening T > 0.
+        differentiation. Where rounding makes the sum exceed 1, r is 0.
+      teacher_classes: the class of each stored probability, all different within an example.
+      temperature: T > 0.
 
     Returns:
       One non-negative value per example.
@@ -434,12 +381,9 @@ def top_k_kl(
     Raises:
       ValueError: if the temperature is not above 0, or k exceeds the number of classes.
 
-    Cost:
-      O(B·C) time, O(B·C) memory.
-
     References:
-      Anshumann et al., `Sparse Logit Sampling <https://arxiv.org/abs/2503.16870>`_, 2025, on why a teacher cut to its
-      top k and rescaled is biased; the grouped residual is the policy that DistillKit calls symmetric uniform.
+      Anshumann et al., `Sparse Logit Sampling <https://arxiv.org/abs/2503.16870>`_, 2025, on the bias of a teacher that
+      is cut to its top k and rescaled. DistillKit calls the grouped residual "symmetric uniform".
     """
     k, classes = teacher_classes.shape[-1], student_logits.shape[-1]
     if k > classes:
@@ -460,17 +404,15 @@ def top_k_kl(
 def label_smoothing_cross_entropy(
     student_logits: Float[Array, "*batch classes"], labels: Int[Array, "*batch"], *, smoothing: Share = 0.1
 ) -> Float[Array, "*batch"]:
-    r"""Cross-entropy with labels of which a share ε is spread evenly over all classes, the right one among them.
-
-    Known as LSR.
+    r"""Label smoothing (LSR): cross-entropy with labels of which a share ε is spread evenly over all classes.
 
     .. math:: -(1 - \varepsilon) \log \sigma(s)_y - \frac{\varepsilon}{C} \sum_k \log \sigma(s)_k
 
-    A teacher trained with it tells a student less: it pulls together what the wrong classes would say.
+    A teacher trained with it is a worse teacher: its logits of the wrong classes hold less information.
 
     Args:
-      student_logits: unnormalised scores of the student.
-      labels: the right class of each example, 0 to classes - 1; void if negative.
+      student_logits: logits of the student.
+      labels: the class of each example, 0 to classes - 1; void if negative.
       smoothing: ε from 0, which is plain cross-entropy, to 1.
 
     Returns:
@@ -478,9 +420,6 @@ def label_smoothing_cross_entropy(
 
     Raises:
       ValueError: if the smoothing is outside 0 to 1.
-
-    Cost:
-      O(B·C) time, O(B·C) memory.
 
     References:
       Szegedy et al., `Rethinking the Inception Architecture <https://arxiv.org/abs/1512.00567>`_, 2016, section 7,
@@ -496,15 +435,15 @@ def label_smoothing_cross_entropy(
 
 
 def _live(logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
-    """In float32; -inf, without a gradient, for each class that is ruled out."""
-    lowest = jnp.finfo(logits.dtype).min  # what some libraries write for -inf, perhaps with a score added
+    """Logits in float32; a masked class becomes -inf and gets no gradient."""
+    lowest = jnp.finfo(logits.dtype).min  # some libraries mask with it, and may add a logit to it
     return jnp.where(logits <= lowest / 2, -jnp.inf, logits.astype(jnp.float32))
 
 
 def _labelled(
     student: Float[Array, "*batch classes"], labels: Int[Array, "*batch"]
 ) -> Float[Array, "*batch classes"]:
-    """As `_live`; every class is ruled out where the label is void, and NaN where it is no class."""
+    """As `_live`; all classes are -inf where the label is void, and NaN where it is C or more."""
     row = labels[..., None]
     live = jnp.where(row < student.shape[-1], _live(student), jnp.nan)
     return jnp.where(row < 0, -jnp.inf, live)
@@ -519,9 +458,9 @@ def _live_pair(
     teacher: Float[Array, "*batch classes"],
     temperature: Scalar = 1.0,
 ) -> tuple[Float[Array, "*batch classes"], Float[Array, "*batch classes"]]:
-    """Both over the temperature, -inf for each class that is ruled out, the teacher's constant.
+    """Both logits over the temperature, -inf for masked classes; the teacher's are constant.
 
-    What the student rules out is so for the teacher too. An example for which no class is left has none for either.
+    A class that the student masks is masked for the teacher too. An example without any class left has none for either.
     """
     student, teacher = (_live(x) / temperature for x in (student, jax.lax.stop_gradient(teacher)))
     teacher = jnp.where(jnp.isneginf(student), -jnp.inf, teacher)
@@ -530,7 +469,7 @@ def _live_pair(
 
 
 def _normalise(logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
-    """Log-probabilities: a log-softmax that leaves -inf as it is, with a gradient of zero, even if all are."""
+    """Log-softmax that keeps -inf, with a gradient of zero, even where all logits are -inf."""
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     shifted = logits - jnp.where(jnp.isneginf(top), 0, top)
     total = jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True)
@@ -538,7 +477,7 @@ def _normalise(logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch c
 
 
 def _log_sum_exp(log_p: Float[Array, "*batch classes"]) -> Float[Array, "*batch 1"]:
-    """Log of the sum over the classes; -inf, with a gradient of zero, where all are."""
+    """Log of the sum over the classes; -inf, with a gradient of zero, where all terms are -inf."""
     top = jax.lax.stop_gradient(jnp.max(log_p, axis=-1, keepdims=True))
     top = jnp.where(jnp.isneginf(top), 0, top)
     total = jnp.sum(jnp.exp(log_p - top), axis=-1, keepdims=True)
@@ -548,7 +487,7 @@ def _log_sum_exp(log_p: Float[Array, "*batch classes"]) -> Float[Array, "*batch 
 def _log_softmax(
     student: Float[Array, "*batch classes"], teacher: Float[Array, "*batch classes"], temperature: Scalar
 ) -> tuple[Float[Array, "*batch classes"], Float[Array, "*batch classes"]]:
-    """Log-probabilities of both at a temperature, the teacher's constant under differentiation."""
+    """Log-probabilities of both at a temperature; the teacher's are constant."""
     student, teacher = _live_pair(student, teacher, temperature)
     return _normalise(student), _normalise(teacher)
 
@@ -556,7 +495,7 @@ def _log_softmax(
 def _cross_entropy(
     p: Float[Array, "*batch classes"], log_q: Float[Array, "*batch classes"]
 ) -> Float[Array, "*batch"]:
-    """-Σ p log q, where a class that p rules out counts nothing even if q does so too."""
+    """-Σ p log q, where 0 log 0 = 0."""
     return jnp.sum(-p * jnp.where(jnp.isneginf(log_q) & (p == 0), 0, log_q), axis=-1)
 
 
@@ -565,8 +504,8 @@ def _divergence(
 ) -> Float[Array, "*batch"]:
     """KL(p‖q) of normalised log-probabilities, as a sum of terms p (d + e^-d - 1) with d = log p - log q.
 
-    Unlike the terms of the usual Σ p d these are never negative and do not cancel, which keeps the digits of float32 at
-    high temperatures. Where p and q are far apart e^-d may overflow, and p d - p + q, its equal, takes over.
+    Unlike the terms of the usual Σ p d these are never negative and do not cancel, which keeps float32 precise at high
+    temperatures. For large d, where e^-d may overflow, the equal form p d - p + q is used.
     """
     p, q, d = jnp.exp(log_p), jnp.exp(log_q), log_p - log_q
     near = jnp.abs(d) < 0.1
@@ -578,7 +517,7 @@ def _divergence(
 def _target_and_rest(
     log_p: Float[Array, "*batch classes"], is_target: Bool[Array, "*batch classes"]
 ) -> tuple[Float[Array, "*batch 2"], Float[Array, "*batch classes"]]:
-    """Log-probabilities of target against rest, and of the classes among the rest, where the target is ruled out."""
+    """Log-probabilities of target against rest, and of the other classes among themselves."""
     others = jnp.where(is_target, -jnp.inf, log_p)
     target = jnp.sum(jnp.where(is_target, log_p, 0), axis=-1, keepdims=True)
     return jnp.concatenate([target, _log_sum_exp(others)], axis=-1), _normalise(others)
@@ -587,9 +526,9 @@ def _target_and_rest(
 def _centre(
     x: Float[Array, "..."], live: Bool[Array, "..."], axis: int
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Differences from the mean of what is live along an axis, and their norm; zeros elsewhere and where x is constant.
+    """Deviations from the mean of the live entries along an axis, and their norm; zero where x is masked or constant.
 
-    Constant is what varies no more than rounding does; the norm's gradient would be infinite there.
+    Constant means up to rounding; the gradient of the norm would be infinite there.
     """
     count = jnp.maximum(jnp.sum(live, axis=axis, keepdims=True), 1)
     mean = jnp.sum(jnp.where(live, x, 0), axis=axis, keepdims=True) / count
@@ -603,9 +542,9 @@ def _centre(
 def _mean_correlation(
     log_p: Float[Array, "rows columns"], log_q: Float[Array, "rows columns"], *, axis: int
 ) -> Float[Array, ""]:
-    """Mean of Pearson's correlations of two predictions along an axis; 0 where one of the two is constant.
+    """Mean of Pearson's correlations of two predictions along an axis; 0 where either is constant.
 
-    A class that is ruled out takes no part, nor does a row or column without any that is not.
+    Masked classes are left out, and so are rows and columns that are masked everywhere.
     """
     live = ~jnp.isneginf(log_p)
     (p, p_norm), (q, q_norm) = (_centre(jnp.exp(x), live, axis) for x in (log_p, log_q))
@@ -614,7 +553,7 @@ def _mean_correlation(
 
 
 def _standardise(logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
-    """Mean zero and unbiased deviation one over the classes that are not ruled out; zeros where all are equal."""
+    """Logits of mean 0 and unbiased deviation 1 over the classes that are not masked; zeros where all are equal."""
     live = ~jnp.isneginf(logits)
     centred, norm = _centre(logits, live, -1)
     freedom = jnp.maximum(jnp.sum(live, axis=-1, keepdims=True) - 1, 1)

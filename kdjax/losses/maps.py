@@ -1,9 +1,8 @@
-"""Where a network looks: maps over the positions of an image, and distances between them.
+"""Attention and attribution maps over the positions of an image, and distances between them.
 
-A map is flat, one non-negative number per position and row-major, whatever it was made from, so that
-``map_distance(attention_map(s), attention_map(t))`` and ``map_distance(attribution_map(g), attribution_map(h))`` read
-alike. Every function works on one example at a time and computes in float32; a zero map stays zero, with a zero
-gradient, instead of becoming NaN.
+A map is flat, row-major, with one non-negative number per position:
+``map_distance(attention_map(s), attention_map(t))`` or ``map_distance(attribution_map(g), attribution_map(h))``. Every
+function returns one map or value per example and computes in float32; a zero map stays zero, with a zero gradient.
 """
 
 import math
@@ -20,27 +19,21 @@ from kdjax.losses._checks import Exponent, checked
 def attention_map(
     features: Float[Array, "*batch height width channels"], *, power: Exponent = 2.0
 ) -> Float[Array, "*batch positions"]:
-    r"""Energy of a feature map at every position, scaled to unit 2-norm.
-
-    Known as AT.
+    r"""Attention map (AT): energy of a feature map at every position, scaled to unit 2-norm.
 
     .. math:: q / \|q\|_2, \qquad q_i = \frac{1}{C} \sum_c |f_{ic}|^p
 
-    Features of different sizes are averaged to one size before their maps are taken, not after, since pooling does
-    not keep a norm.
+    Average-pool features of different sizes before taking their maps, not after: pooling changes the norm.
 
     Args:
       features: activations, NHWC; signs do not matter.
-      power: exponent p ≥ 1. Larger values give more weight to the positions of the strongest activations.
+      power: exponent p ≥ 1; larger values give more weight to the strongest activations.
 
     Returns:
-      One map per example, of non-negative values, differentiable in the features of either network.
+      One map per example, of non-negative values, differentiable with respect to the features.
 
     Raises:
-      ValueError: if the power is below 1, whose gradient at zero is infinite.
-
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory.
+      ValueError: if the power is below 1, where the gradient at zero is infinite.
 
     References:
       Zagoruyko, Komodakis, `Paying More Attention to Attention <https://arxiv.org/abs/1612.03928>`_, 2017, section
@@ -54,24 +47,21 @@ def attention_map(
 def attribution_map(
     attributions: Float[Array, "*batch height width channels"], *, scale: str = "unit_norm"
 ) -> Float[Array, "*batch positions"]:
-    r"""Importance of every position from signed attributions of every input value.
+    r"""Attribution map: importance of every position, from signed attributions of every input value.
 
     .. math:: m_i = \sum_c |a_{ic}|, \qquad \text{then } \frac{m}{\|m\|_2}
               \text{ or } \frac{m - \min m}{\max m - \min m}
 
     Args:
-      attributions: integrated gradients, input gradients, or the like; ``[..., None]`` if channels are already summed.
-      scale: ``"unit_norm"``, comparable with an :func:`attention_map`; or ``"min_max"``, from 0 to 1, what the
-        integrated-gradients studies overlay on images. A constant map has min–max values of zero.
+      attributions: integrated gradients or input gradients, say; ``[..., None]`` if channels are already summed.
+      scale: ``"unit_norm"``, comparable with an :func:`attention_map`, or ``"min_max"``, from 0 to 1. A constant map
+        has min–max values of zero.
 
     Returns:
       One map per example, of non-negative values.
 
     Raises:
       ValueError: if the scale has another name.
-
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory.
 
     References:
       Hernandez, Chang, Nordling, `Knowledge Distillation: Enhancing Neural Network Compression with Integrated
@@ -80,7 +70,7 @@ def attribution_map(
     if scale == "unit_norm":
         return attention_map(attributions, power=1.0)
     if scale != "min_max":
-        raise ValueError(f"attribution_map knows the scales 'unit_norm' and 'min_max', got {scale!r}.")
+        raise ValueError(f"attribution_map needs a scale of 'unit_norm' or 'min_max', got {scale!r}.")
     total = jnp.sum(jnp.abs(attributions.astype(jnp.float32)), axis=-1)
     flat = total.reshape(*total.shape[:-2], -1)
     low = jnp.min(flat, axis=-1, keepdims=True)
@@ -95,25 +85,20 @@ def map_distance(
 ) -> Float[Array, "*batch"]:
     r"""Mean squared difference of two maps.
 
-    Known as AT.
-
     .. math:: \frac{1}{N} \sum_i (s_i - t_i)^2
 
-    Maps of different sizes must be square; the larger is average-pooled to the smaller. That keeps the values of
-    min–max maps comparable. The norm of unit-norm maps shrinks with the side: pool what they are made from instead.
+    Maps of different sizes must be square; the larger is average-pooled to the smaller. This suits min–max maps.
+    Pooling changes the norm of unit-norm maps: pool the features or attributions instead.
 
     Args:
       student_map: from :func:`attention_map` or :func:`attribution_map`.
-      teacher_map: likewise; constant under differentiation.
+      teacher_map: the same of the teacher; constant under differentiation.
 
     Returns:
       One non-negative value per example; zero where the maps agree. Reduce with ``jnp.mean``.
 
     Raises:
       ValueError: if the sizes differ and a map is not square.
-
-    Cost:
-      O(B·P) time, O(B·P) memory. Pooling takes O(B·P·√P) time.
 
     References:
       Zagoruyko, Komodakis, `Paying More Attention to Attention <https://arxiv.org/abs/1612.03928>`_, 2017, equation
@@ -134,28 +119,22 @@ def gradient_match(
     *,
     normalise: bool = True,
 ) -> Float[Array, "*batch"]:
-    r"""Squared distance between what the two networks say of small changes of the input.
-
-    Known as Jacobian matching.
+    r"""Jacobian matching or Sobolev training: squared distance between two input gradients.
 
     .. math:: \left\| \frac{g_s}{\|g_s\|_2} - \frac{g_t}{\|g_t\|_2} \right\|_2^2 = 2 - 2 \cos(g_s, g_t)
               \qquad \text{or} \qquad \|g_s - g_t\|_2^2
 
-    The gradients are arrays: take the student's with ``jax.grad`` of one score summed over the batch, in inference
-    mode, inside the objective, so that this loss differentiates through it. The teacher's may be a stored column.
+    Compute the student's gradient inside the objective, in inference mode, with ``jax.grad`` of one logit summed over
+    the batch, so that training differentiates through it. The teacher's may be cached.
 
     Args:
-      student_gradient: of a score with respect to the input, usually the one of the true or of the teacher's class.
-      teacher_gradient: of the teacher's same score; constant under differentiation.
-      normalise: compare directions, as Jacobian matching does; otherwise the values, as Sobolev training does.
+      student_gradient: of a logit with respect to the input, usually that of the label or of the teacher's prediction.
+      teacher_gradient: of the same logit of the teacher; constant under differentiation.
+      normalise: compare directions (Jacobian matching) rather than values (Sobolev training).
 
     Returns:
       One non-negative value per example, at most 4 if normalised; zero where the gradients agree. A zero gradient
       has no direction and is at squared distance 1 from any other. Reduce with ``jnp.mean``.
-
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory. Taking the gradients, and differentiating through the student's, costs far
-      more than this.
 
     References:
       Srinivas, Fleuret, `Knowledge Transfer with Jacobian Matching <https://arxiv.org/abs/1803.00443>`_, 2018,
@@ -171,7 +150,7 @@ def gradient_match(
 
 
 def _unit(flat: Float[Array, "*batch positions"]) -> Float[Array, "*batch positions"]:
-    """Scaled to unit 2-norm; norms below 1e-12 count as 1e-12. No square root is taken, or differentiated, at zero."""
+    """Unit 2-norm; norms below 1e-12 count as 1e-12, so no square root is differentiated at zero."""
     return flat * jax.lax.rsqrt(jnp.maximum(jnp.sum(flat**2, axis=-1, keepdims=True), 1e-24))
 
 
@@ -179,14 +158,14 @@ def _side(flat: Float[Array, "*batch positions"]) -> int:
     side = math.isqrt(flat.shape[-1])
     if side * side != flat.shape[-1]:
         raise ValueError(
-            f"map_distance can only resize square maps, got {flat.shape[-1]} positions; bring the features or "
-            "attributions to one height and width before their maps are taken."
+            f"map_distance can only pool square maps, got {flat.shape[-1]} positions; average-pool the features or "
+            "attributions to one height and width before taking their maps."
         )
     return side
 
 
 def _pooled(flat: Float[Array, "*batch positions"], side: int) -> Float[Array, "*batch pooled"]:
-    """Average over ``side`` × ``side`` bins; bins overlap where the sizes do not divide."""
+    """Average-pools to ``side`` × ``side`` bins, which overlap where the sizes do not divide."""
     size = _side(flat)
     if size == side:
         return flat

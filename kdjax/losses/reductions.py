@@ -1,4 +1,4 @@
-"""Means over the examples that count, which stay right when a batch is cut over devices or steps."""
+"""Means over the examples that count, correct also when a batch is sharded over devices or steps."""
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,14 @@ from kdjax.losses._checks import checked
 def sum_and_count(
     values: Float[Array, "*batch"], where: Bool[Array, "*batch"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of the values that count, and how many do: sums add up over devices and steps, where means do not.
+    """Sum and number of the values that count; both may be added over devices and steps, which means may not.
 
     Args:
       values: one per example, as most losses return them.
-      where: which of them count, such as ``labels >= 0``; the others may hold anything, NaN too.
+      where: which of them count, such as ``labels >= 0``; the others may be anything, NaN too.
 
     Returns:
       The sum and the count, float32.
-
-    Cost:
-      O(B) time, O(B) memory.
     """
     kept = jnp.where(where, values, 0).astype(jnp.float32)
     return jnp.sum(kept), jnp.sum(where, dtype=jnp.float32)
@@ -33,21 +30,18 @@ def masked_mean(
 ) -> Float[Array, ""]:
     """Mean of the values that count, such as those of labelled examples: ``masked_mean(loss, labels >= 0)``.
 
-    With a batch cut over devices, the mean of the devices' means is wrong wherever their counts differ. With
-    ``axis_name`` each device's sum is divided by the mean count instead. The mean over devices, which
-    :func:`kdjax.train.make_train_step` takes of loss and gradients, is then exactly the mean over all that counts.
+    With a sharded batch, the mean of the devices' means is wrong where their counts differ. With ``axis_name`` each
+    device's sum is divided by the mean count instead. The mean over devices, which :func:`kdjax.train.make_train_step`
+    takes of loss and gradients, is then the mean over all values that count.
 
     Args:
       values: one per example, as most losses return them.
       where: which of them count.
-      axis_name: of the mapped axis over which the batch is sharded.
+      axis_name: the mapped axis over which the batch is sharded.
 
     Returns:
-      The mean; 0, with a gradient of zero, where nothing counts. With an axis name, this device's part of it: its mean
-      over the devices is the mean of the whole batch.
-
-    Cost:
-      O(B) time, O(B) memory.
+      The mean; 0, with a gradient of zero, where nothing counts. With an axis name, a value whose mean over the devices
+      is the mean of the whole batch.
     """
     total, count = sum_and_count(values, where)
     if axis_name is not None:

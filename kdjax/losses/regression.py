@@ -1,7 +1,7 @@
-"""Distillation for real-valued outputs: labels with noise, a teacher with errors of its own, and the best mixture.
+"""Distillation for regression: squared errors against noisy labels and an imperfect teacher, and their best weights.
 
-A student that minimises a weighted sum of squared distances to labels and teacher minimises the distance to their
-mixture, so the best weight is a matter of how wrong each of the two is, and has a closed form.
+Minimising a weighted sum of squared distances to labels and teacher minimises the distance to their weighted mean. The
+best weight depends on the errors of the two, in closed form.
 """
 
 import jax
@@ -20,26 +20,23 @@ def squared_error(
     *,
     hard_weight: Scalar | Float[Array, "*batch"] = 0.5,
 ) -> Float[Array, "*batch"]:
-    r"""Squared error against labels and teacher, mixed.
+    r"""Regression distillation: weighted sum of the squared errors against labels and teacher.
 
     .. math:: \frac1D \sum_d \left[a (s_d - y_d)^2 + (1 - a) (s_d - t_d)^2\right]
               = \frac1D \sum_d \left[(s_d - a y_d - (1 - a) t_d)^2 + a (1 - a) (y_d - t_d)^2\right]
 
-    The second form says what is learnt, the mixture a y + (1 - a) t, and that its last term, without a student in it,
-    keeps the value above zero wherever labels and teacher disagree.
+    By the second form the student learns the weighted mean a y + (1 - a) t. Its last term does not depend on the
+    student and keeps the value above zero wherever labels and teacher differ.
 
     Args:
       student: outputs of the student.
       teacher: outputs of the teacher; constant under differentiation.
       targets: the labels, which may be noisy.
-      hard_weight: a of the labels, one for all or one per example; the teacher has 1 - a. :func:`best_hard_weight`
-        can lie outside 0 to 1, and is allowed here.
+      hard_weight: a of the labels, one for all examples or one for each; the teacher has 1 - a. It may lie outside 0
+        to 1, as that of :func:`best_hard_weight` can.
 
     Returns:
       One value per example, the mean over its outputs.
-
-    Cost:
-      O(B·D) time, O(B·D) memory.
 
     References:
       Hao, A Study of Response-Based Knowledge Distillation and the Effects of Alpha on Model Accuracy, 2023, equation
@@ -56,37 +53,32 @@ def squared_error(
 def best_hard_weight(
     label_error: NonNegative, teacher_error: NonNegative, *, covariance: Scalar = 0.0
 ) -> Float[Array, ""]:
-    r"""The weight of the labels with which the mixture of labels and teacher lies nearest the truth.
+    r"""Weight of the labels that minimises the error of the weighted mean of labels and teacher.
 
     .. math:: a^* = \frac{\tau^2 - c}{\sigma^2 + \tau^2 - 2 c}
               = \arg\min_a \mathbb E \, (a \varepsilon_y + (1 - a) \varepsilon_t)^2,
               \qquad \text{least error} = \frac{\sigma^2 \tau^2 - c^2}{\sigma^2 + \tau^2 - 2 c}
 
     with errors ε_y of the labels (mean square σ²), ε_t of the teacher (τ²: its variance plus its squared bias) and
-    c their mean product. With c = 0 each counts in inverse proportion to its error. A student that is linear in its
-    parameters is linear in its targets too, so the same holds of what :func:`squared_error` teaches it:
+    c their mean product. With c = 0 the weights are inversely proportional to the errors. A student that is linear in
+    its parameters is linear in its targets too, so the same weight is best for a student of :func:`squared_error`:
 
-    - Least squares: σ² is the error of a student fitted on the labels alone (noise variance times d / n for d
-      coefficients and n fixed inputs), τ² of one fitted on the teacher alone.
-    - Stochastic gradient descent with a constant step, never settling: σ² is the mean squared distance of its weights
-      from the labels' optimum without a teacher, τ² that of a teacher with the same inputs. The teacher's share 1 - a
-      cuts the variance to a² of it, at the price of moving the mean by 1 - a of the teacher's distance: a partial
-      reduction of variance, the more the closer the teacher is to the student's own optimum.
+    - Least squares: σ² is the error of a student fitted to the labels alone (noise variance times d / n for d
+      coefficients and n fixed inputs), τ² that of one fitted to the teacher alone.
+    - Stochastic gradient descent with a constant step, in its stationary state: σ² is the mean squared distance of the
+      weights from the optimum for the labels, without a teacher; τ² is that of the teacher. The teacher scales the
+      variance by a² and moves the mean by 1 - a of the teacher's distance: a partial variance reduction.
 
-    A teacher fitted on the same labels shares their noise, c > 0; where c > τ² the best weight is below 0: past the
-    teacher, away from the labels.
+    A teacher fitted to the same labels shares their noise, c > 0. Where c > τ² the best weight is negative.
 
     Args:
       label_error: σ², mean squared error of the labels.
       teacher_error: τ², mean squared error of the teacher.
-      covariance: c, mean product of the two errors, at most their geometric mean in size.
+      covariance: c, mean product of the two errors, at most their geometric mean in absolute value.
 
     Returns:
-      a*, for :func:`squared_error`, not confined to 0 to 1; one half where labels and teacher always agree, since then
-      it does not matter.
-
-    Cost:
-      O(1) time, O(1) memory.
+      a* for :func:`squared_error`, not confined to 0 to 1; one half where labels and teacher always agree and any
+      weight is best.
 
     References:
       Bates, Granger, The Combination of Forecasts, 1969, on the best linear combination of two estimates; for a

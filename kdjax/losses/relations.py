@@ -1,16 +1,16 @@
-r"""Losses between relations: how the examples of a batch lie to each other, for the teacher and for the student.
+r"""Relational losses: distances, angles and similarities between the examples of a batch.
 
-The two networks need not agree in width, since what is compared has one row and column per example. All compute in
-float32, whatever comes in, with products in full float32, since differences of inner products cancel. A relation that
-does not exist (of a zero vector, between equal rows, in a batch of one) adds nothing and has a zero gradient.
+The two networks may differ in width, since the compared matrices have one row and column per example. All losses
+compute in float32, with matrix products in full float32 precision, because differences of inner products cancel.
+Undefined relations (of a zero vector, between equal rows, in a batch of one) have value and gradient zero.
 
-**A batch in parts.** These losses are not means over examples. With the batch cut over n devices, the mean of the
-losses of the parts sees only the pairs within each, one in n of all (of triples one in n²), and normalises by a part's
-own statistics: another loss, usually noisier. With ``axis_name`` every function gathers the batch over that mapped axis
-first, and returns the value of the whole batch on every device. Its gradient with respect to a device's parameters,
-averaged over the axis as the train step does, is the gradient of that value; Hessian-vector products likewise. (Under
-``shard_map`` that holds with ``check_vma=False``, as in :mod:`kdjax.parallel`.) Every device does the work of the whole
-batch, which is small beside that of a network.
+**Sharded batches.** These losses are not means over examples. With the batch sharded over n devices, the mean of the
+devices' losses covers only the pairs within a shard, one in n of all (of triples one in n²), and normalises by the
+shard's own statistics: a different loss, usually a noisier one. With ``axis_name`` every function gathers the batch
+over that mapped axis first and returns the value of the whole batch on every device. The mean over devices of its
+gradients, or of its Hessian-vector products, is that of the whole batch. (Under ``shard_map`` this needs
+``check_vma=False``, as in :mod:`kdjax.parallel`.) Every device computes the loss of the whole batch, which costs little
+beside the network.
 """
 
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from kdjax.losses._checks import Positive, Share, Temperature, checked
 from kdjax.losses.logits import _live_pair, _normalise
 from kdjax.types import Scalar
 
-_ANGLES_AT_ONCE = 2**20  # scalars that rkd_angle holds per array, 4 MiB: few enough for a cache
-_DENSE_BELOW = 32  # rows of the memory per candidate, up to which all products are taken
+_ANGLES_AT_ONCE = 2**20  # elements per array in rkd_angle: 4 MiB, which fits a cache
+_DENSE_BELOW = 32  # rows of the memory per candidate up to which crd computes all inner products
 
 
 @checked
@@ -35,9 +35,7 @@ def rkd_distance(
     *,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    r"""Relational distillation of distances: pairs far apart for the teacher are to be far apart for the student.
-
-    Known as RKD-D.
+    r"""Relational knowledge distillation of distances (RKD-D) between pairs of examples.
 
     .. math:: \frac{1}{B^2} \sum_{ij} h\!\left(\frac{\|s_i - s_j\|}{\mu_s} - \frac{\|t_i - t_j\|}{\mu_t}\right), \qquad
               h(x) = \begin{cases} x^2/2 & |x| \le 1 \\ |x| - 1/2 & \text{otherwise} \end{cases}
@@ -46,16 +44,13 @@ def rkd_distance(
 
     Args:
       student: embeddings, usually pooled features before the classifier.
-      teacher: likewise, of any width; constant under differentiation.
+      teacher: the same of the teacher, of any width; constant under differentiation.
       axis_name: gather the batch over this mapped axis. Without it, a device compares only its own B²/n² pairs and
         normalises by their mean distance.
 
     Returns:
       One non-negative value for the batch; zero where distances are proportional. Rows closer than a thousandth of
-      their distance from the centre of the batch count as equal: float32 inner products tell no more.
-
-    Cost:
-      O(B²·D) time, O(B² + B·D) memory.
+      their distance from the batch mean count as equal, the resolution of float32 inner products.
 
     References:
       Park et al., `Relational Knowledge Distillation <https://arxiv.org/abs/1904.05068>`_, 2019, section 3.2.1, as in
@@ -76,27 +71,22 @@ def rkd_angle(
     *,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    r"""Relational distillation of angles: every triple of examples spans the same angle for both networks.
-
-    Known as RKD-A.
+    r"""Relational knowledge distillation of angles (RKD-A) in triples of examples.
 
     .. math:: \frac{1}{B^3} \sum_{ijk} h(\cos\angle s_j s_i s_k - \cos\angle t_j t_i t_k)
 
-    with h as in :func:`rkd_distance`. The cosines come from the matrix of inner products,
-    :math:`\langle s_j - s_i, s_k - s_i\rangle = G_{jk} - G_{ij} - G_{ik} + G_{ii}`, so that the B²·D differences are
-    never formed, and those of a few anchors i at a time, so that a large batch needs no B³ memory either.
+    with h as in :func:`rkd_distance`. The cosines come from the Gram matrix,
+    :math:`\langle s_j - s_i, s_k - s_i\rangle = G_{jk} - G_{ij} - G_{ik} + G_{ii}`, for a few anchors i at a time, so
+    neither the B²·D differences nor all B³ angles are stored.
 
     Args:
       student: embeddings, usually pooled features before the classifier.
-      teacher: likewise, of any width; constant under differentiation.
+      teacher: the same of the teacher, of any width; constant under differentiation.
       axis_name: gather the batch over this mapped axis. Without it, a device compares only its own B³/n³ triples.
 
     Returns:
       One non-negative value for the batch; zero where angles agree. Angles at equal rows (see :func:`rkd_distance`)
       have cosine 0.
-
-    Cost:
-      O(B³ + B²·D) time, O(B² + B·D) memory, the triples of a few anchors at a time.
 
     References:
       Park et al., `Relational Knowledge Distillation <https://arxiv.org/abs/1904.05068>`_, 2019, section 3.2.2, as in
@@ -128,32 +118,26 @@ def pkt(
     *,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    r"""Probabilistic knowledge transfer: who is near whom, as one distribution over the batch for each example.
-
-    Known as PKT.
+    r"""Probabilistic knowledge transfer (PKT): KL divergence between distributions of similarity over the batch.
 
     .. math:: \frac{1}{B^2} \sum_{ij} q_{ij} \log\frac{q_{ij} + \epsilon}{p_{ij} + \epsilon}, \qquad
               p_{ij} = \frac{\cos(s_i, s_j) + 1}{\sum_k (\cos(s_i, s_k) + 1)}
 
-    with q likewise from the teacher and ε = 1e-7.
+    with q the same of the teacher and ε = 1e-7.
 
     Args:
       student: embeddings, usually pooled features before the classifier.
-      teacher: likewise, of any width; constant under differentiation.
-      axis_name: gather the batch over this mapped axis. Without it, neighbours are looked for among a device's own
-        examples, and the distributions are over those.
+      teacher: the same of the teacher, of any width; constant under differentiation.
+      axis_name: gather the batch over this mapped axis. Without it, the distributions are over a device's own examples.
 
     Returns:
       One value for the batch, non-negative up to ε; zero where cosines agree. A zero row has cosine 0 with every
       row, itself included.
 
-    Cost:
-      O(B²·D) time, O(B² + B·D) memory.
-
     References:
       Passalis, Tefas, `Learning Deep Representations with Probabilistic Knowledge Transfer
-      <https://arxiv.org/abs/1803.10837>`_, 2018, section 3, as in the authors' code. Default weight, in the CRD
-      benchmark: 30000.
+      <https://arxiv.org/abs/1803.10837>`_, 2018, section 3, as in the authors' code. Default weight in
+      RepDistiller: 30000.
     """
     p, q = (_affinities(rows) for rows in _batches(student, teacher, axis_name))
     return jnp.mean(q * jnp.log((q + 1e-7) / (p + 1e-7)))
@@ -166,9 +150,7 @@ def similarity_preserving(
     *,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    r"""Pairs that activate the teacher alike are to activate the student alike.
-
-    Known as SP.
+    r"""Similarity-preserving distillation (SP): squared difference of row-normalised Gram matrices of the batch.
 
     .. math:: \frac{1}{B^2} \left\| N(S S^\top) - N(T T^\top) \right\|_F^2
 
@@ -176,15 +158,11 @@ def similarity_preserving(
 
     Args:
       student: feature maps or embeddings.
-      teacher: likewise, of any shape behind the batch; constant under differentiation.
-      axis_name: gather the batch over this mapped axis. Without it, rows hold, and are normalised over, a device's own
-        examples only.
+      teacher: the same of the teacher, of any shape after the batch axis; constant under differentiation.
+      axis_name: gather the batch over this mapped axis. Without it, the rows cover a device's own examples only.
 
     Returns:
       One non-negative value for the batch; zero where similarities are proportional row by row.
-
-    Cost:
-      O(B²·D) time, O(B² + B·D) memory.
 
     References:
       Tung, Mori, `Similarity-Preserving Knowledge Distillation <https://arxiv.org/abs/1907.09682>`_, 2019, equations
@@ -201,30 +179,25 @@ def correlation_congruence(
     *,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    r"""Congruence of neighbours in the batch: deviations from the teacher are not to occur together.
-
-    Known as CC.
+    r"""Correlation congruence (CC): products of the deviations from the teacher of consecutive examples.
 
     .. math:: \frac{1}{B - 1} \sum_{i=1}^{B-1} \sum_d |\delta_{id}| \, |\delta_{i+1,d}|, \qquad \delta = s - t
 
-    It depends on the order of the batch, being over consecutive examples: shuffle, as any training does.
+    The value depends on the order of the batch: shuffle the examples.
 
     Args:
       student: embeddings.
       teacher: embeddings of the same width; constant under differentiation.
       axis_name: gather the batch over this mapped axis, in its order. Without it, only the pairs across the borders
-        of the parts are missing.
+        of the shards are missing.
 
     Returns:
       One non-negative value for the batch; zero where the embeddings agree, and for a batch of one.
 
-    Cost:
-      O(B·D) time, O(B·D) memory.
-
     References:
       Peng et al., `Correlation Congruence for Knowledge Distillation <https://arxiv.org/abs/1904.01802>`_, 2019, in
-      the form of the authors' code that the CRD benchmark uses; section 3.3 of the paper compares kernel matrices
-      instead. Default weight in the benchmark: .02, on learnt embeddings of width 128.
+      the form of the authors' code that RepDistiller uses; section 3.3 of the paper compares kernel matrices instead.
+      Default weight in RepDistiller: .02, on learnt embeddings of width 128.
     """
     student_rows, teacher_rows = _batches(student, teacher, axis_name)
     deviation = jnp.abs(student_rows - teacher_rows)
@@ -238,39 +211,32 @@ def correlation_distance(
     *,
     temperature: Temperature = 1.0,
     rank_weight: Scalar = 0.0,
-    rank_temperature: Positive = 1.0,
 ) -> Float[Array, "*batch"]:
-    r"""One minus the correlation, over the classes of an example, of what the two networks predict.
-
-    Known as R2KD.
+    r"""Correlation distance (R2KD): one minus the correlation of the two predictions over the classes of an example.
 
     .. math:: 1 - \rho(\sigma(s / T), \sigma(t / T)) + w \, (1 - \rho(r(s), r(t))), \qquad
-              r_c(z) = \sum_k \tanh\frac{z_c - z_k}{2 T_r}
+              r_c(z) = \sum_k \tanh\frac{z_c - z_k}{2}
 
-    with Pearson's ρ; r tends to ranks, and the second term to Spearman's distance, as T_r → 0. Unlike the others
-    here this is defined per example, so cutting a batch changes nothing. There is no factor T²: a correlation knows
-    no scale, and its gradient keeps its size as T grows.
+    with Pearson's ρ and smooth ranks r, which tend to ranks for large differences of the logits. Unlike the other
+    losses of this module it is defined per example, so sharding a batch changes nothing. There is no factor T²: a
+    correlation has no scale, and its gradient keeps its size as T grows.
 
     Args:
-      student_logits: unnormalised scores of the student.
-      teacher_logits: unnormalised scores of the teacher; constant under differentiation.
-      temperature: softening T > 0 of the predictions.
-      rank_weight: weight w of the rank-based distance; 0 leaves it out, with its memory of classes² per example.
-      rank_temperature: difference of scores, T_r > 0, that counts as a difference in rank.
+      student_logits: logits of the student.
+      teacher_logits: logits of the teacher; constant under differentiation.
+      temperature: T > 0 of the predictions.
+      rank_weight: weight w of the rank-based distance, which needs O(C²) memory per example; 0 leaves it out.
 
     Returns:
       One value from 0 to 2 + 2 w per example; zero where the predictions agree. Constant predictions, which have no
       correlation, are at distance 1/2 from others. Reduce with ``jnp.mean``.
 
     Raises:
-      ValueError: if a temperature is not above 0.
-
-    Cost:
-      O(B·C) time, O(B·C) memory. With the rank-based distance O(B·C²) of both.
+      ValueError: if the temperature is not above 0.
 
     References:
       Kim et al., `Robustness-Reinforced Knowledge Distillation with Correlation Distance and Network Pruning
-      <https://arxiv.org/abs/2311.13934>`_, 2024: a value-based and a rank-based distance. The smooth ranks are ours.
+      <https://arxiv.org/abs/2311.13934>`_, 2024: a value-based and a rank-based distance. The smooth ranks are our own.
     """
     student, teacher = _live_pair(student_logits, teacher_logits)
     live = ~jnp.isneginf(student)
@@ -279,9 +245,7 @@ def correlation_distance(
     if isinstance(rank_weight, (int, float)) and rank_weight == 0:
         return loss
     ranked = live & ~jnp.isneginf(teacher)
-    student_ranks, teacher_ranks = (
-        _soft_ranks(logits, ranked, rank_temperature) for logits in (student, teacher)
-    )
+    student_ranks, teacher_ranks = (_soft_ranks(logits, ranked) for logits in (student, teacher))
     return loss + rank_weight * _one_minus_pearson(student_ranks, teacher_ranks, ranked)
 
 
@@ -293,28 +257,23 @@ def info_nce(
     temperature: Positive = 0.1,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    r"""Each student embedding is to tell its own teacher embedding from those of the rest of the batch.
-
-    Known as InfoNCE.
+    r"""InfoNCE: identify the teacher's embedding of the same example among those of the batch.
 
     .. math:: -\frac{1}{B} \sum_i \log \frac{\exp(\cos(s_i, t_i) / \tau)}{\sum_j \exp(\cos(s_i, t_j) / \tau)}
 
     Args:
       student: embeddings, usually of :class:`kdjax.models.heads.Embedding`; scaled to unit norm here.
       teacher: embeddings of the same width; constant under differentiation.
-      temperature: τ > 0; small values attend to the hardest negatives.
-      axis_name: gather the batch over this mapped axis. Without it, negatives come from a device's own examples: the
-        task is easier and the value lower, by about log n.
+      temperature: τ > 0; small values emphasise the hardest negatives.
+      axis_name: gather the batch over this mapped axis. Without it, negatives come from a device's own examples, and
+        the value is lower by about log n.
 
     Returns:
-      One non-negative value for the batch, at most ``log B + 2 / τ``; log B where nothing can be told apart. It is not
-      zero at equality. Zero for a batch of one.
+      One non-negative value for the batch, at most ``log B + 2 / τ``; log B where all similarities are equal, 0 for a
+      batch of one. It is not zero at equality.
 
     Raises:
       ValueError: if the temperature is not above 0.
-
-    Cost:
-      O(B²·D) time, O(B² + B·D) memory.
 
     References:
       van den Oord, Li, Vinyals, `Representation Learning with Contrastive Predictive Coding
@@ -332,60 +291,53 @@ def cka(
     *,
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    r"""One minus the linear centred kernel alignment (CKA) of two representations: a loss, not the similarity.
-
-    Known as CKA.
+    r"""Centred kernel alignment (CKA): one minus the linear CKA of two representations.
 
     .. math:: 1 - \frac{\langle K, L \rangle}{\|K\|_F \|L\|_F} =
               \frac{1}{2} \left\| \frac{K}{\|K\|_F} - \frac{L}{\|L\|_F} \right\|_F^2
 
-    with K and L the inner products of the student's and teacher's rows after the mean of the batch is taken off. The
-    right side, which is computed, keeps its digits near zero. Invariant to rotation and scale of either space.
+    with K and L the Gram matrices of the student's and the teacher's rows, centred over the batch. The right side is
+    computed, since it is precise near zero. Invariant to rotation and scale of either space.
 
     Args:
       student: feature maps or embeddings.
-      teacher: likewise, of any shape behind the batch; constant under differentiation.
-      axis_name: gather the batch over this mapped axis. Without it, a device centres and aligns its own examples;
-        alignment is biased upwards the fewer they are compared with the width.
+      teacher: the same of the teacher, of any shape after the batch axis; constant under differentiation.
+      axis_name: gather the batch over this mapped axis. Without it, a device uses its own examples only; the alignment
+        is biased upwards where they are few compared with the width.
 
     Returns:
-      One value from 0 to 1 for the batch; zero where the kernels are proportional. A batch of equal rows has no
-      kernel and is at 1/2 from any that has.
-
-    Cost:
-      O(B²·D) time, O(B² + B·D) memory.
+      One value from 0 to 1 for the batch; zero where the kernels are proportional. A batch of equal rows, whose kernel
+      is zero, is at 1/2 from any other.
 
     References:
       Kornblith et al., `Similarity of Neural Network Representations Revisited <https://arxiv.org/abs/1905.00414>`_,
-      2019, section 3, equation 1 with the linear kernel. A measure there; as a loss its weight is about 1.
+      2019, section 3, equation 1 with the linear kernel, as a measure of similarity. Usual weight as a loss: about
+      1.
     """
     k, ell = (_unit(_centred_gram(rows).reshape(-1)) for rows in _batches(student, teacher, axis_name))
     return 0.5 * jnp.sum((k - ell) ** 2)
 
 
 class CrdMemory(NamedTuple):
-    """What :func:`crd` remembers of every training example; the same on every device."""
+    """Memory bank of :func:`crd`: embeddings of every training example, equal on all devices."""
 
-    student: Float[Array, "examples dims"]  # unit rows but for those never visited
+    student: Float[Array, "examples dims"]  # unit rows once visited
     teacher: Float[Array, "examples dims"]
-    student_z: Float[Array, ""]  # normalises the student's scores; 0 until the first step sets it for good
+    student_z: Float[Array, ""]  # Z of the student's scores; 0 until the first step sets it
     teacher_z: Float[Array, ""]
 
 
 @checked
 def init_crd_memory(key: jax.Array, *, examples: int, dims: int) -> CrdMemory:
-    """Memory before the first step: uniform rows of about unit norm.
+    """Memory of :func:`crd` before the first step: random rows of about unit norm.
 
     Args:
-      key: of the random rows.
-      examples: in the training set.
+      key: randomness, ``jax.random.key(...)``.
+      examples: size of the training set.
       dims: width of the embeddings; 128 in the paper.
 
     Raises:
       ValueError: if either is not positive.
-
-    Cost:
-      O(N·D) time, O(N·D) memory.
     """
     if examples < 1 or dims < 1:
         raise ValueError(
@@ -405,27 +357,24 @@ def crd_candidates(
     examples: int,
     labels: Int[Array, " examples"] | None = None,
 ) -> Int[Array, "batch candidates"]:
-    """The rows of the memory that each example is compared with: its own, then random others.
+    """Draws the memory rows that :func:`crd` compares each example with: its own row, then random negatives.
 
-    Negatives are drawn evenly and with replacement; the authors draw without it when there are enough.
+    Negatives are drawn uniformly with replacement; the authors draw without replacement where there are enough.
 
     Args:
-      key: of this step; under a mapped axis fold in its index, so that the devices draw apart.
+      key: randomness of this step; under a mapped axis fold in the axis index, so that the devices draw differently.
       index: of each example in the training set.
-      negatives: per example; 16384 in the paper for 50,000 examples.
-      examples: in the training set.
+      negatives: number per example; 16384 in the paper for 50,000 examples.
+      examples: size of the training set.
       labels: of the training set. If given, negatives are of other classes, the authors' choice on CIFAR-100, at the
-        cost of sorting the labels (some 8 ms for 50,000 on one core); otherwise any other example. An example whose
-        label is void is nobody's negative, and has all that are labelled for negatives.
+        cost of sorting the labels (about 8 ms for 50,000 on one core). An example with a void label is never a
+        negative, and has all labelled examples as negatives. Without labels, any other example is a negative.
 
     Returns:
       Indices, the positive in column 0.
 
     Raises:
-      ValueError: if there is nothing to draw from.
-
-    Cost:
-      O(N + B·K) time, O(N + B·K) memory. With labels, a sort besides: O(N·log N) time.
+      ValueError: if ``negatives`` is below 1 or ``examples`` below 2.
     """
     if negatives < 1 or examples < 2:
         raise ValueError(
@@ -434,7 +383,7 @@ def crd_candidates(
     void: Any = 0
     if labels is None:
         order, start, size = jnp.arange(examples), index, jnp.ones_like(index)
-    else:  # with the examples sorted by class, those to leave out are a block, besides the void ones in front
+    else:  # sorted by class, the examples to leave out are one block, and the void ones at the front
         order = jnp.argsort(labels)
         ordered, own = labels[order], labels[index]
         void = jnp.searchsorted(ordered, 0)
@@ -460,30 +409,29 @@ def crd(
     momentum: Share = 0.5,
     axis_name: str | None = None,
 ) -> tuple[Float[Array, " batch"], CrdMemory]:
-    r"""Contrastive representation distillation (CRD): tell each example's embedding from those of many others.
-
-    Known as CRD.
+    r"""Contrastive representation distillation (CRD): identify each example among many others in a memory bank.
 
     .. math:: \sum_{(v, M)} \left[ -\log\frac{P_0}{P_0 + c} - \sum_{k=1}^{K} \log\frac{K/n}{P_k + c} \right], \qquad
               P_k = \frac{e^{\langle v, M_k \rangle / \tau}}{Z}, \qquad c = \frac{K}{n} + 10^{-7}
 
-    summed over the student's embedding v with the teacher's memory M, and the teacher's with the student's. The
-    memory is read as it was before the step, and then moves: each visited row becomes the unit vector along
-    momentum · row + (1 - momentum) · embedding. Z is set once, by the first batch, to n times its mean exponential.
+    with n training examples, summed over the student's embedding v with the teacher's memory M and the teacher's
+    embedding with the student's memory. The loss reads the memory as it was before the step. Then each visited row
+    becomes the unit vector along momentum · row + (1 - momentum) · embedding. Z is set once, by the first batch, to n
+    times its mean exponential.
 
     Args:
       student_embedding: unit rows, from a learnt projection (:class:`kdjax.models.heads.Embedding`) of the
         student's features.
-      teacher_embedding: unit rows, from a learnt projection of the teacher's features. *Not* constant, since its
-        projection learns from this loss: apply ``jax.lax.stop_gradient`` to the features before it.
+      teacher_embedding: unit rows, from a learnt projection of the teacher's features. *Not* constant, since this loss
+        trains the projection: apply ``jax.lax.stop_gradient`` to the features before it.
       memory: as returned by the step before, or by :func:`init_crd_memory`.
-      candidates: rows of the memory to compare with, the example's own in column 0, from :func:`crd_candidates`. No
-        two examples of a batch may be the same.
+      candidates: rows of the memory to compare with, the example's own in column 0, from :func:`crd_candidates`. A
+        batch must not hold an example twice.
       temperature: τ > 0.
       momentum: weight of the old row, from 0 to 1.
-      axis_name: the mapped axis that the batch is cut over. The loss of an example depends on the memory and on
-        no other example, so the values are the same; with it, every device's memory receives every device's
-        embeddings and the first batch's Z is of the whole batch. Without it the memories would drift apart.
+      axis_name: the mapped axis over which the batch is sharded. The loss of an example does not depend on the rest of
+        the batch, so the values are the same; with it, every memory receives the embeddings of all devices, and Z is of
+        the whole first batch. Without it the devices' memories would differ.
 
     Returns:
       One non-negative value per example, to reduce with ``jnp.mean``, and the memory for the next step, without
@@ -491,11 +439,6 @@ def crd(
 
     Raises:
       ValueError: if the temperature is not above 0, or the momentum is outside [0, 1].
-
-    Cost:
-      O(B·K·D) time, O(B·K·D + N·D) memory. Up to N = 32 K all products with the memory are taken instead, in
-      O(B·N·D) time and O(B·N + N·D) memory. N·D is the next memory, which takes the place of the last where that is
-      donated to the step.
 
     References:
       Tian, Krishnan, Isola, `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020,
@@ -525,10 +468,10 @@ def _batches(
     teacher: Float[Array, "batch *teacher_features"],
     axis_name: str | None,
 ) -> tuple[Float[Array, "whole student_dims"], Float[Array, "whole teacher_dims"]]:
-    """Both as one float32 row per example, of the whole batch if an axis is named; the teacher's constant.
+    """One float32 row per example of both networks, of the whole batch if an axis is named; the teacher's constant.
 
-    The gradient of a gathered array goes back to the device that it came from, summed over the devices. So each device
-    finds n times its part of the gradient of the common value, and their mean is the whole.
+    The gradient of a gathered array returns to the device it came from, summed over the devices. So each device holds n
+    times its part of the gradient, and the mean over devices is the whole gradient.
     """
     student_rows = student.astype(jnp.float32).reshape(len(student), -1)
     teacher_rows = jax.lax.stop_gradient(teacher).astype(jnp.float32).reshape(len(teacher), -1)
@@ -548,16 +491,16 @@ def _gram(rows: Float[Array, "batch dims"]) -> Float[Array, "batch batch"]:
 
 @_gram.defjvp
 def _gram_tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """Of the two products that it consists of one is the other's transpose; so the gradient takes one product too."""
+    """The tangent is a product plus its transpose, so the gradient needs one product only."""
     half = _products(*tangents, *primals)
     return _gram(*primals), half + half.T
 
 
 def _centred_gram(rows: Float[Array, "batch dims"]) -> Float[Array, "batch batch"]:
-    """Products of deviations from the mean row; the same differences, without most of the cancellation.
+    """Gram matrix of the deviations from the mean row, which reduces the cancellation in differences.
 
-    Zero, with a zero gradient, where the rows vary no more than rounding does. The mean is a product, since XLA's CPU
-    backend is slow at sums down a column.
+    Zero, with a zero gradient, where the rows are constant up to rounding. The mean is a matrix product, since XLA's
+    CPU backend is slow at sums over the first axis.
     """
     mean = jnp.matmul(jnp.full((1, len(rows)), 1 / len(rows)), rows, precision=jax.lax.Precision.HIGHEST)
     products = _gram(rows - mean)
@@ -567,20 +510,20 @@ def _centred_gram(rows: Float[Array, "batch dims"]) -> Float[Array, "batch batch
 
 
 def _varying(deviation: Float[Array, "*batch dims"], x: Float[Array, "*batch dims"]) -> Array:
-    """The deviations of x, or zeros, with a zero gradient, where x varies no more than rounding does."""
+    """The deviations of x; zero, with a zero gradient, where x is constant up to rounding."""
     varies, size = (jnp.sum(v**2, axis=-1, keepdims=True) for v in (deviation, x))
     return jnp.where(varies <= 1e-11 * size, 0, deviation)
 
 
 def _unit(rows: Float[Array, "*batch dims"]) -> Float[Array, "*batch dims"]:
-    """Scaled to unit 2-norm; norms below 1e-12 count as 1e-12. No square root is taken, or differentiated, at zero."""
+    """Rows of unit 2-norm; norms below 1e-12 count as 1e-12, so no square root is differentiated at zero."""
     return rows * jax.lax.rsqrt(jnp.maximum(jnp.sum(rows**2, axis=-1, keepdims=True), 1e-24))
 
 
 def _distances(
     gram: Float[Array, "batch batch"],
 ) -> tuple[Float[Array, "batch batch"], Float[Array, "batch batch"]]:
-    """Distances between rows and their inverses, both zero where rows are equal to the precision of the products."""
+    """Distances between rows and their inverses, both zero where rows are equal up to rounding."""
     norms = jnp.diagonal(gram)
     norms = norms[:, None] + norms[None, :]
     squared = norms - 2 * gram
@@ -595,7 +538,7 @@ def _cosines(
     norm: Float[Array, ""],
     inverse: Float[Array, " batch"],
 ) -> Float[Array, "batch batch"]:
-    """Cosines of the angles at one anchor, from its row of the inner products and of the inverse distances."""
+    """Cosines of the angles at one anchor, from its row of the Gram matrix and of the inverse distances."""
     return (gram - row[:, None] - row[None, :] + norm) * inverse[:, None] * inverse[None, :]
 
 
@@ -611,7 +554,7 @@ def _affinities(rows: Float[Array, "batch dims"]) -> Float[Array, "batch batch"]
 def _one_minus_pearson(
     a: Float[Array, "*batch classes"], b: Float[Array, "*batch classes"], live: Bool[Array, "*batch classes"]
 ) -> Float[Array, "*batch"]:
-    """As half the squared distance of the standardised rows, exact at equality; over the classes that are live."""
+    """Half the squared distance of the centred unit rows, exact at equality; over the live classes."""
     count = jnp.maximum(jnp.sum(live, axis=-1, keepdims=True), 1)
     means = (jnp.sum(jnp.where(live, x, 0), axis=-1, keepdims=True) / count for x in (a, b))
     a, b = (_unit(_varying(jnp.where(live, x - mean, 0), x)) for x, mean in zip((a, b), means, strict=True))
@@ -619,13 +562,13 @@ def _one_minus_pearson(
 
 
 def _soft_ranks(
-    logits: Float[Array, "*batch classes"], live: Bool[Array, "*batch classes"], temperature: Scalar
+    logits: Float[Array, "*batch classes"], live: Bool[Array, "*batch classes"]
 ) -> Float[Array, "*batch classes"]:
-    """Ranks among the live classes, smoothed; 0 for the others."""
+    """Smooth ranks among the live classes; 0 for the others."""
     logits = jnp.where(live, logits, 0)
     difference = logits[..., :, None] - logits[..., None, :]
     pairs = live[..., :, None] & live[..., None, :]
-    return jnp.sum(jnp.where(pairs, jnp.tanh(difference / (2 * temperature)), 0), axis=-1)
+    return jnp.sum(jnp.where(pairs, jnp.tanh(difference / 2), 0), axis=-1)
 
 
 def _scores(
@@ -633,10 +576,9 @@ def _scores(
     bank: Float[Array, "examples dims"],
     candidates: Int[Array, "batch candidates"],
 ) -> Float[Array, "batch candidates"]:
-    """Inner products with chosen rows of the memory.
+    """Inner products with the candidate rows of the memory.
 
-    With many candidates it is faster, and smaller by the width, to take all products and pick among them than to
-    gather rows.
+    With many candidates, computing all products and picking some is faster than gathering rows, and needs less memory.
     """
     bank = jax.lax.stop_gradient(bank)
     if len(bank) <= _DENSE_BELOW * candidates.shape[1]:
@@ -647,7 +589,7 @@ def _scores(
 def _first_z(
     z: Float[Array, ""], scores: Float[Array, "batch candidates"], examples: int, axis_name: str | None
 ) -> Float[Array, ""]:
-    """The constant as it is, or, where it is not set yet, the number of examples times the mean exponential."""
+    """Z, or, where it is not set yet, the number of examples times the mean exponential of the scores."""
     log_mean = jax.nn.logsumexp(jax.lax.stop_gradient(scores)) - jnp.log(float(scores.size))
     if axis_name is not None:
         logs = jax.lax.all_gather(log_mean, axis_name)
@@ -659,7 +601,7 @@ def _first_z(
 def _noise_contrast(
     scores: Float[Array, "batch candidates"], z: Float[Array, ""], examples: int
 ) -> Float[Array, " batch"]:
-    """Both log-probabilities as softplus of log P - log c, which neither overflows nor loses a small P."""
+    """Both log-probabilities as a softplus of log P - log c, which neither overflows nor underflows."""
     noise = (scores.shape[1] - 1) / examples
     odds = scores - jnp.log(z) - jnp.log(noise + 1e-7)
     negatives = jnp.sum(jax.nn.softplus(odds[:, 1:]) + jnp.log1p(1e-7 / noise), axis=1)

@@ -1,9 +1,9 @@
-"""What a student is to imitate, where that is more than one label or one teacher; and losses for dense outputs.
+"""Targets from mixed labels, several teachers or stored top-k predictions; losses with labels and for segmentation.
 
-The makers of targets return either **probabilities** (:func:`mixup_targets`, :func:`cutmix_targets`; for
-``optax.losses.softmax_cross_entropy``) or **scores** like a single teacher's (all that start from a teacher), which
-go where ``teacher_logits`` go. None lets a gradient through to the teacher. Then come three losses, one value per
-example each: :func:`privileged`, and :func:`dice` and :func:`lovasz` for a prediction at every place of an image.
+:func:`mixup_targets` and :func:`cutmix_targets` return **probabilities**, for ``optax.losses.softmax_cross_entropy``.
+The functions that start from a teacher return **logits**, to pass as ``teacher_logits``. No gradient reaches the
+teacher. The losses are :func:`privileged`, and :func:`dice` and :func:`lovasz` for segmentation; each returns one value
+per example.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kdjax.losses._checks import NonNegative, Positive, Share, Temperature, checked
+from kdjax.losses._checks import NonNegative, Share, Temperature, checked
 from kdjax.losses.logits import (
     _labelled,
     _live,
@@ -31,25 +31,19 @@ def mixup_targets(
     *,
     num_classes: int,
 ) -> Float[Array, "batch classes"]:
-    r"""Label probabilities of images that were blended in pairs.
-
-    Known as mixup.
+    r"""Mixup: label probabilities of images that were blended in pairs.
 
     .. math:: \lambda \, e_{y_i} + (1 - \lambda) \, e_{y_{\pi(i)}}
 
-    A teacher that sees the blends needs none of this: its scores are the soft target, and these serve the hard loss.
-
     Args:
-      labels: of the unblended images, 0 to classes - 1; one that is void, negative, adds nothing to a row.
-      partner: the place in the batch, π(i), of the image that each was blended with.
+      labels: of the unblended images, 0 to classes - 1; a void label, negative, adds nothing to a row.
+      partner: π(i), the index in the batch of the image that each was blended with.
       share: λ of the first image, one for the batch or one per example, as :func:`kdjax.data.mixup` returns it.
       num_classes: length of a row.
 
     Returns:
-      One row of probabilities per example.
-
-    Cost:
-      O(B·C) time, O(B·C) memory.
+      One row of probabilities per example, for the hard loss; the teacher's logits of the blended image are the soft
+      target.
 
     References:
       Zhang et al., `mixup: Beyond Empirical Risk Minimization <https://arxiv.org/abs/1710.09412>`_, 2018, section 2;
@@ -68,25 +62,20 @@ def cutmix_targets(
     *,
     num_classes: int,
 ) -> Float[Array, "batch classes"]:
-    r"""Label probabilities of images into which a piece of another was pasted.
-
-    Known as CutMix.
+    r"""CutMix: label probabilities of images into which a patch of another was pasted.
 
     .. math:: \lambda \, e_{y_i} + (1 - \lambda) \, e_{y_{\pi(i)}}, \quad \lambda = \text{share of positions kept}
 
-    The share is counted from the mask itself, so a box that was clipped at the border is accounted for.
+    The share is counted from the mask, so a box that was clipped at the border counts correctly.
 
     Args:
-      labels: of the images before pasting, 0 to classes - 1; void, adding nothing, if negative.
-      partner: the place in the batch, π(i), of the image that each piece came from.
+      labels: of the images before pasting, 0 to classes - 1; a void label, negative, adds nothing to a row.
+      partner: π(i), the index in the batch of the image that each patch came from.
       kept: true where the first image remains; one mask for the batch, or one per example.
       num_classes: length of a row.
 
     Returns:
       One row of probabilities per example.
-
-    Cost:
-      O(B·P + B·C) time, O(B·C) memory.
 
     References:
       Yun et al., `CutMix <https://arxiv.org/abs/1905.04899>`_, 2019, section 3.1; box area uniform, in half of the
@@ -104,28 +93,23 @@ def noisy_teacher(
     deviation: NonNegative,
     probability: Share = 1.0,
 ) -> Float[Array, "*batch scores"]:
-    r"""A teacher's scores, each multiplied by a random factor near one for some of the examples.
-
-    Known as noisy teachers.
+    r"""Noisy teacher: the teacher's logits times random factors near one, for a random part of the examples.
 
     .. math:: t' = (1 + \xi) \odot t, \quad \xi_k \sim \mathcal N(0, \sigma^2)
 
-    Drawn anew at every step it acts like many teachers that differ a little, and regularises the student.
+    With a new key every step it acts like an ensemble of slightly different teachers and regularises the student.
 
     Args:
-      teacher_logits: unnormalised scores of the teacher.
-      key: one for the batch and step.
-      deviation: σ of the factor, 0 or more; 0 changes nothing.
-      probability: with which an example is perturbed at all, 0 to 1.
+      teacher_logits: logits of the teacher.
+      key: randomness of this step.
+      deviation: σ ≥ 0 of the factor; 0 changes nothing.
+      probability: of perturbing an example, 0 to 1.
 
     Returns:
-      Scores to use as the teacher's, float32, constant under differentiation.
+      Teacher logits, float32, constant under differentiation.
 
     Raises:
       ValueError: if an option is out of range.
-
-    Cost:
-      O(B·C) time, O(B·C) memory.
 
     References:
       Sau, Balasubramanian, `Deep Model Compression: Distilling Knowledge from Noisy Teachers
@@ -144,24 +128,19 @@ def average_logits(
     *,
     weights: Float[Array, " teachers"] | Float[Array, "teachers *batch"] | None = None,
 ) -> Float[Array, "*batch scores"]:
-    r"""Mean of the scores of several teachers: the geometric mean of what they predict.
-
-    Known as ensemble KD.
+    r"""Ensemble distillation: weighted mean of the teachers' logits, the geometric mean of their predictions.
 
     .. math:: \sum_m w_m t_m, \quad \sum_m w_m = 1
 
-    A teacher that is sure against a class, or masks it, can veto it; :func:`average_probabilities` lets any one propose
-    it.
+    One teacher that gives a class a very low logit, or masks it, can veto it; with :func:`average_probabilities` one
+    teacher can propose it.
 
     Args:
-      teacher_logits: unnormalised scores, one teacher after the other along the first axis.
-      weights: of each teacher, for all examples or per example, scaled here to sum to one; equal if left out.
+      teacher_logits: logits, teachers along the first axis.
+      weights: one per teacher, or one per teacher and example; normalised here to sum to one, equal by default.
 
     Returns:
-      Scores to use as the teacher's, float32, constant under differentiation.
-
-    Cost:
-      O(M·B·C) time, O(M·B·C) memory.
+      Teacher logits, float32, constant under differentiation.
 
     References:
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
@@ -179,28 +158,23 @@ def average_probabilities(
     weights: Float[Array, " teachers"] | Float[Array, "teachers *batch"] | None = None,
     temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch classes"]:
-    r"""Mean of what several teachers predict, as scores whose softmax at the temperature is that mean.
-
-    Known as ensemble KD.
+    r"""Ensemble distillation: logits whose softmax is the weighted mean of the teachers' predictions.
 
     .. math:: T \log \sum_m w_m \, \sigma(t_m / T), \quad \sum_m w_m = 1
 
     With :func:`~kdjax.losses.logits.soft_target_kl` at the same temperature, the gradient is that of the weighted sum
-    of the divergences from each teacher: averaging first costs one divergence instead of one per teacher.
+    of the KL divergences from each teacher, at the cost of one.
 
     Args:
-      teacher_logits: unnormalised scores, one teacher after the other along the first axis.
-      weights: of each teacher, for all examples or per example, scaled here to sum to one; equal if left out.
-      temperature: T > 0, at which the predictions are averaged and at which the result is to be used.
+      teacher_logits: logits, teachers along the first axis.
+      weights: one per teacher, or one per teacher and example; normalised here to sum to one, equal by default.
+      temperature: T > 0 at which the predictions are averaged; pass the same T to the loss.
 
     Returns:
-      Scores to use as the teacher's, float32, constant under differentiation; at T 1 the log of the mean probability.
+      Teacher logits, float32, constant under differentiation; at T = 1 the log of the mean probability.
 
     Raises:
       ValueError: if the temperature is not above 0.
-
-    Cost:
-      O(M·B·C) time, O(M·B·C) memory.
 
     References:
       Hinton, Vinyals, Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_,
@@ -214,34 +188,29 @@ def average_probabilities(
 def confidence_weights(
     teacher_logits: Float[Array, "teachers *batch classes"], labels: Int[Array, "*batch"]
 ) -> Float[Array, "teachers *batch"]:
-    r"""How far to trust each teacher on each example: the less, the larger its cross-entropy with the label.
-
-    Known as CA-MKD.
+    r"""Confidence-aware weights (CA-MKD) of several teachers, lower for a larger cross-entropy with the label.
 
     .. math:: w_m = \frac{1}{M - 1} \left(1 - \frac{\exp \mathcal L_m}{\sum_j \exp \mathcal L_j}\right)
 
     Args:
-      teacher_logits: unnormalised scores, one teacher after the other along the first axis.
-      labels: the right class of each example, 0 to classes - 1; void if negative.
+      teacher_logits: logits, teachers along the first axis.
+      labels: the class of each example, 0 to classes - 1; void if negative.
 
     Returns:
       Weights that sum to one over the teachers, between 0 and 1 / (M - 1), for :func:`average_probabilities` or
       :func:`average_logits`; 1 for a single teacher, and equal ones where the label is void.
 
-    Cost:
-      O(M·B·C) time, O(M·B·C) memory.
-
     References:
       Zhang, Chen, Wang, `Confidence-Aware Multi-Teacher Knowledge Distillation <https://arxiv.org/abs/2201.00007>`_,
-      2022, as in the authors' code, which divides the weighted sum of divergences by M once more. Default weight of
-      that sum there: 1.
+      2022, as in the authors' code, which also divides the weighted sum of divergences by M. Default weight of that
+      sum there: 1.
     """
     teachers, classes = teacher_logits.shape[0], teacher_logits.shape[-1]
     if teachers == 1:
         return jnp.ones((1, *labels.shape), jnp.float32)
     log_p = _normalise(_live(jax.lax.stop_gradient(teacher_logits)))
     right = jnp.broadcast_to(_one_hot(labels, classes), log_p.shape)
-    # Finite, so that of two teachers that rule out the right class neither is trusted.
+    # Finite, so that two teachers that mask the right class get equal weights.
     surprise = jnp.minimum(-jnp.sum(jnp.where(right, log_p, 0), axis=-1), jnp.finfo(jnp.float32).max)
     surprise = jnp.where(labels[None] < classes, surprise, jnp.nan)
     return (1 - jax.nn.softmax(surprise, axis=0)) / (teachers - 1)
@@ -255,25 +224,22 @@ def spread_top_k(
     num_classes: int,
     temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch classes"]:
-    """Scores of a teacher of which only the k largest probabilities were stored, the missing mass spread evenly.
+    """Top-k distillation: logits of a teacher of which only the k largest probabilities are stored.
 
-    :func:`~kdjax.losses.logits.top_k_kl` assumes less: it leaves open how the missing mass is shared.
+    The missing probability is spread evenly; :func:`~kdjax.losses.logits.top_k_kl` leaves open how it is divided.
 
     Args:
       teacher_probabilities: of the stored classes, from the teacher's softmax at the temperature.
-      teacher_classes: the class of each of them, all different within an example.
+      teacher_classes: the class of each stored probability, all different within an example.
       num_classes: length of a row, at least k.
-      temperature: at which they were taken and at which the result is to be used.
+      temperature: of the stored probabilities; pass the same T to the loss.
 
     Returns:
-      Scores whose softmax at that temperature holds the stored probabilities and equal ones elsewhere; -inf where
-      nothing is left for a class. Float32, constant under differentiation.
+      Logits whose softmax at that temperature holds the stored probabilities, and equal ones elsewhere; -inf where no
+      probability is left. Float32, constant under differentiation.
 
     Raises:
       ValueError: if the temperature is not above 0, or k exceeds the number of classes.
-
-    Cost:
-      O(B·C) time, O(B·C) memory.
     """
     k = teacher_classes.shape[-1]
     if k > num_classes:
@@ -293,21 +259,18 @@ def privileged(
     soft_weight: Share = 0.5,
     temperature: Temperature = 1.0,
 ) -> Float[Array, "*batch"]:
-    r"""Generalised distillation: labels, and the softened opinion of a teacher that saw more than the student does.
-
-    Known as generalised distillation.
+    r"""Generalised distillation: labels, and the softened predictions of a teacher with privileged inputs.
 
     .. math:: (1 - \lambda) \, H(e_y, \sigma(s)) + \lambda \, H(\sigma(t / T), \sigma(s))
 
     with H(p, q) the cross-entropy. The teacher was trained on privileged inputs (a sharper image, another modality,
-    notes made afterwards) that will not be there at test time. As in the paper only the teacher is softened and there
-    is no factor T² (the authors' code for MNIST has one); where both are to be softened add
-    ``label_smoothing_cross_entropy`` and ``soft_target_kl``.
+    later notes) that are not available at test time. As in the paper only the teacher is softened and there is no
+    factor T² (the authors' code for MNIST has one). To soften both, use :func:`~kdjax.losses.logits.soft_target_kl`.
 
     Args:
-      student_logits: unnormalised scores of the student, from its own inputs.
-      teacher_logits: unnormalised scores of the teacher, from the privileged inputs; constant under differentiation.
-      labels: the right class of each example, 0 to classes - 1; void if negative.
+      student_logits: logits of the student, from its own inputs.
+      teacher_logits: logits of the teacher, from the privileged inputs; constant under differentiation.
+      labels: the class of each example, 0 to classes - 1; void if negative.
       soft_weight: λ, the imitation parameter, from 0 (labels only) to 1 (teacher only).
       temperature: T > 0, of the teacher's softmax.
 
@@ -317,13 +280,10 @@ def privileged(
     Raises:
       ValueError: if an option is out of range.
 
-    Cost:
-      O(B·C) time, O(B·C) memory.
-
     References:
       Lopez-Paz, Bottou, Schölkopf, Vapnik, `Unifying distillation and privileged information
       <https://arxiv.org/abs/1511.03643>`_, 2016, section 4, with the objective of section 2.
-      There λ 0 to 1 and T 1 to 50 are searched.
+      There λ from 0 to 1 and T from 1 to 50 are searched.
     """
     student = _labelled(student_logits, labels)
     hard = label_smoothing_cross_entropy(student, labels, smoothing=0.0)
@@ -335,44 +295,33 @@ def privileged(
 def dice(
     student_logits: Float[Array, "*batch height width classes"],
     target_probabilities: Float[Array, "*batch height width classes"],
-    *,
-    smoothing: Positive = 1.0,
 ) -> Float[Array, "*batch"]:
-    r"""One minus the soft Dice overlap of each class with its target, averaged over the classes.
+    r"""Dice loss: one minus the soft Dice overlap of each class with its target, averaged over the classes.
 
-    Known as Dice.
+    .. math:: \frac1C \sum_c \left(1 - \frac{2 \sum_x p g + 1}{\sum_x p^2 + \sum_x g^2 + 1}\right)
+              = \frac1C \sum_c \frac{\sum_x (p - g)^2}{\sum_x p^2 + \sum_x g^2 + 1}
 
-    .. math:: \frac1C \sum_c \left(1 - \frac{2 \sum_x p g + \varepsilon}{\sum_x p^2 + \sum_x g^2 + \varepsilon}\right)
-              = \frac1C \sum_c \frac{\sum_x (p - g)^2}{\sum_x p^2 + \sum_x g^2 + \varepsilon}
-
-    computed in the second form, which cannot cancel. With squares in the denominator it is zero for soft targets too,
-    just where the student equals them, so a teacher's softmax may stand for the labels. A position whose target is zero
-    for every class, as ``jax.nn.one_hot`` makes of a void label, counts nothing; nor does a class that is masked
-    everywhere.
+    computed in the second form, without cancellation. It is zero where the student equals the target, for soft targets
+    too, so the target may be a teacher's softmax. A position whose target is zero for every class, as
+    ``jax.nn.one_hot`` gives for a void label, is left out, and so is a class that is masked everywhere.
 
     Args:
-      student_logits: unnormalised scores at every position.
+      student_logits: logits at every position.
       target_probabilities: one-hot labels, or a teacher's probabilities; constant under differentiation.
-      smoothing: ε > 0 in positions; it decides what a class that neither shows counts, and bounds the gradient.
 
     Returns:
       One value from 0 to 1 per example (image).
 
-    Raises:
-      ValueError: if the smoothing is not above 0.
-
-    Cost:
-      O(B·P·C) time, O(B·P·C) memory.
-
     References:
-      Milletari, Navab, Ahmadi, `V-Net <https://arxiv.org/abs/1606.04797>`_, 2016, section 3.
+      Milletari, Navab, Ahmadi, `V-Net <https://arxiv.org/abs/1606.04797>`_, 2016, section 3, there without the 1,
+      which defines the value of absent classes and bounds the gradient.
     """
     g = jax.lax.stop_gradient(target_probabilities).astype(jnp.float32)
     void = jnp.sum(g, axis=-1, keepdims=True) == 0
     scores = jnp.where(void, -jnp.inf, _live(student_logits))
     live, p = jnp.any(~jnp.isneginf(scores), axis=(-3, -2)), _softmax(scores)
     apart, student, target = (jnp.sum(jnp.square(x), axis=(-3, -2)) for x in (p - g, p, g))
-    each = jnp.where(live, apart / (student + target + smoothing), 0)
+    each = jnp.where(live, apart / (student + target + 1.0), 0)
     return jnp.sum(each, axis=-1) / jnp.maximum(jnp.sum(live, axis=-1), 1)
 
 
@@ -380,30 +329,25 @@ def dice(
 def lovasz(
     student_logits: Float[Array, "*batch height width classes"], labels: Int[Array, "*batch height width"]
 ) -> Float[Array, "*batch"]:
-    r"""Lovász-softmax: a convex surrogate of one minus the intersection over union, averaged over classes present.
-
-    Known as Lovász-softmax.
+    r"""Lovász-softmax: surrogate of one minus the intersection over union, averaged over the classes present.
 
     .. math:: \frac{1}{|C_y|} \sum_{c \in C_y} \sum_i m^c_{(i)}
               \left[J_c(\{(1), \dots, (i)\}) - J_c(\{(1), \dots, (i - 1)\})\right]
 
     with errors m = 1 - p_c where the label is c and p_c elsewhere, in decreasing order (1), (2), …, and J_c(S) the
-    Jaccard loss of class c if just the positions S were wrong. At probabilities 0 and 1 it is the Jaccard loss itself.
-    A position whose label is void, below 0, counts nothing.
+    Jaccard loss of class c if exactly the positions S were wrong. At probabilities 0 and 1 it equals the Jaccard loss.
+    Positions with a void label, below 0, are left out.
 
-    The measure is not additive over images. This is its per-image form; for that of a whole batch join the batch into
-    the height: ``lovasz(s.reshape(1, -1, *s.shape[2:]), y.reshape(1, -1, y.shape[2]))``. To distil, take the teacher's
-    argmax as labels.
+    This is the per-image form. For that of a whole batch reshape the batch into the height:
+    ``lovasz(s.reshape(1, -1, *s.shape[2:]), y.reshape(1, -1, y.shape[2]))``. To distil, pass the teacher's argmax as
+    labels.
 
     Args:
-      student_logits: unnormalised scores at every position.
-      labels: the class at every position.
+      student_logits: logits at every position.
+      labels: the class at every position; void if negative.
 
     Returns:
-      One value from 0 to 1 per example (image); zero where every position is predicted with certainty.
-
-    Cost:
-      O(B·C·P·log P) time, O(B·P·C) memory.
+      One value from 0 to 1 per example (image); zero where every position is right with probability 1.
 
     References:
       Berman, Rannen Triki, Blaschko, `The Lovász-Softmax loss <https://arxiv.org/abs/1705.08790>`_, 2018, section 3,
@@ -423,7 +367,7 @@ def lovasz(
 
 
 def _softmax(scores: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
-    """Zero, with a gradient of zero, for classes at -inf, even if all are."""
+    """Softmax; zero, with a gradient of zero, for classes at -inf, even where all are."""
     none = jnp.isneginf(jnp.max(scores, axis=-1, keepdims=True))
     return jnp.where(none, 0, jax.nn.softmax(jnp.where(none, 0, scores)))
 
@@ -431,10 +375,10 @@ def _softmax(scores: Float[Array, "*batch classes"]) -> Float[Array, "*batch cla
 def _sorted_steps(
     error: Float[Array, "*batch positions"], truth: Float[Array, "*batch positions"]
 ) -> Float[Array, "*batch positions"]:
-    """What each position adds to the Jaccard loss if they go wrong one by one, in decreasing order of their errors.
+    """Increment of the Jaccard loss at each position, if positions go wrong one by one in decreasing order of error.
 
-    The errors are 0 or more. Their bits, read as integers, are in the same order, and integers sort faster: they need
-    no care for NaN.
+    Errors are non-negative, so their bits, read as integers, have the same order. Integers sort faster, since there is
+    no NaN to handle.
     """
     order = jnp.argsort(-jax.lax.bitcast_convert_type(error, jnp.int32), axis=-1, stable=False)
     steps = jnp.diff(_jaccard_losses(jnp.take_along_axis(truth, order, axis=-1)), axis=-1)
@@ -444,10 +388,10 @@ def _sorted_steps(
 def _searched_steps(
     error: Float[Array, "*batch positions"], truth: Float[Array, "*batch positions"]
 ) -> Float[Array, "*batch positions"]:
-    """The same in half the time on a CPU, which sorts numbers alone much faster than numbers with their places.
+    """As `_sorted_steps`, in half the time on a CPU, which sorts keys alone much faster than keys with indices.
 
-    The truth rides in the last bit of the error. Where each position came to lie is searched for; equal ones share
-    their steps evenly.
+    The truth is stored in the last bit of the error. The rank of each position is found by search; positions of equal
+    keys share their steps evenly.
     """
     bits = jax.lax.bitcast_convert_type(error, jnp.int32)
     keys = -(bits & ~1 | truth.astype(jnp.int32)).reshape(-1, error.shape[-1])
@@ -461,7 +405,7 @@ def _searched_steps(
 
 
 def _jaccard_losses(truth: Float[Array, "*batch positions"]) -> Float[Array, "*batch counts"]:
-    """The Jaccard loss if the first 0, 1, 2, … positions of those given were wrong."""
+    """The Jaccard loss if the first 0, 1, 2, … of the given positions were wrong."""
     size = jnp.sum(truth, axis=-1, keepdims=True)
     hits = jnp.cumsum(truth, axis=-1)
     misses = 1 + jax.lax.broadcasted_iota(hits.dtype, hits.shape, hits.ndim - 1) - hits

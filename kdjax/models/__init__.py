@@ -1,4 +1,4 @@
-"""Networks that return logits and named features, and what a training loop needs of them.
+"""Networks that return logits and named features, with their initialisation and ``apply`` function.
 
 ::
 
@@ -8,10 +8,10 @@
     outputs, model_state = apply_fn(params, model_state, images, train=True, key=key)
     outputs.logits, outputs.features["stage2"], outputs.features["embedding"]
 
-Every network has the feature "embedding", the vector that its last layer maps to the logits, and "stage1", "stage2" and
-so on, the maps (or hidden layers) on the way. Any other linen module whose ``__call__(x, *, train)`` returns
-:class:`kdjax.types.Outputs` works with :func:`init` and :func:`apply_fn` as well. The forms in which convolutions and
-pooling are computed are chosen in :mod:`kdjax.models.layers`.
+Every network has the feature "embedding", the input of its last layer, and "stage1", "stage2" and so on, its feature
+maps (or hidden layers). :func:`apply_fn` also takes any other linen module whose ``__call__(x, *, train)`` returns
+:class:`kdjax.types.Outputs`; initialise such a module with its own ``module.init``. :mod:`kdjax.models.layers` chooses
+how convolutions and pooling are computed.
 """
 
 import dataclasses
@@ -62,25 +62,24 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v2_w25": functools.partial(MobileNetV2, width=0.25),  # for a CPU
     "mobilenet_v2_w25_cut5": functools.partial(MobileNetV2, width=0.25, removed=5),
 }
-"""Every network by name; the fields of its module are the overrides that :func:`build` takes."""
-
+"""Every network by name; :func:`build` takes the fields of its module as overrides."""
 
 _NETWORKS: tuple[Any, ...] = (DigitsCnn, KerasCnn, MalariaCnn, Mlp, MobileNetV2, ResNet, WideResNet)
 
 
 def build(name: str, *, num_classes: int, **overrides: Any) -> nn.Module:
-    """Makes a network by name.
+    """Builds a network by name.
 
     Args:
       name: a key of :data:`MODELS`.
       num_classes: number of logits.
-      **overrides: other values for the module's fields, such as ``width`` or ``dtype``.
+      **overrides: values for the module's fields, such as ``width`` or ``dtype``.
 
     Returns:
       A linen module whose ``__call__(x, *, train)`` returns :class:`kdjax.types.Outputs`.
 
     Raises:
-      ValueError: if there is no such network or field, or no class.
+      ValueError: if there is no such network or field, or ``num_classes`` is below 1.
     """
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, n=1)
@@ -98,19 +97,19 @@ def build(name: str, *, num_classes: int, **overrides: Any) -> nn.Module:
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """A network as plain JSON: its class, and its fields by name; :func:`from_description` builds it again.
+    """Describes a network in JSON: its class and its fields; :func:`from_description` builds it again.
 
-    ``axis_name`` is left out: it says how a network is trained, not what it computes.
+    ``axis_name`` is left out: it concerns the training of a network, not its function.
     """
     fields = (f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name", "axis_name"))
     return {"class": type(module).__name__} | {name: _plain(name, getattr(module, name)) for name in fields}
 
 
 def from_description(description: Mapping[str, Any]) -> nn.Module:
-    """The network of :func:`kdjax.models` that :func:`describe` described.
+    """Builds the network that :func:`describe` described.
 
     Raises:
-      ValueError: if it is none of this package's networks, or of a version with other fields.
+      ValueError: if it is not one of this package's networks, or of a version with other fields.
     """
     known = {network.__name__: network for network in _NETWORKS}
     fields = {name: value for name, value in description.items() if name != "class"}
@@ -129,14 +128,14 @@ def from_description(description: Mapping[str, Any]) -> nn.Module:
 
 
 def name_of(module: nn.Module) -> str:
-    """The name in :data:`MODELS` of such a network, whatever its dtype; that of its class if it has none."""
+    """The name of a network in :data:`MODELS`, whatever its dtype; the name of its class if it has none."""
     wanted: dict[str, Any] = describe(module) | {"dtype": "float32"}
     classes = wanted.get("num_classes", 1)
     return next((n for n in MODELS if describe(build(n, num_classes=classes)) == wanted), wanted["class"])
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A field as JSON has it; a value of another kind, in a user's own network, by its ``repr``."""
+    """The value of a field in JSON; values of other types, in a user's own network, by their ``repr``."""
     if name == "dtype":
         return jnp.dtype(value).name
     if isinstance(value, tuple):
@@ -170,14 +169,17 @@ def apply_fn(module: nn.Module) -> ApplyFn:
 
 
 def init(module: nn.Module, image_shape: Sequence[int], *, seed: int) -> tuple[Params, ModelState]:
-    """Draws parameters as linen's defaults do, with NumPy: compiling ``module.init`` takes longer than a short run.
+    """Initialises one of this package's networks with NumPy, since compiling ``module.init`` takes up to 30 seconds.
 
-    Kernels are normal, truncated at two standard deviations, of variance 1 / fan-in (LeCun); biases and means are 0,
-    scales and variances 1. Other initialisers that a module names are *not* looked at. Each array has its own stream,
-    derived from the seed and its path, so a layer's numbers depend neither on other layers nor on platform or version.
+    **Only for the networks of** :mod:`kdjax.models`, which use linen's default initialisers. A module's own
+    initialisers are ignored: initialise any other module with ``module.init(key, x, train=False)``.
+
+    Kernels are normal, truncated at two standard deviations, with variance 1 / fan-in (LeCun); biases and means are 0,
+    scales and variances 1. Each array has its own random stream, derived from the seed and its path, so its values do
+    not depend on other layers, the platform or the version of JAX.
 
     Args:
-      module: whose ``__call__(x, *, train)`` is to be run.
+      module: a network of :func:`build`.
       image_shape: height, width and channels.
       seed: any integer.
 
@@ -212,7 +214,7 @@ def shapes_of(module: nn.Module, image_shape: Sequence[int]) -> Weights:
 
 
 def count_parameters(params: Params) -> int:
-    """Number of trainable numbers."""
+    """Number of trainable parameters."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
@@ -235,13 +237,13 @@ def _initial(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, *, seed: int) ->
 
 
 TRUNCATED_STD = 0.87962566103423978
-"""Standard deviation of a standard normal variable that is cut off at -2 and 2."""
+"""Standard deviation of a standard normal variable truncated to [-2, 2]."""
 
 
 def _truncated_normal(generator: np.random.Philox, count: int) -> np.ndarray:
     """Standard normal numbers within [-2, 2], by rejection from raw bits.
 
-    NumPy promises the same raw bits in every version, which it does not for ``Generator.normal``.
+    NumPy guarantees the same raw bits in every version, but not the same values of ``Generator.normal``.
     """
     kept, missing = [], count
     while missing > 0:

@@ -1,4 +1,4 @@
-"""Small convolutional networks: the Keras tutorial's pair, the malaria pair, and a pair for 8x8 digits."""
+"""Small convolutional networks: teacher and student of the Keras tutorial, of the malaria study and for 8x8 digits."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ class KerasCnn(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
-        """Scores images; there is nothing that training would change."""
+        """Returns logits and features; training and evaluation do not differ."""
         del train
         features = {}
         x = nn.leaky_relu(Conv(self.widths[0], 3, strides=2, dtype=self.dtype)(x), 0.2)
@@ -45,7 +45,7 @@ class KerasCnn(nn.Module):
 
 
 class MalariaCnn(nn.Module):
-    """Network of the saddle-recruitment study on 32x32 cells: two valid convolutions, one hidden dense layer.
+    """Network of the SPRKD malaria study on 32x32 images: two convolutions without padding, one hidden dense layer.
 
     Parameters on 32x32x3 images and 2 classes: 25,546 with the teacher's widths, 6,430 with the student's.
 
@@ -70,14 +70,14 @@ class MalariaCnn(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
-        """Scores images; training draws dropout from the stream "dropout"."""
+        """Returns logits and features; training draws dropout from the stream "dropout"."""
         features = {}
-        x = _turned(x)  # two to eight channels: see kdjax.models.layers_chwn
+        x = _transposed(x)  # two to eight channels: see kdjax.models.layers_chwn
         x = nn.relu(layers_chwn.Conv(self.widths[0], 3, dtype=self.dtype)(x))
-        features["stage1"] = _turned(x)
+        features["stage1"] = _transposed(x)
         x = nn.relu(layers_chwn.Conv(self.widths[1], 3, dtype=self.dtype)(x))
         x = layers_chwn.max_pool(x, 2)
-        features["stage2"] = _turned(x)
+        features["stage2"] = _transposed(x)
         x = nn.Dropout(self.dropout[0], deterministic=not train)(x)
         x = jnp.transpose(x, (1, 2, 0, 3)).reshape(-1, x.shape[-1]).T
         features["embedding"] = x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype)(x))
@@ -86,8 +86,8 @@ class MalariaCnn(nn.Module):
         return Outputs(logits.astype(jnp.float32), features)
 
 
-def _turned(x: Array) -> Array:
-    """``NHWC`` as ``CHWN``, and back."""
+def _transposed(x: Array) -> Array:
+    """``NHWC`` to ``CHWN`` and back."""
     return jnp.transpose(x, (3, 1, 2, 0))
 
 
@@ -112,7 +112,7 @@ class DigitsCnn(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
-        """Scores images; training draws dropout from the stream "dropout"."""
+        """Returns logits and features; training draws dropout from the stream "dropout"."""
         features = {}
         features["stage1"] = x = nn.relu(Conv(self.width, 3, dtype=self.dtype)(x))
         features["stage2"] = x = nn.relu(Conv(2 * self.width, 3, strides=2, dtype=self.dtype)(x))

@@ -1,6 +1,6 @@
-"""Small networks that stand beside a student while it is distilled, and are thrown away afterwards.
+"""Heads: small networks that some losses need during training only.
 
-Their parameters join the student's in one pytree, so that one optimizer trains all of them and none is forgotten::
+Their parameters are trained with the student's, in one pytree::
 
     head = heads.VidHead(features=teacher_channels)
     params = {"student": student_params, "head": head.init(key, student_map)["params"]}
@@ -9,9 +9,8 @@ Their parameters join the student's in one pytree, so that one optimizer trains 
         mean, log_scale = head.apply({"params": params["head"]}, outputs.features["stage2"])
         loss = losses.vid(mean, teacher_map, log_scale=log_scale)
 
-Those that normalise by the batch also keep "batch_stats", beside the student's own. A layer that a normalisation
-follows has no bias: it would be subtracted again and never receive a gradient. Initialise with ``module.init``; the
-loss that each belongs to is in :mod:`kdjax.losses`.
+Heads with batch normalisation also keep "batch_stats". A layer before a normalisation has no bias, which would be
+subtracted again and receive no gradient. Initialise heads with ``module.init``; the losses are in :mod:`kdjax.losses`.
 """
 
 import functools
@@ -28,15 +27,15 @@ from kdjax.models.layers import Conv, batch_norm
 
 
 class Regressor(nn.Module):
-    """Brings a map of the student to the teacher's channels: 1x1 convolution, normalisation, ReLU.
+    """Maps the student's channels to the teacher's: 1x1 convolution, batch normalisation, ReLU.
 
-    For :func:`kdjax.losses.hint`. Losses before the ReLU (:func:`kdjax.losses.ofd`,
-    :func:`kdjax.losses.activation_boundary`) take it without its own: ``activation=lambda x: x``.
+    For :func:`kdjax.losses.hint`. Losses on activations before the ReLU (:func:`kdjax.losses.ofd`,
+    :func:`kdjax.losses.activation_boundary`) use it without the ReLU: ``activation=lambda x: x``.
 
     Attributes:
       features: the teacher's channels.
-      activation: applied last.
-      axis_name: of the mapped axis over which batch statistics are averaged; None keeps each device's own.
+      activation: the last operation.
+      axis_name: mapped axis over which batch statistics are averaged; None keeps them per device.
       dtype: of the computation; parameters and batch statistics are float32.
 
     References:
@@ -54,16 +53,16 @@ class Regressor(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], *, train: bool
     ) -> Float[Array, "batch height width features"]:
-        """Maps the student's features; training normalises by the batch and updates "batch_stats"."""
+        """Returns the mapped features; training normalises by the batch and updates "batch_stats"."""
         x = Conv(self.features, 1, use_bias=False, dtype=self.dtype)(x)
         return self.activation(batch_norm(self, train=train)()(x))
 
 
 class Embedding(nn.Module):
-    """Projects features onto the unit sphere: flattened, one linear layer, divided by the 2-norm.
+    """Projects features onto the unit sphere: flatten, one linear layer, division by the 2-norm.
 
-    For :func:`kdjax.losses.crd` and :func:`kdjax.losses.info_nce`: one for the student and one
-    for the teacher, both trained. A row that the layer maps to zero stays zero and receives no gradient.
+    For :func:`kdjax.losses.crd` and :func:`kdjax.losses.info_nce`: one head for the student and one for the teacher,
+    both trained. A row that the layer maps to zero stays zero and receives no gradient.
 
     Attributes:
       features: length of the embedding.
@@ -87,35 +86,23 @@ class Embedding(nn.Module):
 
 
 class VidHead(nn.Module):
-    """Predicts the teacher's map from the student's: its mean by three 1x1 convolutions, its scale per channel.
+    """Predicts the teacher's map: its mean from the student's by three 1x1 convolutions, its variance per channel.
 
-    For :func:`kdjax.losses.vid`. The convolutions have ReLUs between them and no bias. The scale is
-    a parameter that no input reaches; it starts where the variance is ``initial_variance``.
+    For :func:`kdjax.losses.vid`. The convolutions have ReLUs between them and no bias. The variance is a parameter that
+    does not depend on the input; it starts at 5.
 
     Attributes:
       features: the teacher's channels.
-      initial_variance: σ² of every channel before training.
-      smallest_variance: ε, the same that the loss is given.
       dtype: of the convolutions; parameters are float32.
 
     References:
       Ahn et al., `Variational Information Distillation <https://arxiv.org/abs/1904.05835>`_, 2019, in the form of Tian
-      et al., `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020. Default there:
-      variance 5, ε 1e-5, as many hidden channels as the teacher's map has.
+      et al., `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020: an initial
+      variance of 5, as many hidden channels as the teacher's map has.
     """
 
     features: int
-    initial_variance: float = 5.0
-    smallest_variance: float = 1e-5
     dtype: Any = jnp.float32
-
-    def __post_init__(self) -> None:
-        if not self.initial_variance > self.smallest_variance > 0:
-            raise ValueError(
-                "a VidHead needs an initial_variance above its smallest_variance above 0, got "
-                f"{self.initial_variance} and {self.smallest_variance}; the authors start from 5 and 1e-5."
-            )
-        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -124,18 +111,18 @@ class VidHead(nn.Module):
         """Returns the mean and the ``log_scale`` of the teacher's map."""
         conv = functools.partial(Conv, self.features, 1, use_bias=False, dtype=self.dtype)
         mean = conv()(nn.relu(conv()(nn.relu(conv()(x)))))
-        start = math.log(math.expm1(self.initial_variance - self.smallest_variance))  # inverse of softplus
+        start = math.log(math.expm1(5.0 - 1e-5))  # where the variance softplus(log_scale) + 1e-5 is 5
         return mean, self.param("log_scale", nn.initializers.constant(start), (self.features,), jnp.float32)
 
 
 class FactorTranslator(nn.Module):
-    """Translates a map of the student into factors: three 3x3 convolutions with normalisation and leaky ReLU.
+    """Turns a map of the student into factors: three 3x3 convolutions with batch normalisation and leaky ReLU.
 
     For :func:`kdjax.losses.factor_transfer`, trained with the student.
 
     Attributes:
       features: channels of the factors, those of the teacher's :class:`FactorParaphraser`.
-      axis_name: of the mapped axis over which batch statistics are averaged; None keeps each device's own.
+      axis_name: mapped axis over which batch statistics are averaged; None keeps them per device.
       dtype: of the computation; parameters and batch statistics are float32.
 
     References:
@@ -151,7 +138,7 @@ class FactorTranslator(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], *, train: bool
     ) -> Float[Array, "batch height width features"]:
-        """Translates; training normalises by the batch and updates "batch_stats"."""
+        """Returns the factors; training normalises by the batch and updates "batch_stats"."""
         for channels in (x.shape[-1], self.features, self.features):
             x = Conv(channels, 3, use_bias=False, dtype=self.dtype)(x)
             x = nn.leaky_relu(batch_norm(self, train=train)()(x), 0.1)
@@ -159,11 +146,11 @@ class FactorTranslator(nn.Module):
 
 
 class FactorParaphraser(nn.Module):
-    """Autoencoder of a map of the teacher; what passes through its middle are the factors.
+    """Autoencoder of a map of the teacher; its bottleneck holds the factors.
 
-    For :func:`kdjax.losses.factor_transfer`. It is trained first, on the teacher alone, by
-    ``losses.hint(reconstruction, teacher_map)``, and frozen then. Three 3x3 convolutions either way, with leaky ReLU
-    after each; the decoder's, transposed of stride 1 in the original, are plain ones, of which they are a renaming.
+    For :func:`kdjax.losses.factor_transfer`. Train it first, on the teacher alone, with
+    ``losses.hint(reconstruction, teacher_map)``, then freeze it. Encoder and decoder have three 3x3 convolutions each,
+    with leaky ReLUs. The original's transposed convolutions of stride 1 are plain convolutions with flipped kernels.
 
     Attributes:
       features: channels of the factors; half of the teacher's in the paper.
@@ -191,10 +178,11 @@ class FactorParaphraser(nn.Module):
 
 
 class Generator(nn.Module):
-    """Restores a masked map: 3x3 convolution, ReLU, 3x3 convolution.
+    """Restores the teacher's map from a masked map of the student: 3x3 convolution, ReLU, 3x3 convolution.
 
-    For :func:`kdjax.losses.mgd`. A student with other channels than the teacher's is brought to them by a
-    1x1 convolution before the mask, ``Conv(features, 1)``.
+    For :func:`kdjax.losses.mgd`. The caller masks channels or positions, with :func:`kdjax.losses.mask_channels` or
+    :func:`kdjax.losses.mask_positions`. Where the student's channels differ from the teacher's, map them with a 1x1
+    convolution before the mask: ``Conv(features, 1)``.
 
     Attributes:
       features: the teacher's channels.
@@ -211,22 +199,23 @@ class Generator(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch height width features"]:
-        """Generates a map of the teacher from a masked one of the student."""
+        """Returns the restored map."""
         conv = functools.partial(Conv, self.features, 3, dtype=self.dtype)
         return conv()(nn.relu(conv()(x)))
 
 
 class ReviewFusion(nn.Module):
-    """Joins a map of the student with what deeper stages handed up, by attention, and reads it for the teacher.
+    """Fuses a map of the student with the fused map of the next deeper stage, by attention.
 
-    For :func:`kdjax.losses.reviewkd`: start at the deepest stage, without ``deeper``, and hand the second result up.
-    A 1x1 convolution brings the map to ``hidden`` channels; ``deeper``, enlarged to its size, is mixed with it by two
-    weights per position; a 3x3 convolution brings the mixture to the teacher's channels. Both are normalised.
+    For :func:`kdjax.losses.reviewkd`. Start at the deepest stage, without ``deeper``, and pass the second result to the
+    next shallower stage. A 1x1 convolution maps ``x`` to ``hidden`` channels; ``deeper`` is resized to the same height
+    and width; the two are added with two learnt weights per position; a 3x3 convolution maps the sum to the teacher's
+    channels. Both convolutions are followed by batch normalisation.
 
     Attributes:
       features: the teacher's channels.
-      hidden: channels of the mixture, equal for all stages.
-      axis_name: of the mapped axis over which batch statistics are averaged; None keeps each device's own.
+      hidden: channels of the fused map, equal for all stages.
+      axis_name: mapped axis over which batch statistics are averaged; None keeps them per device.
       dtype: of the computation; parameters and batch statistics are float32.
 
     References:
@@ -247,11 +236,11 @@ class ReviewFusion(nn.Module):
         *,
         train: bool,
     ) -> tuple[Float[Array, "batch height width features"], Float[Array, "batch height width hidden"]]:
-        """Returns the map to compare with the teacher's, and the mixture, which the next shallower stage takes.
+        """Returns the map to compare with the teacher's, and the fused map for the next shallower stage.
 
         Args:
           x: a map of the student.
-          deeper: the mixture of the stage below; None at the deepest stage, which has no attention.
+          deeper: the fused map of the next deeper stage; None at the deepest stage, which has no attention.
           train: normalise by the batch and update "batch_stats".
         """
         norm = batch_norm(self, train=train)

@@ -1,19 +1,19 @@
-"""Convolution and pooling in the form that is fastest on the platform at hand: the one place where it is chosen.
+"""Convolution and pooling in the fastest form for each platform; this module is the only place that chooses.
 
-On a GPU or TPU these are XLA's own operations. On a CPU they are equal in value and in gradient and written so that XLA
-compiles them well. Three facts, measured on one core with jax 0.10, decide the forms:
+On a GPU or TPU these are XLA's own operations. On a CPU they are forms with the same value and gradient that XLA
+compiles to faster code. Three facts, measured on one core with jax 0.10, decide the forms:
 
 - XLA's gradients of a convolution, by weights and by input, are 5 to 80 times slower inside ``scan``, ``while`` or
-  ``cond`` than at top level, since the rewrite that makes them fast sees only the entry computation. A *forward*
-  convolution is as fast in a loop. So no form here leaves a gradient to XLA's convolution: the input gradient is a
-  forward convolution or a matmul, the weight gradient a matmul on patches. The same code serves in a loop and outside.
+  ``cond`` than at top level, because the rewrite that makes them fast applies to the entry computation only. A
+  *forward* convolution is as fast in a loop. So the input gradient here is a forward convolution or a matmul, and the
+  weight gradient is a matmul on patches, inside and outside of loops.
 - A buffer of patches beyond a few megabytes costs more in page faults than the matmul that reads it. So the batch is
-  walked in chunks of :data:`CHUNK_BYTES`.
-- The gradient of ``reduce_window`` (max-pooling) and grouped convolutions (depthwise) are an order of magnitude slower
-  than shifted slices.
+  processed in chunks of :data:`CHUNK_BYTES`.
+- The gradient of ``reduce_window`` (max-pooling) and grouped (depthwise) convolutions are ten times slower than shifted
+  slices.
 
-The gradients of convolutions are reverse-mode rules: ``jax.jvp`` of a network does not pass them, but ``jax.jvp`` or
-``jax.linearize`` of its ``jax.grad`` does, which Hessian-vector products need, and so does reverse over reverse.
+The gradients of convolutions are ``custom_vjp`` rules. So ``jax.jvp`` of a network raises an error, but ``jax.jvp`` or
+``jax.linearize`` of its ``jax.grad`` works, as Hessian-vector products need, and so does reverse over reverse.
 """
 
 import functools
@@ -29,13 +29,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 CHUNK_BYTES = 4 * 2**20
-"""Size of the patches that one matmul reads. Between 1 and 4 MiB the time is flat, at 16 MiB it is up to 1.4 times."""
+"""Size of the patches of one matmul. The time is equal from 1 to 4 MiB, and up to 1.4 times longer at 16 MiB."""
 
 NATIVE_CHANNELS = range(16, 65)
 """Input channels for which XLA's forward convolution, at stride 1, beats patches × matmul on a CPU.
 
-Patches took .6 of its time at 8 channels and 1.1 to 1.6 at 16 to 64. From 96 to 256 they took 1.05 to 1.2 at stride 1
-but .75 to .85 at stride 2, and .34 in the Keras teacher (256 to 512 channels, 256 images).
+Patches took .6 of its time at 8 channels and 1.1 to 1.6 at 16 to 64. From 96 to 256 channels they took 1.05 to 1.2 at
+stride 1 but .75 to .85 at stride 2, and .34 in the Keras teacher (256 to 512 channels, 256 images).
 """
 
 Pair: TypeAlias = tuple[int, int]
@@ -93,13 +93,13 @@ def max_pool(
     strides: int | Sequence[int] | None = None,
     padding: str = "VALID",
 ) -> Float[Array, "batch new_height new_width channels"]:
-    """Largest value in each window; the gradient goes to the first place, in reading order, that holds it.
+    """Largest value in each window; the gradient goes to its first occurrence in row-major order.
 
     Args:
       x: images, channels last.
       window_shape: one number or one per axis.
-      strides: step of the window; 1 if not given, as in ``flax.linen.max_pool``.
-      padding: "SAME" or "VALID"; padded places never win.
+      strides: step of the window; 1 by default, as in ``flax.linen.max_pool``.
+      padding: "SAME" or "VALID"; padding is never the maximum.
 
     Raises:
       ValueError: if the window does not fit into the image.
@@ -109,16 +109,15 @@ def max_pool(
 
 
 class Conv(nn.Module):
-    """Convolution with the parameters of ``flax.linen.Conv``: "kernel" (``HWIO``) and, if asked for, "bias".
+    """Convolution with the parameters of ``flax.linen.Conv``: "kernel" (``HWIO``) and optionally "bias".
 
     Attributes:
       features: output channels.
       kernel_size: height and width of the window.
       strides: step of the window, one number or one per axis.
       padding: "SAME" or "VALID".
-      use_bias: whether to add a learnt number per output channel.
+      use_bias: whether to add a bias per output channel.
       dtype: of the computation; parameters are float32.
-      kernel_init: initialiser of the kernel, used by ``module.init`` only.
     """
 
     features: int
@@ -127,7 +126,6 @@ class Conv(nn.Module):
     padding: str = "SAME"
     use_bias: bool = True
     dtype: Any = None
-    kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
@@ -137,15 +135,14 @@ class Conv(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution with the parameters of ``flax.linen.Conv`` of as many groups as channels.
+    """Depthwise convolution with the parameters of ``flax.linen.Conv`` with one group per channel.
 
     Attributes:
       kernel_size: height and width of the window.
       strides: step of the window, one number or one per axis.
       padding: "SAME" or "VALID".
-      use_bias: whether to add a learnt number per channel.
+      use_bias: whether to add a bias per channel.
       dtype: of the computation; parameters are float32.
-      kernel_init: initialiser of the kernel, used by ``module.init`` only.
     """
 
     kernel_size: int | Sequence[int]
@@ -153,7 +150,6 @@ class DepthwiseConv(nn.Module):
     padding: str = "SAME"
     use_bias: bool = True
     dtype: Any = None
-    kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w channels"]:
@@ -164,7 +160,7 @@ class DepthwiseConv(nn.Module):
 
 
 def batch_norm(module: Any, *, train: bool) -> Callable[..., nn.Module]:
-    """Linen's BatchNorm in the network's ``dtype``, over its ``axis_name``, with statistics that move by a tenth."""
+    """Linen's BatchNorm with momentum 0.9, in the module's ``dtype``, over its ``axis_name``."""
     return functools.partial(
         nn.BatchNorm,
         use_running_average=not train,
@@ -175,7 +171,7 @@ def batch_norm(module: Any, *, train: bool) -> Callable[..., nn.Module]:
 
 
 def _with_bias(module: Any, x: Array, shape: tuple[int, ...], form: Callable[[Array, Array], Array]) -> Array:
-    kernel = module.param("kernel", module.kernel_init, shape, jnp.float32)
+    kernel = module.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
     bias = (
         module.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32)
         if module.use_bias
@@ -192,14 +188,14 @@ def _pair(value: int | Sequence[int]) -> Pair:
 
 
 def _pads(x: Array, window: Pair, strides: Pair, padding: str) -> Pads:
-    """Zeros to add before and after, per axis, after checking that at least one window fits."""
+    """Padding before and after, per axis; checks that at least one window fits."""
     if padding not in ("SAME", "VALID"):
         raise ValueError(f"padding needs to be 'SAME' or 'VALID', got {padding!r}.")
     height, width = x.shape[1:3]
     if padding == "VALID" and (height < window[0] or width < window[1]):
         raise ValueError(
-            f"a {window[0]}x{window[1]} window does not fit into the {height}x{width} map that reaches it: "
-            "give the network larger images, or choose a smaller one."
+            f"a {window[0]}x{window[1]} window does not fit into a {height}x{width} map: "
+            "use larger images or a smaller network."
         )
     (top, bottom), (left, right) = lax.padtype_to_pads((height, width), window, strides, padding)
     return (top, bottom), (left, right)
@@ -214,7 +210,7 @@ def _new_shape(x: Array, window: Pair, strides: Pair, pads: Pads) -> Pair:
 
 
 def _windows(x: Array, window: Pair, strides: Pair, pads: Pads, fill: float = 0.0) -> list[Array]:
-    """For each place in the window, in reading order, what all windows see there."""
+    """One strided slice of the padded map per offset in the window, in row-major order."""
     batch, _, _, channels = x.shape
     height, width = _new_shape(x, window, strides, pads)
     x = lax.pad(x, jnp.asarray(fill, x.dtype), ((0, 0, 0), (*pads[0], 0), (*pads[1], 0), (0, 0, 0)))
@@ -233,14 +229,14 @@ def _windows(x: Array, window: Pair, strides: Pair, pads: Pads, fill: float = 0.
 def _unwindow(
     part: Callable[[int, Pair], Array], shape: tuple[int, ...], window: Pair, strides: Pair, pads: Pads
 ) -> Array:
-    """Transpose of :func:`_windows`: puts what was seen at each place of the window back and adds up.
+    """Transpose of :func:`_windows`: adds the slices of all offsets at their positions in the map.
 
-    ``part(place, moved)`` is that, moved by rows and columns, on a map of :func:`_every` size. Parts that fall on the
-    same places modulo the stride are added as they are, and the sums interleaved once at the end: spreading every part
-    by zeros would move as many times more bytes as the window has places.
+    ``part(place, shift)`` is the slice of one offset, shifted by rows and columns, on a map of :func:`_every` size.
+    Slices with equal positions modulo the stride are added first and the sums interleaved once at the end; dilating
+    every slice with zeros would move far more memory.
     """
     rows, columns = _every(strides, shape[1:3])
-    sums: dict[Pair, Array] = {}  # by place modulo the stride
+    sums: dict[Pair, Array] = {}  # by position modulo the stride
     for place in range(window[0] * window[1]):
         (down, i), (right, j) = (
             divmod(start - pad[0], step)
@@ -250,27 +246,27 @@ def _unwindow(
         sums[i, j] = sums[i, j] + moved if (i, j) in sums else moved
     if strides == (1, 1):
         return sums[0, 0]
-    never_seen = jnp.zeros_like(next(iter(sums.values())))
-    lines = [[sums.get((i, j), never_seen) for j in range(strides[1])] for i in range(strides[0])]
+    zeros = jnp.zeros_like(next(iter(sums.values())))
+    lines = [[sums.get((i, j), zeros) for j in range(strides[1])] for i in range(strides[0])]
     whole = jnp.stack([jnp.stack(line, 3) for line in lines], 2)
     whole = whole.reshape(shape[0], rows * strides[0], columns * strides[1], shape[3])
     return whole[:, : shape[1], : shape[2]]
 
 
 def _every(strides: Pair, size: Sequence[int]) -> Pair:
-    """Rows and columns that are left of a map of which one in a stride is taken, from the first."""
+    """Height and width of a map subsampled by the strides, from its first row and column."""
     height, width = (-(-whole // step) for whole, step in zip(size, strides, strict=True))
     return height, width
 
 
 def _moved(x: Array, by: Pair, size: Pair) -> Array:
-    """Images on larger ones of zeros, so many rows and columns from their first."""
+    """Images padded with zeros to a size, shifted by rows and columns."""
     edges = [(b, n - b - now, 0) for b, n, now in zip(by, size, x.shape[1:3], strict=True)]
     return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
 
 
 def _num_chunks(batch: int, bytes_per_example: int) -> int:
-    """Fewest equal parts of a batch that stay within CHUNK_BYTES, or one example each."""
+    """Smallest number of equal chunks of a batch that stay within CHUNK_BYTES; at most one per example."""
     needed = -(-batch * bytes_per_example // CHUNK_BYTES)
     return next((n for n in range(max(needed, 1), batch) if batch % n == 0), max(batch, 1))
 
@@ -287,7 +283,7 @@ def _in_chunks(function: Callable[[Array], Array], x: Array, chunks: int) -> Arr
 
 
 def _patch_bytes(x: Array, window: Pair, strides: Pair, pads: Pads) -> int:
-    """Size of one example's patches; a 1x1 window sees the image itself, of which no copy is made."""
+    """Bytes of one example's patches; 0 for a 1x1 window, which needs no copy of the image."""
     height, width = _new_shape(x, window, strides, pads)
     return 0 if window == (1, 1) else height * width * window[0] * window[1] * x.shape[-1] * x.dtype.itemsize
 
@@ -295,7 +291,8 @@ def _patch_bytes(x: Array, window: Pair, strides: Pair, pads: Pads) -> int:
 def _patches(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
     """One row per window, in the order of a flattened ``HWI`` kernel.
 
-    First along the width, then along the height: copying runs of three pixels is two to four times faster than pixels.
+    Built along the width first, then along the height: copying runs of pixels is two to four times faster than copying
+    single pixels.
     """
     rows = jnp.concatenate(_windows(x, (1, window[1]), (1, strides[1]), (pads[0], pads[1])), axis=-1)
     patches = jnp.concatenate(_windows(rows, (window[0], 1), (strides[0], 1), ((0, 0), (0, 0))), axis=-1)
@@ -305,7 +302,7 @@ def _patches(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
 def by_platform(
     *arrays: Array, cpu: Callable[..., Array], default: Callable[..., Array], **static: Any
 ) -> Array:
-    """The one choice of this module, made when the program is compiled for a platform."""
+    """Chooses the form when the program is compiled for a platform."""
     forms = {"cpu": functools.partial(cpu, **static), "default": functools.partial(default, **static)}
     return lax.platform_dependent(*arrays, **forms)
 
@@ -391,7 +388,7 @@ def _conv_backward(strides, pads, saved, dy):
     )
 
 
-# The rules above must not call _conv itself, or its gradient could not be differentiated forwards.
+# The rules above must not call _conv itself, or forward mode could not differentiate its gradient.
 _conv = jax.custom_vjp(_conv_here, nondiff_argnums=(2, 3))
 _conv.defvjp(_conv_forward, _conv_backward)
 
@@ -421,10 +418,10 @@ def _cpu_depthwise(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
 
 
 def _cpu_depthwise_dx(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) -> Array:
-    """Cuts the parts from one map with edges, which XLA keeps.
+    """Gradient by the input; pads ``dy`` once and slices it.
 
-    Were each part given edges of its own, these would be branches in one fusion with what dy comes from and goes to,
-    the gradients of ReLUs and batch norms, which is then several times slower.
+    Padding each slice instead fuses with the gradients of the ReLU and batch norm around it and runs several times
+    slower.
     """
     window, weights = _pair(kernel.shape[:2]), kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])
     height, width = _every(strides, x.shape[1:3])
@@ -442,7 +439,7 @@ def _cpu_depthwise_dx(x: Array, kernel: Array, dy: Array, strides: Pair, pads: P
 
 
 def _cpu_depthwise_dw(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) -> Array:
-    """Adds up products place by place over the batch, since XLA reduces over leading axes poorly."""
+    """Gradient by the kernel; sums over the batch in a scan, since XLA reduces slowly over leading axes."""
     window = _pair(kernel.shape[:2])
 
     def add(total, example):
@@ -489,13 +486,13 @@ def _native_max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array
 
 
 def _cpu_max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
-    if strides == (1, 1):  # where slices are up to five times slower than a window that moves by one
+    if strides == (1, 1):  # where slices are up to five times slower
         return _native_max_pool(x, window, strides, pads)
     return functools.reduce(jnp.maximum, _windows(x, window, strides, pads, -jnp.inf))
 
 
 def _cpu_max_pool_tangent(x: Array, y: Array, dx: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
-    """The tangent at the first place that holds the maximum, of which reverse mode takes the transpose."""
+    """The tangent at the first occurrence of the maximum; reverse mode transposes it."""
     seen = _windows(x, window, strides, pads, -jnp.inf)
     first = jnp.full(y.shape, len(seen), jnp.int32 if len(seen) > 255 else jnp.uint8)
     for place in reversed(range(len(seen))):

@@ -1,13 +1,14 @@
-"""Convolution and pooling for networks of a handful of channels: the images lie along the last axis.
+"""Convolution and pooling in ``CHWN`` layout, with the batch last, for networks of few channels on a CPU.
 
-A CPU computes with vectors of eight numbers or so, taken from the last axis. In ``NHWC`` these are the channels, of
-which there may be two: most of each vector is empty, and the patches of a matmul are copied number by number. With the
-images last (``CHWN``) every vector is full and patches are copies of whole rows, made for one row of the result at a
-time, which stay in the cache. (A sum of shifted maps is faster still, but its Hessian takes long to compile.) All
-maps of a network must lie that way, since turning them around costs as much as is gained.
+A CPU computes with vectors of about eight numbers from the last axis. In ``NHWC`` these are channels: with two
+channels most of each vector is empty, and patches for a matmul are copied number by number. In ``CHWN`` every vector is
+full, and patches are copies of whole rows, made for one output row at a time so that they stay in the cache. (A sum of
+shifted maps is faster still, but its Hessian compiles slowly.) A network keeps all its maps in this layout, since
+transposing them costs as much as the layout gains.
 
-Elsewhere these are XLA's own operations, which choose their layout themselves. As in :mod:`kdjax.models.layers`, the
-gradients of a convolution are reverse-mode rules that can be differentiated forwards and are as fast inside loops.
+On other platforms these are XLA's own operations, which choose their layout themselves. As in
+:mod:`kdjax.models.layers`, the gradients of a convolution are ``custom_vjp`` rules that forward mode can differentiate
+and that are as fast inside loops.
 """
 
 import functools
@@ -55,7 +56,7 @@ def conv(
     """Convolution of stride 1 without padding.
 
     Args:
-      x: images along the last axis.
+      x: images, ``CHWN``.
       kernel: weights, ``HWIO``.
 
     Raises:
@@ -64,8 +65,8 @@ def conv(
     (height, width), window = x.shape[1:3], kernel.shape[:2]
     if height < window[0] or width < window[1]:
         raise ValueError(
-            f"a {window[0]}x{window[1]} window does not fit into the {height}x{width} map that reaches it: "
-            "give the network larger images, or choose a smaller one."
+            f"a {window[0]}x{window[1]} window does not fit into a {height}x{width} map: "
+            "use larger images or a smaller network."
         )
     return _conv(x, kernel)
 
@@ -73,7 +74,7 @@ def conv(
 def max_pool(
     x: Float[Array, "channels height width batch"], window: int
 ) -> Float[Array, "channels new_height new_width batch"]:
-    """Largest value in each of the windows, which do not overlap; equal ones share its gradient."""
+    """Largest value in each window; windows do not overlap, and equal values share the gradient."""
     height, width = x.shape[1] // window * window, x.shape[2] // window * window
     places = (x[:, i:height:window, j:width:window] for i in range(window) for j in range(window))
     return functools.reduce(jnp.maximum, places)
@@ -105,10 +106,7 @@ def _cpu_conv_dw(x: Array, kernel: Array, dy: Array) -> Array:
 
 
 def _patches(x: Array, row: Array, window: tuple[int, ...]) -> Float[Array, "taps places"]:
-    """What the windows of one row of the result see, in the order of a flattened ``HWI`` kernel.
-
-    One row at a time stays in the cache, as the patches of whole maps would not.
-    """
+    """Patches for one output row, in the order of a flattened ``HWI`` kernel; they fit the cache."""
     seen = lax.dynamic_slice_in_dim(x, row, window[0], 1).astype(jnp.float32)
     width = x.shape[2] - window[1] + 1
     parts = [seen[:, i, j : j + width] for i in range(window[0]) for j in range(window[1])]

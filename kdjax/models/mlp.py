@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons, among them those of Hinton's MNIST study."""
+"""Multi-layer perceptrons, including those of Hinton's MNIST study."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ class Mlp(nn.Module):
 
     References:
       Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015,
-      section 3; its teacher's dropout is that of `Improving neural networks by preventing co-adaptation
+      section 3; the teacher's dropout is from `Improving neural networks by preventing co-adaptation
       <https://arxiv.org/abs/1207.0580>`_, 2012: half of the hidden units and a fifth of the pixels.
     """
 
@@ -43,7 +43,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
-        """Scores images; training draws dropout from the stream "dropout"."""
+        """Returns logits and features; training draws dropout from the stream "dropout"."""
         features = {}
         x = nn.Dropout(self.input_dropout, deterministic=not train)(x.reshape(x.shape[0], -1))
         for layer, width in enumerate(self.widths, start=1):

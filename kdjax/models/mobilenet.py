@@ -23,12 +23,11 @@ ROWS = (
 
 
 class MobileNetV2(nn.Module):
-    """The CIFAR form: 32x32 images, no stride in the stem nor before the 32 channels, so that the last map is 4x4.
+    """MobileNetV2 for 32x32 images: no stride before the 32 channels, so that the last map is 4x4.
 
-    A student is the same network without its last pieces: of the stem, the seventeen blocks and the head (a 1x1
-    convolution to 1280 channels) the first ``19 - removed`` are kept, then averaged over the map and mapped to the
-    logits. What is kept has the names and shapes that it has in the whole network. Parameters for 3 input channels, 10
-    classes and width 1:
+    A student keeps the first ``19 - removed`` of the 19 parts: the stem, seventeen blocks and the head (a 1x1
+    convolution to 1280 channels); then come global average pooling and the classifier. The parts that are kept have the
+    same names and shapes as in the whole network. Parameters for 3 input channels, 10 classes and width 1:
 
     ======= ==========
     removed parameters
@@ -44,18 +43,18 @@ class MobileNetV2(nn.Module):
     17           1,994
     ======= ==========
 
-    Strided convolutions see a zero on both sides of the map, as in PyTorch; "SAME" would put it behind the map only.
-    There is no dropout, which torchvision has before its last layer.
+    Strided convolutions pad both sides of the map with zeros, as in PyTorch; "SAME" would pad one side only. There is
+    no dropout, which torchvision has before its last layer.
 
-    Features: ``stage0`` (stem, after its ReLU), ``stage1``, ``stage2``, ``stage3``, ``stage4``, the sums that leave the
-    last block of each resolution (of those that are kept), of either sign; ``preactivation1`` to ``4`` are the same
-    maps, since no ReLU follows them (RepDistiller's choice too); ``embedding`` (mean over the last map).
+    Features: ``stage0`` (stem, after its ReLU), ``stage1`` to ``stage4`` (output of the last block of each resolution,
+    of either sign; only those that are kept); ``preactivation1`` to ``4`` are the same maps, since no ReLU follows
+    them, as in RepDistiller; ``embedding`` (mean over the last map).
 
     Attributes:
       num_classes: number of logits.
       width: factor on the channels, which are rounded to multiples of 8 as in torchvision; the head has at least 1280.
-      removed: how many pieces are left out at the end, 0 to 17.
-      axis_name: of the mapped axis over which batch statistics are averaged; None keeps each device's own.
+      removed: number of parts left out at the end, 0 to 17.
+      axis_name: mapped axis over which batch statistics are averaged; None keeps them per device.
       dtype: of the computation; parameters, batch statistics and logits are float32.
 
     References:
@@ -72,18 +71,18 @@ class MobileNetV2(nn.Module):
     def __post_init__(self) -> None:
         if not 0 <= self.removed <= 17:
             raise ValueError(
-                "of the nineteen pieces of a MobileNetV2 the stem and the first block stay, "
+                "a MobileNetV2 keeps at least the stem and the first block of its 19 parts, "
                 f"got removed={self.removed}: write 0 to 17, such as 5."
             )
         if not self.width > 0:
             raise ValueError(
-                f"the width of a MobileNetV2 is a positive factor, got {self.width}: write 1 or 0.25."
+                f"the width of a MobileNetV2 needs to be a positive factor, got {self.width}: write 1 or 0.25."
             )
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
-        """Scores images; training normalises by the batch and updates "batch_stats"."""
+        """Returns logits and features; training normalises by the batch and updates "batch_stats"."""
         features = {}
         norm = batch_norm(self, train=train)
         conv = functools.partial(Conv, use_bias=False, dtype=self.dtype)
@@ -108,7 +107,7 @@ class MobileNetV2(nn.Module):
 
 
 class _Block(nn.Module):
-    """Widens the map, convolves each channel and narrows it again, without a ReLU at the end."""
+    """Inverted residual block: expansion, depthwise convolution, linear projection."""
 
     expansion: int
     channels: int
@@ -122,7 +121,7 @@ class _Block(nn.Module):
         y = x
         if self.expansion > 1:
             y = nn.relu6(self.norm()(self.conv(self.expansion * x.shape[-1], 1)(y)))
-        if self.strides > 1:  # where "SAME" is not symmetric
+        if self.strides > 1:  # "SAME" would not be symmetric
             y = jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
         padding = "VALID" if self.strides > 1 else "SAME"
         y = nn.relu6(self.norm()(self.depthwise(strides=self.strides, padding=padding)(y)))
@@ -131,6 +130,6 @@ class _Block(nn.Module):
 
 
 def _rounded(channels: float) -> int:
-    """The nearest multiple of 8, at least 8, or the next one where more than a tenth would be lost."""
+    """The nearest multiple of 8, at least 8; the next larger where the nearest would lose more than a tenth."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest + 8 if nearest < 0.9 * channels else nearest

@@ -12,10 +12,10 @@ from kdjax.types import Outputs
 
 
 class ResNet(nn.Module):
-    """The CIFAR family: a stem and three stages of (depth - 2) / 6 basic blocks each.
+    """ResNet for CIFAR: a stem and three stages of (depth - 2) / 6 basic blocks each.
 
-    A block that changes the map's size or channels has a projection on its shortcut (1x1 convolution and batch
-    normalisation), as in RepDistiller, whose parameter counts these are, for 3 input channels:
+    A block that changes the size or channels of the map has a projection shortcut (1x1 convolution and batch
+    normalisation), as in RepDistiller. Parameters for 3 input channels, equal to RepDistiller's:
 
     ====== ========== ===========
     depth  10 classes 100 classes
@@ -27,14 +27,14 @@ class ResNet(nn.Module):
     56        855,770     861,620
     ====== ========== ===========
 
-    Features: ``stage0`` (stem), ``stage1``, ``stage2``, ``stage3`` after their last ReLU; ``preactivation1`` to ``3``
-    the same before it; ``embedding`` (mean over the last map).
+    Features: ``stage0`` (stem); ``stage1`` to ``stage3`` after, ``preactivation1`` to ``3`` before their last ReLU;
+    ``embedding`` (mean over the last map).
 
     Attributes:
       num_classes: number of logits.
       depth: 6n + 2 layers.
-      channels: of the stem and the three stages; (32, 64, 128, 256) gives the family's "x4" members.
-      axis_name: of the mapped axis over which batch statistics are averaged; None keeps each device's own.
+      channels: of the stem and the three stages; (32, 64, 128, 256) for the "x4" variants.
+      axis_name: mapped axis over which batch statistics are averaged; None keeps them per device.
       dtype: of the computation; parameters, batch statistics and logits are float32.
 
     References:
@@ -57,7 +57,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
-        """Scores images; training normalises by the batch and updates "batch_stats"."""
+        """Returns logits and features; training normalises by the batch and updates "batch_stats"."""
         features = {}
         norm = batch_norm(self, train=train)
         conv = functools.partial(Conv, use_bias=False, dtype=self.dtype)
@@ -76,7 +76,7 @@ class ResNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions and a shortcut, up to the sum; the caller applies the last ReLU."""
+    """Basic block without its last ReLU, which the caller applies."""
 
     channels: int
     strides: int

@@ -14,7 +14,7 @@ from kdjax.types import Outputs
 class WideResNet(nn.Module):
     """WRN-depth-width for CIFAR: a stem and three stages of (depth - 4) / 6 pre-activation blocks each.
 
-    As in RepDistiller, whose parameter counts these are, for 3 input channels:
+    Parameters for 3 input channels, equal to RepDistiller's:
 
     ======== ========== ===========
     network  10 classes 100 classes
@@ -24,15 +24,14 @@ class WideResNet(nn.Module):
     WRN-40-2  2,243,546   2,255,156
     ======== ========== ===========
 
-    Features: ``stage0`` (stem), ``stage1``, ``stage2``, ``stage3``, the sums that leave the stages, of either sign;
-    ``preactivation1`` to ``3`` the same after the normalisation and before the ReLU that follow; ``embedding`` (mean
-    over the last map).
+    Features: ``stage0`` (stem); ``stage1`` to ``stage3`` (outputs of the stages, of either sign); ``preactivation1`` to
+    ``3`` (the same after the next normalisation, before its ReLU); ``embedding`` (mean over the last map).
 
     Attributes:
       num_classes: number of logits.
       depth: 6n + 4 layers.
       width: factor on the 16, 32 and 64 channels of the stages.
-      axis_name: of the mapped axis over which batch statistics are averaged; None keeps each device's own.
+      axis_name: mapped axis over which batch statistics are averaged; None keeps them per device.
       dtype: of the computation; parameters, batch statistics and logits are float32.
 
     References:
@@ -56,7 +55,7 @@ class WideResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
-        """Scores images; training normalises by the batch and updates "batch_stats"."""
+        """Returns logits and features; training normalises by the batch and updates "batch_stats"."""
         features = {}
         norm = batch_norm(self, train=train)
         conv = functools.partial(Conv, use_bias=False, dtype=self.dtype)
@@ -67,7 +66,7 @@ class WideResNet(nn.Module):
             for block in range((self.depth - 4) // 6):
                 name = f"stage{stage}_block{block + 1}"
                 y = nn.relu(before)
-                # A block that changes the channels takes its shortcut from behind the first ReLU.
+                # A block that changes the channels has a shortcut that starts after the first ReLU.
                 strides = 2 if stage > 1 and block == 0 else 1
                 if x.shape[-1] != channels:
                     x = conv(channels, 1, strides=strides, name=f"{name}_shortcut")(y)
