@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from absl import flags
 
 from kdjax.data.batches import MAX_SEED
-from kdjax.recipe import option
+from kdjax.options import option
 
 T = TypeVar("T")
 

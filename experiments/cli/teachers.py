@@ -12,7 +12,8 @@ from kdjax import checkpoints, data, methods, parallel, run
 from kdjax import recipe as recipes
 from kdjax.callbacks import Callback
 from kdjax.models import Network
-from kdjax.recipe import Machine, Recipe, option
+from kdjax.options import option
+from kdjax.recipe import Machine, Recipe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ def unit_distance(own: Array, maps: Array) -> Array:
 
 
 def _with_pullback(apply_fn: ApplyFn) -> ApplyFn:
-    """The network with one more feature in training: the function that pulls a cotangent of its logits to its inputs."""
+    """The network with one more feature in training: what pulls a cotangent of its logits back to its inputs."""
 
     def score(params, inputs, model_state, key, cotangent):
         return cotangent * apply_fn(params, model_state, inputs, train=True, key=key)[0].logits
