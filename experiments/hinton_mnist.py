@@ -114,7 +114,6 @@ def main() -> dict[str, Any]:
 
 def about(dataset: data.Dataset, scale: str) -> study.Study:
     """The question, and how far this is from the paper."""
-    assert dataset.splits is not None
     return study.Study(
         "hinton_mnist",
         f"Does a small network learn MNIST better from a teacher's soft targets at T = {TEMPERATURE.value:g}, even a "
@@ -128,7 +127,6 @@ def about(dataset: data.Dataset, scale: str) -> study.Study:
 
 def without(dataset: data.Dataset, digit: int) -> data.Dataset:
     """The data set with no training image of a digit."""
-    assert dataset.splits is not None
     train = dataset.splits["train"]
     return dataset._replace(splits={**dataset.splits, "train": train[dataset.labels[train] != digit]})
 

@@ -14,7 +14,8 @@ from kdjax import checkpoints, data, methods, parallel, run
 from kdjax import recipe as recipes
 from kdjax.callbacks import Callback
 from kdjax.models import Network
-from kdjax.recipe import Machine, Recipe, option
+from kdjax.options import option
+from kdjax.recipe import Machine, Recipe
 
 flags.disclaim_key_flags()  # so that --help lists what is defined here as the experiment's own
 
@@ -115,7 +116,6 @@ def teachers(
     if teacher.teacher_num_train is not None:
         own = source.load(at_most=256 if launch.smoke else None, num_train=teacher.teacher_num_train)
     net = network(teacher.teacher, own, **fields)
-    assert own.splits is not None
     recipes.check(recipe, len(own.splits["train"]), of="the teacher's")
     parallel.check_batch_size(recipe.batch_size, parallel.local_devices(machine.devices))
 

@@ -78,7 +78,6 @@ def save(
     ``weights/`` are written unless they are there already, and whole. ``network.json`` says what using them needs:
     architecture, normalisation, class names, metrics and their split, and the digest of the weights.
     """
-    assert dataset.normalisation is not None
     checkpoints.save(directory / "weights", step, weights, meta={}, identity=identity)
     description = {
         "arm": identity["arm"],

@@ -42,7 +42,6 @@ class Plan(NamedTuple):
     @property
     def train_ids(self) -> np.ndarray:
         """The training examples."""
-        assert self.dataset.splits is not None
         return self.dataset.splits["train"]
 
     @property
@@ -53,7 +52,6 @@ class Plan(NamedTuple):
     @property
     def normalisation(self) -> Normalisation:
         """Of the images."""
-        assert self.dataset.normalisation is not None
         return self.dataset.normalisation
 
 
@@ -70,7 +68,7 @@ def make_plan(
     Raises:
       ValueError: if these do not fit together.
     """
-    if dataset.splits is None or dataset.normalisation is None:
+    if not dataset.splits:
         raise ValueError("this data set has no splits: call kdjax.data.split(dataset).")
     devices = parallel.local_devices(machine.devices)
     parallel.check_batch_size(recipe.batch_size, devices)
@@ -147,7 +145,6 @@ def check(
     Raises:
       ValueError: if the networks lack what the method compares, or no cached answer is about an augmented image.
     """
-    assert dataset.splits is not None
     ids = dataset.splits["train"]
     steps, labels = recipes.num_steps(recipe, len(ids)), dataset.labels[ids]
     bound = methods.bind(method, network.output_shapes, shapes, steps=steps, labels=labels)
@@ -248,7 +245,6 @@ def feed(plan: Plan, seed: int) -> data.Feed:
 
 def evaluator(plan: Plan, split: str, **options: Any) -> Callable[..., dict[str, Any]]:
     """Builds ``(params, model_state) -> sums`` over one split."""
-    assert plan.dataset.splits is not None
     ids = plan.dataset.splits[split]
     size = evaluation_batch_size(len(ids), len(plan.devices) * jax.process_count())
     batches = {"batch_size": size, "devices": plan.devices}
