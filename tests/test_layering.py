@@ -133,8 +133,8 @@ def is_launched(module: str) -> bool:
         ("losses/logits", "from .. import train", "imports kdjax.train of layer 3 into layer 2"),
         ("losses/logits", "from ..models import build", "imports kdjax.models of layer 2 into layer 2"),
         ("train", "from kdjax import evaluate", "imports kdjax.evaluate of layer 3 into layer 3"),
-        ("train", "import kdjax", "imports kdjax.__init__ of layer 5 into layer 3"),
-        ("train", "def f():\n  from kdjax import report", "imports kdjax.report of layer 4 into layer 3"),
+        ("train", "import kdjax", "imports kdjax.__init__ of layer 9 into layer 3"),
+        ("train", "def f():\n  from kdjax import report", "imports kdjax.report of layer 3 into layer 3"),
         ("train", "from flax import linen", None),
         ("train", "from absl import flags", "imports absl, which the library does without"),
         (
