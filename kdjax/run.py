@@ -595,7 +595,8 @@ def _check_signal(bound: methods.Bound, method: Method, recipe: Recipe, signal: 
             f"mixup={recipe.mixup} blends images, and no cached answer is about a blend; ask the teacher online, or use "
             "mixup=0."
         )
-    maps = [n for n in bound.teacher_features if signal.answers[n].ndim == 5 and n not in signal.maps]
+    placed = {*signal.maps, *signal.unmoved}
+    maps = [n for n in bound.teacher_features if signal.answers[n].ndim == 5 and n not in placed]
     if recipe.augments and signal.views == 1 and maps:
         raise ValueError(
             f"the method compares the map {maps[0]}, and that of an unaugmented image does not lie over a cropped or "

@@ -48,6 +48,7 @@ class TeacherSignal(NamedTuple):
       online: ``(weights, pixels) -> {name: rows}``, for images in [0, 255].
       weights: of the teacher that runs in the step.
       maps: names of answers that are maps of the unaugmented image, to be cropped and mirrored with it.
+      unmoved: names of maps that stay where they are while their image is cropped and mirrored: a control.
       identity: tells this signal from others, as JSON.
     """
 
@@ -57,6 +58,7 @@ class TeacherSignal(NamedTuple):
     online: cache.TeacherFn | None = None
     weights: Weights | None = None
     maps: tuple[str, ...] = ()
+    unmoved: tuple[str, ...] = ()
     identity: Mapping[str, Any] = {}
 
 
@@ -207,7 +209,6 @@ def attach_online(signal: TeacherSignal, weights: Any, batch: Batch) -> dict[str
 
 
 PERTURBATIONS: dict[str, Callable[[np.random.Generator, np.ndarray], np.ndarray]] = {
-    "aligned": lambda random, rows: rows,
     "misaligned": lambda random, rows: rows[random.permutation(len(rows))],
     "noise": lambda random, rows: random.permuted(rows.reshape(*rows.shape[:2], -1), axis=-1).reshape(
         rows.shape
@@ -215,20 +216,28 @@ PERTURBATIONS: dict[str, Callable[[np.random.Generator, np.ndarray], np.ndarray]
 }
 
 
-def perturb(rows: np.ndarray, ids: np.ndarray, *, how: str, seed: int) -> np.ndarray:
-    """Cached answers as a control: is it what they say that helps?
+def perturb(signal: TeacherSignal, ids: np.ndarray, how: Mapping[str, str]) -> TeacherSignal:
+    """Makes a signal a control, which shows whether the content of cached answers helps or their presence.
 
     Args:
-      rows: one answer, ``[examples, views, ...]``.
-      ids: the examples to change.
-      how: ``aligned`` changes nothing; ``misaligned`` gives each example the row of another one; ``noise`` keeps the
-        values of each row and puts them in random places.
-      seed: of the permutations.
+      signal: cached.
+      ids: the examples whose answers are perturbed.
+      how: name of an answer → ``misaligned``, each example is given the row of another one, or ``noise``, the values of
+        each row are put in random places. The rows of all maps are exchanged alike. A perturbed map stays where it is
+        while its image is cropped and mirrored.
+
+    Raises:
+      ValueError: if there is no such perturbation.
     """
-    if how not in PERTURBATIONS:
-        raise ValueError(f"answers can be {', '.join(PERTURBATIONS)}, got {how!r}.")
-    if how == "aligned":
-        return rows
-    changed = rows.copy()
-    changed[ids] = PERTURBATIONS[how](np.random.default_rng(seed), rows[ids])
-    return changed
+    answers = dict(signal.answers or {})
+    for name, kind in how.items():
+        if kind not in PERTURBATIONS:
+            raise ValueError(f"answers can be perturbed as {', '.join(PERTURBATIONS)}, got {kind!r}.")
+        random, answers[name] = np.random.default_rng(int(name in signal.maps)), answers[name].copy()
+        answers[name][ids] = PERTURBATIONS[kind](random, answers[name][ids])
+    return signal._replace(
+        answers=answers,
+        maps=tuple(name for name in signal.maps if name not in how),
+        unmoved=(*signal.unmoved, *(name for name in signal.maps if name in how)),
+        identity={**signal.identity, "perturbed": dict(how)},
+    )
