@@ -1,7 +1,6 @@
 r"""Does a student gain from seeing where its teacher looks? Integrated gradients beside distillation and attention.
 
-    python -m experiments.ig_cifar10 --data_dir=data --workdir=runs/ig_cifar10 \
-        --teacher_dir=runs/cifar10_teacher/teacher/0
+    python -m experiments.ig_cifar10 --data_dir=data --workdir=runs/ig_cifar10 --teacher_dir=runs/cifar10_teacher/teacher/0
     python -m experiments.ig_cifar10 --data_dir=data --workdir=runs/ig_cifar10_full --teacher=mobilenet_v2 \
         --student=mobilenet_v2_cut5 --num_train=0 --epochs=100 --evaluate_every=10 --teacher_epochs=200 \
         --seeds=0,1,2,3,4,5,6,7,8,9 --more_students=mobilenet_v2_cut9,mobilenet_v2_cut13,mobilenet_v2_cut17
@@ -16,15 +15,14 @@ images than those they were read for, and did not follow an image's crop and fli
 * kd+match: the student's own map, gradient times input, is drawn to the teacher's, as a loss; kd+crop: of two random
   crops, the one that contains more of the map; kd+weight: pixels are dimmed where the map is low.
 
-Students of one seed start from the same weights and see the images in the same order. Beside the accuracy stands how
-each student's maps agree with the teacher's (map_correlation), and the areas under its deletion and insertion curves.
+A student's maps are compared with its teacher's (map_correlation), and evaluated by deletion and insertion of pixels.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
@@ -35,19 +33,13 @@ from kdjax.callbacks import Callback, ProgressBar
 from kdjax.recipe import Machine, Recipe
 
 DATA = cli.define(cli.Data(dataset="cifar10", num_train=4000), omit=("label_noise",))
-TEACHER_NUM_TRAIN = flags.DEFINE_integer("teacher_num_train", 0, "Images for the teacher; 0 for all.", 0)
-NETWORK = f"One of {', '.join(sorted(models.MODELS))}, or mine.py:build."
-TEACHER = flags.DEFINE_string("teacher", "resnet20", NETWORK)
-TEACHER_DIR = flags.DEFINE_string("teacher_dir", None, "Run to take as teacher, such as RUN/teacher/0.")
-STUDENT = flags.DEFINE_string("student", "resnet8", NETWORK)
-MORE_STUDENTS = cli.may_change(
-    flags.DEFINE_list("more_students", [], "Further students, for scratch, kd and kd+ig.")
-)
+STUDENT = flags.DEFINE_string("student", "resnet8", "A name in kdjax.models.MODELS, or path/mine.py:build.")
+MORE_STUDENTS = cli.may_change(flags.DEFINE_list("more_students", [], "For scratch, kd and kd+ig."))
+RECIPE = cli.define(Recipe(epochs=30, padding=4, flip=True, evaluate_every=5))
+SGD = Recipe(12, 64, 0.05, optimizer="sgd", schedule="cosine", weight_decay=5e-4, padding=4, flip=True)
+RESNET = cli.Teacher("resnet20", teacher_num_train=0)
+TEACHER = cli.define_teacher(SGD, defaults=RESNET, omit=("teacher_seeds",))
 SEEDS = cli.define_seeds()
-AUGMENTED = Recipe(padding=4, flip=True)
-RECIPE = cli.define(dataclasses.replace(AUGMENTED, epochs=30, evaluate_every=5))
-SGD = {"optimizer": "sgd", "learning_rate": 0.05, "schedule": "cosine", "weight_decay": 5e-4}
-TEACHER_RECIPE = cli.define(dataclasses.replace(AUGMENTED, epochs=12, **SGD), prefix="teacher_")
 TEMPERATURE = flags.DEFINE_float("temperature", 2.5, "Softening of both logits.", 1e-3)
 SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.01, "Of the teacher's logits; 1 minus it of labels.", 0, 1)
 ATTENTION_WEIGHT = flags.DEFINE_float("attention_weight", 0.8, "Of the distance of attention maps.", 0)
@@ -60,18 +52,9 @@ LAUNCH = cli.define(cli.Launch(), omit=("pod", "tensorboard", "scaled_down"))
 MACHINE = cli.define(Machine())
 
 
-class Arm(NamedTuple):
-    """How a student learns, and how the teacher's logits and maps are perturbed; empty: not at all."""
-
-    method: methods.Method
-    logits: str = ""
-    maps: str = ""
-
-
 def kd() -> methods.Method:
     """The labels and the teacher's logits; their weights sum to 1."""
-    soft_weight = SOFT_WEIGHT.value
-    return methods.kd(TEMPERATURE.value, hard_weight=1 - soft_weight, soft_weight=soft_weight)
+    return methods.kd(TEMPERATURE.value, hard_weight=1 - SOFT_WEIGHT.value, soft_weight=SOFT_WEIGHT.value)
 
 
 def ig() -> methods.Method:
@@ -85,35 +68,31 @@ def at(stages: Sequence[str]) -> methods.Method:
     return methods.attention_matching(stages, weight=ATTENTION_WEIGHT.value)
 
 
-def dim() -> methods.Method:
-    """Dimming where the teacher's maps are low."""
-    return methods.saliency_dim(probability=PROBABILITY.value, strength=OPACITY.value)
-
-
-labels, crop = methods.labels, methods.saliency_crop
+labels, crop, dim = methods.labels, methods.saliency_crop, methods.saliency_dim
+Arm = tuple[methods.Method, Mapping[str, str]]  # how a student learns; cached answer → how it is perturbed
 ARMS: Mapping[
     str, Callable[[Sequence[str]], Arm]
 ] = {  # s: stages after which both networks have maps of one size
-    "scratch": lambda s: Arm(labels()),
-    "kd": lambda s: Arm(kd()),
-    "ig": lambda s: Arm(labels() + ig()),
-    "at": lambda s: Arm(labels() + at(s)),
-    "kd+ig": lambda s: Arm(kd() + ig()),
-    "kd+at": lambda s: Arm(kd() + at(s)),
-    "ig+at": lambda s: Arm(labels() + ig() + at(s)),
-    "kd+ig+at": lambda s: Arm(kd() + ig() + at(s)),
-    "kd/misaligned": lambda s: Arm(kd(), logits="misaligned"),
-    "kd/noise": lambda s: Arm(kd(), logits="noise"),
-    "ig/misaligned": lambda s: Arm(labels() + ig(), maps="misaligned"),
-    "ig/noise": lambda s: Arm(labels() + ig(), maps="noise"),
-    "at/misaligned": lambda s: Arm(labels() + at(s), maps="misaligned"),
-    "at/noise": lambda s: Arm(labels() + at(s), maps="noise"),
-    "kd+ig/misaligned": lambda s: Arm(kd() + ig(), maps="misaligned"),
-    "kd+ig/noise": lambda s: Arm(kd() + ig(), maps="noise"),
-    "kd+match": lambda s: Arm(kd() + methods.map_matching(MATCH_WEIGHT.value)),
-    "kd+crop": lambda s: Arm(kd() + crop()),
-    "kd+crop/misaligned": lambda s: Arm(kd() + crop(), maps="misaligned"),
-    "kd+weight": lambda s: Arm(kd() + dim()),
+    "scratch": lambda s: (labels(), {}),
+    "kd": lambda s: (kd(), {}),
+    "ig": lambda s: (labels() + ig(), {}),
+    "at": lambda s: (labels() + at(s), {}),
+    "kd+ig": lambda s: (kd() + ig(), {}),
+    "kd+at": lambda s: (kd() + at(s), {}),
+    "ig+at": lambda s: (labels() + ig() + at(s), {}),
+    "kd+ig+at": lambda s: (kd() + ig() + at(s), {}),
+    "kd/misaligned": lambda s: (kd(), {"logits": "misaligned"}),
+    "kd/noise": lambda s: (kd(), {"logits": "noise"}),
+    "ig/misaligned": lambda s: (labels() + ig(), {"map": "misaligned"}),
+    "ig/noise": lambda s: (labels() + ig(), {"map": "noise"}),
+    "at/misaligned": lambda s: (labels() + at(s), dict.fromkeys(at(s).teacher_features, "misaligned")),
+    "at/noise": lambda s: (labels() + at(s), dict.fromkeys(at(s).teacher_features, "noise")),
+    "kd+ig/misaligned": lambda s: (kd() + ig(), {"map": "misaligned"}),
+    "kd+ig/noise": lambda s: (kd() + ig(), {"map": "noise"}),
+    "kd+match": lambda s: (kd() + methods.map_matching(MATCH_WEIGHT.value), {}),
+    "kd+crop": lambda s: (kd() + crop(), {}),
+    "kd+crop/misaligned": lambda s: (kd() + crop(), {"map": "misaligned"}),
+    "kd+weight": lambda s: (kd() + dim(probability=PROBABILITY.value, strength=OPACITY.value), {}),
 }
 WANTED = cli.define_arms(list(ARMS))
 PAIRS = (  # what a signal adds to distillation; whether it must be aligned
@@ -130,75 +109,94 @@ FACTORS = {
 
 def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
     """Teacher, its cached logits and maps, students, report; returns the result, or None in a worker of --jobs."""
-    start, launch, settings = time.monotonic(), LAUNCH.value, cli.settings(__name__)
-    wanted, watch, workdir = checked_flags(), [ProgressBar(), *callbacks], Path(launch.workdir)
+    start, launch, machine, settings = time.monotonic(), LAUNCH.value, MACHINE.value, cli.settings(__name__)
     smoke: dict[str, Any] = {"at_most": 128, "num_validation": 64} if launch.smoke else {}
-    wide = DATA.value.load(num_train=TEACHER_NUM_TRAIN.value, **smoke)
-    few = DATA.value.load(**smoke)._replace(
-        normalisation=wide.normalisation
-    )  # maps are of the student's inputs
-    loaded = run.load(TEACHER_DIR.value, few, **where()) if TEACHER_DIR.value else None
-    large = loaded.network if loaded else cli.network(TEACHER.value, wide)
-    small = {student: cli.network(student, few) for _, student in wanted}
-    arms = {}  # by label; those of --student have the name of the arm alone
-    for name, student in wanted:
-        stages = methods.common_stages(small[student].output_shapes.features, large.output_shapes.features)
-        label = name if student == STUDENT.value else f"{name} ({student})"
-        arms[label] = small[student], ARMS[name](stages)
-    worker = cli.my_task("experiments.ig_cifar10")
+    wide = DATA.value.load(num_train=TEACHER.value.teacher_num_train or 0, **smoke)
+    # The teacher's normalisation, so that its maps are of the student's inputs.
+    few = DATA.value.load(**smoke)._replace(normalisation=wide.normalisation)
+    recipe, seeds = quick(RECIPE.value), SEEDS.value[: 3 if launch.smoke else None]
+    parallel.check_batch_size(recipe.batch_size, parallel.local_devices(machine.devices))
+    teacher = dataclasses.replace(TEACHER.value, recipe=quick(TEACHER.value.recipe), teacher_num_train=None)
+    source = cli.teachers(teacher, DATA.value, wide, launch=launch, settings=settings, machine=machine)
+    students = students_of(few, source.network)
+    worker, workdir = cli.my_task("experiments.ig_cifar10"), Path(launch.workdir)
     if worker is None:
-        made_from = {"data": few.fingerprint, "teacher_data": wide.fingerprint}
-        made_from["teacher"] = checkpoints.digest_tree(loaded.weights) if loaded else None
-        cli.claim_workdir(launch.workdir, settings | made_from)
-    teacher = loaded or train_teacher(large, wide, watch)
-    signal, maps = ask(teacher, few)
+        cli.claim_workdir(launch.workdir, source.made_from | {"student_data": few.fingerprint})
+    watch = [ProgressBar(), *callbacks]
+    (trained,) = source.train(workdir, watch)
+    signal, maps = ask(trained, few, workdir)
     if worker is None and launch.jobs > 1:
         cli.in_children("experiments.ig_cifar10", range(launch.jobs))
-    students = {}
-    for label in list(arms) if worker is None else list(arms)[worker :: launch.jobs]:
-        network, arm = arms[label]
-        given = perturbed(arm, teachers.with_maps(signal, maps, arm.method.teacher_features), few)
-        train = run.make_trainer(network, arm.method, few, recipe(RECIPE), teacher=given, **where())
-        options = {"arm": label, "settings": settings, "callbacks": watch}
-        students[label] = [
-            train(seed, workdir / "students" / label / str(seed), **options) for seed in seeds()
-        ]
-    return None if worker is not None else report(few, teacher, students, maps, settings, start)
+    arms, options = {"teacher": [trained]}, {"machine": machine, "split": launch.split}
+    more: dict[str, Any] = {"settings": source.settings, "callbacks": watch}
+    for arm in list(students) if worker is None else list(students)[worker :: launch.jobs]:
+        network, (method, perturbed) = students[arm]
+        given = teachers.perturb(teachers.with_maps(signal, maps, method.teacher_features), few, perturbed)
+        train = run.make_trainer(network, method, few, recipe, teacher=given, **options)
+        home = workdir / "students" / arm
+        arms[arm] = [train(seed, home / str(seed), arm=arm, **more) for seed in seeds]
+    more = {"settings": source.settings, "seconds": time.monotonic() - start}
+    return report(few, arms, maps, **more) if worker is None else None
 
 
-def checked_flags() -> list[tuple[str, str]]:
-    """Each arm with its student; a ValueError where flags contradict each other."""
-    if TEACHER_DIR.value:
-        fields = (f"teacher_{field.name}" for field in dataclasses.fields(Recipe))
-        cli.refuse_given(("teacher", *fields), "--teacher_dir is a teacher that is already trained")
-    parallel.check_batch_size(RECIPE.value.batch_size, parallel.local_devices(MACHINE.value.devices))
-    own = [(name, STUDENT.value) for name in WANTED.value]
-    return own + [(name, student) for student in MORE_STUDENTS.value for name in ("scratch", "kd", "kd+ig")]
-
-
-def seeds() -> list[int]:
-    """Three in smoke form."""
-    return SEEDS.value[: 3 if LAUNCH.value.smoke else None]
-
-
-def recipe(flags: cli.Flags[Recipe]) -> Recipe:
+def quick(recipe: Recipe) -> Recipe:
     """Two epochs in smoke form."""
-    return dataclasses.replace(
-        flags.value, **({"epochs": 2, "evaluate_every": 1} if LAUNCH.value.smoke else {})
+    return dataclasses.replace(recipe, epochs=2, evaluate_every=1) if LAUNCH.value.smoke else recipe
+
+
+def students_of(dataset: data.Dataset, teacher: models.Network) -> dict[str, tuple[models.Network, Arm]]:
+    """The network of each arm, and how it learns; the names of arms of further students end with their networks'."""
+    found = {}
+    for student in (STUDENT.value, *MORE_STUDENTS.value):
+        network, first = cli.network(student, dataset), student == STUDENT.value
+        stages = methods.common_stages(network.output_shapes.features, teacher.output_shapes.features)
+        for arm in WANTED.value if first else ("scratch", "kd", "kd+ig"):
+            found[arm if first else f"{arm} ({student})"] = network, ARMS[arm](stages)
+    return found
+
+
+def ask(
+    teacher: run.Trained, dataset: data.Dataset, workdir: Path
+) -> tuple[teachers.TeacherSignal, teachers.Explanations]:
+    """The teacher's logits, and its maps with attention, computed or read back."""
+    store, devices = LAUNCH.value.shared_cache, parallel.local_devices(MACHINE.value.devices)
+    decides = {"fingerprint": dataset.fingerprint, "weights": checkpoints.digest_tree(teacher.weights)}
+    stages = methods.stages(teacher.network.output_shapes.features)
+    asked: dict[str, Any] = {"stages": stages, "tolerance": IG_TOLERANCE.value}
+    with cli.shared_cache(store, workdir / "teacher_answers", **decides) as home:
+        signal = teachers.answers(teacher, dataset, directory=home, devices=devices)
+    with cli.shared_cache(store, workdir / "maps", **decides, **asked) as home:
+        return signal, teachers.explain(teacher, dataset, directory=home, devices=devices, **asked)
+
+
+def report(
+    dataset: data.Dataset, arms: study.Arms, maps: teachers.Explanations, **more: Any
+) -> dict[str, Any]:
+    """Metrics of the students' maps, tests, and the result."""
+    launch, workdir, (teacher,) = LAUNCH.value, Path(LAUNCH.value.workdir), arms["teacher"]
+    students = {arm: runs for arm, runs in arms.items() if arm != "teacher"}
+    options = {"teacher": teacher, "split": launch.split, "tolerance": IG_TOLERANCE.value}
+    metrics = study.saliency_of(dataset, students, workdir / "saliency", **options)
+    arms = {"teacher": [teacher], **study.with_metrics(students, metrics)}
+    more |= {"costs": study.costs_of(arms)} if launch.split == "test" else {}
+    about = study.Study(
+        "ig_cifar10",
+        f"Does a student of {dataset.name} gain from seeing where its teacher looks?",
+        baseline=next(iter(students)),
+        metrics=("accuracy", "best_accuracy", "agreement", "map_correlation", "deletion", "insertion"),
+        scaled_down=f"{len(maps.nodes)} images, {quick(RECIPE.value).epochs} epochs, {teacher.network.name} and "
+        f"{STUDENT.value}; the publication: 50,000, 100, MobileNetV2 and its first fourteen blocks",
+        tested=[arm for arm in students if arm in ARMS],
+        drawn=("scratch", "kd", "ig", "kd+ig"),
     )
+    notes = [maps.note, *study.comparison_notes(arms, pairs=PAIRS, factors=FACTORS)]
+    more |= {
+        "notes": notes,
+        "overlays": study.pictures(dataset, maps.answers["map"]),
+        "output": launch.output,
+    }
+    return study.conclude(about, workdir, dataset, arms, **more)
 
 
-def where() -> dict[str, Any]:
-    """The machine to run on, and the split to measure."""
-    return {"machine": MACHINE.value, "split": LAUNCH.value.split}
-
-
-def train_teacher(
-    network: models.Network, dataset: data.Dataset, callbacks: Sequence[Callback]
-) -> run.Trained:
-    """The teacher, trained or read back."""
-    decides = {"network": dict(network.description), "recipe": dataclasses.asdict(recipe(TEACHER_RECIPE))}
-    decides["steps_per_dispatch"] = MACHINE.value.steps_per_dispatch
-    trainer = run.make_trainer(network, labels(), dataset, recipe(TEACHER_RECIPE), **where())
-    with shared("teacher", dataset, **decides) as home:
-        return trainer(0, home / "0", arm="teacher", callbacks=callbacks)
+if __name__ == "__main__":
+    cli.launch(main)

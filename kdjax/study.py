@@ -238,7 +238,9 @@ def saliency_of(
     return of_every_run(arms, directory, decides, measure, label="saliency")
 
 
-def with_metrics(arms: Arms, measured: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, list[Trained]]:
+def with_metrics(
+    arms: Arms, measured: Mapping[str, Mapping[str, Sequence[float]]]
+) -> dict[str, list[Trained]]:
     """Adds numbers of :func:`of_every_run` to the metrics of the runs."""
     return {
         arm: [

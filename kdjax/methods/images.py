@@ -5,6 +5,7 @@ They read answers of :func:`kdjax.teacher.explain`: ``batch["teacher_map"]``, th
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,7 @@ def attention_matching(stages: Sequence[str], *, weight: float = 0.8) -> Method:
         )
 
     def objective(outputs, batch):
-        each = [
+        each: Any = [
             unit_distance(losses.attention_map(outputs.features[name]), batch[f"teacher_attention_{name}"])
             for name in stages
         ]

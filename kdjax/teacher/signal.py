@@ -48,7 +48,6 @@ class TeacherSignal(NamedTuple):
       online: ``(weights, pixels) -> {name: rows}``, for images in [0, 255].
       weights: of the teacher that runs in the step.
       maps: names of answers that are maps of the unaugmented image, to be cropped and mirrored with it.
-      unmoved: names of maps that stay where they are while their image is cropped and mirrored: a control.
       identity: tells this signal from others, as JSON.
     """
 
@@ -58,8 +57,12 @@ class TeacherSignal(NamedTuple):
     online: cache.TeacherFn | None = None
     weights: Weights | None = None
     maps: tuple[str, ...] = ()
-    unmoved: tuple[str, ...] = ()
     identity: Mapping[str, Any] = {}
+
+    @property
+    def mode(self) -> str:
+        """How the teacher is asked: one of :data:`MODES`."""
+        return "online" if self.answers is None else "views" if self.views > 1 else "centre"
 
 
 def answers(
@@ -216,12 +219,12 @@ PERTURBATIONS: dict[str, Callable[[np.random.Generator, np.ndarray], np.ndarray]
 }
 
 
-def perturb(signal: TeacherSignal, ids: np.ndarray, how: Mapping[str, str]) -> TeacherSignal:
+def perturb(signal: TeacherSignal, dataset: data.Dataset, how: Mapping[str, str]) -> TeacherSignal:
     """Makes a signal a control, which shows whether the content of cached answers helps or their presence.
 
     Args:
       signal: cached.
-      ids: the examples whose answers are perturbed.
+      dataset: whose training examples are given perturbed answers.
       how: name of an answer → ``misaligned``, each example is given the row of another one, or ``noise``, the values of
         each row are put in random places. The rows of all maps are exchanged alike. A perturbed map stays where it is
         while its image is cropped and mirrored.
@@ -229,7 +232,8 @@ def perturb(signal: TeacherSignal, ids: np.ndarray, how: Mapping[str, str]) -> T
     Raises:
       ValueError: if there is no such perturbation.
     """
-    answers = dict(signal.answers or {})
+    assert dataset.splits is not None
+    answers, ids = dict(signal.answers or {}), dataset.splits["train"]
     for name, kind in how.items():
         if kind not in PERTURBATIONS:
             raise ValueError(f"answers can be perturbed as {', '.join(PERTURBATIONS)}, got {kind!r}.")
@@ -238,6 +242,5 @@ def perturb(signal: TeacherSignal, ids: np.ndarray, how: Mapping[str, str]) -> T
     return signal._replace(
         answers=answers,
         maps=tuple(name for name in signal.maps if name not in how),
-        unmoved=(*signal.unmoved, *(name for name in signal.maps if name in how)),
         identity={**signal.identity, "perturbed": dict(how)},
     )
