@@ -1,6 +1,6 @@
 r"""Does a student gain from seeing where its teacher looks? Integrated gradients beside distillation and attention.
 
-    python -m experiments.ig_cifar10 --data_dir=data --workdir=runs/ig_cifar10 --teacher_dir=runs/cifar10_teacher/teacher/0
+    python -m experiments.ig_cifar10 --data_dir=data --workdir=runs/ig_cifar10 --teacher_dir=runs/resnet20/teacher/0
     python -m experiments.ig_cifar10 --data_dir=data --workdir=runs/ig_cifar10_full --teacher=mobilenet_v2 \
         --student=mobilenet_v2_cut5 --num_train=0 --epochs=100 --evaluate_every=10 --teacher_epochs=200 \
         --seeds=0,1,2,3,4,5,6,7,8,9 --more_students=mobilenet_v2_cut9,mobilenet_v2_cut13,mobilenet_v2_cut17
@@ -70,9 +70,7 @@ def at(stages: Sequence[str]) -> methods.Method:
 
 labels, crop, dim = methods.labels, methods.saliency_crop, methods.saliency_dim
 Arm = tuple[methods.Method, Mapping[str, str]]  # how a student learns; cached answer → how it is perturbed
-ARMS: Mapping[
-    str, Callable[[Sequence[str]], Arm]
-] = {  # s: stages after which both networks have maps of one size
+ARMS: Mapping[str, Callable[[Sequence[str]], Arm]] = {  # s: the stages that both networks have at one size
     "scratch": lambda s: (labels(), {}),
     "kd": lambda s: (kd(), {}),
     "ig": lambda s: (labels() + ig(), {}),
@@ -145,7 +143,7 @@ def quick(recipe: Recipe) -> Recipe:
 
 
 def students_of(dataset: data.Dataset, teacher: models.Network) -> dict[str, tuple[models.Network, Arm]]:
-    """The network of each arm, and how it learns; the names of arms of further students end with their networks'."""
+    """The network of each arm, and how it learns; arms of further students are called "kd (resnet14)"."""
     found = {}
     for student in (STUDENT.value, *MORE_STUDENTS.value):
         network, first = cli.network(student, dataset), student == STUDENT.value
@@ -190,11 +188,8 @@ def report(
         drawn=("scratch", "kd", "ig", "kd+ig"),
     )
     notes = [maps.note, *study.comparison_notes(arms, pairs=PAIRS, factors=FACTORS)]
-    more |= {
-        "notes": notes,
-        "overlays": study.pictures(dataset, maps.answers["map"]),
-        "output": launch.output,
-    }
+    overlays = study.pictures(dataset, maps.answers["map"])
+    more |= {"notes": notes, "overlays": overlays, "output": launch.output}
     return study.conclude(about, workdir, dataset, arms, **more)
 
 

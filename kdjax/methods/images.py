@@ -115,11 +115,12 @@ def attention_matching(stages: Sequence[str], *, weight: float = 0.8) -> Method:
         )
 
     def objective(outputs, batch):
-        each: Any = [
+        each = [
             unit_distance(losses.attention_map(outputs.features[name]), batch[f"teacher_attention_{name}"])
             for name in stages
         ]
-        return {"attention": weight * sum(each) / len(each)}
+        total: Any = sum(each)
+        return {"attention": weight * total / len(each)}
 
     return Method(
         objectives=(objective,),
