@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from experiments import common
 from experiments.common import flatness
-from kdjax import curvature, landscape, models, train
+from kdjax import landscape, models, train
 
 IMAGES, NORMALISED = 48, "/filter_normalised"
 

@@ -115,7 +115,9 @@ class TestRegion:
         region = recruiting.region_of(
             watched[:1], student(task), which="saddle", rule="never", form="select", seed=0
         )
-        strengths = {e.step: float(e.score.negative_curvature_ratio) for e in saddles.entries(watched[0].repository)}
+        strengths = {
+            e.step: float(e.score.negative_curvature_ratio) for e in saddles.entries(watched[0].repository)
+        }
         assert (region.steps, region.strong) == ([max(strengths, key=strengths.__getitem__)], False)
 
 
