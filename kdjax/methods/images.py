@@ -49,7 +49,7 @@ def saliency_dim(*, probability: float = 0.1, strength: float = 0.5) -> Method:
     options = {"probability": probability, "strength": strength}
 
     def blend(batch: Batch, keys: Array) -> Array:
-        maps = batch["teacher_map"]
+        maps = batch["teacher_map"].astype(jnp.float32)
         light = losses.attribution_map(maps, scale="min_max").reshape(maps.shape)
         factor = 1 - strength + strength * light
         chosen = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, _DIM), probability))(keys)
@@ -151,7 +151,7 @@ def unit_distance(own: Float[Array, "batch positions"], maps: Array) -> Float[Ar
       own: maps of the student, of unit norm.
       maps: cached maps ``[batch, height, width, 1]``, brought to unit norm here, since a crop changes it.
     """
-    theirs = losses.attribution_map(maps)
+    theirs = losses.attribution_map(maps.astype(jnp.float32))
     return jnp.mean(own.shape[-1] * losses.map_distance(own, theirs))
 
 
