@@ -93,7 +93,6 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     if launch.pod:
         parallel.initialise()
     dataset = DATA.value.load(at_most=256 if launch.smoke else None)
-    assert dataset.splits is not None
     recipe, settings = smoke(RECIPE.value), cli.settings(__name__)
     parallel.check_batch_size(recipe.batch_size, parallel.local_devices(machine.devices))
     recipes.check(recipe, len(dataset.splits["train"]))

@@ -10,7 +10,7 @@ corrected: raised by what makes the fewest errors on the validation split. (The 
 Needs MNIST in --data_dir (python -m experiments.prepare_data). Takes about an hour and a half on two CPU cores. The
 paper's epochs are not known, and were many more; --epochs and --teacher_epochs say how many are ours. Expect kd to beat
 scratch by far, and a student that calls most threes by their name, having never seen one; the counts stand in
-BUILD_NOTES.md.
+docs/results/hinton_mnist.md.
 
 References:
   Hinton, Vinyals and Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015,

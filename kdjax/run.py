@@ -376,7 +376,6 @@ def save(
     ``weights/`` are written where they are not there whole; ``network.json`` says what using them needs: architecture,
     normalisation, class names, how good it was on which split, and the digest of the weights.
     """
-    assert dataset.normalisation is not None
     checkpoints.save(directory / "weights", step, weights, meta={}, identity=identity)
     description = {
         "arm": identity["arm"],
@@ -503,7 +502,6 @@ class _Plan(NamedTuple):
 
     @property
     def normalisation(self) -> Normalisation:
-        assert self.dataset.normalisation is not None
         return self.dataset.normalisation
 
 
@@ -515,7 +513,7 @@ def _plan(
     signal: TeacherSignal | None,
     machine: Machine,
 ) -> _Plan:
-    if dataset.splits is None or dataset.normalisation is None:
+    if not dataset.splits:
         raise ValueError("this data set has no splits: call kdjax.data.split(dataset).")
     devices, _ = _devices(machine)
     parallel.check_batch_size(recipe.batch_size, devices)
@@ -600,7 +598,6 @@ def check(
     Raises:
       ValueError: if the networks lack what the method compares, or no cached answer is about an augmented image.
     """
-    assert dataset.splits is not None
     ids = dataset.splits["train"]
     steps, labels = recipes.num_steps(recipe, len(ids)), dataset.labels[ids]
     bound = methods.bind(method, network.output_shapes, shapes, steps=steps, labels=labels)
@@ -644,7 +641,6 @@ def _head_initialiser(plan: _Plan) -> Callable[[int], tuple[Any, Any]]:
 
 
 def _feed(plan: _Plan, seed: int) -> data.Feed:
-    assert plan.dataset.splits is not None
     return data.resident_feed(
         plan.resident,
         plan.dataset.splits["train"],
@@ -657,7 +653,6 @@ def _feed(plan: _Plan, seed: int) -> data.Feed:
 
 def _evaluator(plan: _Plan, split: str, **options: Any) -> Callable[..., dict[str, Any]]:
     """``(params, model_state) -> sums`` over one split."""
-    assert plan.dataset.splits is not None
     ids = plan.dataset.splits[split]
     size = evaluation_batch_size(len(ids), _devices(plan.machine)[1])
     batches = {"batch_size": size, "devices": plan.devices}

@@ -186,7 +186,6 @@ def robustness_of(
 
     ``options`` are those of :func:`kdjax.robustness.make_evaluator`, such as ``epsilons``.
     """
-    assert dataset.splits is not None
     ids, devices = dataset.splits[split], options.pop("devices", None) or jax.local_devices()
     size = evaluation_batch_size(len(ids), len(devices) * jax.process_count())
 
@@ -310,7 +309,6 @@ def _latency(run: Trained) -> list[float]:
 
 def pictures(dataset: data.Dataset, maps: np.ndarray, *, count: int = 4) -> list[dict[str, Any]]:
     """The first training images and their maps ``[examples, 1, height, width, 1]``: ``overlays`` of a result."""
-    assert dataset.splits is not None
     return [
         {
             "title": f"{dataset.class_names[dataset.labels[i]]}: integrated gradients of the teacher's score",
@@ -354,7 +352,6 @@ def tost_note(arms: Arms, *, baseline: str) -> str:
 
 def mcnemar_note(dataset: data.Dataset, arms: Arms, *, baseline: str, split: str) -> str:
     """How many students of each arm differ from the baseline's student of the same seed, by McNemar's test."""
-    assert dataset.splits is not None
     ids, network = dataset.splits[split], arms[baseline][0].network
 
     @functools.partial(jax.jit, static_argnums=0)

@@ -21,7 +21,7 @@ LAYERS = [
     {"recipe", "methods"},
     {"pipeline", "flatness", "saliency"},
     {"run"},
-    {"study"},
+    {"study", "recruit"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer} | {"__init__": len(LAYERS)}
 

@@ -5,7 +5,6 @@ Nothing here decides what an experiment computes, and importing it defines no fl
 
 from experiments.cli.inputs import Data as Data
 from experiments.cli.inputs import network as network
-from experiments.cli.launching import bar as bar
 from experiments.cli.launching import launch as launch
 from experiments.cli.launching import say as say
 from experiments.cli.options import MAY_CHANGE as MAY_CHANGE

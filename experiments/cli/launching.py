@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from tqdm import tqdm
 
 from experiments import stopping
 from experiments.cli import compilation_cache, workdirs
@@ -93,7 +92,8 @@ def _refusing() -> Iterator[None]:
         stopping.say(stopped.message)
         raise stopped from None
     except (ValueError, train.NonFiniteLoss) as error:
-        _refuse(str(error))
+        said = str(error)  # the library says num_train=5000 where the user has written --num_train=5000
+        _refuse(f"--{said}" if said.partition("=")[0] in flags.FLAGS else said)
     except ImportError as error:
         if "pip install" in str(error):
             _refuse(str(error))
@@ -130,14 +130,6 @@ def _advice() -> str:
     if workdir is None:
         return "nothing was lost; start the same command again."
     return f"what is finished in {workdir} is kept, and the same command continues."
-
-
-@contextlib.contextmanager
-def bar(label: str, *, total: int, unit: str) -> Iterator[tqdm]:
-    """A progress bar on the terminal of the first process; nothing in a log."""
-    disabled = None if jax.process_index() == 0 else True  # None: shown on a terminal alone
-    with tqdm(total=total, desc=label, unit=unit, disable=disabled, leave=False) as meter:
-        yield meter
 
 
 def say(text: str) -> None:

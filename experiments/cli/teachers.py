@@ -109,7 +109,6 @@ def teachers(
     if teacher.teacher_num_train is not None:
         own = source.load(at_most=256 if launch.smoke else None, num_train=teacher.teacher_num_train)
     net = network(teacher.teacher, own, **fields)
-    assert own.splits is not None
     recipes.check(recipe, len(own.splits["train"]), of="the teacher's")
     parallel.check_batch_size(recipe.batch_size, parallel.local_devices(machine.devices))
 

@@ -42,6 +42,7 @@ from kdjax.methods.method import Term as Term
 from kdjax.methods.method import bind as bind
 from kdjax.methods.method import cross_entropy as cross_entropy
 from kdjax.methods.method import head_initialiser as head_initialiser
+from kdjax.methods.saddles import cost as cost
 from kdjax.methods.saddles import perturbations as perturbations
 from kdjax.methods.saddles import sprkd as sprkd
 from kdjax.methods.saddles import sprkd_paper as sprkd_paper

@@ -1,6 +1,7 @@
 """Saddle point recruitment (SPRKD) as a method: a region to start from, and escapes along negative curvature."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from kdjax.types import Params
 NUM_MATVECS = 16  # Hessian-vector products of every look at a spectrum
 
 
-def sprkd(region: Params | None = None, **escape: float) -> Method:
+def sprkd(region: Params | None = None, **escape: Any) -> Method:
     """SPRKD as this library recommends it: a smooth approach to the region, then checked escapes.
 
     It adds no loss: use ``labels() + sprkd(region)`` or ``kd() + sprkd(region)``.
@@ -36,7 +37,7 @@ def sprkd(region: Params | None = None, **escape: float) -> Method:
         )
 
     wrap(optax.identity())  # refuses options that make no sense
-    return Method(optimizer=wrap, record=cost, second_batch=True)
+    return Method(optimizer=wrap, record=cost, second_batch=True, settings={"sprkd": dict(escape)})
 
 
 def perturbations(region: Params | None = None, *, period: int = 100, radius: float = 0.01) -> Method:
@@ -47,7 +48,7 @@ def perturbations(region: Params | None = None, *, period: int = 100, radius: fl
         parts = [base, transforms.accept_if_better(noise, axis_name=parallel.AXIS)]
         return optax.chain(*parts, *([] if region is None else [transforms.approach_region(region)]))
 
-    return Method(optimizer=wrap, record=cost)
+    return Method(optimizer=wrap, record=cost, settings={"perturbations": [period, radius]})
 
 
 def sprkd_paper(region: Params) -> Method:
@@ -69,7 +70,7 @@ def sprkd_paper(region: Params) -> Method:
             transforms.approach_region(region, form="published"),
         )
 
-    return Method(optimizer=wrap, record=cost)
+    return Method(optimizer=wrap, record=cost, settings={"sprkd_paper": True})
 
 
 def start_at(params: Params) -> Callable[[int, train.TrainState], train.TrainState]:

@@ -59,7 +59,6 @@ def explain(
         :func:`kdjax.attributions.adaptive_integrated_gradients`.
       **options: of :func:`kdjax.teacher.precompute`, such as ``devices`` and ``progress``.
     """
-    assert dataset.splits is not None
     ids = dataset.splits["train"]
     images, labels = dataset.images[ids], dataset.labels[ids].astype(np.int32)
     own = teacher.normalisation._asdict()
