@@ -89,14 +89,8 @@ def main() -> dict[str, Any]:
             train_student(seed, workdir / arm / str(seed), arm=arm, settings=settings, **watch)
             for seed in range(3 if launch.smoke else 5)
         ]
-    return report(
-        workdir,
-        few,
-        {"teacher": [teacher], **students},
-        settings,
-        start,
-        overlays=study.pictures(few, maps.answers["map"]),
-    )
+    overlays = study.pictures(few, maps.answers["map"])
+    return report(workdir, few, {"teacher": [teacher], **students}, settings, start, overlays=overlays)
 
 
 def report(
