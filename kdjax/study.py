@@ -377,7 +377,7 @@ def mcnemar_note(dataset: data.Dataset, arms: Arms, *, baseline: str, split: str
 
 
 def main_effect_note(factor: str, pairs: Sequence[tuple[str, str]], arms: Arms) -> str:
-    """The mean difference in accuracy over pairs of arms that differ in one factor alone, with its interval over seeds."""
+    """The mean difference in accuracy over pairs of arms that differ in one factor, with its interval over seeds."""
     each = np.mean([np.subtract(_accuracies(arms[b]), _accuracies(arms[a])) for a, b in pairs], axis=0)
     found = significance.t_interval((100 * each).tolist())
     return (
@@ -389,10 +389,10 @@ def main_effect_note(factor: str, pairs: Sequence[tuple[str, str]], arms: Arms) 
 def comparison_notes(
     arms: Arms, *, pairs: Sequence[tuple[str, str]], factors: Mapping[str, Sequence[tuple[str, str]]]
 ) -> list[str]:
-    """Welch's test of each pair of arms, and the main effect of each factor, of those that were run on three seeds or more.
+    """Welch's test of each pair of arms, and the main effect of each factor.
 
     Args:
-      arms: arm → one finished run per seed.
+      arms: arm → one finished run per seed; tests of an arm that is not there, or has fewer than three, are left out.
       pairs: of arms, as in :func:`welch_note`.
       factors: factor → pairs of arms, as in :func:`main_effect_note`.
     """
