@@ -10,6 +10,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from experiments import cli
 from kdjax import data, models, results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +66,18 @@ def test_more_students_are_of_three_arms(study):
     assert len({network for network, _ in found.values()}) == 2
     with flagsaver.flagsaver(arms=["at"], student="mlp"), pytest.raises(ValueError, match="no stage"):
         study.students_of(dataset, teacher)
+
+
+def test_a_run_knows_how_its_teacher_is_trained(study):
+    settings = cli.settings("experiments.ig_cifar10")
+    assert {
+        "teacher",
+        "teacher_dir",
+        "teacher_epochs",
+        "teacher_num_train",
+        "ig_tolerance",
+    } <= settings.keys()
+    assert not {"arms", "more_students", "workdir", "jobs"} & settings.keys()  # these may change
 
 
 @pytest.mark.once

@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from absl import flags
+
 from experiments.cli.inputs import Data, network
 from experiments.cli.options import Flags, Launch, define, refuse_given
 from experiments.cli.workdirs import shared_cache
@@ -13,6 +15,8 @@ from kdjax import recipe as recipes
 from kdjax.callbacks import Callback
 from kdjax.models import Network
 from kdjax.recipe import Machine, Recipe, option
+
+flags.disclaim_key_flags()  # so that the flags of a teacher are the experiment's own, as those of options are
 
 
 @dataclasses.dataclass(frozen=True)
