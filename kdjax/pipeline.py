@@ -1,4 +1,4 @@
-"""From indices to batches in the compiled step: gather, augment, ask the teacher, normalise; once each, in this order."""
+"""Batches, made in the compiled step: gather, augment, ask the teacher, normalise; once each, in this order."""
 
 from collections.abc import Callable
 from typing import Any

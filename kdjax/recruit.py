@@ -1,5 +1,6 @@
 """Teachers that keep the saddles they pass, and regions for students made of them: what SPRKD starts from."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 
 from kdjax import curvature, data, files, methods, run, saddles, train
+from kdjax import teacher as teachers
 from kdjax.callbacks import Callback, RunId
 from kdjax.models import Network
 from kdjax.recipe import Machine, Recipe
@@ -74,7 +76,7 @@ class SaddleSnapshots(Callback):
         return state
 
 
-def make_trainer(
+def make_snapshot_trainer(
     network: Network,
     dataset: data.Dataset,
     recipe: Recipe,
@@ -184,3 +186,75 @@ def region_of(
     form: Any = resize
     params = saddles.select_weights(saddles.aggregate(chosen), student, form=form)
     return Region(params, [snapshot.step for snapshot in chosen], found)
+
+
+class Teachers(NamedTuple):
+    """Weak and strong teachers of a study, trained or read back when they are first asked for.
+
+    Attributes:
+      weak: ``(seed, number)`` → a teacher that keeps snapshots, the ``number``-th of a student's seed.
+      strong: ``number`` → a finished teacher.
+      answers: ``(which, number)`` → the cached answers of the strong teacher ``number``, or of the weak one of a seed.
+    """
+
+    weak: Callable[[int, int], SnapshotTeacher]
+    strong: Callable[[int], run.Trained]
+    answers: Callable[[str, int], teachers.TeacherSignal]
+
+
+def make_teachers(
+    network: Network,
+    dataset: data.Dataset,
+    asked: data.Dataset,
+    recipes: tuple[Recipe, Recipe],
+    directory: Path,
+    *,
+    machine: Machine,
+    split: str = "test",
+    callbacks: Sequence[Callback] = (),
+) -> Teachers:
+    """Builds the teachers of a study. Processes that train side by side wait for each other.
+
+    Args:
+      network: of all teachers.
+      dataset: that they learn.
+      asked: whose images they are asked about.
+      recipes: of a weak and of a strong teacher.
+      directory: of the study.
+      machine: of strong teachers. Dispatches of weak ones have 51 steps at most; each leaves a snapshot.
+      split: that teachers are measured on.
+      callbacks: of their trainings.
+    """
+    steps = min(51, machine.steps_per_dispatch)
+    closer = dataclasses.replace(machine, steps_per_dispatch=steps)
+    weak_trainer, strong_trainer = (
+        functools.cache(
+            lambda: make_snapshot_trainer(network, dataset, recipes[0], machine=closer, split=split)
+        ),
+        functools.cache(
+            lambda: run.make_trainer(
+                network, methods.labels(), dataset, recipes[1], machine=machine, split=split
+            )
+        ),
+    )
+
+    @functools.cache
+    def weak(seed: int, number: int) -> SnapshotTeacher:
+        home = directory / "weak" / f"{seed}.{number}"
+        with files.lock(f"{home}.lock"):
+            return weak_trainer()(10 * seed + number, home, callbacks)
+
+    @functools.cache
+    def strong(number: int) -> run.Trained:
+        home = directory / "strong" / str(number)
+        with files.lock(f"{home}.lock"):
+            return strong_trainer()(number, home, arm="strong_teacher", callbacks=callbacks)
+
+    @functools.cache
+    def answers(which: str, number: int) -> teachers.TeacherSignal:
+        teacher = strong(number) if which == "strong" else weak(number, 0).trained
+        home = directory / "teacher_answers" / f"{which}{number}"
+        with files.lock(f"{home}.lock"):
+            return teachers.answers(teacher, asked, directory=home)
+
+    return Teachers(weak, strong, answers)

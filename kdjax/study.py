@@ -319,6 +319,39 @@ def pictures(dataset: data.Dataset, maps: np.ndarray, *, count: int = 4) -> list
     ]
 
 
+HVP, EVALUATION = (
+    1.5,
+    1 / 3,
+)  # of a Hessian-vector product and of a loss, in gradients: benchmarks/escape.json
+
+
+def with_costs(run: Trained, *, targets: Sequence[float], steps_per_epoch: int) -> Trained:
+    """Adds what a run cost in gradients, and when its validation loss first came below each target, to its metrics.
+
+    A run that never reaches a target has ``reached`` 0, and ``steps_to`` and ``paid_to`` of the whole run. Its method
+    must record :func:`kdjax.methods.cost`.
+
+    Args:
+      run: a finished run.
+      targets: of the validation loss.
+      steps_per_epoch: batches of an epoch.
+    """
+    metrics = dict(run.metrics)
+    for name in ("events", "hvps", "evaluations"):
+        metrics[name] = round(steps_per_epoch * sum(record[name] for record in run.history))
+    paid = np.cumsum(
+        [steps_per_epoch * (1 + HVP * r["hvps"] + EVALUATION * r["evaluations"]) for r in run.history]
+    )
+    metrics["gradient_equivalents"] = float(paid[-1])
+    for target in targets:
+        reached = [i for i, record in enumerate(run.history) if record["validation_loss"] <= target]
+        at = reached[0] if reached else len(run.history) - 1
+        metrics[f"reached_{target:g}"] = float(bool(reached))
+        metrics[f"steps_to_{target:g}"] = float(steps_per_epoch * (at + 1))
+        metrics[f"paid_to_{target:g}"] = float(paid[at])
+    return run._replace(metrics=metrics)
+
+
 # Notes: tests as sentences
 
 

@@ -11,7 +11,8 @@ EXPERIMENT = """
 import dataclasses
 from absl import flags
 from experiments import cli
-from kdjax.recipe import Machine, Recipe, option
+from kdjax.options import option
+from kdjax.recipe import Machine, Recipe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ LIBRARY = ROOT / "kdjax"
 EXPERIMENTS = ROOT / "experiments"
 
 LAYERS = [
-    {"types", "files", "extras", "interrupts"},
+    {"types", "files", "extras", "interrupts", "options"},
     {"parallel", "significance", "data"},
     {"losses", "models", "curvature", "landscape", "attributions", "checkpoints", "results"},
     {"teacher", "saddles", "train", "evaluate", "report"},

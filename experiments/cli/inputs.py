@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 
 from kdjax import data, models
-from kdjax.recipe import option
+from kdjax.options import option
 
 
 @dataclasses.dataclass(frozen=True)

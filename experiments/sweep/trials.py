@@ -12,7 +12,6 @@ import optuna
 from optuna.storages.journal import BaseJournalBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.cli import file_lock
 from experiments.sweep import spaces
 from kdjax import files
 from kdjax.callbacks import Callback, RunId
@@ -134,7 +133,7 @@ def next_trial(
 
     The one taken is removed from ``unfinished``, the numbers of the trials to take up first.
     """
-    with file_lock(draws.lock):
+    with files.lock(draws.lock):
         there = study.trials
         number = unfinished.pop(0) if unfinished else len(there)
         if number == len(there) >= draws.num_trials:

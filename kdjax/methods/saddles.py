@@ -1,5 +1,6 @@
 """Saddle point recruitment (SPRKD) as a method: a region to start from, and escapes along negative curvature."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +12,21 @@ from jaxtyping import Array
 
 from kdjax import parallel, train, transforms
 from kdjax.methods.method import Method
+from kdjax.options import option
 from kdjax.types import Params
 
 NUM_MATVECS = 16  # Hessian-vector products of every look at a spectrum
+
+
+@dataclasses.dataclass(frozen=True)
+class EscapeOptions:
+    """How :func:`sprkd` looks for ways down; see :func:`kdjax.transforms.sprkd`."""
+
+    period: int = option(100, "Steps between two searches for an escape.", least=1)
+    escape_radius: float = option(0.3, "Longest escape, relative to the norm of the parameters.", least=0.0)
+    perturbation_radius: float = option(0.01, "Perturbation before a search, likewise.", least=0.0)
+    negative_curvature_ratio: float = option(0.1, "|λ_min| / λ_max of a saddle that is left.", least=0.0)
+    budget: int = option(20, "Most escapes of a run.", least=0)
 
 
 def sprkd(region: Params | None = None, **escape: Any) -> Method:

@@ -82,8 +82,8 @@ def answers(
     Args:
       teacher: a trained network.
       dataset: after :func:`kdjax.data.split`.
-      mode: ``centre``, the unaugmented image, cached once; ``views``, cached augmentations of which the student is shown
-        one; or ``online``, in the step, the student's own augmented image.
+      mode: ``centre``, the unaugmented image, cached once; ``views``, cached augmentations, of which the student is
+        shown one; or ``online``, in the step, the student's own augmented image.
       features: of the teacher to return beside its logits. Caches with features are float16.
       directory: of the cache; not needed online.
       move: ``padding`` and ``flip`` of the stored views.
@@ -119,12 +119,14 @@ def answers(
     settings: dict[str, Any] = {"normalisation": [list(values) for values in teacher.normalisation]}
     if features:
         settings["features"] = list(features)
-    view_fn = None
+    view_fn: cache.ViewFn | None = None
     if mode == "views":
         settings["stored_view"] = moved = {**(move or {"padding": 0, "flip": False}), "seed": VIEW_SEED}
 
-        def view_fn(images, index, view):
+        def stored_view(images, index, view):
             return data.stored_view(images, index, view, **moved)
+
+        view_fn = stored_view
 
     options = {"view_fn": view_fn, "views": views if view_fn else 1, "settings": settings, **options}
     options["dtype"] = "float16" if features else "float32"
@@ -139,7 +141,7 @@ def from_file(path: str | os.PathLike[str], dataset: data.Dataset, *, loaded: da
     The file holds ``logits [n, classes]``; further arrays ``[n, ...]`` are features by name, such as ``embedding`` or
     ``stage2 [n, height, width, channels]``. So that no row can belong to another image, it also holds either
     ``example_ids``, as ``dataset.example_ids`` has them, or ``images_sha256``, the SHA-256 of the bytes of the uint8
-    images ``[n, height, width, channels]`` that row ``i`` of every array is about, in the order in which they were loaded.
+    images ``[n, height, width, channels]``, in the order in which they were loaded and the rows stand.
 
     Args:
       path: of the file.
@@ -184,7 +186,9 @@ def from_file(path: str | os.PathLike[str], dataset: data.Dataset, *, loaded: da
             raise ValueError(
                 f"{name} of {path} must be finite floats, got {array.dtype} with NaN, infinity or integers."
             )
-    shapes = {name: jax.ShapeDtypeStruct((2, *x.shape[2:]), jnp.float32) for name, x in kept.items()}
+    shapes: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((2, *x.shape[2:]), jnp.float32) for name, x in kept.items()
+    }
     identity = {"answers": checkpoints.digest_tree(kept), "mode": "file"}
     return TeacherSignal(kept, Outputs(shapes.pop("logits"), shapes), identity=identity)
 
