@@ -281,9 +281,7 @@ def privileged(weight: float = 1.0) -> Method:
 
 def hint(weight: float = 100.0, *, student: Select = middle_stage, teacher: Select | None = None) -> Method:
     """FitNets' hint through a regressor (Romero et al., 2015). CRD benchmark: 100, second stage."""
-    return _on_features(
-        "hint", weight, None, student, teacher, head=lambda name, labels: learned.Hints(name=name)
-    )
+    return _with_head("hint", weight, learned.Hints, student, teacher)
 
 
 def attention_transfer(
@@ -297,14 +295,7 @@ def factor_transfer(
     weight: float = 200.0, *, student: Select = last_stage, teacher: Select | None = None
 ) -> Method:
     """Factor transfer, FT (Kim et al., 2018). CRD benchmark: 200."""
-    return _on_features(
-        "factor_transfer",
-        weight,
-        None,
-        student,
-        teacher,
-        head=lambda name, labels: learned.FactorTransfer(name=name),
-    )
+    return _with_head("factor_transfer", weight, learned.FactorTransfer, student, teacher)
 
 
 def nst(weight: float = 50.0, *, student: Select = stages, teacher: Select | None = None) -> Method:
@@ -327,22 +318,12 @@ def activation_boundary(
     weight: float = 1.0, *, student: Select = preactivations, teacher: Select | None = None
 ) -> Method:
     """Activation boundaries, AB (Heo et al., 2019). CRD benchmark: Heo's weights, in a first stage of its own."""
-    return _on_features(
-        "activation_boundary",
-        weight,
-        None,
-        student,
-        teacher,
-        head=lambda name, labels: learned.Boundaries(name=name),
-        schedule=FIRST_STAGE,
-    )
+    return _with_head("activation_boundary", weight, learned.Boundaries, student, teacher, schedule=FIRST_STAGE)
 
 
 def ofd(weight: float = 1.0, *, student: Select = preactivations, teacher: Select | None = None) -> Method:
     """Overhaul of feature distillation, OFD (Heo et al., 2019), with the weights of the authors' CIFAR-100 code."""
-    return _on_features(
-        "ofd", weight, None, student, teacher, head=lambda name, labels: learned.Overhaul(name=name)
-    )
+    return _with_head("ofd", weight, learned.Overhaul, student, teacher)
 
 
 def reviewkd(
@@ -352,34 +333,17 @@ def reviewkd(
     teacher: Select | None = preactivations_and_embedding,
 ) -> Method:
     """Knowledge review, ReviewKD, with warm-up (Chen et al., 2021, for resnet32x4 and resnet8x4: 5)."""
-    return _on_features(
-        "reviewkd",
-        weight,
-        None,
-        student,
-        teacher,
-        head=lambda name, labels: learned.Review(name=name),
-        schedule=WARM_UP,
-    )
+    return _with_head("reviewkd", weight, learned.Review, student, teacher, schedule=WARM_UP)
 
 
 def vid(weight: float = 1.0, *, student: Select = stages, teacher: Select | None = None) -> Method:
     """Variational information distillation, VID (Ahn et al., 2019). CRD benchmark: 1."""
-    return _on_features(
-        "vid",
-        weight,
-        None,
-        student,
-        teacher,
-        head=lambda name, labels: learned.VariationalInformation(name=name),
-    )
+    return _with_head("vid", weight, learned.VariationalInformation, student, teacher)
 
 
 def mgd(weight: float = 7e-5, *, student: Select = last_stage, teacher: Select | None = None) -> Method:
     """Masked generative distillation, MGD, with masked channels (Yang et al., 2022, on ImageNet: 7e-5)."""
-    return _on_features(
-        "mgd", weight, None, student, teacher, head=lambda name, labels: learned.MaskedGeneration(name=name)
-    )
+    return _with_head("mgd", weight, learned.MaskedGeneration, student, teacher)
 
 
 # Relations between the examples of a batch.
@@ -425,21 +389,12 @@ def correlation_congruence(
     weight: float = 0.02, *, student: Select = embedding, teacher: Select | None = None
 ) -> Method:
     """Correlation congruence, CC (Peng et al., 2019). CRD benchmark: .02."""
-    return _on_features(
-        "correlation_congruence",
-        weight,
-        None,
-        student,
-        teacher,
-        head=lambda name, labels: learned.Congruence(name=name),
-    )
+    return _with_head("correlation_congruence", weight, learned.Congruence, student, teacher)
 
 
 def info_nce(weight: float = 1.0, *, student: Select = embedding, teacher: Select | None = None) -> Method:
     """InfoNCE between student and teacher embeddings. No published weight."""
-    return _on_features(
-        "info_nce", weight, None, student, teacher, head=lambda name, labels: learned.InfoNce(name=name)
-    )
+    return _with_head("info_nce", weight, learned.InfoNce, student, teacher)
 
 
 def cka(weight: float = 1.0, *, student: Select = last_stage, teacher: Select | None = None) -> Method:
