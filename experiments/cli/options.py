@@ -11,6 +11,7 @@ from absl import flags
 
 from kdjax.data.batches import MAX_SEED
 from kdjax.options import option
+from kdjax.recipe import Recipe
 
 T = TypeVar("T")
 
@@ -42,6 +43,10 @@ class Launch:
     tensorboard: bool = option(False, "Write every epoch's numbers to workdir/tensorboard.")
     scaled_down: str = option("", "What is smaller than in the study followed; kept with the result.")
     smoke: bool = option(False, "The same code in seconds: few images, epochs and seeds.")
+
+    def shorten(self, recipe: Recipe, *, epochs: int) -> Recipe:
+        """The recipe, with that many epochs in a smoke run."""
+        return dataclasses.replace(recipe, epochs=epochs) if self.smoke else recipe
 
 
 class Flags(Generic[T]):

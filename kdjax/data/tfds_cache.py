@@ -36,7 +36,7 @@ PREPARATION_FILE = "kdjax_preparation.json"
 KEYS_FILE = "kdjax_keys.json"
 _CACHE = "kdjax_decoded"
 _MANIFEST = "manifest.json"
-_ARRAYS = ("images", "labels", "keys", "official")
+_ARRAYS = ("images", "labels", "keys", "official_split")
 _CHUNK = 512
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
 
@@ -304,6 +304,8 @@ def _read_cache(cache: Path, path: Path) -> Arrays | None:
         raise ValueError(f"{error}; {advice}") from error
     if manifest is None or manifest["dataset_info"] != file_sha256(path / "dataset_info.json"):
         return None  # never decoded, or decoded from records that have since been replaced
+    if set(manifest["files"]) != set(_ARRAYS):
+        return None  # by another version of kdjax
     arrays = {}
     for array in _ARRAYS:
         file = cache / f"{array}.npy"
