@@ -1,16 +1,16 @@
-"""Methods of distillation, ready to train with: losses with their published weights, and their heads.
+"""Distillation methods, ready to train with: losses with their published weights and their heads.
 
 Methods add up::
 
     method = methods.labels() + methods.kd(soft_weight=1.0) + methods.crd()
     student = run.train(network, method, dataset, recipe, teacher=teacher)
 
-Each function is one paper and takes its weight first. Where sources disagree, the default is of the CRD benchmark
-(Tian et al., 2020, RepDistiller), 240 epochs on CIFAR-100; stages that are given there in epochs are the same share of
-a run here. Methods that compare features find them by the names that kdjax's networks give them ("stage1",
-"preactivation1", "embedding"). For a network of your own, name them:
-``hint(student=("block2",), teacher=("layer2",))``. A method of your own is :func:`objective`, a function
-``(outputs, batch) -> {name: scalar}``.
+Each function is one paper and takes its weight first. Where sources disagree, the default is that of the CRD benchmark
+(Tian et al., 2020, RepDistiller), which trains for 240 epochs on CIFAR-100; a stage of so many epochs there takes the
+same share of a run here. Methods on features look for the names that kdjax's networks use ("stage1",
+"preactivation1", "embedding"). For your own network, name the features:
+``hint(student=("block2",), teacher=("layer2",))``. For your own loss, write a function
+``(outputs, batch) -> {name: scalar}`` and pass it to :func:`objective`.
 """
 
 import dataclasses
@@ -19,8 +19,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -52,7 +54,7 @@ from kdjax.options import option
 from kdjax.parallel import AXIS
 from kdjax.types import Batch
 
-# Which features a method compares.
+# Selections of features.
 
 
 def stages(features: Features) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ def middle_stage(features: Features) -> tuple[str, ...]:
 
 
 def stem_and_stages(features: Features) -> tuple[str, ...]:
-    """The maps between which FSP looks at the flow: after the stem, if it is a feature, and after the stages."""
+    """The maps that FSP compares in pairs: after the stem, if the network has it as a feature, and after the stages."""
     return ("stage0",) * ("stage0" in features) + stages(features)
 
 
@@ -82,7 +84,7 @@ def preactivations(features: Features) -> tuple[str, ...]:
 
 
 def embedding(features: Features) -> tuple[str, ...]:
-    """The vector that the last layer maps to the logits."""
+    """The input of the last layer, which maps it to the logits."""
     return ("embedding",) * ("embedding" in features)
 
 
@@ -101,7 +103,7 @@ def _maps(features: Features, prefix: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name != "stage0"))
 
 
-# How a method's term is made from a loss.
+# From losses to methods.
 
 
 def _logits(loss: Callable[..., Array], **options: Any) -> TermFn:
@@ -133,14 +135,18 @@ def _on_logits(name: str, weight: float, loss: TermFn, hard_weight: float = 0.1,
 
 
 def _on_features(
-    name: str,
-    weight: float,
-    loss: TermFn | None,
-    student: Select,
-    teacher: Select | None = None,
-    **more: Any,
+    name: str, weight: float, loss: TermFn | None, student: Select, teacher: Select | None, **more: Any
 ) -> Method:
     return Method(1.0, (Term(name, weight, loss, features=student, teacher_features=teacher, **more),))
+
+
+def _with_head(
+    name: str, weight: float, head: type[nn.Module], student: Select, teacher: Select | None, **more: Any
+) -> Method:
+    def make(name: str, labels: np.ndarray) -> nn.Module:
+        return head(name=name)
+
+    return _on_features(name, weight, None, student, teacher, head=make, **more)
 
 
 # Labels, and the teacher's logits.
@@ -229,7 +235,7 @@ def jensen_shannon(weight: float = 0.9) -> Method:
 
 
 def top_k_kl(weight: float = 0.9, *, k: int = 5, temperature: float = 4.0) -> Method:
-    """KD as if only the teacher's k largest probabilities had been stored. No published weight: as kd."""
+    """KD from the teacher's k largest probabilities alone. No published weight: as kd."""
 
     def term(student: View, teacher: View, batch: Batch) -> Array:
         chances = jax.nn.softmax(teacher.logits.astype(jnp.float32) / temperature)
@@ -260,9 +266,8 @@ def correlation_distance(weight: float = 1.0) -> Method:
 
 def noisy_teacher(weight: float = 0.9) -> Method:
     """KD from logits with Gaussian noise of .1 on half of the examples (Sau, 2016). No published weight: as kd."""
-    return Method(
-        0.1, (Term("noisy_teacher", weight, head=lambda name, labels: learned.NoisyTeacher(name=name)),)
-    )
+    method = _with_head("noisy_teacher", weight, learned.NoisyTeacher, (), None)
+    return dataclasses.replace(method, hard_weight=0.1)
 
 
 def privileged(weight: float = 1.0) -> Method:
@@ -318,7 +323,9 @@ def activation_boundary(
     weight: float = 1.0, *, student: Select = preactivations, teacher: Select | None = None
 ) -> Method:
     """Activation boundaries, AB (Heo et al., 2019). CRD benchmark: Heo's weights, in a first stage of its own."""
-    return _with_head("activation_boundary", weight, learned.Boundaries, student, teacher, schedule=FIRST_STAGE)
+    return _with_head(
+        "activation_boundary", weight, learned.Boundaries, student, teacher, schedule=FIRST_STAGE
+    )
 
 
 def ofd(weight: float = 1.0, *, student: Select = preactivations, teacher: Select | None = None) -> Method:
@@ -404,65 +411,35 @@ def cka(weight: float = 1.0, *, student: Select = last_stage, teacher: Select | 
 
 def crd(weight: float = 0.8, *, student: Select = embedding, teacher: Select | None = None) -> Method:
     """Contrastive representation distillation, CRD, with a memory of all examples (Tian et al., 2020: .8)."""
-    return _on_features(
-        "crd",
-        weight,
-        None,
-        student,
-        teacher,
-        head=lambda name, labels: learned.ContrastiveMemory(labels=labels, name=name),
-    )
+
+    def make(name: str, labels: np.ndarray) -> nn.Module:
+        return learned.ContrastiveMemory(labels=labels, name=name)
+
+    return _on_features("crd", weight, None, student, teacher, head=make)
 
 
 METHODS: dict[str, Callable[..., Method]] = {
     function.__name__: function
     for function in (
-        soft_target_cross_entropy,
-        squared_logits,
-        dkd,
-        dist,
-        logit_standardised_kl,
-        confidence_penalty,
-        teacher_free_kl,
-        jensen_shannon,
-        top_k_kl,
-        label_smoothing_cross_entropy,
-        correlation_distance,
-        noisy_teacher,
-        privileged,
-        hint,
-        attention_transfer,
-        factor_transfer,
-        nst,
-        fsp,
-        activation_boundary,
-        ofd,
-        reviewkd,
-        vid,
-        mgd,
-        rkd,
-        rkd_distance,
-        rkd_angle,
-        pkt,
-        similarity_preserving,
-        correlation_congruence,
-        info_nce,
-        cka,
-        crd,
+        *(soft_target_cross_entropy, squared_logits, dkd, dist, logit_standardised_kl, confidence_penalty),
+        *(teacher_free_kl, jensen_shannon, top_k_kl, label_smoothing_cross_entropy, correlation_distance),
+        *(noisy_teacher, privileged, hint, attention_transfer, factor_transfer, nst, fsp),
+        *(activation_boundary, ofd, reviewkd, vid, mgd, rkd, rkd_distance, rkd_angle, pkt),
+        *(similarity_preserving, correlation_congruence, info_nce, cka, crd),
     )
 }
-"""The methods that take a weight alone, by name; beside them :func:`labels` and :func:`kd`."""
+"""Methods whose first argument is their weight, by name. Beside them: :func:`labels` and :func:`kd`."""
 
 
-# Of your own, and on images.
+# Your own loss, your own optimizer, and methods by name.
 
 
 def objective(function: train.Objective, *, teacher_features: Sequence[str] = ()) -> Method:
-    """A method of your own.
+    """A method from your own loss.
 
     Args:
-      function: ``(outputs, batch) -> {name: scalar}``, weights included. With a teacher ``batch["teacher_logits"]``
-        is there, and ``batch["teacher_NAME"]`` for each of ``teacher_features``.
+      function: ``(outputs, batch) -> {name: scalar}``, weights included. With a teacher, the batch holds
+        ``teacher_logits``, and ``teacher_NAME`` for each of ``teacher_features``.
       teacher_features: names of the teacher's features that it reads.
     """
     named = getattr(function, "__qualname__", type(function).__qualname__)
@@ -482,15 +459,15 @@ _DEFAULT_KD = kd()
 def named(name: str, *, kd: Method | None = None, weights: Mapping[str, float] | None = None) -> Method:
     """A method by name, for a command line: ``scratch``, ``kd``, a name of :data:`METHODS`, or several joined by ``+``.
 
-    In a sum the labels and kd have weight 1 and the others their own, as in the CRD benchmark.
+    In a sum, the labels and kd have weight 1 and the other methods their own weight, as in the CRD benchmark.
 
     Args:
       name: such as ``crd+kd``.
-      kd: the method that ``kd`` stands for; its weights become 1 in a sum.
-      weights: of methods, in place of the published ones.
+      kd: the method that ``kd`` stands for; in a sum its weights become 1.
+      weights: method → weight, in place of the published one.
 
     Raises:
-      ValueError: if there is no such method; it suggests what was probably meant.
+      ValueError: if there is no such method; the message suggests the likely one.
     """
     parts, weights = name.split("+"), weights or {}
     for part in parts:
@@ -509,7 +486,7 @@ def named(name: str, *, kd: Method | None = None, weights: Mapping[str, float] |
 
 
 def _suggestion(name: str) -> str:
-    """The methods whose name or description has this word; else the nearest spelling."""
+    """The methods whose docstring contains this word; otherwise those of the nearest spelling."""
     word = re.compile(rf"\b{re.escape(name.replace('_', ' '))}\b", re.IGNORECASE)
     described = [known for known, function in METHODS.items() if word.search(function.__doc__ or "")]
     close = described or difflib.get_close_matches(name, ("kd", "scratch", *METHODS), 3)
