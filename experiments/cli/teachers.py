@@ -19,6 +19,8 @@ from kdjax.recipe import Machine, Recipe
 
 flags.disclaim_key_flags()  # so that --help lists what is defined here as the experiment's own
 
+flags.disclaim_key_flags()  # so that the flags of a teacher are the experiment's own, as those of options are
+
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
