@@ -189,7 +189,8 @@ def region_of(arm: Arm, source: recruit.Teachers, shapes: Params, seed: int) -> 
     which, resize = arm.region or REGION_FROM.value, arm.resize or RESIZE.value
     if which == "strong":
         params = source.strong(seed % STRONG_TEACHERS.value).weights.params
-        return recruit.Region(saddles.select_weights(params, shapes, form=resize), [], strong=True)  # type: ignore
+        form: Any = resize
+        return recruit.Region(saddles.select_weights(params, shapes, form=form), [], strong=True)
     own = [source.weak(seed, number) for number in range(arm.teachers)]
     rule = arm.rule or SADDLE_RULE.value
     return recruit.region_of(own, shapes, which=which, rule=rule, resize=resize, seed=seed)
