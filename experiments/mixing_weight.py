@@ -30,7 +30,8 @@ from experiments import cli
 from kdjax import data, files, losses, methods, parallel, run, study, vmapped
 from kdjax import teacher as teachers
 from kdjax.callbacks import ProgressBar
-from kdjax.recipe import Machine, Recipe, option
+from kdjax.options import option
+from kdjax.recipe import Machine, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,6 @@ def report(
 ) -> dict[str, Any]:
     """Chooses a weight, tests it, and writes the result with the sweep over all weights."""
     (best, found), (height, width, _) = choose(runs), few.image_shape
-    assert few.splits is not None
     about = study.Study(
         "mixing_weight",
         f"How should a student of {few.name} weight its labels and its teacher?",

@@ -142,33 +142,6 @@ def test_stopped_in_training_it_says_what_is_kept_and_goes_on(tmp_path, number):
     assert errors.count("\n") == 1
 
 
-def test_hinton_smoke_omits_the_digit_and_corrects_its_bias(tmp_path):
-    digits = data.load("digits")
-    words = np.array(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
-    np.savez(tmp_path / "words.npz", images=digits.images, labels=words[digits.labels])
-    command = ("experiments.hinton_mnist", "--smoke", f"--dataset={tmp_path / 'words.npz'}")
-    command += (f"--workdir={tmp_path / 'run'}",)
-    code, output, errors = run(*command, "--omitted=3")
-    assert (code, errors.split(",")[0]) == (2, "error: --omitted=3 is none of the classes eight")
-    code, output, errors = run(*command, "--omitted=three")
-    assert code == 0, errors
-    found = results.read(tmp_path / "run" / "results.json")
-    assert found["class_names"] == sorted(words)
-    assert [arm for arm in found["arms"] if "no three" in arm] == [
-        "scratch, no three",
-        "kd, no three",
-        "scratch, no three, bias corrected",
-        "kd, no three, bias corrected",
-    ]
-    threes = sum(found["confusion"]["teacher"][sorted(words).index("three")])
-    assert found["arms"]["scratch, no three"]["errors_on_omitted"] == [threes]  # labels alone cannot teach it
-    for arm, (shift,) in ((a, m["bias_shift"]) for a, m in found["arms"].items() if "bias_shift" in m):
-        matrix = np.array(found["confusion"][arm])
-        assert found["arms"][arm]["errors"] == [matrix.sum() - np.trace(matrix)]
-        assert np.isfinite(shift)
-    assert "errors" in output
-
-
 def bad_npz(path, classes):
     images = np.zeros((60, 8, 8, 1), np.uint8)
     np.savez(path, images=images, labels=np.arange(60) % classes)
