@@ -4,25 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from absl import flags
 
 from experiments import cli
 from kdjax import data, results, run, train
-
-
-@pytest.fixture
-def start(monkeypatch):
-    """``start(study, *flags)``: runs a study as its command line would."""
-
-    def started(study, *arguments):
-        flags.FLAGS.unparse_flags()
-        for flag in cli.flags_of(study.__name__).values():
-            flag.unparse()
-        flags.FLAGS([study.__name__, *map(str, arguments)])
-        with cli.released():
-            return study.main()
-
-    return started
 
 
 @pytest.fixture(scope="module")
