@@ -31,6 +31,7 @@ from kdjax import checkpoints, data, methods, models, parallel, run, study
 from kdjax import teacher as teachers
 from kdjax.callbacks import Callback, ProgressBar
 from kdjax.recipe import Machine, Recipe
+from kdjax.types import Outputs
 
 DATA = cli.define(cli.Data(dataset="cifar10", num_train=4000), omit=("label_noise",))
 STUDENT = flags.DEFINE_string("student", "resnet8", "A name in kdjax.models.MODELS, or path/mine.py:build.")
@@ -38,7 +39,7 @@ MORE_STUDENTS = cli.may_change(flags.DEFINE_list("more_students", [], "For scrat
 RECIPE = cli.define(Recipe(epochs=30, padding=4, flip=True, evaluate_every=5))
 SGD = Recipe(12, 64, 0.05, optimizer="sgd", schedule="cosine", weight_decay=5e-4, padding=4, flip=True)
 RESNET = cli.Teacher("resnet20", teacher_num_train=0)
-TEACHER = cli.define_teacher(SGD, defaults=RESNET, omit=("teacher_seeds",))
+TEACHER = cli.define_teacher(SGD, defaults=RESNET, omit=("teacher_answers", "teacher_seeds"))
 SEEDS = cli.define_seeds()
 TEMPERATURE = flags.DEFINE_float("temperature", 2.5, "Softening of both logits.", 1e-3)
 SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.01, "Of the teacher's logits; 1 minus it of labels.", 0, 1)
@@ -116,7 +117,7 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
     parallel.check_batch_size(recipe.batch_size, parallel.local_devices(machine.devices))
     teacher = dataclasses.replace(TEACHER.value, recipe=quick(TEACHER.value.recipe), teacher_num_train=None)
     source = cli.teachers(teacher, DATA.value, wide, launch=launch, settings=settings, machine=machine)
-    students = students_of(few, source.network)
+    students = students_of(few, source.shapes)
     worker, workdir = cli.my_task("experiments.ig_cifar10"), Path(launch.workdir)
     if worker is None:
         cli.claim_workdir(launch.workdir, source.made_from | {"student_data": few.fingerprint})
@@ -142,12 +143,12 @@ def quick(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, epochs=2, evaluate_every=1) if LAUNCH.value.smoke else recipe
 
 
-def students_of(dataset: data.Dataset, teacher: models.Network) -> dict[str, tuple[models.Network, Arm]]:
+def students_of(dataset: data.Dataset, teacher: Outputs) -> dict[str, tuple[models.Network, Arm]]:
     """The network of each arm, and how it learns; arms of further students are called "kd (resnet14)"."""
     found = {}
     for student in (STUDENT.value, *MORE_STUDENTS.value):
         network, first = cli.network(student, dataset), student == STUDENT.value
-        stages = methods.common_stages(network.output_shapes.features, teacher.output_shapes.features)
+        stages = methods.common_stages(network.output_shapes.features, teacher.features)
         for arm in WANTED.value if first else ("scratch", "kd", "kd+ig"):
             found[arm if first else f"{arm} ({student})"] = network, ARMS[arm](stages)
     return found
@@ -157,13 +158,13 @@ def ask(
     teacher: run.Trained, dataset: data.Dataset, workdir: Path
 ) -> tuple[teachers.TeacherSignal, teachers.Explanations]:
     """The teacher's logits, and its maps with attention, computed or read back."""
-    store, devices = LAUNCH.value.shared_cache, parallel.local_devices(MACHINE.value.devices)
+    launch, machine = LAUNCH.value, MACHINE.value
+    signal = cli.ask(teacher, dataset, workdir / "teacher_answers", launch=launch, machine=machine)
     decides = {"fingerprint": dataset.fingerprint, "weights": checkpoints.digest_tree(teacher.weights)}
     stages = methods.stages(teacher.network.output_shapes.features)
     asked: dict[str, Any] = {"stages": stages, "tolerance": IG_TOLERANCE.value}
-    with cli.shared_cache(store, workdir / "teacher_answers", **decides) as home:
-        signal = teachers.answers(teacher, dataset, directory=home, devices=devices)
-    with cli.shared_cache(store, workdir / "maps", **decides, **asked) as home:
+    devices = parallel.local_devices(machine.devices)
+    with cli.shared_cache(launch.shared_cache, workdir / "maps", **decides, **asked) as home:
         return signal, teachers.explain(teacher, dataset, directory=home, devices=devices, **asked)
 
 

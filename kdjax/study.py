@@ -162,7 +162,7 @@ def _of_trainings(arms: Arms) -> list[str]:
     return [f"{'; '.join(names)}: {note}" for note, names in whose.items()]
 
 
-def _total(sums: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def _total(sums: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: np.sum([np.asarray(run[name]) for run in sums], axis=0) for name in sums[0]}
 
 

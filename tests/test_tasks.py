@@ -57,7 +57,7 @@ def test_photos_of_different_sizes_go_from_the_command_line_to_a_result(photos, 
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("experiment", ["ig_cifar10", "mixing_weight", "sprkd_malaria"])
+@pytest.mark.parametrize("experiment", ["ig_cifar10", "sprkd_malaria"])
 def test_every_launcher_takes_the_flags_of_photos(experiment, tmp_path):
     data = (f"--dataset=folder:{tmp_path}", f"--workdir={tmp_path / 'run'}", "--skip_broken")
     code, _, errors = run(f"experiments.{experiment}", *data, "--image_size=32")

@@ -32,7 +32,6 @@ from experiments.common.launching import refuse_given as refuse_given
 from experiments.common.launching import released as released
 from experiments.common.launching import say as say
 from experiments.common.launching import settings_of as settings_of
-from experiments.common.many import train_many as train_many
 from experiments.common.methods import METHODS as METHODS
 from experiments.common.objectives import kd as kd
 from experiments.common.objectives import scratch as scratch
