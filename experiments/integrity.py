@@ -36,7 +36,7 @@ import numpy as np
 import optax
 from absl import flags, logging
 
-from experiments import common
+from experiments import cli
 from kdjax import checkpoints, data, models, results, teacher
 
 OUTPUT = flags.DEFINE_string("output", None, "Write the counts to this file.")
@@ -149,8 +149,8 @@ def distilled(workdir: Path, learning_rate: float = 2e-3) -> dict[str, Any]:
     network, student = (common.build(name, task) for name in ("digits_teacher", "digits_student"))
     recipe = common.Recipe(epochs=2, batch_size=20, learning_rate=learning_rate)
     settings = {"learning_rate": learning_rate}
-    with common.released():
-        common.claim_workdir(str(workdir), settings | {"data": task.fingerprint})
+    with cli.released():
+        cli.claim_workdir(str(workdir), settings | {"data": task.fingerprint})
         trainer = common.make_trainer(task, network, common.scratch, recipe)
         source = common.train_teacher(task, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0")
         taught = common.taught_by(
@@ -395,7 +395,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         counts = measure(Path(workdir), trials, kills, SEED.value)
     for arm, outcome in counts.items():
-        common.say(f"{arm:20} " + "  ".join(f"{name} {number:3d}" for name, number in outcome.items()))
+        cli.say(f"{arm:20} " + "  ".join(f"{name} {number:3d}" for name, number in outcome.items()))
     result = results.make(
         "integrity",
         question="Does a damaged, misplaced or half-written file ever come back as wrong numbers?",
@@ -414,4 +414,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

@@ -25,7 +25,7 @@ import sys
 
 from absl import flags, logging
 
-from experiments import common
+from experiments import cli
 from kdjax.data.prepare import prepare
 
 DATASET = flags.DEFINE_string(
@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

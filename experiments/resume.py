@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import common
+from experiments import cli
 from kdjax import results
 
 OUTPUT = flags.DEFINE_string("output", None, "Write the counts to this file.")
@@ -88,7 +88,7 @@ def main() -> None:
             killed.append(sum(kill(workdir, chosen.uniform(0, duration)) for _ in range(KILLS.value)))
             finish(workdir)
             equal.append(int(ending(workdir) == whole))
-            common.say(f"trial {trial}: killed {killed[-1]} times, {'equal' if equal[-1] else 'DIFFERENT'}")
+            cli.say(f"trial {trial}: killed {killed[-1]} times, {'equal' if equal[-1] else 'DIFFERENT'}")
     if not all(equal):
         raise ValueError(
             f"{equal.count(0)} of {len(equal)} resumed runs differ: this is a bug in kdjax, please report it."
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

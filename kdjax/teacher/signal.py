@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ MODES = ("centre", "views", "online")
 VIEW_SEED = 20_231  # of the stored views; part of every cache's header
 
 
+@runtime_checkable
 class TrainedNetwork(Protocol):
     """A network with its weights, and the normalisation of the pixels that it was trained under."""
 
