@@ -115,7 +115,7 @@ def test_official_test_split_is_used():
     assert np.array_equal(ids["test"], np.arange(500, 1000))
     assert ids["validation"].max() < 500
     assert len(ids["validation"]) + len(ids["train"]) == 500
-    with pytest.raises(ValueError, match="in both the official training split and the official test split"):
+    with pytest.raises(ValueError, match="in both official splits, training and test"):
         datasets.split_ids(dataset, groups=np.full(1000, "one patient"))
 
 

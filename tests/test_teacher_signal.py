@@ -181,5 +181,5 @@ class TestFromFile:
 
     def test_a_file_that_is_no_npz_is_refused(self, loaded, dataset, tmp_path):
         (tmp_path / "a.npz").write_bytes(b"PK")
-        with pytest.raises(ValueError, match="is no readable .npz of plain arrays"):
+        with pytest.raises(ValueError, match=r"is no readable \.npz of plain arrays"):
             teachers.from_file(tmp_path / "a.npz", dataset, loaded=loaded)

@@ -137,11 +137,11 @@ def resident_feed(
       batch_size: examples per step over all devices and hosts.
       steps_per_dispatch: most steps per call. Fewer are run where that divides the epoch into equal parts, so that no
         second program is compiled for the rest.
-      rows_of: selects this process's rows of a global batch; :func:`kdjax.parallel.process_rows` with several processes.
+      rows_of: this process's rows of a global batch; with several processes :func:`kdjax.parallel.process_rows`.
 
     Returns:
-      A feed whose arguments are ``(arrays, int32[batch, steps])``. Its identity has the seed, the batch size, the number
-      of examples and a digest of their ids, but not ``steps_per_dispatch``.
+      A feed whose arguments are ``(arrays, int32[batch, steps])``. Its identity has seed, batch size, number of
+      examples and a digest of their ids, but not ``steps_per_dispatch``.
 
     Raises:
       ValueError: as :func:`epoch_index` does, or if ``steps_per_dispatch`` is not positive.

@@ -247,7 +247,7 @@ def split_ids(
         shared = np.intersect1d(units[dataset.official_split == 1], units[dataset.official_split != 1])
         if len(shared):
             raise ValueError(
-                f"group {str(shared[0])!r} has examples in both the official training split and the official test split."
+                f"group {str(shared[0])!r} has examples in both official splits, training and test."
             )
     position = _hash_positions(units, salt)
     in_test = dataset.official_split == 1 if has_test else position < test

@@ -390,8 +390,8 @@ def _without_tensorflow() -> Iterator[None]:
     """Gives TFDS the file functions and the PNG encoder that its five builders take from TensorFlow.
 
     Used even where TensorFlow is installed: it saves an import of 16 s, and the stored bytes do not depend on what is
-    installed. TFDS holds TensorFlow as one lazily imported module; only that reference is replaced, in the whole process,
-    and restored afterwards.
+    installed. TFDS holds TensorFlow as one lazily imported module; only that reference is replaced, process-wide, and
+    restored afterwards.
     """
     from tensorflow_datasets.core.utils import lazy_imports_utils
 

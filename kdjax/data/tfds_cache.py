@@ -402,8 +402,8 @@ def _supervised(info: Any) -> tuple[str, str]:
     if len(keys) != 2 or keys[0] not in images or keys[1] not in labels or not _is_plain(features[keys[0]]):
         found = ", ".join(f"{key}: {type(feature).__name__}" for key, feature in features.items())
         raise ValueError(
-            f"{info.name} is not an image classification data set: it needs one uint8 Image and one ClassLabel, and has "
-            f"{found}."
+            f"{info.name} is not an image classification data set, which has one uint8 Image and one ClassLabel: "
+            f"it has {found}."
         )
     return keys[0], keys[1]
 

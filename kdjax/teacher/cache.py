@@ -10,7 +10,7 @@ order, the last incomplete batch included:
 The directory holds ``header.json``, with digests of the teacher and the images, and chunks of rows. A chunk's file name
 holds the SHA-256 of the header, the chunk's number and its bytes, so one rename writes and seals it: a changed byte, a
 chunk of another teacher and a chunk in another place are all refused. A killed ``precompute`` continues with the chunks
-that are missing or damaged. This is not a checkpoint of :mod:`kdjax.checkpoints` because chunks are written, resumed and
+that are missing or damaged. It is no checkpoint of :mod:`kdjax.checkpoints`, since chunks are written, resumed and
 sealed one by one, by several processes, while a checkpoint is saved and restored as a whole.
 """
 
@@ -188,9 +188,8 @@ def verify(
 ) -> float:
     """Recomputes a random sample of rows, and refuses answers for other images or in another order.
 
-    The cosine of a row with its recomputation is not enough: it would pass rows that share a large offset, and images of
-    one class under a confident teacher. So the distance between the two is also compared with the spread between rows:
-    for every row, and for the median row down to a spread of a thousandth of the rows' size. Rounding on another device
+    The cosine of a row with its recomputation is not enough: it would pass rows with a large common offset, and images
+    of one class under a confident teacher. So their distance is also compared with the spread between rows: for every row, and for the median row down to a spread of a thousandth of the rows' size. Rounding on another device
     passes all three tests. A few swapped rows are found only if they are sampled; on disk, the digests find them.
 
     Args:
