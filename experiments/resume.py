@@ -2,10 +2,10 @@ r"""Does a run that is killed at a random moment, and started again, end bitwise
 
     python -m experiments.resume --output=experiments/results/resume.json
 
-Takes about ten minutes on two cores. A small distillation of the digits (teacher, columns, two students by two methods,
-a checkpoint after every epoch) is run once without interruption. Then, --trials times, the same command is started and
-killed with SIGKILL at a random moment, started again and killed again, and then left to finish; every digest of final
-weights and every measured number must be those of the uninterrupted run, bit for bit.
+Takes about ten minutes on two cores. A small distillation of the digits (a teacher, its cached answers, two students by
+two methods, a checkpoint after every epoch) runs once without interruption. Then, --trials times, the same command is
+started and killed with SIGKILL at a random moment, started again and killed again, and then left to finish; every digest
+of final weights and every measured number must equal that of the uninterrupted run, bit for bit.
 
 Expect as many equal trials as there are trials.
 """
@@ -80,7 +80,7 @@ def main() -> None:
     start, chosen = time.monotonic(), random.Random(SEED.value)
     equal, killed = [], []
     with tempfile.TemporaryDirectory() as directory:
-        finish(Path(directory) / "warm")  # compiles; the moments below shall fall into the work
+        finish(Path(directory) / "warm")  # compiles, so that kills hit the training
         duration = finish(Path(directory) / "whole")
         whole = ending(Path(directory) / "whole")
         for trial in range(2 if SMOKE.value else TRIALS.value):

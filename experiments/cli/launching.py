@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from tqdm import tqdm
 
 from experiments import stopping
 from experiments.cli import compilation_cache, workdirs
@@ -130,14 +129,6 @@ def _advice() -> str:
     if workdir is None:
         return "nothing was lost; start the same command again."
     return f"what is finished in {workdir} is kept, and the same command continues."
-
-
-@contextlib.contextmanager
-def bar(label: str, *, total: int, unit: str) -> Iterator[tqdm]:
-    """A progress bar on the terminal of the first process; nothing in a log."""
-    disabled = None if jax.process_index() == 0 else True  # None: shown on a terminal alone
-    with tqdm(total=total, desc=label, unit=unit, disable=disabled, leave=False) as meter:
-        yield meter
 
 
 def say(text: str) -> None:

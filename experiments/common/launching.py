@@ -6,7 +6,6 @@ from typing import Any
 from absl import flags
 
 from experiments.cli import workdirs
-from experiments.cli.launching import bar as bar
 from experiments.cli.launching import check_finite as check_finite
 from experiments.cli.launching import launch as launch
 from experiments.cli.launching import say as say
@@ -14,6 +13,7 @@ from experiments.cli.options import refuse_given as refuse_given
 from experiments.cli.workdirs import claim_workdir as claim_workdir
 from experiments.cli.workdirs import file_lock as alone  # noqa: F401
 from experiments.cli.workdirs import released as released
+from kdjax.callbacks import bar as bar
 
 _locks = workdirs._claimed
 

@@ -189,8 +189,9 @@ def verify(
     """Recomputes a random sample of rows, and refuses answers for other images or in another order.
 
     The cosine of a row with its recomputation is not enough: it would pass rows with a large common offset, and images
-    of one class under a confident teacher. So their distance is also compared with the spread between rows: for every row, and for the median row down to a spread of a thousandth of the rows' size. Rounding on another device
-    passes all three tests. A few swapped rows are found only if they are sampled; on disk, the digests find them.
+    of one class under a confident teacher. So their distance is also compared with the spread between rows, for every
+    row, and for the median row down to a spread of a thousandth of the rows' size. Rounding on another device passes.
+    A few swapped rows are found only if they are sampled; on disk, the digests find them.
 
     Args:
       cached: from :func:`precompute` or :func:`load`.
