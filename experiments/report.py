@@ -21,6 +21,7 @@ from absl import flags
 
 from experiments import cli
 from kdjax import files, report, results
+from kdjax.callbacks import bar
 
 RESULTS = flags.DEFINE_string(
     "results",
@@ -108,7 +109,7 @@ def expand(documents: Sequence[str]) -> list[Path]:
 def write_page(found: Mapping[str, Mapping[str, Any]], problems: Sequence[str]) -> None:
     """Writes the page with a progress bar over the results, and prints its size."""
     output = Path(OUTPUT.value or "")
-    with cli.bar(str(output), total=len(found), unit="result") as meter:
+    with bar(str(output), total=len(found), unit="result") as meter:
         report.page(
             found,
             path=output,

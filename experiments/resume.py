@@ -4,7 +4,7 @@ r"""Does a run that is killed at a random moment, and started again, end bitwise
 
 Takes about ten minutes on two cores. A small distillation of the digits (a teacher, its cached answers, two students by
 two methods, a checkpoint after every epoch) runs once without interruption. Then, --trials times, the same command is
-started and killed with SIGKILL at a random moment, started again and killed again, and then left to finish; every digest
+started and killed with SIGKILL at a random moment, started and killed again, and then left to finish; every digest
 of final weights and every measured number must equal that of the uninterrupted run, bit for bit.
 
 Expect as many equal trials as there are trials.

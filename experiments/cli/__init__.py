@@ -25,4 +25,3 @@ from experiments.cli.workdirs import released as released
 from experiments.cli.workdirs import shared_cache as shared_cache
 from experiments.cli.workers import in_children as in_children
 from experiments.cli.workers import my_task as my_task
-from kdjax.callbacks import bar as bar
