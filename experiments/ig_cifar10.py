@@ -360,7 +360,7 @@ class Study:
                 }
                 moving += [f"teacher_{n}" for n in names] if variant == A else []
         overlaid = common.overlaid(
-            probability=PROBABILITY.value, strength=STRENGTH.value, exponents=(1.0, EXPONENT.value)
+            probability=PROBABILITY.value, opacity=STRENGTH.value, exponents=(1.0, EXPONENT.value)
         )
         uses = {
             "overlay": {"blend": overlaid},
@@ -532,7 +532,7 @@ def saliency_metrics(
 
             x = data.normalise(images, mean=mean, std=std)
             found = attributions.adaptive_integrated_gradients(
-                attributions.class_score(logits), x, targets=labels, bound=BOUND.value, most=64
+                attributions.class_score(logits), x, targets=labels, tolerance=BOUND.value, max_nodes=64
             )
             maps = attributions.importance(found.values)
             areas = {

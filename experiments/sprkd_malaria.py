@@ -143,7 +143,7 @@ class Arm(NamedTuple):
     form: str = "own"
     teachers: int = 1
     moves: str = "none"  # none, start (at the region), published, escapes or perturbations
-    sigma: float | None = None
+    perturbation_radius: float | None = None
 
 
 PUBLISHED = Arm(which="saddle", rule="extreme", form="crop", moves="published")
@@ -161,7 +161,7 @@ TABLE = {
     "init_only+kd": OWN._replace(moves="start", loss="kd", teacher="strong"),
     "no_region": Arm(moves="escapes"),
     "no_eigenstep": OWN._replace(moves="perturbations"),
-    "no_perturbation": OWN._replace(sigma=0.0),
+    "no_perturbation": OWN._replace(perturbation_radius=0.0),
     "from_strong": OWN._replace(which="strong"),
     "from_saddle": OWN._replace(which="saddle"),
     "from_saddle_3": OWN._replace(which="saddle", teachers=3),
@@ -321,7 +321,8 @@ class Study:
 
     def _trainer(self, arm: Arm, taught: common.Taught | None) -> Callable[..., common.Trained]:
         template = self.shapes if arm.which else None
-        escape = self.escape if arm.sigma is None else self.escape._replace(sigma=arm.sigma)
+        radius = arm.perturbation_radius
+        escape = self.escape if radius is None else self.escape._replace(perturbation_radius=radius)
         wrap: Callable[..., Any] = lambda tx: tx  # noqa: E731
         if arm.moves == "published":
             wrap = recruiting.as_published(template)

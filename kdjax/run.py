@@ -34,7 +34,7 @@ from kdjax.methods import Method
 from kdjax.models import Network
 from kdjax.recipe import Machine, Recipe
 from kdjax.teacher import TeacherSignal, TrainedNetwork
-from kdjax.types import Normalisation, Weights
+from kdjax.types import Normalisation, Outputs, Weights
 
 _HERE = Machine()
 
@@ -522,9 +522,9 @@ def _plan(
     train_ids = dataset.splits["train"]
     recipes.check(recipe, len(train_ids))
     steps = recipes.num_steps(recipe, len(train_ids))
-    shapes = None if signal is None else signal.shapes
-    bound = methods.bind(method, network.output_shapes, shapes, steps=steps, labels=dataset.labels[train_ids])
-    _check_signal(bound, method, recipe, signal)
+    asked = {} if signal is None else {"shapes": signal.shapes, "mode": signal.mode, "maps": signal.maps}
+    bound = check(network, method, dataset, recipe, **asked)
+    _check_has(bound, signal)
     train_batch, evaluation_batch = pipeline.make_batches(dataset, recipe, method, signal)
     identity = {
         "data": dataset.fingerprint,
@@ -576,10 +576,55 @@ def _signal(
     )
 
 
-def _check_signal(bound: methods.Bound, method: Method, recipe: Recipe, signal: TeacherSignal | None) -> None:
-    """Refuses what a teacher's signal lacks, or what it cannot know of augmented images."""
+def check(
+    network: Network,
+    method: Method,
+    dataset: data.Dataset,
+    recipe: Recipe,
+    *,
+    shapes: Outputs | None = None,
+    mode: str = "online",
+    maps: Sequence[str] = (),
+) -> methods.Bound:
+    """Binds a method to two networks, and refuses what cannot be trained; nothing is computed.
+
+    Args:
+      network: the student.
+      method: what it minimises.
+      dataset: after :func:`kdjax.data.split`.
+      recipe: how it is trained.
+      shapes: of what the teacher returns for a batch of two; None without a teacher.
+      mode: how it is asked; see :func:`kdjax.teacher.answers`.
+      maps: names of cached maps that are cropped and mirrored with their images.
+
+    Raises:
+      ValueError: if the networks lack what the method compares, or no cached answer is about an augmented image.
+    """
+    assert dataset.splits is not None
+    ids = dataset.splits["train"]
+    steps, labels = recipes.num_steps(recipe, len(ids)), dataset.labels[ids]
+    bound = methods.bind(method, network.output_shapes, shapes, steps=steps, labels=labels)
     if recipe.mixup and method.reads_labels:
         raise ValueError("this method reads one label per image, and mixup blends two; use mixup=0.")
+    if mode == "online" or shapes is None:
+        return bound
+    if recipe.mixup and (method.terms or method.objectives):
+        raise ValueError(
+            f"mixup={recipe.mixup} blends images, and no cached answer is about a blend; ask the teacher online in "
+            f"place of {mode}, or use mixup=0."
+        )
+    compared = [name for name in bound.teacher_features if name not in maps and name in shapes.features]
+    compared = [name for name in compared if len(shapes.features[name].shape) == 4]
+    if recipe.augments and mode != "views" and compared:
+        raise ValueError(
+            f"the method compares the map {compared[0]}, and that of an unaugmented image does not lie over a cropped "
+            "or mirrored one; ask the teacher online or for views, or use padding=0 and flip=False."
+        )
+    return bound
+
+
+def _check_has(bound: methods.Bound, signal: TeacherSignal | None) -> None:
+    """Refuses a signal that lacks what a method reads."""
     if signal is None:
         return
     there = signal.identity.get("features", ()) if signal.answers is None else signal.answers
@@ -587,19 +632,6 @@ def _check_signal(bound: methods.Bound, method: Method, recipe: Recipe, signal: 
         raise ValueError(
             f"the method reads the teacher's {missing[0]}, and its answers hold {', '.join(there) or 'logits alone'}: "
             f"ask for it, answers(..., features={list(bound.teacher_features)})."
-        )
-    if signal.answers is None:
-        return
-    if recipe.mixup and (method.terms or method.objectives):
-        raise ValueError(
-            f"mixup={recipe.mixup} blends images, and no cached answer is about a blend; ask the teacher online, or use "
-            "mixup=0."
-        )
-    maps = [n for n in bound.teacher_features if signal.answers[n].ndim == 5 and n not in signal.maps]
-    if recipe.augments and signal.views == 1 and maps:
-        raise ValueError(
-            f"the method compares the map {maps[0]}, and that of an unaugmented image does not lie over a cropped or "
-            "mirrored one; ask the teacher online or for views, or use padding=0 and flip=False."
         )
 
 

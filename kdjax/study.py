@@ -120,7 +120,7 @@ def publish(workdir: Path, result: Mapping[str, Any], *, metrics: Sequence[str])
     if jax.process_index() == 0:
         results.write(workdir / "results.json", result)
         report.save_figure(workdir / "figure.png", result)
-        report.page(result, path=workdir / "report.html", title=result["name"])
+        report.page({result["name"]: result}, path=workdir / "report.html")
     _say(f"\n{report.markdown_table(result, metrics=metrics)}\n")
     _say(report.finding(result))
 

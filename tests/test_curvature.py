@@ -70,6 +70,12 @@ def start_of(n, seed=0):
     return curvature.random_like(jax.random.key(seed), jnp.zeros(n))
 
 
+def dense_hessian(loss, params, *arguments):
+    """The Hessian itself, by JAX."""
+    flat, unravel = ravel_pytree(params)
+    return np.asarray(jax.jit(jax.hessian(lambda x: loss(unravel(x), *arguments)))(flat))
+
+
 def dense(matvec, like):
     """Every column of an operator, by products."""
     flat, unravel = ravel_pytree(like)
@@ -90,13 +96,13 @@ def network_like(n=400):
 class TestProducts:
     def test_equal_the_dense_hessian(self):
         params, batch = make_params(), make_batch()
-        wanted = curvature.dense_hessian(loss, params, batch)
+        wanted = dense_hessian(loss, params, batch)
         np.testing.assert_allclose(dense(curvature.hessian(loss, params, batch), params), wanted, atol=1e-5)
         vector = curvature.random_like(jax.random.key(0), params)
         cold = curvature.hvp(loss, params, vector, batch)
         np.testing.assert_allclose(ravel_pytree(cold)[0], wanted @ ravel_pytree(vector)[0], atol=1e-4)
 
-    @settings(deadline=None, max_examples=15)
+    @settings(deadline=None, max_examples=8)
     @given(seeds=st.tuples(*[st.integers(0, 2**31 - 1)] * 2), factor=st.floats(-10, 10, width=32))
     def test_symmetric_and_linear(self, seeds, factor):
         multiply = curvature.hessian(loss, make_params(), make_batch())
@@ -107,29 +113,13 @@ class TestProducts:
         apart = jax.tree.map(lambda a, b: a + factor * b, multiply(u), multiply(v))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), together, apart)
 
-    @pytest.mark.parametrize("microbatch", [4, 11])
-    def test_microbatches_equal_the_batch_with_a_smaller_last_one(self, microbatch):
-        params, batch = make_params(), make_batch(11)
-        v = curvature.random_like(jax.random.key(0), params)
-        whole = curvature.hessian(loss, params, batch)(v)
-        parts = curvature.hessian(loss, params, batch, microbatch=microbatch)(v)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), parts, whole)
-
-    def test_gauss_newton_in_microbatches(self):
-        params, batch = make_params(), make_batch(11)
-        make = partial(curvature.gauss_newton, mlp, squares, params, batch)
-        v = curvature.random_like(jax.random.key(0), params)
-        tolerant = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-        jax.tree.map(tolerant, make(microbatch=4)(v), make()(v))
-
-    @pytest.mark.parametrize(("implementation", "microbatch"), [("pmap", None), ("shard_map", 3)])
-    def test_two_devices_equal_one(self, implementation, microbatch):
+    @pytest.mark.parametrize("implementation", ["pmap", "shard_map"])
+    def test_two_devices_equal_one(self, implementation):
         params, batch = make_params(), make_batch(8)
         v = curvature.random_like(jax.random.key(0), params)
 
         def smallest(params, v, x, y, axis_name=parallel.AXIS):
-            options = {"microbatch": microbatch, "axis_name": axis_name}
-            multiply = curvature.hessian(loss, params, {"x": x, "y": y}, **options)
+            multiply = curvature.hessian(loss, params, {"x": x, "y": y}, axis_name=axis_name)
             return multiply(v), curvature.lanczos(multiply, v, num_matvecs=6).alphas
 
         devices = parallel.local_devices(2)
@@ -161,20 +151,6 @@ class TestProducts:
         got = curvature.hessian(loss, narrow, batch)(v)
         assert {x.dtype for x in jax.tree.leaves((v, got))} == {jnp.dtype("float32")}
         jax.tree.map(np.testing.assert_array_equal, got, curvature.hessian(loss, wide, batch)(v))
-
-    @pytest.mark.parametrize("only", ["last", ["first/bias", "last"]])
-    def test_parts_of_the_parameters(self, only):
-        params, batch = make_params(), make_batch()
-        like = curvature.select(params, only)
-        whole = curvature.dense_hessian(loss, params, batch)
-        marks = jax.tree.map(
-            lambda c, p: jnp.full(p.shape, c is not None), like, params, is_leaf=lambda x: x is None
-        )
-        marked = np.asarray(ravel_pytree(marks)[0])
-        wanted = np.asarray(whole)[marked][:, marked]
-        block = curvature.hessian(loss, params, batch, only=only)
-        np.testing.assert_allclose(dense(block, like), wanted, atol=1e-5)
-        np.testing.assert_allclose(curvature.dense_hessian(loss, params, batch, only=only), wanted, atol=1e-5)
 
 
 class TestClosedForms:
@@ -235,7 +211,7 @@ class TestLanczos:
     @pytest.mark.parametrize("loop", LOOPS)
     def test_all_eigenvalues_of_a_network(self, loop):
         params, batch = make_params(), make_batch(40)
-        wanted = np.linalg.eigvalsh(curvature.dense_hessian(loss, params, batch))
+        wanted = np.linalg.eigvalsh(dense_hessian(loss, params, batch))
         start = curvature.random_like(jax.random.key(0), params)
         found = curvature.lanczos(
             curvature.hessian(loss, params, batch), start, num_matvecs=len(wanted), loop=loop
@@ -245,7 +221,7 @@ class TestLanczos:
     def test_all_eigenvalues_of_a_network_in_float64(self):
         with jax.enable_x64(True):
             params, batch = make_params(dtype=jnp.float64), make_batch(40, jnp.float64)
-            wanted = np.linalg.eigvalsh(curvature.dense_hessian(loss, params, batch))
+            wanted = np.linalg.eigvalsh(dense_hessian(loss, params, batch))
             start = curvature.random_like(jax.random.key(0), params)
             found = curvature.lanczos(curvature.hessian(loss, params, batch), start, num_matvecs=len(wanted))
             np.testing.assert_allclose(eigenvalues(found), wanted, atol=1e-8 * np.abs(wanted).max())
@@ -287,15 +263,12 @@ class TestLanczos:
         np.testing.assert_allclose(tridiagonal, theirs.J_small, atol=1e-5)
         np.testing.assert_allclose(q, theirs.Q_tall, atol=1e-4)
 
-    @pytest.mark.parametrize("reorthogonalise", [True, False])
-    def test_loops_and_any_function_agree(self, reorthogonalise):
+    def test_loops_and_any_function_agree(self):
         matrix = jnp.asarray(rotated(np.linspace(-2, 3, 30)))
-        options = {"num_matvecs": 8, "reorthogonalise": reorthogonalise}
         kinds = [(product(matrix), "compiled"), (product(matrix), "host"), (lambda v: matrix @ v, "host")]
-        found = [curvature.lanczos(f, start_of(30), loop=loop, **options) for f, loop in kinds]
+        found = [curvature.lanczos(f, start_of(30), num_matvecs=8, loop=loop) for f, loop in kinds]
         for other in found[1:]:
             jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), other, found[0])
-        assert (found[0].basis is None) == (not reorthogonalise)
 
     def test_a_breakdown_ends_it(self):
         found = curvature.lanczos(product(rotated([-2] * 9 + [3] * 21)), start_of(30), num_matvecs=6)
@@ -381,7 +354,7 @@ class TestAtAnySize:
     @pytest.mark.parametrize("loop", LOOPS)
     @pytest.mark.parametrize("rank", [5, 30, 100_000])
     def test_negative_is_claimed_where_it_is_and_nowhere_else(self, rank, loop, explicit):
-        for seed in range(6):
+        for seed in range(3):
             entries, start = semidefinite(100_000, rank, seed), start_of(100_000, seed)
             find = partial(
                 curvature.extreme_eigenpairs, num_matvecs=30, explicit_residuals=explicit, loop=loop
@@ -476,19 +449,16 @@ class TestAtAnySize:
             (other.spread * scale, one.spread),
         ):
             np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
-        for method in (curvature.hutchinson, curvature.hutch_plus_plus):
-            one, other = (
-                method(product(factor * matrix), jnp.zeros(30), jax.random.key(0), num_matvecs=9)
-                for factor in np.float32([1, scale])
-            )
-            np.testing.assert_allclose(np.array(other) / scale, np.array(one), rtol=1e-3)
+        one, other = (
+            curvature.hutch_plus_plus(product(f * matrix), jnp.zeros(30), jax.random.key(0), num_matvecs=9)
+            for f in np.float32([1, scale])
+        )
+        np.testing.assert_allclose(np.array(other) / scale, np.array(one), rtol=1e-3)
 
 
 class TestDensity:
-    @pytest.mark.parametrize(
-        ("loop", "reorthogonalise", "k"), [("compiled", True, 2), ("host", True, 5), ("compiled", False, 5)]
-    )
-    def test_moments_are_those_of_the_probes_for_any_number_of_steps(self, loop, reorthogonalise, k):
+    @pytest.mark.parametrize(("loop", "k"), [("compiled", 2), ("host", 5)])
+    def test_moments_are_those_of_the_probes_for_any_number_of_steps(self, loop, k):
         matrix = rotated(np.linspace(-2, 3, 30)).astype(np.float32)
         key = jax.random.key(1)
         starts = np.stack([curvature.random_like(k, jnp.zeros(30)) for k in jax.random.split(key, 3)])
@@ -499,7 +469,6 @@ class TestDensity:
             key,
             num_matvecs=k,
             num_probes=3,
-            reorthogonalise=reorthogonalise,
             loop=loop,
         )
         products, nodes, weights = starts @ matrix, np.asarray(found.nodes), np.asarray(found.weights)
@@ -541,17 +510,16 @@ class TestDensity:
 
 
 class TestTraces:
-    @pytest.mark.parametrize("loop", LOOPS)
-    @pytest.mark.parametrize("method", [curvature.hutchinson, curvature.hutch_plus_plus])
-    def test_the_standard_error_is_that_of_many_repeats(self, method, loop):
+    def test_the_standard_error_is_that_of_many_repeats(self):
         spectrum = np.concatenate([np.linspace(-1, 2, 28), [20.0, 30.0]])
-        multiply, repeats = product(rotated(spectrum).astype(np.float32)), 100 if loop == "compiled" else 5
-        run = partial(method, multiply, jnp.zeros(30), num_matvecs=30, loop=loop)
-        found = [run(jax.random.key(seed)) for seed in range(repeats)]
+        multiply, like = product(rotated(spectrum).astype(np.float32)), jnp.zeros(30)
+        run = jax.jit(lambda key: curvature.hutch_plus_plus(multiply, like, key, num_matvecs=30))
+        found = [run(jax.random.key(seed)) for seed in range(100)]
         estimates, errors = (np.array(x) for x in zip(*found, strict=True))
-        assert abs(estimates.mean() - spectrum.sum()) < 4 * errors.mean() / repeats**0.5
-        if repeats > 5:
-            np.testing.assert_allclose(np.sqrt((errors**2).mean()), estimates.std(), rtol=0.3)
+        assert abs(estimates.mean() - spectrum.sum()) < 4 * errors.mean() / 10
+        np.testing.assert_allclose(np.sqrt((errors**2).mean()), estimates.std(), rtol=0.3)
+        host = curvature.hutch_plus_plus(multiply, like, jax.random.key(0), num_matvecs=30)
+        np.testing.assert_allclose(host.estimate, estimates[0], rtol=1e-4)
 
     def test_hutch_plus_plus_is_exact_for_low_rank_and_better_on_outliers(self):
         low_rank = product(rotated([5, -4, 3] + [0] * 27).astype(np.float32))
@@ -559,26 +527,19 @@ class TestTraces:
         np.testing.assert_allclose(found.estimate, 4, rtol=1e-4)
         assert found.standard_error < 1e-4
         multiply = product(rotated(network_like()).astype(np.float32))
-        both = (
-            method(multiply, jnp.zeros(400), jax.random.key(0), num_matvecs=60)
-            for method in (curvature.hutchinson, curvature.hutch_plus_plus)
-        )
-        plain, better = (x.standard_error for x in both)
-        assert better < plain / 5
+        better = curvature.hutch_plus_plus(multiply, jnp.zeros(400), jax.random.key(0), num_matvecs=60)
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (60, 400))  # Hutchinson's estimator
+        plain = np.einsum("ki,ij,kj->k", signs, rotated(network_like()), signs).std(ddof=1) / 60**0.5
+        assert better.standard_error < plain / 5
 
 
 class TestPitfalls:
-    def test_p1_ghosts_appear_without_reorthogonalisation_only(self):
+    def test_p1_reorthogonalisation_leaves_no_ghosts(self):
         multiply, start = product(rotated(network_like()).astype(np.float32)), start_of(400)
-        kept, dropped = (
-            curvature.lanczos(multiply, start, num_matvecs=120, reorthogonalise=r, loop="compiled")
-            for r in (True, False)
-        )
-        gram = np.asarray(kept.basis, np.float64) @ np.asarray(kept.basis, np.float64).T
+        found = curvature.lanczos(multiply, start, num_matvecs=120, loop="compiled")
+        gram = np.asarray(found.basis, np.float64) @ np.asarray(found.basis, np.float64).T
         assert np.abs(gram - np.eye(120)).max() < 5e-6
-        copies = [(np.abs(eigenvalues(found) - 50) < 1e-2).sum() for found in (kept, dropped)]
-        assert copies[0] == 1
-        assert copies[1] > 2
+        assert (np.abs(eigenvalues(found) - 50) < 1e-2).sum() == 1
 
     def test_p2_no_negative_curvature_below_the_rounding_of_the_largest(self):
         spectrum = [1e4] * 2 + [1.0] * 26 + [-1e-4] * 2
@@ -589,19 +550,8 @@ class TestPitfalls:
             assert not ends.bottom.negative[0]
             assert ends.bottom.residuals[0] > 1e-6 * 1e4 / 2
 
-    def test_p3_signs_tell_nothing_of_an_estimator_on_a_diagonal_matrix(self):
-        spectrum = np.linspace(-1, 2, 30)
-        errors = [
-            curvature.hutchinson(
-                product(m.astype(np.float32)), jnp.zeros(30), jax.random.key(0), num_matvecs=4
-            )
-            for m in (np.diag(spectrum), rotated(spectrum))
-        ]
-        assert errors[0].standard_error < 1e-5
-        assert errors[1].standard_error > 0.1
-
     @pytest.mark.parametrize(("activation", "agrees"), [(jax.nn.gelu, True), (jax.nn.relu, False)])
-    def test_p4_derivatives_see_all_curvature_of_smooth_networks_only(self, activation, agrees):
+    def test_p3_derivatives_see_all_curvature_of_smooth_networks_only(self, activation, agrees):
         with jax.enable_x64(True):  # or rounding would blur the differences
             batch = make_batch(40, jnp.float64)
             params = make_params(dtype=jnp.float64)
@@ -617,7 +567,7 @@ class TestPitfalls:
             off = float(optax.tree.norm(optax.tree.sub(difference, product)) / optax.tree.norm(product))
         assert (off < 1e-2) == agrees
 
-    def test_p5_with_stored_statistics_a_batch_is_the_mean_of_its_halves(self):
+    def test_p4_with_stored_statistics_a_batch_is_the_mean_of_its_halves(self):
         images = jax.random.normal(jax.random.key(0), (6, 3))
         params, state = {"scale": jnp.array([1.0, 2.0, 0.5])}, {"mean": jnp.ones(3), "var": 2 * jnp.ones(3)}
 
@@ -637,10 +587,9 @@ class TestPitfalls:
         batch = {"image": images, "label": jnp.arange(6.0)}
         v = {"scale": jnp.array([1.0, -1.0, 1.0])}
         for of, same in ((curvature.evaluation_loss(apply_fn, objective), True), (training, False)):
-            whole, halves = (
-                curvature.hvp(of, params, v, batch, state, microbatch=size)["scale"] for size in (6, 3)
-            )
-            assert np.allclose(whole, halves, rtol=1e-4) == same
+            parts = (batch, *(jax.tree.map(lambda x, i=i: x[3 * i : 3 * i + 3], batch) for i in (0, 1)))
+            whole, *halves = (curvature.hvp(of, params, v, part, state)["scale"] for part in parts)
+            assert np.allclose(whole, np.mean(halves, 0), rtol=1e-4) == same
 
 
 def test_a_network_of_this_library_from_end_to_end():
@@ -656,13 +605,16 @@ def test_a_network_of_this_library_from_end_to_end():
     of = curvature.evaluation_loss(apply_fn, objective)
     batch = {"image": images, "label": jnp.arange(5) % 3, "step": jnp.int32(0)}
     start = curvature.random_like(jax.random.key(2), params)
-    parts = curvature.hessian(of, params, batch, {}, microbatch=2)
-    ends = curvature.extreme_eigenpairs(parts, start, num_matvecs=25)
-    wanted = np.linalg.eigvalsh(curvature.dense_hessian(of, params, batch, {}))
+    multiply = curvature.hessian(of, params, batch, {})
+    ends = curvature.extreme_eigenpairs(multiply, start, num_matvecs=25)
+    wanted = np.linalg.eigvalsh(dense_hessian(of, params, batch, {}))
     np.testing.assert_allclose([ends.bottom.values[0], ends.top.values[0]], wanted[[0, -1]], atol=1e-4)
-    layer = curvature.hessian(of, params, batch, {}, only="Dense_1")  # logistic regression, hence convex
-    like = curvature.select(params, "Dense_1")
-    found = curvature.spectral_density(layer, like, jax.random.key(3), num_matvecs=8, num_probes=2)
+    layer = curvature.hessian(  # logistic regression, hence convex
+        lambda last, batch, rest: of({**rest, "Dense_1": last}, batch, {}), params["Dense_1"], batch, params
+    )
+    found = curvature.spectral_density(
+        layer, params["Dense_1"], jax.random.key(3), num_matvecs=8, num_probes=2
+    )
     assert found.nodes.min() > -1e-4
     assert found.nodes.max() < ends.top.values[0]
 
@@ -676,18 +628,8 @@ class TestRefusals:
         [
             (lambda: curvature.hessian(loss, {}, make_batch()), "at least one parameter"),
             (lambda: curvature.hessian(lambda p: 0.0, {"n": jnp.arange(3)}), "n is int32"),
-            (lambda: curvature.hessian(loss, make_params(), make_batch(), only="middle"), "lies in 'middle'"),
             (lambda: curvature.hessian(loss, make_params(), make_batch())(jnp.ones(3)), "of the structure"),
             (lambda: curvature.hessian(lambda x: x @ x, jnp.ones(3))(jnp.ones(4)), "of the shapes"),
-            (lambda: curvature.hessian(loss, make_params(), microbatch=2), "pass the batch as an argument"),
-            (lambda: curvature.hessian(loss, make_params(), make_batch(), microbatch=0), "at least 1"),
-            (
-                lambda: curvature.hessian(
-                    loss, make_params(), {"x": jnp.ones(2), "y": jnp.ones(3)}, microbatch=1
-                ),
-                "one leading axis",
-            ),
-            (lambda: curvature.dense_hessian(lambda x: x @ x, jnp.ones(6000)), "6000² entries, 0.1 GB"),
         ],
     )
     def test_of_operators(self, call, says):
@@ -710,13 +652,14 @@ class TestRefusals:
             run(EYE, jnp.zeros(4))
         with pytest.raises(ValueError, match="int32"):
             run(EYE, jnp.arange(4))
-        with pytest.raises(ValueError, match="matvec is to return what it takes"):
+        with pytest.raises(ValueError, match="matvec must return the structure"):
             run(lambda v: v[:3], jnp.ones(4))
         nan = product(np.full((4, 4), np.nan, np.float32))
-        with pytest.raises(ValueError, match="not finite: look whether"):
+        with pytest.raises(ValueError, match="not finite: check that"):
             run(nan, jnp.ones(4))
+        nan = product(np.full((8, 8), np.nan, np.float32))
         with pytest.raises(ValueError, match="not finite"):
-            curvature.hutchinson(nan, jnp.ones(4), jax.random.key(0), num_matvecs=2, loop=loop)
+            curvature.hutch_plus_plus(nan, jnp.ones(8), jax.random.key(0), num_matvecs=6)
 
     def test_while_compiling_bad_numbers_become_nan(self):
         @jax.jit
@@ -733,10 +676,6 @@ class TestRefusals:
             curvature.extreme_eigenpairs(EYE, like, num_matvecs=2, bottom=3)
         with pytest.raises(ValueError, match="at least one probe"):
             curvature.spectral_density(EYE, like, key, num_matvecs=2, num_probes=0)
-        with pytest.raises(ValueError, match="width above 0"):
-            curvature.spectral_density(EYE, like, key, num_matvecs=2, width=0.0)
-        with pytest.raises(ValueError, match="at least 2 products"):
-            curvature.hutchinson(EYE, like, key, num_matvecs=1)
         with pytest.raises(ValueError, match="at least 6 products"):
             curvature.hutch_plus_plus(EYE, like, key, num_matvecs=5)
 

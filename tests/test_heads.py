@@ -1,5 +1,7 @@
 """Heads: every parameter receives a gradient from the head's loss, and the architectures are the papers'."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,8 +66,22 @@ def review(params, maps):
     return features.reviewkd(shallow, TEACHER) + features.reviewkd(deep, TEACHER[:, ::2, ::2])
 
 
-def init(module, *inputs, **keywords):
-    return module.init(jax.random.key(0), *inputs, **keywords)["params"]
+def variables_of(module, *inputs, **options):
+    """As ``module.init``, with kernels from NumPy: compiling linen's initialisers takes longer than a test."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])), jnp.float32)
+        return (jnp.ones if name in ("scale", "var") else jnp.zeros)(leaf.shape)
+
+    shapes = jax.eval_shape(functools.partial(module.init, **options), jax.random.key(0), *inputs)
+    return jax.tree.map_with_path(fill, shapes)
+
+
+def init(module, *inputs, **options):
+    return variables_of(module, *inputs, **options)["params"]
 
 
 MAPS = jnp.ones((1, 4, 4, 5))
@@ -120,15 +136,15 @@ def test_embeddings_have_unit_length_and_a_zero_row_stays_zero():
 
 
 def test_vid_head_has_three_convolutions_without_bias_and_starts_at_a_variance_of_five():
-    params = init(heads.VidHead(6), MAPS)
+    params = heads.VidHead(6).init(jax.random.key(0), MAPS)["params"]
     shapes = sorted(leaf.shape for leaf in jax.tree.leaves(params))
     assert shapes == [(1, 1, 5, 6), (1, 1, 6, 6), (1, 1, 6, 6), (6,)]
     np.testing.assert_allclose(jax.nn.softplus(params["log_scale"]) + 1e-5, 5, rtol=1e-6)
 
 
 def test_paraphraser_keeps_size_and_returns_factors_and_reconstruction():
-    factors, restored = heads.FactorParaphraser(3).apply(
-        {"params": init(heads.FactorParaphraser(3), MAPS)}, MAPS
+    factors, restored = jax.eval_shape(
+        lambda key, x: heads.FactorParaphraser(3).init_with_output(key, x)[0], jax.random.key(0), MAPS
     )
     assert (factors.shape, restored.shape) == ((1, 4, 4, 3), MAPS.shape)
 
@@ -136,11 +152,11 @@ def test_paraphraser_keeps_size_and_returns_factors_and_reconstruction():
 def test_review_fusion_weighs_the_enlarged_mixture_by_position():
     module = heads.ReviewFusion(6, hidden=4)
     deeper = jnp.asarray(np.random.default_rng(3).normal(size=(1, 2, 2, 4)), jnp.float32)
-    variables = module.init(jax.random.key(0), MAPS, deeper, train=False)
+    variables = variables_of(module, MAPS, deeper, train=False)
     params = variables["params"]
     # With the attention's kernel at zero and its biases far out, one map passes and the other does not.
     params["attention"] = {"kernel": 0 * params["attention"]["kernel"], "bias": jnp.array([-100.0, 100.0])}
-    _, mixture = module.apply(variables, MAPS, deeper, train=False)
+    _, mixture = jax.jit(functools.partial(module.apply, train=False))(variables, MAPS, deeper)
     np.testing.assert_allclose(mixture, deeper.repeat(2, axis=1).repeat(2, axis=2), rtol=1e-6)
 
 
@@ -148,10 +164,11 @@ def test_review_fusion_weighs_the_enlarged_mixture_by_position():
     "module", [heads.Regressor(6), heads.FactorTranslator(6), heads.ReviewFusion(6, hidden=4)]
 )
 def test_training_updates_the_statistics_and_evaluation_does_not(module):
-    variables = module.init(jax.random.key(0), MAPS, train=False)
+    variables = variables_of(module, MAPS, train=False)
+    apply = jax.jit(functools.partial(module.apply, mutable=["batch_stats"]), static_argnames="train")
     x = jnp.asarray(np.random.default_rng(0).normal(size=MAPS.shape), jnp.float32)
-    _, updated = module.apply(variables, x, train=True, mutable=["batch_stats"])
+    _, updated = apply(variables, x, train=True)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), variables["batch_stats"], updated["batch_stats"])
     assert all(jax.tree.leaves(moved))
-    _, same = module.apply(variables, x, train=False, mutable=["batch_stats"])
+    _, same = apply(variables, x, train=False)
     jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], same["batch_stats"])

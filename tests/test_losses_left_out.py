@@ -270,7 +270,8 @@ class TestMaskedByOneAlone:
 
     def test_only_the_target_is_left(self):
         alone = jnp.array([[1.0, -jnp.inf, -jnp.inf]])
-        value, gradient = jax.value_and_grad(lambda s: jnp.sum(losses.dkd(s, alone, jnp.array([0]))))(alone)
+        value_and_grad = jax.jit(jax.value_and_grad(lambda s: jnp.sum(losses.dkd(s, alone, jnp.array([0])))))
+        value, gradient = value_and_grad(alone)
         assert value == 0
         np.testing.assert_array_equal(gradient, 0)
 
@@ -358,6 +359,8 @@ class TestVoidLabels:
             target = labels if name == "lovasz" else jax.nn.one_hot(labels, 3)
             return getattr(losses, name)(scores, target)
 
+        @jax.jit
+        @jax.value_and_grad
         def total(scores, labels):
             return jnp.sum(loss(scores, labels))
 
@@ -365,8 +368,8 @@ class TestVoidLabels:
         void[:, 2] = -1
         wild = scores.copy()
         wild[:, 2] = np.nan
-        whole = jax.value_and_grad(total)(jnp.asarray(scores[:, :2]), jnp.asarray(labels[:, :2]))
-        value, gradient = jax.value_and_grad(total)(jnp.asarray(wild), jnp.asarray(void))
+        whole = total(jnp.asarray(scores[:, :2]), jnp.asarray(labels[:, :2]))
+        value, gradient = total(jnp.asarray(wild), jnp.asarray(void))
         np.testing.assert_allclose(value, whole[0], rtol=1e-5)
         np.testing.assert_allclose(gradient[:, :2], whole[1], rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(gradient[:, 2], 0)
@@ -404,5 +407,5 @@ class TestMaskedMean:
         got = jax.pmap(on_one, axis_name="batch", in_axes=(None, 0, 0), out_axes=None)(
             weights, inputs, labels
         )
-        wanted = jax.value_and_grad(loss)(weights, inputs.reshape(6, 4), labels.reshape(6))
+        wanted = jax.jit(jax.value_and_grad(loss))(weights, inputs.reshape(6, 4), labels.reshape(6))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, wanted)

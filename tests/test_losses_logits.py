@@ -1,7 +1,7 @@
 """Losses on logits against the original authors' values, against double precision, and against their own laws."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +61,23 @@ ROWS = {
 every = pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
 
 
+@cache
+def compiled(fn):
+    """The values of a loss, and the gradients of their sum by student and by teacher, in one program per shape."""
+
+    def total(s, t, y):
+        values = fn(s, t, y)
+        return jnp.sum(values), values
+
+    both = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+
+    def run(s, t, y):
+        (_, values), gradients = both(jnp.asarray(s), jnp.asarray(t), y)
+        return values, gradients
+
+    return run
+
+
 def those(law):
     rows = {name: row for name, row in ROWS.items() if getattr(row, law)}
     return pytest.mark.parametrize("row", rows.values(), ids=list(rows))
@@ -97,7 +114,7 @@ def test_equals_the_authors(name, fn):
         return jnp.mean(fn(student, jnp.asarray(GOLDENS["logits_teacher"]), jnp.asarray(GOLDENS["labels"])))
 
     with jax.default_matmul_precision("highest"):
-        value, gradient = jax.value_and_grad(mean)(jnp.asarray(GOLDENS["logits_student"]))
+        value, gradient = jax.jit(jax.value_and_grad(mean))(jnp.asarray(GOLDENS["logits_student"]))
     np.testing.assert_allclose(value, GOLDENS[f"{name}/loss"], rtol=1e-5)
     wanted = GOLDENS[f"{name}/grad_0"]
     np.testing.assert_allclose(gradient, wanted, atol=2e-4 * np.abs(wanted).max())
@@ -107,10 +124,10 @@ class TestEveryLoss:
     @every
     def test_shape_and_gradient(self, row):
         s, t = pair()
-        value = row.fn(s, t, LABELS)
-        assert value.shape == ((3,) if row.per_example else ())
+        fn = jax.jit(row.fn)
+        assert fn(s, t, LABELS).shape == ((3,) if row.per_example else ())
         jax.test_util.check_grads(
-            lambda x: row.fn(jnp.asarray(x), t, LABELS),
+            lambda x: fn(jnp.asarray(x), t, LABELS),
             (s,),
             order=1,
             modes=["rev"],
@@ -121,31 +138,32 @@ class TestEveryLoss:
 
     @those("teacher")
     def test_no_gradient_reaches_the_teacher(self, row):
-        s, t = pair()
-        gradient = jax.grad(lambda x: jnp.sum(row.fn(s, x, LABELS)))(t)
+        _, (_, gradient) = compiled(row.fn)(*pair(), LABELS)
         np.testing.assert_array_equal(gradient, 0)
 
     @those("zero")
     @given(LOGITS)
     @few(max_examples=10)
     def test_zero_at_equality(self, row, x):
-        x = jnp.asarray(x)
         # Stored probabilities come from a softmax, the student's from a log-softmax: equal up to rounding.
-        np.testing.assert_allclose(row.fn(x, x, LABELS), 0, atol=1e-5 if row is ROWS["top_k_kl"] else 1e-12)
+        value, _ = compiled(row.fn)(x, x, LABELS)
+        np.testing.assert_allclose(value, 0, atol=1e-5 if row is ROWS["top_k_kl"] else 1e-12)
 
     @those("non_negative")
     @given(LOGITS, LOGITS)
     @few(max_examples=10)
     def test_is_never_negative(self, row, s, t):
-        assert (row.fn(jnp.asarray(s), jnp.asarray(t), LABELS) >= -1e-6 * (row is ROWS["dist"])).all()
+        value, _ = compiled(row.fn)(s, t, LABELS)
+        assert (value >= -1e-6 * (row is ROWS["dist"])).all()
 
     @those("shift")
     @given(LOGITS, LOGITS, st.floats(-5, 5))
     @few(max_examples=10)
     def test_shifting_all_scores_of_an_example_changes_nothing(self, row, s, t, shift):
-        s, t = jnp.asarray(s), jnp.asarray(t)
-        shifted = row.fn(s + shift, t - shift, LABELS)
-        np.testing.assert_allclose(shifted, row.fn(s, t, LABELS), rtol=1e-3, atol=1e-3)
+        (shifted, _), (plain, _) = (
+            compiled(row.fn)(s + x, t - x, LABELS) for x in (np.float32(shift), np.float32(0))
+        )
+        np.testing.assert_allclose(shifted, plain, rtol=1e-3, atol=1e-3)
 
     @every
     def test_order_of_examples_and_classes_is_free(self, row):
@@ -153,7 +171,8 @@ class TestEveryLoss:
         rows, columns = jnp.array([2, 0, 1]), jnp.array([3, 1, 4, 0, 2])
         # The class that was labels[i] stands where columns holds it.
         labels = jnp.argsort(columns)[LABELS[rows]]
-        plain, moved = row.fn(s, t, LABELS), row.fn(s[rows][:, columns], t[rows][:, columns], labels)
+        plain, _ = compiled(row.fn)(s, t, LABELS)
+        moved, _ = compiled(row.fn)(s[rows][:, columns], t[rows][:, columns], labels)
         np.testing.assert_allclose(moved, plain[rows] if row.per_example else plain, rtol=1e-5)
 
     @every
@@ -167,13 +186,13 @@ class TestEveryLoss:
 
     @every
     def test_jitted_and_vmapped_equal_plain(self, row):
-        s, t = pair()
-        plain = row.fn(s, t, LABELS)
-        np.testing.assert_allclose(jax.jit(row.fn)(s, t, LABELS), plain, rtol=1e-4)
+        arrays = (*pair(), LABELS)
+        plain = row.fn(*arrays)
+        np.testing.assert_allclose(compiled(row.fn)(*arrays)[0], plain, rtol=1e-4)
         if row.per_example:
-            np.testing.assert_allclose(jax.vmap(row.fn)(s, t, LABELS), plain, rtol=1e-5)
-            dense = row.fn(s[:, None, None], t[:, None, None], LABELS[:, None, None])
-            np.testing.assert_allclose(dense[:, 0, 0], plain, rtol=1e-5)
+            np.testing.assert_allclose(jax.jit(jax.vmap(row.fn))(*arrays), plain, rtol=1e-4)
+            dense, _ = compiled(row.fn)(*(x[:, None, None] for x in arrays))
+            np.testing.assert_allclose(dense[:, 0, 0], plain, rtol=1e-4)
 
     @every
     @pytest.mark.parametrize(
@@ -191,8 +210,8 @@ class TestEveryLoss:
     def test_degenerate_logits_stay_finite(self, row, s, t):
         s, t = jnp.asarray(s, jnp.float32), jnp.asarray(t, jnp.float32)
         labels = jnp.zeros(len(s), int)
-        value, gradient = jax.value_and_grad(lambda x: jnp.sum(row.fn(x, t, labels)))(s)
-        assert jnp.isfinite(value)
+        value, (gradient, _) = compiled(row.fn)(s, t, labels)
+        assert jnp.isfinite(value).all()
         assert jnp.isfinite(gradient).all()
         assert jnp.abs(gradient).max() < 1e5
 
@@ -255,7 +274,7 @@ def test_cross_entropy_is_the_divergence_plus_the_entropy_of_the_teacher():
     value = losses.soft_target_cross_entropy(s, t, temperature=3.0)
     np.testing.assert_allclose(value, kl(s, t, 3.0) - 9 * (np.exp(log_p) * log_p).sum(-1), rtol=1e-5)
     one, other = (
-        jax.grad(lambda x, fn=fn: jnp.sum(fn(x, t, temperature=3.0)))(s)
+        jax.jit(jax.grad(lambda x, fn=fn: jnp.sum(fn(x, t, temperature=3.0))))(s)
         for fn in (losses.soft_target_cross_entropy, losses.soft_target_kl)
     )
     np.testing.assert_allclose(one, other, atol=1e-5)
@@ -270,19 +289,24 @@ class TestDecoupledKl:
     @few(max_examples=25)
     @given(LOGITS, LOGITS, st.floats(0.5, 8))
     def test_weighted_by_the_teachers_doubt_it_is_distillation(self, s, t, temperature):
-        s, t = jnp.asarray(s), jnp.asarray(t)
+        (decoupled, one), (plain, other) = self.weighted_by_doubt_and_plain(s, t, temperature)
+        np.testing.assert_allclose(decoupled, plain, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(one, other, atol=1e-4 * temperature)
+
+    @staticmethod
+    @jax.jit
+    def weighted_by_doubt_and_plain(s, t, temperature):
         doubt = 1 - jnp.take_along_axis(jax.nn.softmax(t / temperature), LABELS[:, None], 1)[:, 0]
 
         def decoupled(x):
             weights = {"target_weight": 1, "non_target_weight": doubt}
             return losses.dkd(x, t, LABELS, temperature=temperature, **weights)
 
-        np.testing.assert_allclose(decoupled(s), kl(s, t, temperature), rtol=1e-4, atol=1e-4)
-        one, other = (
-            jax.grad(lambda x, fn=fn: jnp.sum(fn(x)))(s)
-            for fn in (decoupled, lambda x: kl(x, t, temperature))
-        )
-        np.testing.assert_allclose(one, other, atol=1e-4 * temperature)
+        def values_and_gradient(fn):
+            values, pull = jax.vjp(fn, s)
+            return values, pull(jnp.ones(3))[0]
+
+        return values_and_gradient(decoupled), values_and_gradient(lambda x: kl(x, t, temperature))
 
     def test_two_classes_leave_nothing_but_the_target(self):
         s, t = pair(shape=(3, 2))
@@ -293,8 +317,8 @@ class TestDecoupledKl:
 
     def test_a_weight_made_from_the_teacher_lets_no_gradient_through(self):
         s, t = pair()
-        gradient = jax.grad(
-            lambda x: jnp.sum(losses.dkd(s, x, LABELS, non_target_weight=jnp.max(x, axis=-1)))
+        gradient = jax.jit(
+            jax.grad(lambda x: jnp.sum(losses.dkd(s, x, LABELS, non_target_weight=jnp.max(x, axis=-1))))
         )(t)
         np.testing.assert_array_equal(gradient, 0)
 
@@ -316,7 +340,7 @@ class TestDist:
 
     def test_shards_that_are_gathered_are_one_batch(self):
         s, t = pair(shape=(6, 5))
-        value, gradient = jax.value_and_grad(lambda x: losses.dist(x, t, temperature=2.0))(s)
+        value, gradient = jax.jit(jax.value_and_grad(lambda x: losses.dist(x, t, temperature=2.0)))(s)
 
         def shard(x, t, axis_name):
             return jax.value_and_grad(lambda x: losses.dist(x, t, temperature=2.0, axis_name=axis_name))(x)

@@ -1,6 +1,6 @@
 """Relational losses against the original authors' values, against their laws, and with the batch cut over devices."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +56,12 @@ def value(name, student, teacher, **options):
     return jnp.mean(LOSSES[name].loss(jnp.asarray(student), jnp.asarray(teacher), **options))
 
 
+@cache
+def compiled(name, argnums=0):
+    """Value and gradient under jit; hypothesis and the tests of one shape share the program."""
+    return jax.jit(jax.value_and_grad(partial(value, name), argnums=argnums))
+
+
 def rkd(student, teacher):
     return 25 * relations.rkd_distance(student, teacher) + 50 * relations.rkd_angle(student, teacher)
 
@@ -72,7 +78,7 @@ def rkd(student, teacher):
 def test_equals_the_authors(golden, loss, inputs):
     student, teacher = (jnp.asarray(GOLDENS[inputs.format(who)]) for who in ("student", "teacher"))
     with jax.default_matmul_precision("highest"):
-        got, gradient = jax.value_and_grad(loss)(student, teacher)
+        got, gradient = jax.jit(jax.value_and_grad(loss))(student, teacher)
     np.testing.assert_allclose(got, GOLDENS[f"{golden}/loss"], rtol=2e-5 if golden == "pkt" else 1e-5)
     wanted = GOLDENS[f"{golden}/grad_0"]
     np.testing.assert_allclose(gradient, wanted, atol=2e-4 * np.abs(wanted).max())
@@ -83,13 +89,13 @@ class TestLaws:
     @settings(deadline=None, max_examples=10)
     @given(student=ROWS, teacher=ROWS, order=st.permutations(range(4)))
     def test_not_negative_finite_and_blind_to_the_order(self, name, student, teacher, order):
-        loss, gradient = jax.value_and_grad(partial(value, name))(student, teacher)
+        loss, gradient = compiled(name)(student, teacher)
         assert loss >= -1e-6
         assert np.isfinite(loss)
         assert np.isfinite(gradient).all()
         if LOSSES[name].any_order:
             order = np.array(order)
-            again = value(name, student[order], teacher[order])
+            again, _ = compiled(name)(student[order], teacher[order])
             np.testing.assert_allclose(again, loss, rtol=1e-3, atol=1e-4)
 
     def test_zero_at_equality(self, name):
@@ -99,13 +105,15 @@ class TestLaws:
 
     def test_blind_to_the_students_scale_and_origin_where_said(self, name):
         student, teacher = pair()
-        loss = value(name, student, teacher)
-        assert np.isclose(value(name, 3 * student, teacher), loss, rtol=1e-4) == LOSSES[name].any_scale
         shift = jnp.array([[1.0, -2.0, 3.0, 0.5, 0.0]])
-        assert np.isclose(value(name, student + shift, teacher), loss, rtol=1e-4) == LOSSES[name].any_origin
+        loss, scaled, shifted = (
+            compiled(name, (0, 1))(s, teacher)[0] for s in (student, 3 * student, student + shift)
+        )
+        assert np.isclose(scaled, loss, rtol=1e-4) == LOSSES[name].any_scale
+        assert np.isclose(shifted, loss, rtol=1e-4) == LOSSES[name].any_origin
 
     def test_no_gradient_reaches_the_teacher(self, name):
-        np.testing.assert_array_equal(jax.grad(partial(value, name), argnums=1)(*pair()), 0)
+        np.testing.assert_array_equal(compiled(name, (0, 1))(*pair())[1][1], 0)
 
     @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
     def test_half_precision_is_computed_in_float32(self, name, dtype):
@@ -136,7 +144,7 @@ class TestLaws:
     def test_degenerate_batches_are_finite(self, name, student):
         student, teacher = student.astype(np.float32), np.array(pair(4, 3)[1])
         for s, t in [(student, teacher), (teacher, student), (student, student)]:
-            loss, gradient = jax.value_and_grad(partial(value, name))(s, t)
+            loss, gradient = compiled(name)(s, t)
             assert np.isfinite(loss)
             assert np.isfinite(gradient).all()
 
@@ -144,7 +152,7 @@ class TestLaws:
     def test_one_example_or_one_dimension(self, name, shape):
         if name.startswith("correlation_distance") and shape[1] == 1:
             pytest.skip("a prediction over one class is refused")
-        loss, gradient = jax.value_and_grad(partial(value, name))(*pair(*shape))
+        loss, gradient = compiled(name)(*pair(*shape))
         assert np.isfinite(loss)
         assert np.isfinite(gradient).all()
 
@@ -176,14 +184,14 @@ def test_cut_over_two_devices_all_is_as_of_the_whole(name, implementation):
         value, *rest = step(*arguments, axis_name=parallel.AXIS)
         return value, *jax.lax.pmean(rest, parallel.AXIS)
 
-    wanted = step(params, tangent, inputs, teacher)
+    wanted = jax.jit(step)(params, tangent, inputs, teacher)
     spread = parallel.data_parallel(
         mapped, replicated=2, devices=jax.devices()[:2], implementation=implementation
     )
     for got, whole in zip(spread(params, tangent, inputs, teacher), wanted, strict=True):
         np.testing.assert_allclose(got, whole, rtol=1e-4, atol=1e-4 * np.abs(whole).max())
     parts = zip(jnp.split(jnp.tanh(inputs @ params), 2), jnp.split(teacher, 2), strict=True)
-    per_shard = np.mean([LOSSES[name].loss(s, t) for s, t in parts])
+    per_shard = np.mean([compiled(name)(s, t)[0] for s, t in parts])
     assert not np.isclose(per_shard, wanted[0], rtol=1e-3)
 
 
@@ -204,9 +212,9 @@ class TestRkd:
 
     def test_anchors_a_few_at_a_time_change_nothing(self, monkeypatch):
         arguments = pair(7)
-        wanted = jax.value_and_grad(relations.rkd_angle)(*arguments)
+        wanted = compiled("rkd_angle")(*arguments)
         monkeypatch.setattr(relations, "_ANGLES_AT_ONCE", 3 * 7**2)
-        got = jax.value_and_grad(relations.rkd_angle)(*arguments)
+        got = jax.jit(jax.value_and_grad(relations.rkd_angle))(*arguments)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, wanted)
 
     def test_a_large_batch_needs_neither_the_differences_nor_all_angles_at_once(self):
@@ -300,7 +308,7 @@ class TestContrastiveRepresentation:
             return jnp.mean(values), after
 
         with jax.default_matmul_precision("highest"):
-            (got, after), gradient = jax.value_and_grad(loss, has_aux=True)(
+            (got, after), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
                 jnp.asarray(GOLDENS["embedding_student"])
             )
         np.testing.assert_allclose(got, GOLDENS["crd/loss"], rtol=1e-5)
@@ -354,7 +362,7 @@ class TestContrastiveRepresentation:
             in_axes=(None, None, 0, 0, 0),
             devices=jax.devices()[:2],
         )(jnp.float32(1), memory, *parts)
-        wanted = step(jnp.float32(1), memory, student, teacher, candidates)
+        wanted = jax.jit(step)(jnp.float32(1), memory, student, teacher, candidates)
         for device in range(2):
             one = jax.tree.map(lambda x, device=device: x[device], got)
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), one, wanted)
@@ -368,7 +376,7 @@ class TestContrastiveRepresentation:
             values, after = relations.crd(*rows, memory, candidates)
             return jnp.mean(values), after
 
-        (value, after), gradient = jax.value_and_grad(loss, has_aux=True)(rows)
+        (value, after), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(rows)
         assert np.isfinite(value)
         assert value >= 0
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((after, gradient)))
@@ -380,7 +388,7 @@ class TestContrastiveRepresentation:
         def loss(student, teacher, memory):
             return jnp.mean(relations.crd(student, teacher, memory, candidates)[0])
 
-        student, teacher, rest = jax.grad(loss, argnums=(0, 1, 2))(*rows, memory)
+        student, teacher, rest = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*rows, memory)
         assert (jnp.abs(student).max(axis=1) > 0).all()
         assert (jnp.abs(teacher).max(axis=1) > 0).all()
         assert not any(x.any() for x in jax.tree.leaves(rest))

@@ -1,5 +1,7 @@
 """Targets made from labels and several teachers, and the dense losses, against their formulas and laws."""
 
+import functools
+
 import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
 import jax
@@ -129,8 +131,11 @@ class TestSeveralTeachers:
             each = jax.vmap(lambda t: logits.soft_target_kl(s, t, temperature=3.0))(TEACHERS)
             return jnp.sum(weights * each)
 
-        np.testing.assert_allclose(jax.grad(together)(STUDENT), jax.grad(one_by_one)(STUDENT), atol=1e-5)
-        assert together(STUDENT) <= one_by_one(STUDENT)  # by convexity
+        (value, gradient), (larger, wanted) = (
+            jax.jit(jax.value_and_grad(loss))(STUDENT) for loss in (together, one_by_one)
+        )
+        np.testing.assert_allclose(gradient, wanted, atol=1e-5)
+        assert value <= larger  # by convexity
 
     def test_confidence_is_lowest_for_the_teacher_with_the_largest_error(self):
         weights = targets.confidence_weights(TEACHERS, LABELS)
@@ -146,8 +151,12 @@ class TestSeveralTeachers:
         wrong = jnp.stack([certain([1, 0, 0], 5), TEACHERS[0], certain([1, 0, 0], 5)])
         weights = targets.confidence_weights(wrong, LABELS)
         np.testing.assert_allclose(weights, [[0.25] * 3, [0.5] * 3, [0.25] * 3], rtol=1e-5)
-        value, gradient = jax.value_and_grad(
-            lambda s: jnp.sum(logits.soft_target_kl(s, targets.average_probabilities(wrong, weights=weights)))
+        value, gradient = jax.jit(
+            jax.value_and_grad(
+                lambda s: jnp.sum(
+                    logits.soft_target_kl(s, targets.average_probabilities(wrong, weights=weights))
+                )
+            )
         )(STUDENT)
         assert jnp.isfinite(value)
         assert jnp.isfinite(gradient).all()
@@ -175,7 +184,7 @@ class TestSpreadTopK:
 
     def test_nothing_missing_leaves_everything_finite(self):
         dense = targets.spread_top_k(jnp.array([[1.0, 0.0]]), jnp.array([[2, 0]]), num_classes=4)
-        value, gradient = jax.value_and_grad(lambda s: jnp.sum(logits.soft_target_kl(s, dense)))(
+        value, gradient = jax.jit(jax.value_and_grad(lambda s: jnp.sum(logits.soft_target_kl(s, dense))))(
             STUDENT[:1, :4]
         )
         assert jnp.isfinite(value)
@@ -196,7 +205,7 @@ class TestSpreadTopK:
     ],
 )
 def test_no_gradient_reaches_a_teacher(make):
-    np.testing.assert_array_equal(jax.grad(lambda t: jnp.sum(make(t)))(TEACHERS), 0)
+    np.testing.assert_array_equal(jax.jit(jax.grad(lambda t: jnp.sum(make(t))))(TEACHERS), 0)
 
 
 class TestPrivileged:
@@ -216,8 +225,8 @@ class TestPrivileged:
 
     def test_saturated_logits_and_half_precision(self):
         s = certain([1, 0, 2]).astype(jnp.float16)
-        value, gradient = jax.value_and_grad(
-            lambda s: jnp.sum(targets.privileged(s, certain([0, 0, 0]), LABELS))
+        value, gradient = jax.jit(
+            jax.value_and_grad(lambda s: jnp.sum(targets.privileged(s, certain([0, 0, 0]), LABELS)))
         )(s)
         assert value.dtype == jnp.float32
         assert jnp.isfinite(value)
@@ -235,27 +244,44 @@ DENSE = {
 }
 
 
+@functools.cache
+def compiled(loss):
+    """Values per image, and the gradient of their sum by the scores, in one program per shape."""
+
+    def total(s, y):
+        values = loss(s, y)
+        return jnp.sum(values), values
+
+    both = jax.jit(jax.value_and_grad(total, has_aux=True))
+
+    def run(s, y):
+        (_, values), gradient = both(s, jnp.asarray(y))
+        return values, gradient
+
+    return run
+
+
 @pytest.mark.parametrize("loss", DENSE.values(), ids=list(DENSE))
 class TestDenseLosses:
     @given(MAPS, st.integers(0, 100))
     @settings(deadline=None, max_examples=10)
     def test_lies_between_zero_and_one_with_finite_gradients(self, loss, labels, seed):
         s = jnp.asarray(np.random.default_rng(seed).normal(size=(2, 3, 4, 3)), jnp.float32)
-        value, gradient = jax.value_and_grad(lambda s: jnp.sum(loss(s, jnp.asarray(labels))))(s)
-        assert 0 <= value <= 2
+        value, gradient = compiled(loss)(s, labels)
+        assert ((value >= 0) & (value <= 1)).all()
         assert jnp.isfinite(gradient).all()
 
     @given(MAPS)
     @settings(deadline=None, max_examples=10)
     def test_zero_where_all_is_right(self, loss, labels):
-        np.testing.assert_array_equal(loss(certain(labels), jnp.asarray(labels)), [0, 0])
+        np.testing.assert_array_equal(compiled(loss)(certain(labels), labels)[0], [0, 0])
 
     @pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 3, 4, 2), (2, 3, 4, 3)])
     def test_degenerate_scores_stay_finite(self, loss, shape):
         y = jnp.zeros(shape[:-1], int)
         for s in (jnp.zeros(shape), -certain(y, shape[-1]), certain(y, shape[-1])):
-            value, gradient = jax.value_and_grad(lambda s: jnp.sum(loss(s, y)))(s)
-            assert jnp.isfinite(value)
+            value, gradient = compiled(loss)(s, y)
+            assert jnp.isfinite(value).all()
             assert jnp.isfinite(gradient).all()
 
     def test_one_value_per_image_plain_vmapped_jitted_and_in_half_precision(self, loss):
@@ -287,11 +313,14 @@ class TestDice:
         np.testing.assert_array_equal(targets.dice(s, jax.nn.softmax(s)), [0, 0])
 
 
+SORTED_STEPS, SEARCHED_STEPS = jax.jit(targets._sorted_steps), jax.jit(targets._searched_steps)
+
+
 class TestLovasz:
     @given(MAPS, MAPS)
     @settings(deadline=None, max_examples=20)
     def test_of_certain_predictions_is_the_jaccard_loss(self, predicted, labels):
-        value = targets.lovasz(certain(predicted), jnp.asarray(labels))
+        value, _ = compiled(targets.lovasz)(certain(predicted), labels)
         for got, p, y in zip(value, predicted, labels, strict=True):
             wanted = [1 - ((p == c) & (y == c)).sum() / ((p == c) | (y == c)).sum() for c in np.unique(y)]
             np.testing.assert_allclose(got, np.mean(wanted), atol=1e-6)
@@ -315,8 +344,9 @@ class TestLovasz:
         rng = np.random.default_rng(0)
         s = jnp.asarray(rng.normal(size=(1, 2, 3, 3)), jnp.float32)
         y = jnp.asarray(rng.integers(0, 3, (1, 2, 3)))
+        lovasz = jax.jit(targets.lovasz)
         jax.test_util.check_grads(
-            lambda s: targets.lovasz(jnp.asarray(s), y), (s,), order=1, modes=["rev"], eps=3e-3, rtol=2e-2
+            lambda s: lovasz(jnp.asarray(s), y), (s,), order=1, modes=["rev"], eps=3e-3, rtol=2e-2
         )
 
     def test_void_positions_count_nothing(self):
@@ -336,11 +366,7 @@ class TestLovasz:
     def test_every_backends_form_gives_one_loss(self, error, mask):
         # CPUs search for the places of sorted numbers, others sort the places along; only one of them runs here
         truth = jnp.asarray([[mask >> i & 1 for i in range(12)]] * 2, jnp.float32)
-        sorted_, searched = (
-            f(jnp.asarray(error), truth) for f in (targets._sorted_steps, targets._searched_steps)
-        )
+        sorted_, searched = (f(jnp.asarray(error), truth) for f in (SORTED_STEPS, SEARCHED_STEPS))
         np.testing.assert_allclose(jnp.sum(error * sorted_, -1), jnp.sum(error * searched, -1), atol=2e-6)
         apart = jnp.asarray(np.argsort(np.argsort(error, axis=1), axis=1), jnp.float32)  # no two are equal
-        np.testing.assert_allclose(
-            targets._sorted_steps(apart, truth), targets._searched_steps(apart, truth), atol=1e-6
-        )
+        np.testing.assert_allclose(SORTED_STEPS(apart, truth), SEARCHED_STEPS(apart, truth), atol=1e-6)

@@ -1,10 +1,9 @@
-"""Networks against linen and lax, which compute the same in the plain form, and against arithmetic."""
+"""Networks and layers against linen, lax and torchvision, and parameter counts against arithmetic."""
 
 import functools
 import hashlib
 import re
 import runpy
-import time
 from pathlib import Path
 
 import flax.linen as nn
@@ -43,10 +42,20 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+@functools.cache
 def small(name, **overrides):
+    """A network that tests share, compiled once per shape, and its first parameters and state."""
     module = models.build(name, num_classes=3, **SMALL.get(name, {}), **overrides)
     apply = jax.jit(models.apply_fn(module), static_argnames="train")
     return apply, *models.init(module, image_shape(name), seed=0)
+
+
+def shapes_of(module, shape):
+    """Shapes of parameters and state, without drawing them."""
+    state = jax.eval_shape(
+        functools.partial(module.init, train=False), jax.random.key(0), jnp.zeros((1, *shape))
+    )
+    return state.pop("params"), state
 
 
 def native_conv(x, kernel, *, strides, padding, groups=1):
@@ -56,7 +65,7 @@ def native_conv(x, kernel, *, strides, padding, groups=1):
 
 
 def value_and_gradients(function, *arrays):
-    """The function's value and what a random cotangent becomes, compiled as a training step is."""
+    """The function's value and the pull-back of a cotangent, compiled as in a training step."""
 
     @jax.jit
     def run(*arrays):
@@ -75,7 +84,7 @@ def assert_same(function, reference, *arrays, rtol=1e-5):
 
 # Layers
 
-CONVS = {  # what each form on a CPU is chosen for
+CONVS = {  # one case for each form on a CPU
     "one_channel": ((2, 9, 8, 1), (3, 3, 5), (2, 2), "SAME"),
     "patches": ((2, 8, 8, 3), (3, 3, 4), (1, 1), "SAME"),
     "patches_valid": ((3, 7, 9, 4), (3, 2, 6), (1, 2), "VALID"),
@@ -195,7 +204,7 @@ def convolutions_in(jaxpr):
 
 @pytest.mark.parametrize("channels", [1, 3, 16, 80])
 def test_cpu_gradients_hold_no_convolution_that_is_slow_in_loops(channels):
-    """A forward one slides a kernel no larger than a window over undilated images."""
+    """Only forward convolutions, with undilated images and a kernel of the window's size, are allowed."""
     x, kernel, dy = normal(0, 2, 8, 8, channels), normal(1, 3, 3, channels, 16), normal(2, 2, 8, 8, 16)
     options = {"strides": (1, 1), "pads": ((1, 1), (1, 1))}
     dx = jax.make_jaxpr(functools.partial(layers._cpu_conv_dx, **options))(x, kernel, dy)
@@ -210,7 +219,7 @@ def test_cpu_gradients_hold_no_convolution_that_is_slow_in_loops(channels):
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
 def test_a_depthwise_gradient_pads_once(strides):
-    """Pads of nine parts would be fused with the ReLUs around them, which is slow, as benchmarks.layers shows."""
+    """Padding each of the nine slices fuses with the ReLUs around them, which is slow: see benchmarks.layers."""
     x, kernel = normal(0, 2, 8, 8, 4), normal(1, 3, 3, 1, 4)
     options = {"strides": strides, "pads": ((1, 1), (1, 1))}
     dy = layers._cpu_depthwise(x, kernel, **options)
@@ -218,7 +227,7 @@ def test_a_depthwise_gradient_pads_once(strides):
     assert [str(equation.primitive) for equation in dx.jaxpr.eqns].count("pad") == 1
 
 
-def test_hessian_vector_products_pass_the_gradient_rules():
+def test_hessian_vector_products_through_the_gradient_rules_equal_the_native_ones():
     x, kernel, tangent = normal(0, 3, 6, 6, 2), normal(1, 3, 3, 2, 3), normal(2, 3, 3, 2, 3)
 
     def loss(conv, pool, kernel):
@@ -230,23 +239,26 @@ def test_hessian_vector_products_pass_the_gradient_rules():
         functools.partial(native_conv, strides=(1, 1), padding="SAME"),
         lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)),
     )
-    want = jax.jvp(jax.grad(plain), (kernel,), (tangent,))[1]
-    forward_over_reverse = jax.jvp(jax.grad(fast), (kernel,), (tangent,))[1]
-    linearized = jax.linearize(jax.grad(fast), kernel)[1](tangent)
-    reverse_over_reverse = jax.grad(lambda kernel: jnp.vdot(jax.grad(fast)(kernel), tangent))(kernel)
-    for got in (forward_over_reverse, linearized, reverse_over_reverse):
+
+    @jax.jit
+    def products(kernel, tangent):
+        want = jax.jvp(jax.grad(plain), (kernel,), (tangent,))[1]
+        forward_over_reverse = jax.jvp(jax.grad(fast), (kernel,), (tangent,))[1]
+        linearized = jax.linearize(jax.grad(fast), kernel)[1](tangent)
+        reverse_over_reverse = jax.grad(lambda kernel: jnp.vdot(jax.grad(fast)(kernel), tangent))(kernel)
+        return want, (forward_over_reverse, linearized, reverse_over_reverse)
+
+    want, others = products(kernel, tangent)
+    for got in others:
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(want))))
 
 
 def test_conv_under_vmap_of_the_kernels():
     x, kernels = normal(0, 2, 6, 6, 3), normal(1, 4, 3, 3, 3, 2)
-    many = jax.vmap(lambda kernel: jax.grad(lambda kernel: jnp.sum(layers.conv(x, kernel) ** 2))(kernel))(
-        kernels
-    )
-    one = [
-        jax.grad(lambda k: jnp.sum(native_conv(x, k, strides=(1, 1), padding="SAME") ** 2))(k)
-        for k in kernels
-    ]
+    mine = jax.grad(lambda kernel: jnp.sum(layers.conv(x, kernel) ** 2))
+    native = jax.grad(lambda k: jnp.sum(native_conv(x, k, strides=(1, 1), padding="SAME") ** 2))
+    many = jax.jit(jax.vmap(mine))(kernels)
+    one = [jax.jit(native)(kernel) for kernel in kernels]
     np.testing.assert_allclose(many, jnp.stack(one), rtol=1e-4, atol=1e-4)
 
 
@@ -264,7 +276,7 @@ def test_modules_share_parameters_with_linen(mine, linens):
 
 def test_layers_say_what_does_not_fit():
     x, kernel = jnp.zeros((1, 2, 5, 1)), jnp.zeros((3, 3, 1, 1))
-    with pytest.raises(ValueError, match="3x3 window does not fit into the 2x5 map"):
+    with pytest.raises(ValueError, match="3x3 window does not fit into a 2x5 map"):
         layers.conv(x, kernel, padding="VALID")
     with pytest.raises(ValueError, match="'SAME' or 'VALID', got 'same'"):
         layers.max_pool(x, 2, padding="same")
@@ -304,7 +316,7 @@ def test_layers_say_what_does_not_fit():
     ],
 )
 def test_parameter_counts(name, classes, count):
-    params, _ = models.init(models.build(name, num_classes=classes), image_shape(name), seed=0)
+    params, _ = shapes_of(models.build(name, num_classes=classes), image_shape(name))
     assert models.count_parameters(params) == count
 
 
@@ -318,7 +330,7 @@ def test_resnet_parameters_by_arithmetic(depth):
         count += conv(channels, features, 1) if channels != features else 0
         count += conv(channels, features, 3) + ((depth - 2) // 3 - 1) * conv(features, features, 3)
         channels = features
-    params, _ = models.init(models.build(f"resnet{depth}", num_classes=10), (32, 32, 3), seed=0)
+    params, _ = shapes_of(models.build(f"resnet{depth}", num_classes=10), (32, 32, 3))
     assert models.count_parameters(params) == count
 
 
@@ -333,10 +345,12 @@ DEEP = (
 
 
 @pytest.mark.parametrize("name", [n for n in models.MODELS if n not in DEEP])
-def test_every_model_runs_and_names_its_features(name):
-    apply, params, state = small(name)
-    x = normal(0, 2, *image_shape(name))
-    outputs, after = apply(params, state, x, train=True, key=jax.random.key(0))
+def test_every_model_trains_and_names_its_features(name):
+    module = models.build(name, num_classes=3)
+    params, state = shapes_of(module, image_shape(name))
+    apply = functools.partial(models.apply_fn(module), train=True)
+    x = jnp.zeros((2, *image_shape(name)))
+    outputs, after = jax.eval_shape(apply, params, state, x, key=jax.random.key(0))
     assert isinstance(outputs, Outputs)
     assert outputs.logits.shape == (2, 3)
     assert outputs.logits.dtype == jnp.float32
@@ -656,19 +670,25 @@ def test_init_is_a_function_of_seed_and_path():
     np.testing.assert_array_equal(first["Conv_1"]["kernel"], wider["Conv_1"]["kernel"])
 
 
-def test_resnet20_is_initialised_without_compiling():
-    module = models.build("resnet20", num_classes=10)
-    times = []
-    # The first also imports submodules, and any may wait for the garbage of other tests.
-    for seed in range(3):
-        jax.clear_caches()
-        start = time.process_time()
-        models.init(module, (32, 32, 3), seed=seed)
-        times.append(time.process_time() - start)
-    assert min(times) < 2  # module.init compiles for ten
+def test_init_does_not_run_the_network_which_would_have_to_be_compiled():
+    runs = []
+
+    class Recorder(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            del train
+            jax.debug.callback(lambda: runs.append(1))
+            return Outputs(nn.Dense(2)(x), {})
+
+    models.init(Recorder(), (2, 2, 1), seed=0)
+    jax.effects_barrier()
+    assert runs == []
+    Recorder().init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)), train=False)
+    jax.effects_barrier()
+    assert runs == [1]
 
 
-def test_init_works_for_any_linen_module_and_names_what_it_does_not_know():
+def test_init_names_a_parameter_that_it_does_not_know():
     class Odd(nn.Module):
         @nn.compact
         def __call__(self, x, *, train):
@@ -687,7 +707,7 @@ def test_init_wants_an_image_shape(shape):
 
 
 def test_init_says_that_images_are_too_small():
-    with pytest.raises(ValueError, match="3x3 window does not fit into the 2x2 map"):
+    with pytest.raises(ValueError, match="3x3 window does not fit into a 2x2 map"):
         models.init(models.build("malaria_student", num_classes=2), (4, 4, 3), seed=0)
 
 

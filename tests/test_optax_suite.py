@@ -57,7 +57,6 @@ def approach_region(learning_rate, **options):
 TRANSFORMS = {
     "parameter_ema": (after_sgd(transforms.parameter_ema), {}, {"decay": 0.9}),
     "max_norm": (after_sgd(transforms.max_norm), {}, {"limit": 10.0}),
-    "track_saddles": (after_sgd(transforms.track_saddles), {}, {"period": 1000, "key": 0}),
     "approach_region": (approach_region, {"region": ...}, {"max_steps": 5}),
     "negative_eigenstep": (
         after_sgd(transforms.negative_eigenstep),

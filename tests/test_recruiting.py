@@ -115,7 +115,9 @@ class TestRegion:
         region = recruiting.region_of(
             watched[:1], student(task), which="saddle", rule="never", form="select", seed=0
         )
-        strengths = {e.step: float(e.score.strength) for e in saddles.entries(watched[0].repository)}
+        strengths = {
+            e.step: float(e.score.negative_curvature_ratio) for e in saddles.entries(watched[0].repository)
+        }
         assert (region.steps, region.strong) == ([max(strengths, key=strengths.__getitem__)], False)
 
 
@@ -125,7 +127,7 @@ def test_what_was_spent_is_counted_whichever_form_spends_it():
     def loss(p):
         return jnp.sum(p["w"] ** 4) - jnp.sum(p["w"] ** 2)
 
-    escape = recruiting.Escape(period=1, strength=0.0)
+    escape = recruiting.Escape(period=1, negative_curvature_ratio=0.0)
     forms = {
         "published": recruiting.as_published(params),
         "escapes": recruiting.with_escapes(None, escape),

@@ -6,7 +6,6 @@ import html
 import io
 import json
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,7 +22,6 @@ from kdjax.report.figures import curvature, networks, runs, searches, style
 pytest.importorskip("matplotlib", reason="needs the extra [experiments]")
 stats = pytest.importorskip("scipy.stats", reason="needs the extra [experiments]")
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRATCH, KD = [0.951, 0.946, 0.957, 0.949, 0.953], [0.971, 0.968, 0.979, 0.966, 0.975]
 HOSTILE = "<script src='http://evil.example/x.js'>&\"|$\\frac{a}$ 99 %"
 
@@ -344,11 +342,9 @@ def test_a_mean_over_runs_that_never_reached_the_target_is_a_lower_bound(tmp_pat
     assert found["scratch"]["steps to 0.3"] == "60.0 ± 30.0"
     said = "≥: a run that never reached the target counts with all its steps."
     assert said in Reader(page_of(result, tmp_path)).all_text()
-    assert said not in tables.legend(
-        make({"scratch": always}, n=3), tables.table(make({"scratch": always}, n=3))[1]
-    )
-    alone = make({"kd": reached}, n=3)  # has a note, but no p to explain
-    assert tables.legend(alone, tables.table(alone)[1]) == said
+    for arms, legend in (({"scratch": always}, ""), ({"kd": reached}, said)):  # without a p to explain
+        alone = make(arms, n=3)
+        assert tables.legend(alone, tables.table(alone)[1]) == legend
 
 
 # -------------------------------------------------------------------------------------------------- findings
@@ -558,9 +554,10 @@ def test_many_results_are_listed_with_their_findings(tmp_path):
 @pytest.mark.parametrize(
     "ragged", [[[0.5, 0.6, 0.7], [0.5, 0.6]], [[0.5, None, 0.7]] * 2, [[0.5]], [[None, None]]]
 )
-def test_curves_of_any_length(ragged, tmp_path):
+def test_curves_of_any_length(ragged):
     result = make(n=2) | {"curves": {"kd": {"loss": ragged}}}
-    assert len(drawings(page_of(result, tmp_path))) == 2
+    (panel,) = runs.curve_panels(result)
+    assert style.svg(panel).count(b">epoch</text>") == 1
 
 
 def test_result_without_arms(tmp_path):
@@ -570,13 +567,7 @@ def test_result_without_arms(tmp_path):
     assert not (tmp_path / "figure.png").exists()
 
 
-def test_many_arms(tmp_path):
-    arms = {f"an_arm_with_a_rather_long_name_{i}": {"accuracy": KD} for i in range(16)}
-    reader = Reader(page_of(with_curves(make(arms)), tmp_path))
-    assert len(reader.of("tr")) == 17
-
-
-@pytest.mark.parametrize("content", [with_curves(make()), make(), make(n=1), benchmark()])
+@pytest.mark.parametrize("content", [with_curves(make()), make(n=1), benchmark()])
 def test_figure_file(content, tmp_path):
     report.save_figure(tmp_path / "figure.png", content)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -616,7 +607,14 @@ NAMED = {
 }
 
 
-def test_command_reports_a_directory_and_names_every_damaged_file(tmp_path):
+@pytest.fixture(scope="module")
+def command(alone):
+    with alone("experiments.report") as module:
+        flags.FLAGS.mark_as_parsed()
+        yield module
+
+
+def test_command_reports_a_directory_and_names_every_damaged_file(command, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "found"
     results.write(folder / "quickstart.json", with_curves(make()))
     results.write(folder / "benchmarks" / "step.json", benchmark())
@@ -624,11 +622,16 @@ def test_command_reports_a_directory_and_names_every_damaged_file(tmp_path):
     (folder / "older.json").write_text(json.dumps(first))
     for name, (content, _) in NAMED.items():
         (folder / f"{name}.json").write_text(content)
-    done = run_report("--results=found", "--output=all.html", directory=tmp_path)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout.startswith(f"all.html: 3 of {3 + len(NAMED)} results, ")
-    assert done.stdout.endswith(f"{(tmp_path / 'all.html').stat().st_size / 1e6:.1f} MB.\n")
-    lines = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
+    monkeypatch.chdir(tmp_path)
+    with (
+        flagsaver.flagsaver((command.RESULTS, "found"), (command.OUTPUT, "all.html")),
+        pytest.raises(SystemExit, match="1"),
+    ):
+        command.main()
+    stdout, stderr = capsys.readouterr()
+    assert stdout.startswith(f"all.html: 3 of {3 + len(NAMED)} results, ")
+    assert stdout.endswith(f"{(tmp_path / 'all.html').stat().st_size / 1e6:.1f} MB.\n")
+    lines = [line for line in stderr.splitlines() if line.startswith("left out: ")]
     assert len(lines) == len(NAMED)
     text = Reader((tmp_path / "all.html").read_text(encoding="utf-8")).all_text()
     for name, (_, said) in NAMED.items():
@@ -637,13 +640,6 @@ def test_command_reports_a_directory_and_names_every_damaged_file(tmp_path):
         assert f"found/{name}.json" in text
     for expected in (report.finding(make()), "kdjax is ahead of keras", "benchmarks/step", "older"):
         assert expected in text
-
-
-@pytest.fixture(scope="module")
-def command(alone):
-    with alone("experiments.report") as module:
-        flags.FLAGS.mark_as_parsed()
-        yield module
 
 
 def test_runs_are_reported_by_their_names(command, tmp_path):
@@ -691,14 +687,6 @@ def test_a_page_tells_how_many_results_are_drawn(tmp_path):
     seen = []
     report.page({"a": make(), "b": make()}, path=tmp_path / "page.html", progress=seen.append)
     assert seen == [1, 2]
-
-
-def run_report(*arguments, directory):
-    command = [sys.executable, "-m", "experiments.report", *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(directory), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=120
-    )
 
 
 def test_p_of_several_arms_are_corrected_by_holm():
@@ -876,14 +864,7 @@ def test_robustness_is_averaged_over_strengths_with_its_interval_over_seeds():
     panel = networks.robustness_panel(result)
     ax = drawn(panel)
     rows = [label.get_text() for label in ax.get_yticklabels()]
-    assert rows == [
-        "clean",
-        "gaussian noise",
-        "all corruptions",
-        "weight noise",
-        "FGSM attack",
-        "PGD attack",
-    ]
+    assert rows == ["clean", "gaussian noise", "all corruptions", "weight noise", "FGSM attack", "PGD attack"]
     found = result["robustness"]["kd"]
     noise = np.mean([found[f"gaussian_noise/{s}"] for s in (1, 3, 5)], axis=0)
     for values in (found["clean"], noise, np.mean([found["fgsm/2"], found["fgsm/8"]], axis=0)):
@@ -1054,10 +1035,10 @@ class TestSurfaces:
     )
     def test_any_range_of_losses_has_few_levels_inside_it(self, losses):
         flat = {"x": [0.0, 1.0], "y": [0.0, 1.0], "loss": [[losses[0]] * 2, [losses[1]] * 2]}
-        arms = {f"arm {i}": {"accuracy": SCRATCH} for i in range(7)}
+        arms = {f"arm {i}": {"accuracy": SCRATCH} for i in range(2)}
         panel = curvature.surface_panel(make(arms, surfaces=dict.fromkeys(arms, flat)))
         filled = [c for c in drawn(panel).collections if getattr(c, "filled", False)]
-        assert len(filled) == 7
+        assert len(filled) == 2
         inner = filled[0].levels[1:-1]
         assert 1 <= len(inner) <= 9
         assert all(min(losses) <= level <= max(losses) for level in inner)

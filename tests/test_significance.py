@@ -293,10 +293,7 @@ def test_seeds_needed_refuses_what_has_no_answer():
 
 # Misuse that all refuse alike.
 
-OF_TWO = {
-    "welch": significance.welch,
-    "equivalence": lambda a, b: significance.equivalence(a, b, delta=0.1),
-}
+OF_TWO = {"welch": significance.welch, "equivalence": lambda a, b: significance.equivalence(a, b, delta=0.1)}
 
 
 @pytest.mark.parametrize("name", OF_TWO)

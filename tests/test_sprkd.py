@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from jax.flatten_util import ravel_pytree
 
-from kdjax import curvature, data, saddles, train, transforms
+from kdjax import curvature, data, train, transforms
 from kdjax.types import Outputs
 
 KEY = jax.random.key(0)
@@ -106,8 +107,10 @@ class TestEscapes:
 
     def test_monkey_saddle_only_after_a_perturbation(self):
         @compiled
-        def run(sigma):
-            return scanned(recruited(optax.sgd(0.02), sigma=sigma), monkey_saddle, jnp.zeros(2), 150)[0]
+        def run(radius):
+            return scanned(
+                recruited(optax.sgd(0.02), perturbation_radius=radius), monkey_saddle, jnp.zeros(2), 150
+            )[0]
 
         assert reached(run(0.0), -1e-6) == np.inf
         assert reached(run(0.01), -6.7) < 150
@@ -115,7 +118,7 @@ class TestEscapes:
     @pytest.mark.parametrize(("depth", "steps"), [(2, 100), (3, 300)])
     def test_deep_linear_network_at_its_zero_saddle(self, depth, steps):
         start = (jnp.zeros((3, 3)),) * depth
-        tx = recruited(num_matvecs=8, radius=1.0, sigma=0.1)
+        tx = recruited(num_matvecs=8, escape_radius=1.0, perturbation_radius=0.1)
         losses, _, _ = path(tx, deep_linear, start, steps)
         assert all(
             jnp.all(g == 0) for g in jax.grad(deep_linear)(start)
@@ -128,14 +131,14 @@ class TestEscapes:
         disturbed, _, _ = path(transforms.perturbed_gradient_descent(0.1, key=KEY), octopus, start, 2000)
         escaped, _, state = path(recruited(num_matvecs=5), octopus, start, 100)
         # A product and a linearisation count as 1.5 gradients, a loss as one: more than they take.
-        spent = 100 + 1.5 * (state.hvps + state.probes) + state.evaluations
+        spent = 100 + 1.5 * (state.hvps + state.num_checks) + state.evaluations
         assert reached(stuck, -0.99 * 5 / 4) == np.inf
         assert np.min(stuck) > -0.8  # at most three of five have left
         assert reached(escaped, -0.99 * 5 / 4) < 100
         assert spent < reached(disturbed, -0.99 * 5 / 4) < np.inf
 
     def test_chained_saddles(self):
-        losses, _, _ = path(recruited(num_matvecs=5, radius=1.0), chained_wells, jnp.zeros(5), 100)
+        losses, _, _ = path(recruited(num_matvecs=5, escape_radius=1.0), chained_wells, jnp.zeros(5), 100)
         assert reached(losses, -1.2) < 100
 
 
@@ -155,21 +158,21 @@ class TestNull:
 
         plain, _ = one_by_one(base, loss, jnp.ones(4), 60)
         same, state = one_by_one(recruited(base, num_matvecs=4), loss, jnp.ones(4), 60)
-        assert (state.events, state.probes, state.evaluations) == (0, 6, 0)
+        assert (state.events, state.num_checks, state.evaluations) == (0, 6, 0)
         assert state.lambda_min > -1e-5
         np.testing.assert_array_equal(same, plain)
 
     def test_a_step_that_is_not_due_is_the_base_s(self):
         start = jnp.array([1.0, 0.1])
         plain, _ = one_by_one(optax.adam(0.1), strict_saddle, start, 20)
-        same, state = one_by_one(recruited(optax.adam(0.1), warmup=30), strict_saddle, start, 20)
+        same, state = one_by_one(recruited(optax.adam(0.1), budget=0), strict_saddle, start, 20)
         np.testing.assert_array_equal(same, plain)
-        assert state.probes == 0
+        assert state.num_checks == 0
 
 
 def at_the_saddle(loss=strict_saddle, params=None, **options):
     params = jnp.zeros(2) if params is None else params
-    options = {"num_matvecs": 2, "radius": 1.0} | options
+    options = {"num_matvecs": 2, "escape_radius": 1.0} | options
     return transforms.escape(loss, params, jnp.full(2, 1e-3), KEY, **options)
 
 
@@ -186,7 +189,7 @@ class TestEscapeKernel:
         def cage(p):
             return jnp.where(jnp.linalg.norm(p) > 0.1, jnp.inf, strict_saddle(p))
 
-        found = at_the_saddle(cage, trials=3)
+        found = at_the_saddle(cage, escape_radius=8.0)
         assert not found.accepted
         assert found.lambda_min < -1.9
         np.testing.assert_array_equal(found.updates, jnp.full(2, 1e-3))
@@ -225,7 +228,7 @@ class TestEscapeKernel:
                 rows = jax.random.choice(rows_key, 128, (2, 16), replace=False)
                 first, second = (jax.tree_util.Partial(loss, tuple(x[r] for x in data)) for r in rows)
                 nothing = jax.tree.map(jnp.zeros_like, trained)
-                options = {"num_matvecs": 8, "sigma": 0.0, "strength": 0.0}
+                options = {"num_matvecs": 8, "perturbation_radius": 0.0, "negative_curvature_ratio": 0.0}
                 return [
                     transforms.escape(first, trained, nothing, key, certify_fn=c, **options).accepted
                     for c in (None, second)
@@ -269,10 +272,10 @@ class TestEscapeKernel:
             return strict_saddle(p)
 
         monkeypatch.setattr(curvature, "hessian", counted)
-        found = at_the_saddle(loss, certify_fn=strict_saddle, trials=4)
+        found = at_the_saddle(loss, certify_fn=strict_saddle)
         jax.effects_barrier()
         assert found.hvps == len(products) == 2 + 1
-        assert found.evaluations == 2 * 4 + 2 == len(losses) - 1  # one to linearise the gradient
+        assert found.evaluations == 2 * 6 + 2 == len(losses) - 1  # one to linearise the gradient
 
     def test_a_loop_on_the_host_finds_the_same_as_compiled_and_batched(self):
         starts = jnp.array([[0.1, 0.05], [0.0, 1.4]])  # there is negative curvature at the first only
@@ -299,7 +302,9 @@ class TestEscapeKernel:
             )
             batch = jax.random.normal(keys[2], (16, 4)), jax.random.normal(keys[3], (16, 2))
             here = jax.tree_util.Partial(loss, batch)
-            found = transforms.escape(here, params, updates, keys[4], num_matvecs=8, strength=0.0)
+            found = transforms.escape(
+                here, params, updates, keys[4], num_matvecs=8, negative_curvature_ratio=0.0
+            )
             same = jax.tree.map(lambda a, b: jnp.all(a == b), found.updates, updates)
             after = (here(optax.apply_updates(params, u)) for u in (found.updates, updates))
             return found.accepted, jnp.array([here(params), *after]), jnp.stack(jax.tree.leaves(same)).all()
@@ -311,35 +316,6 @@ class TestEscapeKernel:
         assert 20 < accepted.sum() <= 100
         assert (after < np.minimum(before, base))[accepted].all()
         assert same[~accepted].all()
-
-    def test_a_direction_changes_how_much_is_seen_and_not_what_is_true(self):
-        rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 40)))[0]
-        values = np.concatenate([[-1.0], np.linspace(0.1, 2.0, 39)])
-        matrix = jnp.asarray(rotation @ np.diag(values) @ rotation.T, jnp.float32)
-        lowest, highest = jnp.asarray(rotation[:, 0], jnp.float32), jnp.asarray(rotation[:, -1], jnp.float32)
-
-        def loss(p):
-            return 0.5 * p @ matrix @ p
-
-        @functools.partial(compiled, static_argnums=1)
-        def probes(direction, num_matvecs):
-            options = {"num_matvecs": num_matvecs, "sigma": 0.0, "direction": direction}
-
-            def probe(key):
-                return transforms.escape(loss, jnp.zeros(40), jnp.zeros(40), key, **options)
-
-            return jax.lax.map(probe, jax.random.split(KEY, 20))
-
-        def accepted(direction, num_matvecs):
-            found = probes(direction, num_matvecs)
-            curvatures = np.einsum("ni,ij,nj->n", found.updates, matrix, found.updates)
-            assert (curvatures[found.accepted] < 0).all()
-            return int(found.accepted.sum())
-
-        right, wrong = accepted(-3 * lowest, 4), accepted(highest, 4)
-        assert right == 20
-        assert wrong < 20
-        assert accepted(highest, 12) == accepted(jnp.zeros(40), 12) == 20
 
     def test_devices_with_parts_of_a_batch_decide_alike(self):
         data = jax.random.normal(jax.random.key(3), (8, 2))
@@ -391,37 +367,30 @@ class TestSprkd:
     def test_budget_and_cooldown(self):
         @compiled
         def run(budget, cooldown):
-            tx = recruited(num_matvecs=5, period=1, radius=0.2, sigma=0.0, budget=budget, cooldown=cooldown)
+            options = {"escape_radius": 0.2, "perturbation_radius": 0.0, "budget": budget}
+            tx = recruited(num_matvecs=5, period=1, cooldown=cooldown, **options)
             state = scanned(tx, chained_wells, jnp.zeros(5), 4)[2]
-            return state.events, state.probes, state.hvps
+            return state.events, state.num_checks, state.hvps
 
         assert run(20, 0) == (4, 4, 4 * 5)
         assert run(2, 0) == (2, 2, 2 * 5)
         assert run(20, 2) == (2, 2, 2 * 5)  # at updates 0 and 3
 
-    def test_looks_only_where_the_gradient_is_short(self):
-        tx = recruited(max_gradient_norm=0.1, period=1)
-        losses, _, state = path(tx, strict_saddle, jnp.array([1.0, 0.0]), 10)
-        assert state.probes == 0
-        assert np.all(losses > 0)
-
     def test_certify_fn_is_its_own(self):
         denied = {"certify_fn": lambda p: jnp.sum(p**2)}
         _, _, state = path(recruited(), strict_saddle, jnp.zeros(2), 11, **denied)
-        _, _, ignored = path(recruited(certify=False), strict_saddle, jnp.zeros(2), 11, **denied)
         assert (state.events, state.hvps) == (0, 2 * 3)
-        assert (ignored.events, ignored.hvps) == (1, 2 * 2)
 
     def test_approaches_with_its_base_at_rest(self):
         region = jnp.array([0.0, 0.01])
-        tx = recruited(optax.adam(0.01), region=region, half_life=1, epsilon=0.1)
-        params = jnp.array([1.0, 0.01])
+        tx = recruited(optax.adam(0.01), region=region)
+        params = jnp.array([0.12, 0.01])
         state = tx.init(params)
         update = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=strict_saddle))
-        for expected in (0.5, 0.25, 0.125, 0.0625):  # the fifth update finds it within epsilon
+        for step in range(1, 4):  # .12 halves in ten updates; the fourth finds it below .1
             updates, state = update(jax.grad(strict_saddle)(params), state, params)
             params = optax.apply_updates(params, updates)
-            np.testing.assert_allclose(params, [expected, 0.01], rtol=1e-6)
+            np.testing.assert_allclose(params, [0.12 * 0.5 ** (step / 10), 0.01], rtol=1e-6)
             assert state.phase == 0
             assert optax.tree.get(state.base, "count") == 0
         _, state = update(jax.grad(strict_saddle)(params), state, params)
@@ -429,13 +398,13 @@ class TestSprkd:
         assert optax.tree.get(state.base, "count") == 1
 
     def test_hyperparameters_may_be_injected(self):
-        static = ("num_matvecs", "trials", "key")
+        static = ("num_matvecs", "key")
         tx = optax.inject_hyperparams(transforms.sprkd, static_args=static)(
-            optax.sgd(0.1), num_matvecs=2, period=10, radius=lambda step: 0.3 + 0 * step, key=KEY
+            optax.sgd(0.1), num_matvecs=2, period=10, escape_radius=lambda step: 0.3 + 0 * step, key=KEY
         )
         losses, _, state = path(tx, strict_saddle, jnp.array([1.0, 0.0]), 60)
         assert reached(losses, -0.99) < 60
-        assert "sigma" in state.hyperparams
+        assert "perturbation_radius" in state.hyperparams
 
     def test_as_the_train_step_of_the_devices_calls_it(self):
         data = jax.random.normal(jax.random.key(4), (8, 2))
@@ -463,14 +432,6 @@ class TestSprkd:
         assert params.dtype == dtype
         assert reached(losses, -0.97) < 60
 
-    def test_a_direction_is_kept_in_the_state(self):
-        start, direction = jnp.array([1.0, 0.0]), jnp.array([0.0, 5.0])
-        losses, _, state = path(
-            recruited(direction=direction, num_matvecs=1, sigma=0.0), strict_saddle, start, 60
-        )
-        assert reached(losses, -0.99) < 60
-        np.testing.assert_array_equal(state.direction, direction)
-
     def test_frozen_parameters_are_closed_over(self):
         frozen, moving = {"x": jnp.array(0.5)}, {"y": jnp.array(0.0)}
 
@@ -491,7 +452,7 @@ class TestSprkd:
             return updates, state
 
         base = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-        tx, params = recruited(base, warmup=1), jnp.ones(2)
+        tx, params = recruited(base, budget=0), jnp.ones(2)
         extra_args = {"value": jnp.array(1.0), "grad": params, "value_fn": strict_saddle, "foreign": 2}
         tx.update(params, tx.init(params), params, **extra_args)
         assert received == extra_args
@@ -502,7 +463,7 @@ class TestSprkd:
         losses, _, state = path(tx, strict_saddle, jnp.array([1.0, 0.0]), 120)
         inside = state.inner_opt_state
         assert reached(losses, -0.99) < 120
-        assert (inside.count, inside.probes) == (60, 6)
+        assert (inside.count, inside.num_checks) == (60, 6)
 
 
 class TestHostCadence:
@@ -581,14 +542,14 @@ class TestBatchNorm:
         params, stats, batch = self.start()
         finals = []
         # So strong that nothing is: looks at every step, and takes nothing.
-        for tx in (optax.sgd(0.1), recruited(num_matvecs=4, period=1, strength=1e6)):
+        for tx in (optax.sgd(0.1), recruited(num_matvecs=4, period=1, negative_curvature_ratio=1e6)):
             step = jax.jit(train.make_train_step(self.apply, self.objective, tx))
             state = train.init_state(params, stats, tx, seed=0)
             for _ in range(3):
                 state, _ = step(state, batch)
             finals.append(state)
         plain, looked = finals
-        assert (looked.opt_state.probes, looked.opt_state.events) == (3, 0)
+        assert (looked.opt_state.num_checks, looked.opt_state.events) == (3, 0)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
             (plain.params, plain.model_state),
@@ -603,14 +564,16 @@ class TestBatchNorm:
         loss = curvature.evaluation_loss(self.apply, self.objective)
 
         def dense(batch):
-            return np.asarray(curvature.dense_hessian(loss, params, batch, stats), np.float64)
+            flat, unravel = ravel_pytree(params)
+            hessian = jax.jit(jax.hessian(lambda x: loss(unravel(x), batch, stats)))
+            return np.asarray(hessian(flat), np.float64)
 
         halves = [jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(8), slice(8, None))]
         mean = sum(map(dense, halves)) / 2
         nothing = jax.tree.map(jnp.zeros_like, params)
         found = compiled(
             lambda params: transforms.escape(
-                lambda p: loss(p, batch, stats), params, nothing, KEY, num_matvecs=9, sigma=0.0
+                lambda p: loss(p, batch, stats), params, nothing, KEY, num_matvecs=9, perturbation_radius=0.0
             )
         )(params)
         np.testing.assert_allclose(dense(batch), mean, rtol=1e-4, atol=1e-5)
@@ -651,10 +614,6 @@ class TestApproachRegion:
             transforms.approach_region({"w": jnp.ones(3)}).init({"w": jnp.ones(2)})
         with pytest.raises(ValueError, match="structure of the parameters"):
             recruited(region={"w": jnp.ones(2)}).init(jnp.ones(2))
-        with pytest.raises(ValueError, match="sprkd needs a direction of the structure of the parameters"):
-            recruited(direction={"w": jnp.ones(2)}).init(jnp.ones(2))
-        with pytest.raises(ValueError, match=r"escape needs direction of shape \(2,\)"):
-            at_the_saddle(direction=jnp.ones(3))
 
 
 class TestParts:
@@ -683,25 +642,23 @@ class TestParts:
         np.testing.assert_array_equal(kept["w"], updates["w"])
         assert (state.accepted, state.rejected, state.evaluations) == (0, 1, 3)
 
-    @pytest.mark.parametrize(("rule", "expected"), [("adaptive", 0.25), ("curvature", 1.0)])
-    def test_eigenstep_goes_down_the_slope(self, rule, expected):
-        tx = transforms.negative_eigenstep(
-            period=1, num_matvecs=2, length=rule, cap=0.25, max_gradient_norm=1.0, key=KEY
-        )
-        params = jnp.array([0.0, 0.1])
+    @pytest.mark.parametrize(("scale", "expected"), [(1.0, 0.1), (16.0, 1 / 32)])
+    def test_eigenstep_goes_down_the_slope(self, scale, expected):
+        tx = transforms.negative_eigenstep(period=1, num_matvecs=2, key=KEY)
+        params = jnp.array([0.0, 0.0005])
         updates, state = tx.update(
-            jnp.zeros(2), tx.init(params), params, value_fn=lambda p: p[0] ** 2 - p[1] ** 2
+            jnp.zeros(2), tx.init(params), params, value_fn=lambda p: scale * (p[0] ** 2 - p[1] ** 2)
         )
         np.testing.assert_allclose(updates, [0.0, expected], atol=1e-5)
-        np.testing.assert_allclose(state.lambda_min, -2.0, rtol=1e-5)
-        assert (state.probes, state.steps) == (1, 1)
+        np.testing.assert_allclose(state.lambda_min, -2.0 * scale, rtol=1e-5)
+        assert (state.num_checks, state.steps) == (1, 1)
 
     def test_eigenstep_passes_through_where_the_gradient_is_long(self):
-        tx = transforms.negative_eigenstep(period=1, num_matvecs=2, max_gradient_norm=0.1, key=KEY)
+        tx = transforms.negative_eigenstep(period=1, num_matvecs=2, key=KEY)
         params = jnp.array([0.0, 0.1])
         updates, state = tx.update(jnp.ones(2), tx.init(params), params, value_fn=strict_saddle)
         np.testing.assert_array_equal(updates, 1.0)
-        assert (state.probes, state.steps) == (1, 0)
+        assert (state.num_checks, state.steps) == (1, 0)
 
     def test_perturbations_have_their_size(self):
         params = jnp.full(400, 2.0)
@@ -712,25 +669,6 @@ class TestParts:
             second, state = tx.update(jnp.zeros(400), state, params)
             np.testing.assert_allclose(jnp.linalg.norm(first), norm, rtol=tolerance)
             np.testing.assert_array_equal(second, 0.0)
-
-    def test_tracks_the_score_of_the_dense_hessian(self):
-        basis = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
-        matrix = jnp.asarray(basis @ np.diag([-3.0, -1.0, -0.5, 0.5, 2.0, 6.0]) @ basis.T, jnp.float32)
-        tx = transforms.track_saddles(period=2, num_matvecs=6, key=KEY)
-        params = jnp.arange(6.0)
-        state = tx.init(params)
-        assert np.isnan(state.score.lambda_min)
-        for _ in range(2):
-            updates, state = tx.update(jnp.ones(6), state, params, value_fn=lambda p: 0.5 * p @ matrix @ p)
-            np.testing.assert_array_equal(updates, 1.0)
-        score = state.score
-        np.testing.assert_allclose([score.lambda_min, score.lambda_max], [-3.0, 6.0], rtol=1e-4)
-        np.testing.assert_allclose([score.extreme_negative, score.extreme_positive], [-4.0, 8.0], rtol=1e-4)
-        np.testing.assert_allclose(score.gradient_norm, jnp.linalg.norm(matrix @ params), rtol=1e-5)
-        np.testing.assert_allclose(score.loss, 0.5 * params @ matrix @ params, rtol=1e-5)
-        assert 0 < score.negative_share < 1
-        assert saddles.extreme_rule(score)
-        assert (state.probes, state.hvps, state.count) == (1, 6, 2)
 
 
 class TestBaselines:
@@ -768,7 +706,6 @@ class TestBaselines:
 
 NEEDS_BOTH = {
     "sprkd": lambda: recruited(),
-    "track_saddles": lambda: transforms.track_saddles(period=1, num_matvecs=1, key=KEY),
     "negative_eigenstep": lambda: transforms.negative_eigenstep(period=1, num_matvecs=1, key=KEY),
     "accept_if_better": lambda: transforms.accept_if_better(optax.identity()),
     "saddle_free_newton": lambda: transforms.saddle_free_newton(num_matvecs=1),
@@ -787,10 +724,10 @@ class TestErrors:
 
     def test_a_part_of_the_parameters_is_no_argument_of_the_loss(self):
         tx, params = optax.masked(recruited(), {"a": True, "b": False}), {"a": jnp.ones(2), "b": jnp.ones(2)}
-        with pytest.raises(ValueError, match="let the loss close over what is not to move"):
+        with pytest.raises(ValueError, match="let the loss close over the frozen parameters"):
             tx.update(params, tx.init(params), params, value_fn=lambda p: jnp.sum(p["a"] + p["b"]))
 
-    @pytest.mark.parametrize("name", ["sprkd", "track_saddles", "negative_eigenstep", "saddle_free_newton"])
+    @pytest.mark.parametrize("name", ["sprkd", "negative_eigenstep", "saddle_free_newton"])
     def test_integers_are_refused(self, name):
         with pytest.raises(ValueError, match=f"{name} needs real floating-point numbers"):
             NEEDS_BOTH[name]().init({"steps": jnp.arange(2), "w": jnp.ones(2)})
@@ -799,7 +736,6 @@ class TestErrors:
     def test_as_many_products_as_there_are_dimensions(self, num_matvecs):
         for make in (
             lambda n: recruited(num_matvecs=n),
-            lambda n: transforms.track_saddles(period=1, num_matvecs=n, key=KEY),
             lambda n: transforms.negative_eigenstep(period=1, num_matvecs=n, key=KEY),
             lambda n: transforms.saddle_free_newton(num_matvecs=n),
         ):
@@ -811,17 +747,16 @@ class TestErrors:
     def test_options_outside_their_range(self):
         for make in (
             lambda: recruited(period=0),
-            lambda: transforms.track_saddles(period=0, key=KEY),
             lambda: transforms.negative_eigenstep(period=0, key=KEY),
             lambda: transforms.perturb(period=0, radius=0.1, key=KEY),
         ):
             with pytest.raises(ValueError, match="a period of 1 step or more, got 0"):
                 make()
-        for option in ({"radius": 0.0}, {"trials": 0}, {"sigma": -1.0}, {"budget": -1}):
+        for option in ({"escape_radius": 0.0}, {"perturbation_radius": -1.0}, {"budget": -1}):
             with pytest.raises(ValueError, match=f"sprkd needs {next(iter(option))}"):
                 recruited(**option)
         for options in ({}, {"radius": 0.1, "sigma": 0.1}):
-            with pytest.raises(ValueError, match="one of radius"):
+            with pytest.raises(ValueError, match="either radius"):
                 transforms.perturb(period=1, key=KEY, **options)
         for make in (
             lambda: transforms.perturb(period=1, radius=0.1, key=KEY),

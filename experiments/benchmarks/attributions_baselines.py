@@ -131,7 +131,7 @@ class Kdjax:
     def adaptive(self, bound: float) -> Callable:
         """``adaptive_integrated_gradients`` with its other defaults."""
         return lambda variables, images, labels: self.attributions.adaptive_integrated_gradients(
-            self.score(variables), images, targets=labels, bound=bound
+            self.score(variables), images, targets=labels, tolerance=bound
         )
 
     def looped(self, variables, images, labels, nodes, weights, count):

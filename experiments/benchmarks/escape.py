@@ -142,15 +142,15 @@ def methods(problem: Problem, key: jax.Array) -> dict[str, optax.GradientTransfo
         "saddle-free Newton": transforms.saddle_free_newton(num_matvecs=problem.num_matvecs),
         OURS: sprkd(sgd),
         "sprkd(Adam)": sprkd(adam),
-        "sprkd(SGD), no perturbation": sprkd(sgd, sigma=0.0),
-        "sprkd(SGD), strength 0.3": sprkd(sgd, strength=0.3),
+        "sprkd(SGD), no perturbation": sprkd(sgd, perturbation_radius=0.0),
+        "sprkd(SGD), strength 0.3": sprkd(sgd, negative_curvature_ratio=0.3),
     }
 
 
 def cost(state: Any, steps: jax.Array, num_matvecs: int) -> jax.Array:
     """Gradient-equivalents that a method has spent after so many steps."""
     if isinstance(state, transforms.SprkdState):
-        besides = HVP * state.hvps + LINEARISATION * state.probes + LOSS * state.evaluations
+        besides = HVP * state.hvps + LINEARISATION * state.num_checks + LOSS * state.evaluations
         return steps + besides
     if isinstance(state, transforms.SaddleFreeState):
         return steps * (1 + LINEARISATION + HVP * num_matvecs)
@@ -167,7 +167,7 @@ def descend(problem: Problem, method: str, seeds: int) -> dict[str, np.ndarray]:
             params, state = carry
             value, grads = jax.value_and_grad(problem.loss)(params)
             counts = (
-                (state.events, state.probes)
+                (state.events, state.num_checks)
                 if isinstance(state, transforms.SprkdState)
                 else (jnp.int32(0),) * 2
             )

@@ -17,8 +17,14 @@ from experiments.cli.options import define_seeds as define_seeds
 from experiments.cli.options import flags_of as flags_of
 from experiments.cli.options import may_change as may_change
 from experiments.cli.options import parse_seeds as parse_seeds
+from experiments.cli.options import parse_weights as parse_weights
 from experiments.cli.options import refuse_given as refuse_given
 from experiments.cli.options import settings as settings
+from experiments.cli.teachers import Teacher as Teacher
+from experiments.cli.teachers import Teachers as Teachers
+from experiments.cli.teachers import define_teacher as define_teacher
+from experiments.cli.teachers import teachers as teachers
+from experiments.cli.workdirs import check_disk as check_disk
 from experiments.cli.workdirs import claim_workdir as claim_workdir
 from experiments.cli.workdirs import file_lock as file_lock
 from experiments.cli.workdirs import released as released

@@ -43,6 +43,11 @@ class Data:
                 f"image_size={','.join(map(str, size))} must be HEIGHT,WIDTH in pixels, as in 32,32."
             )
 
+    def read(self) -> data.Dataset:
+        """Loads the data set whole."""
+        options = {"image_size": self.image_size, "skip_broken": self.skip_broken}
+        return data.load(self.dataset, data_dir=self.data_dir, **options)
+
     def load(self, *, at_most: int | None = None, **changes: Any) -> data.Dataset:
         """Loads the data set and splits it.
 
@@ -51,12 +56,9 @@ class Data:
           **changes: other values of the fields, such as ``num_train`` of a teacher.
         """
         own = dataclasses.replace(self, **changes)
-        loaded = data.load(
-            own.dataset, data_dir=own.data_dir, image_size=own.image_size, skip_broken=own.skip_broken
-        )
         num_train = own.num_train if at_most is None else min(own.num_train or at_most, at_most)
         return data.split(
-            loaded,
+            own.read(),
             num_train=num_train,
             num_validation=own.num_validation,
             by_group=own.split_by == "group",

@@ -1,6 +1,7 @@
 """Flags made from dataclasses, and the flags that all experiments share: each is defined once and means one thing."""
 
 import dataclasses
+import math
 import sys
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -203,6 +204,25 @@ def check_arms(wanted: Sequence[str], known: Sequence[str], *, baseline: str | N
         raise ValueError(f"{said} must name different arms.")
     if wanted and baseline is not None and baseline not in wanted:
         raise ValueError(f"{said} must include {baseline}, with which the others are compared.")
+
+
+def parse_weights(items: Sequence[str], arms: Sequence[str]) -> dict[str, float]:
+    """``--weights`` as numbers by method; a ValueError unless each is of a method of some arm."""
+    said, found = f"--weights={','.join(items)}", {}
+    used = {part for arm in arms for part in arm.split("+")} - {"scratch", "kd"}
+    for item in items:
+        name, _, value = item.partition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = math.nan
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{said}: {item} must be NAME=NUMBER with a number from 0 on, such as hint=50.")
+        if name not in used or name in found:
+            why = "has two weights" if name in found else "is no method of an arm; kd has --soft_weight"
+            raise ValueError(f"{said}: {name} {why}.")
+        found[name] = weight
+    return found
 
 
 # What the flags of an experiment are.

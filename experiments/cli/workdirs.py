@@ -1,6 +1,7 @@
 """A workdir belongs to one run and one process at a time; locks, and what several runs share."""
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import IO, Any
 
 import jax
 
-from kdjax import files
+from kdjax import files, models
 
 _LOCK = ".lock"  # the first file in every workdir
 _claimed: list[IO[str]] = []  # the open locks of this process
@@ -118,3 +119,22 @@ def shared_cache(
         directory = Path(store) / files.digest_json({"data": fingerprint, **decides})[:16]
     with file_lock(directory.with_name(f"{directory.name}.lock")):
         yield directory
+
+
+def check_disk(workdir: str, runs: Mapping[models.Network, int], *, cache_bytes: int) -> None:
+    """Raises a ValueError if the disk has less room than the checkpoints and cached answers of a study will need.
+
+    Args:
+      workdir: which need not be there yet.
+      runs: network → how many of it are trained. A run keeps two checkpoints of parameters, two moments and the best
+        parameters, and its final weights; one more is there while it is written.
+      cache_bytes: of the teachers' cached answers.
+    """
+    needed = 4 * 13 * sum(n * network.num_parameters for network, n in runs.items()) + cache_bytes + 2**24
+    absolute = Path(workdir).absolute()
+    free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
+    if free < needed:
+        raise ValueError(
+            f"this run needs about {needed / 2**20:.0f} MiB in {workdir}, the disk has {free / 2**20:.0f} MiB left; "
+            "free some space, or name a --workdir on another disk; --teacher_mode=online caches no answers."
+        )

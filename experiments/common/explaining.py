@@ -55,7 +55,7 @@ def explained_by(
         inputs = data.normalise(batch["image"], mean=source.mean, std=source.std)
         score = attributions.class_score(lambda x: apply_fn(*weights, x, train=False)[0].logits)
         found = attributions.adaptive_integrated_gradients(
-            score, inputs, targets=batch["label"], bound=bound, first=first, most=most
+            score, inputs, targets=batch["label"], tolerance=bound, min_nodes=first, max_nodes=most
         )
         rows = attributions.quantised(attributions.importance(found.values))
         rows |= {"nodes": found.nodes, "residual": found.relative_residual}

@@ -144,13 +144,12 @@ def region_of(
         if which == "average":
             kept = own
         elif which == "saddle" and not any(bool(RULES[rule](entry.score)) for entry in own):
-            kept, found = [max(own, key=lambda entry: float(entry.score.strength))], False
+            kept, found = [max(own, key=lambda entry: float(entry.score.negative_curvature_ratio))], False
         else:
             kind: Any = which
             kept = saddles.choose(own, which=kind, rule=RULES[rule], key=jax.random.key(seed))
         chosen += [read(entry.step) for entry in kept]
-    # Of teachers that have one snapshot left, it is the average.
-    params = saddles.aggregate(chosen, which="average")
+    params = saddles.aggregate(chosen)
     shape: Any = form
     return Region(
         saddles.select_weights(params, student, form=shape), [snapshot.step for snapshot in chosen], found
@@ -161,12 +160,10 @@ class Escape(NamedTuple):
     """How the recommended form looks for ways down; see :func:`kdjax.transforms.sprkd`."""
 
     period: int = 100
-    radius: float = 0.3
-    sigma: float = 0.01
-    strength: float = 0.1
+    escape_radius: float = 0.3
+    perturbation_radius: float = 0.01
+    negative_curvature_ratio: float = 0.1
     budget: int = 20
-    warmup: int = 0
-    max_gradient_norm: float = float("inf")
 
 
 def with_escapes(
@@ -193,7 +190,9 @@ def with_perturbations(
     """The recommended form without its eigensteps: perturbations of the same length, kept if the loss falls."""
 
     def wrap(base):
-        noise = transforms.perturb(period=escape.period, key=jax.random.key(0), radius=escape.sigma)
+        noise = transforms.perturb(
+            period=escape.period, key=jax.random.key(0), radius=escape.perturbation_radius
+        )
         parts = [base, transforms.accept_if_better(noise, axis_name=parallel.AXIS)]
         return optax.chain(*parts, *([] if region is None else [transforms.approach_region(region)]))
 

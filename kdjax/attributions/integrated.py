@@ -1,4 +1,4 @@
-"""Integrated gradients, with a fixed number of nodes or as many as an example needs."""
+"""Integrated gradients, at a fixed number of nodes or as many as each example needs."""
 
 import functools
 from collections.abc import Callable
@@ -15,34 +15,35 @@ ScoreFn: TypeAlias = Callable[..., Array]
 """``score_fn(inputs)``, or ``score_fn(inputs, targets)`` where targets are given: one number per example."""
 
 UNIT = {"cpu": 64, "default": 512}
-"""Gradients that :func:`adaptive_integrated_gradients` takes at once: what caches hold, and what fills a device."""
+"""Gradients that :func:`adaptive_integrated_gradients` computes at once: what fits a CPU's cache or fills a device."""
+
+
+_NODES_AT_ONCE = {"cpu": 1, "default": 8}  # nodes per gradient; more are not faster on a CPU
 
 
 class Attributions(NamedTuple):
-    """What every input value contributes to a score, and how well the contributions add up."""
+    """The contribution of every input value to a score, and the completeness residual of their sum."""
 
     values: PyTree  # of the inputs' structure and shapes; signed, in units of the score
-    difference: Float[Array, "*classes batch"]  # score of the input minus that of its baseline
-    residual: Float[
-        Array, "*classes batch"
-    ]  # sum of all values minus the difference; 0 for the exact integral
-    nodes: Int[Array, " batch"]  # gradients that were taken
+    difference: Float[Array, " batch"]  # score of the input minus that of its baseline
+    residual: Float[Array, " batch"]  # sum of all values minus the difference; 0 for the exact integral
+    nodes: Int[Array, " batch"]  # gradients computed
 
     @property
-    def relative_residual(self) -> Float[Array, "*classes batch"]:
-        """The size of the residual over that of the difference."""
+    def relative_residual(self) -> Float[Array, " batch"]:
+        """|residual| / |difference|."""
         return jnp.abs(self.residual) / jnp.maximum(jnp.abs(self.difference), jnp.finfo(jnp.float32).tiny)
 
 
 def quadrature(num_steps: int, rule: str) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarray, " nodes"]]:
-    """Nodes in [0, 1] and their weights, which add up to 1.
+    """Nodes in [0, 1] and their weights, which sum to 1.
 
     Gauss–Legendre is exact for polynomials of degree 2·num_steps - 1 and best for smooth scores. Where ReLUs put kinks
-    into the path, every rule's error falls like one over the nodes, and equal steps, as the midpoint and the trapezoid
-    rule take, do as well.
+    into the path, the error of every rule falls like one over the nodes, and the equal steps of the midpoint and
+    trapezoid rules do as well.
 
     Raises:
-      ValueError: if there are too few nodes for the rule, or it has another name.
+      ValueError: if there are too few nodes for the rule, or the rule is unknown.
     """
     fewest = 2 if rule == "trapezoid" else 1
     if num_steps < fewest:
@@ -69,29 +70,26 @@ def integrated_gradients(
     targets: PyTree | None = None,
     num_steps: int = 50,
     rule: str = "midpoint",
-    chunk_size: int | None = None,
 ) -> Attributions:
     r"""Attributes a score to the input values, along the straight path from a baseline.
 
     .. math:: a_i = (x_i - x'_i) \int_0^1 \frac{\partial f}{\partial x_i}\big(x' + \alpha (x - x')\big) \, d\alpha,
               \qquad \sum_i a_i = f(x) - f(x')
 
-    Pure and traceable: call it inside a jitted function that is handed the network's variables, where one loop over
-    the nodes is compiled. (Called from Python, that loop is compiled anew for each new ``score_fn``.)
+    Pure and traceable: call it inside a jitted function that takes the network's variables. (Called from Python, it
+    compiles its loop over nodes again for each new ``score_fn``.)
 
     Args:
-      score_fn: one number per example, of which one example's depends on no other: a network in evaluation mode. For
-        the logit of a class, :func:`class_score` of the network.
-      inputs: float32 [batch, ...]; normalised, as the network takes them. Or a pytree of such arrays, such as a dict of
-        an image and a spectrum, whose contributions add up to the difference together.
-      baselines: where the paths begin, like the inputs, or one number; zero by default, which is the mean image if
-        inputs are normalised. With one more axis in front, the mean over several: uniform noise there gives expected
+      score_fn: one number per example that depends on no other example: a network in evaluation mode. For the logit
+        of a class, :func:`class_score` of the network.
+      inputs: float32 [batch, ...], normalised as the network expects; or a pytree of such arrays, such as a dict of an
+        image and a spectrum, whose contributions sum to the difference together.
+      baselines: start of the paths, like the inputs, or one number; zero by default, the mean image if inputs are
+        normalised. With one more leading axis, attributions are averaged over several; uniform noise gives expected
         gradients.
-      targets: handed to ``score_fn`` beside the inputs, as they are: labels.
+      targets: second argument of ``score_fn``, such as labels.
       num_steps: gradients per path.
       rule: of :func:`quadrature`.
-      chunk_size: nodes of one gradient, which needs as many times the memory. By default 1 on a CPU, where more are not
-        faster, and 8 elsewhere.
 
     Raises:
       ValueError: for inputs without examples or without a gradient, baselines of another shape, too few nodes, a score
@@ -107,37 +105,7 @@ def integrated_gradients(
     def gradient(points):
         return jax.grad(lambda x: jnp.sum(score(x)))(points)
 
-    return _integrate(score, gradient, inputs, baselines, num_steps, rule, chunk_size)
-
-
-def integrated_gradients_of_classes(
-    logits_fn: Callable[[PyTree], Float[Array, "batch classes"]],
-    inputs: PyTree,
-    baselines: PyTree = None,
-    *,
-    num_steps: int = 50,
-    rule: str = "midpoint",
-    chunk_size: int | None = None,
-) -> Attributions:
-    """The :func:`integrated_gradients` of every class's logit, in an axis in front; one forward pass serves all.
-
-    Args:
-      logits_fn: the logits of a batch of inputs.
-      inputs: as there, with the other arguments.
-      baselines: as there.
-      num_steps: as there.
-      rule: as there.
-      chunk_size: as there.
-    """
-    inputs = check_inputs(inputs)
-    shape = _check_logits(jax.eval_shape(logits_fn, inputs), batch_of(inputs))
-    every = jnp.eye(shape.shape[1], dtype=shape.dtype)
-
-    def gradient(points):
-        logits, pull = jax.vjp(logits_fn, points)
-        return jax.vmap(lambda one: pull(jnp.broadcast_to(one, logits.shape))[0])(every)
-
-    return _integrate(lambda x: logits_fn(x).T, gradient, inputs, baselines, num_steps, rule, chunk_size)
+    return _integrate(score, gradient, inputs, baselines, num_steps, rule)
 
 
 def adaptive_integrated_gradients(
@@ -146,59 +114,58 @@ def adaptive_integrated_gradients(
     baselines: PyTree = None,
     *,
     targets: PyTree | None = None,
-    bound: float = 0.05,
-    first: int = 16,
-    most: int = 256,
-    unit: int | None = None,
+    tolerance: float = 0.05,
+    min_nodes: int = 16,
+    max_nodes: int = 256,
 ) -> Attributions:
-    """:func:`integrated_gradients` by the trapezoid rule, whose steps are halved where the sum is still off.
+    """:func:`integrated_gradients` by the trapezoid rule, with steps halved until the residual is small.
 
-    All examples take ``first`` steps. Those whose relative residual exceeds ``bound`` take twice as many, and again,
-    up to ``most``. Halving reuses every gradient, and both ends of the path, whose scores the residual needs, are
-    nodes. In each round the gradients that are missing, of whichever examples, are taken ``unit`` at a time: nothing
-    waits for the slowest example of a batch.
+    All examples start with ``min_nodes`` steps. Those whose relative residual exceeds ``tolerance`` double them, up to
+    ``max_nodes``. Halving a step reuses every gradient, and both ends of the path, whose scores the residual needs, are
+    nodes: n steps are n + 1 gradients. Each round packs the missing gradients of all examples into full batches, so
+    none waits for the slowest example.
 
-    A residual under the bound does not prove a map of that error, since errors of pixels cancel in the sum.
+    A residual within the tolerance does not bound the error of the map, since errors of pixels cancel in the sum.
 
     Args:
-      score_fn: as in :func:`integrated_gradients`. It is called with ``unit`` rows, whose targets come with them: it
-        may not close over what belongs to a row.
-      inputs: as there.
+      score_fn: as in :func:`integrated_gradients`. It is called with rows of several examples and their targets, so it
+        may not close over per-example data.
+      inputs: as in :func:`integrated_gradients`.
       baselines: one per input.
       targets: a pytree of arrays with a row for each input.
-      bound: of the relative residual.
-      first: steps of every example.
-      most: steps of none exceed this, whatever its residual; ``first`` times a power of two.
-      unit: gradients at once; :data:`UNIT` by default, and never more than ``batch * first``.
+      tolerance: of the relative residual.
+      min_nodes: steps of every example.
+      max_nodes: most steps of an example, whatever its residual; ``min_nodes`` times a power of two.
 
     Raises:
-      ValueError: as there, and for a bound below 0 or steps that do not fit together.
+      ValueError: as :func:`integrated_gradients`, and for a negative tolerance or numbers of nodes that do not match.
     """
-    if bound < 0 or first < 1 or most < first or most % first or (most // first).bit_count() != 1:
+    doublings = max_nodes // max(min_nodes, 1)
+    if tolerance < 0 or min_nodes < 1 or max_nodes != doublings * min_nodes or doublings.bit_count() != 1:
         raise ValueError(
-            "adaptive integrated gradients need a bound of 0 or more and most = first times a power of two, got "
-            f"bound={bound}, first={first}, most={most}; .05, 16 and 256 are usual."
+            "adaptive_integrated_gradients needs tolerance >= 0 and max_nodes = min_nodes times a power of two, got "
+            f"tolerance={tolerance}, min_nodes={min_nodes}, max_nodes={max_nodes}; .05, 16 and 256 are usual."
         )
     inputs = check_inputs(inputs)
     baselines, several = _baselines(baselines, inputs)
     if several:
         raise ValueError(
-            "adaptive integrated gradients take one baseline per input; average several outside."
+            "adaptive_integrated_gradients takes one baseline per input: average over several yourself."
         )
     batch = batch_of(inputs)
     _check_rows(targets, batch)
     check_score(score_fn, inputs, targets)
-    unit = min(unit or UNIT.get(jax.default_backend(), UNIT["default"]), batch * first)
+    unit = min(UNIT.get(jax.default_backend(), UNIT["default"]), batch * min_nodes)
     path = _Path(score_fn, inputs, baselines, targets, unit)
 
     everyone, nothing = jnp.arange(batch), jax.tree.map(jnp.zeros_like, inputs)
-    sums, scores = path.add(nothing, everyone, batch, first + 1, lambda j: j / first, ends=first)
+    sums, scores = path.add(nothing, everyone, batch, min_nodes + 1, lambda j: j / min_nodes, ends=min_nodes)
     difference = scores[1] - scores[0]
 
     def measured(sums, steps):
         values = jax.tree.map(lambda d, s: d * s / _as_rows(steps, s), path.delta, sums)
-        residual = _total(values, difference) - difference
-        return values, residual, jnp.abs(residual) > bound * jnp.abs(difference)
+        residual = _total(values) - difference
+        return values, residual, jnp.abs(residual) > tolerance * jnp.abs(difference)
 
     def refine(state):
         sums, steps, now, off = state
@@ -207,22 +174,21 @@ def adaptive_integrated_gradients(
         steps = jnp.where(off, 2 * steps, steps)
         return sums, steps, 2 * now, off & measured(sums, steps)[2]
 
-    steps = jnp.full(batch, first)
-    state = sums, steps, jnp.asarray(first), measured(sums, steps)[2]
-    sums, steps, _, _ = jax.lax.while_loop(lambda s: jnp.any(s[3]) & (s[2] < most), refine, state)
+    steps = jnp.full(batch, min_nodes)
+    state = sums, steps, jnp.asarray(min_nodes), measured(sums, steps)[2]
+    sums, steps, _, _ = jax.lax.while_loop(lambda s: jnp.any(s[3]) & (s[2] < max_nodes), refine, state)
     values, residual, _ = measured(sums, steps)
     return _checked(Attributions(values, difference, residual, steps + 1), inputs)
 
 
 def class_score(logits_fn: Callable[[PyTree], Float[Array, "batch classes"]]) -> ScoreFn:
-    """The logit of a class, as a score with labels for targets: ``class_score(f)(inputs, labels)``.
+    """The logit of a class, as a score whose targets are labels: ``class_score(f)(inputs, labels)``.
 
-    Labels are integers [batch], the true ones or those that the network predicts, ``jnp.argmax(f(inputs), -1)``. A
-    negative label is void: its score is zero, and so is its map. One beyond the classes is refused; where it is traced,
-    and cannot be, its score is NaN.
+    Labels are integers [batch], the true or the predicted ones, ``jnp.argmax(f(inputs), -1)``. A negative label is
+    void: its score and map are zero. A label out of range raises a ValueError, or makes the score NaN if it is traced.
 
     Raises:
-      ValueError: by the score, for logits or labels of another shape or dtype, and for a label beyond the classes.
+      ValueError: from the score, for logits or labels of another shape or dtype, and for a label out of range.
     """
 
     def score(inputs: PyTree, labels: ArrayLike) -> Float[Array, " batch"]:
@@ -237,7 +203,7 @@ def class_score(logits_fn: Callable[[PyTree], Float[Array, "batch classes"]]) ->
 
 
 class _Path(NamedTuple):
-    """The straight paths of a batch, on which gradients are taken in units of examples and nodes."""
+    """The straight paths of a batch; gradients at (example, node) pairs are computed ``unit`` at a time."""
 
     score_fn: ScoreFn
     inputs: PyTree
@@ -260,7 +226,7 @@ class _Path(NamedTuple):
     ) -> tuple[PyTree, Float[Array, "2 batch"]]:
         """Adds the gradients of the first ``count`` examples of an order at ``per_example`` nodes each.
 
-        With ``ends``, the number of the last node, first and last count half, and their scores come back.
+        With ``ends``, the index of the last node, the first and last node count half and their scores are returned.
         """
         total = count * per_example
 
@@ -293,18 +259,15 @@ class _Path(NamedTuple):
         return values.astype(jnp.float32), pull(jnp.ones_like(values))[0]
 
 
-def _integrate(score, gradient, inputs, baselines, num_steps, rule, chunk_size) -> Attributions:
-    """The loop over nodes, and over baselines where there are several."""
+def _integrate(score, gradient, inputs, baselines, num_steps, rule) -> Attributions:
+    """The loop over nodes, and over baselines if there are several."""
     inputs = check_inputs(inputs)
     baselines, several = _baselines(baselines, inputs)
     nodes, weights = quadrature(num_steps, rule)
-    default = 1 if jax.default_backend() == "cpu" else 8
-    wanted = min(default if chunk_size is None else chunk_size, num_steps)
-    if wanted < 1:
-        raise ValueError(f"chunk_size needs to be 1 node or more, got {chunk_size}.")
-    chunks = -(-num_steps // wanted)
+    at_once = _NODES_AT_ONCE.get(jax.default_backend(), _NODES_AT_ONCE["default"])
+    chunks = -(-num_steps // min(at_once, num_steps))
     size = -(-num_steps // chunks)
-    rest = chunks * size - num_steps  # of no weight
+    rest = chunks * size - num_steps  # padding of weight zero
     nodes, weights = (
         jnp.asarray(np.pad(x, (0, rest)).reshape(chunks, size), jnp.result_type(*jax.tree.leaves(inputs)))
         for x in (nodes, weights)
@@ -330,9 +293,9 @@ def _integrate(score, gradient, inputs, baselines, num_steps, rule, chunk_size) 
 
         total = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), jax.eval_shape(gradient, inputs))
         total, _ = jax.lax.scan(add, total, (nodes, weights))
-        values = jax.tree.map(lambda d, t: jnp.broadcast_to(d, t.shape) * t, delta, total)
+        values = jax.tree.map(jnp.multiply, delta, total)
         difference = reached - score(baseline)
-        return values, difference, _total(values, difference) - difference
+        return values, difference, _total(values) - difference
 
     if several:
         found = jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(from_one, baselines))
@@ -343,9 +306,9 @@ def _integrate(score, gradient, inputs, baselines, num_steps, rule, chunk_size) 
     return _checked(Attributions(values, difference, residual, taken), inputs)
 
 
-def _total(values: PyTree, like: Array) -> Array:
-    """The sum of all values of an example, over all arrays, where numbers per example have the shape of another."""
-    sums = jax.tree.map(lambda v: jnp.sum(v, axis=tuple(range(like.ndim, v.ndim))), values)
+def _total(values: PyTree) -> Array:
+    """The sum of all values of each example, over all arrays."""
+    sums = jax.tree.map(lambda v: jnp.sum(v, axis=tuple(range(1, v.ndim))), values)
     return functools.reduce(jnp.add, jax.tree.leaves(sums))
 
 
@@ -353,31 +316,31 @@ def _total(values: PyTree, like: Array) -> Array:
 
 
 def batch_of(inputs: PyTree) -> int:
-    """How many examples there are."""
+    """The number of examples."""
     return jnp.shape(jax.tree.leaves(inputs)[0])[0]
 
 
 def check_inputs(inputs: PyTree) -> PyTree:
-    """The inputs as JAX arrays, if there is a gradient by each, and all have as many examples, at least one."""
+    """The inputs as JAX arrays; raises a ValueError unless floating-point, with equal numbers of examples."""
     found = jax.tree_util.tree_leaves_with_path(inputs)
     for path, leaf in found or [((), np.zeros(0))]:
         dtype, shape = jnp.result_type(leaf), jnp.shape(leaf)
         if not jnp.issubdtype(dtype, jnp.floating) or not shape or not shape[0]:
             raise ValueError(
-                "attributions need a batch of floating-point inputs, of which there is a gradient, and an example or "
-                f"more, got inputs{jax.tree_util.keystr(path)} of {dtype}{list(shape)}: normalise images first, "
-                "attribute to embeddings rather than to tokens, and hand over what else an example has as targets."
+                "attributions need a batch of floating-point inputs with at least one example, got "
+                f"inputs{jax.tree_util.keystr(path)} of {dtype}{list(shape)}: normalise images first, attribute to "
+                "embeddings rather than to tokens, and pass other per-example data as targets."
             )
         if shape[0] != batch_of(inputs):
             raise ValueError(
-                f"attributions need arrays of as many examples each, got {batch_of(inputs)} and, in "
+                f"attributions need equally many examples in each array, got {batch_of(inputs)} and, in "
                 f"inputs{jax.tree_util.keystr(path)}, {shape[0]}."
             )
     return jax.tree.map(jnp.asarray, inputs)
 
 
 def _baselines(baselines: PyTree, inputs: PyTree) -> tuple[PyTree, int]:
-    """The baselines like the inputs, or several in front of each array; and how many, or 0."""
+    """The baselines, broadcast to the inputs or with one more leading axis; and its length, or 0."""
     if baselines is None or (jax.tree_util.all_leaves([baselines]) and jnp.ndim(baselines) == 0):
         baselines = jax.tree.map(lambda _: 0 if baselines is None else baselines, inputs)
     if jax.tree.structure(baselines) != jax.tree.structure(inputs):
@@ -392,9 +355,9 @@ def _baselines(baselines: PyTree, inputs: PyTree) -> tuple[PyTree, int]:
         shape = jnp.shape(baseline)
         if shape not in ((), x.shape) and (len(counts) != 1 or shape != (*counts, *x.shape)):
             raise ValueError(
-                f"baselines{jax.tree_util.keystr(path)} need the shape of the inputs, {list(x.shape)}, or one axis "
-                f"more in front of it, as long for all, got {list(shape)}: write jnp.broadcast_to(baseline, "
-                "inputs.shape) if all examples share one."
+                f"baselines{jax.tree_util.keystr(path)} need the shape of the inputs, {list(x.shape)}, or one more "
+                f"leading axis of one length, got {list(shape)}: write jnp.broadcast_to(baseline, inputs.shape) if "
+                "all examples share one."
             )
         return jnp.broadcast_to(jnp.asarray(baseline, x.dtype), (*counts, *x.shape))
 
@@ -402,7 +365,7 @@ def _baselines(baselines: PyTree, inputs: PyTree) -> tuple[PyTree, int]:
 
 
 def check_score(score_fn: ScoreFn, inputs: PyTree, targets: PyTree) -> Callable[[PyTree], Array]:
-    """The score as a function of inputs alone, after a look at what it returns."""
+    """The score as a function of inputs alone; raises a ValueError unless it returns one number per example."""
     inputs, score = check_inputs(inputs), _with(score_fn, targets)
     batch, shape = batch_of(inputs), jax.eval_shape(score, inputs)
     one_each = isinstance(shape, jax.ShapeDtypeStruct) and shape.shape == (batch,)
@@ -429,12 +392,12 @@ def _check_logits(logits: Any, batch: int) -> Any:
 def _check_labels(labels: ArrayLike, batch: int, classes: int) -> None:
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer) or jnp.shape(labels) != (batch,):
         raise ValueError(
-            f"labels need to be integers [{batch}], one per example, got {kind_of(labels)}: write labels.astype(int) "
+            f"labels must be integers [{batch}], one per example, got {kind_of(labels)}: write labels.astype(int) "
             "for whole numbers, and labels[:, 0] for a column."
         )
     if not isinstance(labels, Tracer) and (largest := np.asarray(labels).max()) >= classes:
         raise ValueError(
-            f"labels need to be below {classes}, as many as there are logits, got {largest}; a negative label is void."
+            f"labels must be below {classes}, the number of logits, got {largest}; a negative label is void."
         )
 
 
@@ -442,32 +405,32 @@ def _check_rows(targets: PyTree, batch: int) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(targets):
         if jnp.shape(leaf)[:1] != (batch,):
             raise ValueError(
-                f"adaptive integrated gradients need targets{jax.tree_util.keystr(path)} with a row for each of "
+                f"adaptive_integrated_gradients needs targets{jax.tree_util.keystr(path)} with a row for each of "
                 f"{batch} inputs, got {kind_of(leaf)}."
             )
 
 
 def kind_of(array: Any) -> str:
-    """What came, for a message: dtype and shape of an array, else the name of its type."""
+    """Dtype and shape of an array, or the name of another type, for error messages."""
     return f"{array.dtype}{list(array.shape)}" if hasattr(array, "shape") else type(array).__name__
 
 
 def _checked(found: Attributions, inputs: PyTree) -> Attributions:
-    """As it is; refuses what is not finite where that can be seen, and says which part of it."""
+    """The attributions; raises a ValueError that names the cause if they are known not to be finite."""
     if isinstance(found.residual, Tracer) or (bad := ~np.isfinite(np.asarray(found.residual))).sum() == 0:
         return found
     first = tuple(map(int, np.argwhere(bad)[0]))
     if not all(np.isfinite(np.asarray(x[first[-1]])).all() for x in jax.tree.leaves(inputs)):
         reason = "its input holds a NaN or an infinity"
     elif not np.isfinite(found.difference[first]):
-        reason = "the score of it or of its baseline is not finite: see what score_fn returns there"
+        reason = "the score of it or of its baseline is not finite: check what score_fn returns there"
     else:
-        reason = "its scores are finite, but a gradient between them is not, as that of a square root at zero"
+        reason = "its scores are finite, but a gradient between them is not, as for a square root at zero"
     raise ValueError(
         f"{bad.sum()} of {bad.size} attributions are not finite, the first at index {first}: {reason}."
     )
 
 
 def _as_rows(numbers: Array, like: Array) -> Array:
-    """One number per example, to be multiplied with arrays of examples."""
+    """One number per example, reshaped to multiply arrays of examples."""
     return numbers.reshape(numbers.shape + (1,) * (like.ndim - numbers.ndim))

@@ -1,4 +1,4 @@
-"""Whether a map shows what a network uses: by taking pixels away, by where an object is, by another map."""
+"""Metrics of maps: deletion and insertion of pixels, agreement with object masks, and rank correlation."""
 
 import math
 
@@ -22,26 +22,25 @@ def deletion_insertion(
     targets: PyTree | None = None,
     num_steps: int = 16,
 ) -> Float[Array, "points batch"]:
-    """Scores while pixels are exchanged, those of the largest map values first.
+    """Scores while pixels are replaced, in order of decreasing map value.
 
-    A map that shows what the score rests on lets it fall at once when its pixels are deleted, and rise at once when
-    they are inserted. The mean over the points is the area under the curve. Compare with a random map: pixels out of
-    place disturb a network by themselves.
+    For a faithful map the score falls early under deletion and rises early under insertion. The mean over the points is
+    the area under the curve. Compare with a random map, since replaced pixels disturb a network by themselves.
 
     Args:
       score_fn: one number per example, as in :func:`kdjax.attributions.integrated_gradients`; usually a probability.
       inputs: normalised images [batch, height, width, channels].
-      maps: one per image, where larger means more important; ties in reading order.
-      replacements: what stands where nothing of the image is shown: zeros, or the image blurred.
+      maps: one per image, larger is more important; ties in reading order.
+      replacements: pixels that replace the image's: zeros, or the blurred image.
       kind: "deletion" from the images to the replacements, or "insertion" from the replacements to the images.
-      targets: handed to ``score_fn`` beside the inputs.
+      targets: second argument of ``score_fn``.
       num_steps: equal steps from none to all pixels.
 
     Returns:
-      Scores with none, one step's share, ..., and all pixels exchanged.
+      Scores with 0, 1/num_steps, ..., and all of the pixels replaced.
 
     Raises:
-      ValueError: if shapes do not fit, there are no steps, or the kind has another name.
+      ValueError: if shapes do not match, there are no steps, or the kind is unknown.
 
     References:
       Petsiuk, Das, Saenko, `RISE <https://arxiv.org/abs/1806.07421>`_, 2018, section 4.1.
@@ -49,7 +48,7 @@ def deletion_insertion(
     if kind not in ("deletion", "insertion"):
         raise ValueError(f"kind needs to be 'deletion' or 'insertion', got {kind!r}.")
     if num_steps < 1:
-        raise ValueError(f"a removal curve needs a step or more, got num_steps={num_steps}.")
+        raise ValueError(f"deletion_insertion needs num_steps of 1 or more, got {num_steps}.")
     if inputs.ndim != 4 or maps.shape != (*inputs.shape[:3], 1) or replacements.shape != inputs.shape:
         raise ValueError(
             f"inputs {list(inputs.shape)} need maps {[*inputs.shape[:3], 1]} and replacements of their own shape, got "
@@ -57,7 +56,7 @@ def deletion_insertion(
         )
     score = check_score(score_fn, inputs, targets)
     first, second = (inputs, replacements) if kind == "deletion" else (replacements, inputs)
-    # In float32, since a stored map is of uint8, whose negative wraps around.
+    # In float32, since the negative of a stored uint8 map wraps around.
     rank = _ranks(-_rows(maps.astype(jnp.float32))).reshape(maps.shape)
     pixels = inputs.shape[1] * inputs.shape[2]
 
@@ -68,7 +67,7 @@ def deletion_insertion(
 
 
 def pointing_game(maps: Map, masks: Other) -> Bool[Array, " batch"]:
-    """Whether the largest value of each map, the first of equal ones, lies on the object.
+    """Whether the largest value of each map (the first among ties) lies on the object.
 
     References:
       Zhang et al., `Top-down Neural Attention by Excitation Backprop <https://arxiv.org/abs/1608.00507>`_, 2016,
@@ -91,9 +90,9 @@ def relevance_mass(maps: Map, masks: Other) -> Float[Array, " batch"]:
 
 
 def rank_correlation(maps: Map, others: Other) -> Float[Array, " batch"]:
-    """Spearman's correlation of two maps over positions: whether two networks look at the same places.
+    """Spearman's correlation of two maps over positions.
 
-    Ties are broken in reading order; a constant map's correlation means nothing.
+    Ties are broken in reading order; the correlation of a constant map is meaningless.
 
     References:
       Adebayo et al., `Sanity Checks for Saliency Maps <https://arxiv.org/abs/1810.03292>`_, 2018, section 3.
@@ -105,12 +104,12 @@ def rank_correlation(maps: Map, others: Other) -> Float[Array, " batch"]:
 
 
 def _rows(maps: Array) -> Array:
-    """Each map's values in reading order; of no maps, no rows."""
+    """Each map's values in reading order; also for an empty batch."""
     return maps.reshape(len(maps), math.prod(maps.shape[1:]))
 
 
 def _ranks(rows: Float[Array, "batch positions"]) -> Array:
-    """Each value's place in its row's ascending order."""
+    """The rank of each value in its row, ascending."""
     order = jnp.argsort(rows, axis=-1, stable=True)
     return jnp.argsort(order, axis=-1)
 
@@ -118,10 +117,10 @@ def _ranks(rows: Float[Array, "batch positions"]) -> Array:
 def _check_pair(maps: Array, others: Array, mask: bool = False) -> None:
     if maps.shape != others.shape or maps.ndim != 4 or maps.shape[-1] != 1:
         raise ValueError(
-            f"two batches of maps [batch, height, width, 1] are compared, got {list(maps.shape)} and "
+            f"maps of two equal shapes [batch, height, width, 1] are needed, got {list(maps.shape)} and "
             f"{list(others.shape)}: take attributions.importance of attributions first."
         )
     if mask and jnp.issubdtype(others.dtype, jnp.inexact):
         raise ValueError(
-            f"masks need to be boolean, or integers of which 0 is outside, got {others.dtype}: write masks > 0.5."
+            f"masks must be boolean, or integers with 0 outside, got {others.dtype}: write masks > 0.5."
         )

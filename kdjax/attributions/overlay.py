@@ -1,4 +1,4 @@
-"""Maps as the pictures that training images are blended with."""
+"""Maps as stored, and as overlays of training images."""
 
 from typing import Any
 
@@ -9,32 +9,32 @@ from jaxtyping import Array, Float, Key, Shaped
 from kdjax.attributions.integrated import kind_of
 from kdjax.types import Scalar
 
-_CHOICE, _EXPONENT = 3, 4  # folded into an example's key; crop and flip fold in others
+_CHOICE, _EXPONENT = 3, 4  # folded into an example's key; crop and flip use other numbers
 
 
 def importance(attributions: Float[Array, "..."]) -> Float[Array, "*batch height width 1"]:
-    """How much each position matters: absolute attributions summed over channels.
+    """Absolute attributions summed over channels: one number per position.
 
     Raises:
-      ValueError: if they are not of images, such as a dict of several inputs' attributions: take one of them.
+      ValueError: if they are not of images, such as a dict of several inputs' attributions: pass one of them.
     """
     if getattr(attributions, "ndim", 0) < 3:
         raise ValueError(
-            f"importance needs attributions [..., height, width, channels], got {kind_of(attributions)}: take those of "
+            f"importance needs attributions [..., height, width, channels], got {kind_of(attributions)}: pass those of "
             "the images alone."
         )
     return jnp.sum(jnp.abs(attributions), axis=-1, keepdims=True)
 
 
 def quantised(maps: Shaped[Array, "..."]) -> dict[str, Array]:
-    """Maps as they are stored, to be rows of :func:`kdjax.teacher.precompute`.
+    """Maps in their stored form, as rows of :func:`kdjax.teacher.precompute`.
 
     Returns:
-      ``map``, uint8, as shares of each map's largest value, which is 255; and ``map_peak``, that value, float32[batch],
-      which is not finite where the map is not, so that ``fill`` refuses it.
+      ``map``, uint8, scaled so that each map's largest value is 255; and ``map_peak``, that value, float32[batch]. It
+      is not finite where the map is not, so that ``precompute`` refuses it.
 
     Raises:
-      ValueError: if they are no maps.
+      ValueError: if the shape is not that of maps.
     """
     _check_maps("quantised", maps, maps.shape[:3])
     peak = jnp.max(maps, axis=(1, 2, 3))
@@ -46,45 +46,43 @@ def overlay(
     images: Shaped[Array, "batch height width channels"],
     maps: Shaped[Array, "maps map_height map_width depth"],
     *,
-    strength: Scalar | Float[Array, " strengths"] = 0.5,
+    opacity: Scalar | Float[Array, " opacities"] = 0.5,
     exponent: Scalar | Float[Array, " exponents"] = 1.0,
 ) -> Float[Array, "batch height width channels"]:
-    r"""Blends images with grey maps of what a teacher looks at.
+    r"""Blends images with grey-scale attribution maps.
 
     .. math:: (1 - w) \, x + 255 \, w \, \frac{m^s - \min m^s}{\max m^s - \min m^s}
 
     Args:
       images: on the scale [0, 255], uint8 or floating-point.
-      maps: non-negative, on any scale, each the map of its image: cropped and flipped by the same keys.
-      strength: w, the share of the map, from 0 to 1; for all or for each.
-      exponent: s above 0; the larger, the more the map's peaks stand out. For all or for each.
+      maps: non-negative, on any scale, one per image, cropped and flipped like it.
+      opacity: w, the share of the map, from 0 to 1; one for all images or one each.
+      exponent: s above 0, which emphasises the map's peaks; one for all images or one each.
 
     Returns:
       float32 on [0, 255]. An image whose map is constant is blended with black.
 
     Raises:
-      ValueError: if images and maps differ in size, or a number lies outside its range.
+      ValueError: if images and maps differ in size, or a number is out of range.
 
     References:
       Hernandez, Chang, Nordling, `Knowledge Distillation: Enhancing Neural Network Compression with Integrated
-      Gradients <https://arxiv.org/abs/2503.13008>`_, 2025. Defaults there: strength ½, exponent drawn from 1 to 2.
+      Gradients <https://arxiv.org/abs/2503.13008>`_, 2025. Defaults there: opacity ½, exponent drawn from 1 to 2.
     """
     _check_maps("overlay", maps, images.shape[:3])
-    _check_each("overlay", len(images), strength=strength, exponent=exponent)
-    if isinstance(strength, float | int) and not 0 <= strength <= 1:
-        raise ValueError(f"overlay needs a strength from 0 to 1, got {strength}; ½ is as published.")
+    _check_each("overlay", len(images), opacity=opacity, exponent=exponent)
+    if isinstance(opacity, float | int) and not 0 <= opacity <= 1:
+        raise ValueError(f"overlay needs an opacity from 0 to 1, got {opacity}; ½ is as published.")
     if isinstance(exponent, float | int) and not exponent > 0:
         raise ValueError(f"overlay needs an exponent above 0, got {exponent}; from 1 to 2 is as published.")
-    strength, exponent = (
-        jnp.reshape(jnp.asarray(x, jnp.float32), (-1, 1, 1, 1)) for x in (strength, exponent)
-    )
+    opacity, exponent = (jnp.reshape(jnp.asarray(x, jnp.float32), (-1, 1, 1, 1)) for x in (opacity, exponent))
     maps = maps.astype(jnp.float32)
-    # A map's scale is divided out, so it may as well be taken to 1 before powers of it over- or underflow.
-    raised = (maps / jnp.maximum(_most(maps), jnp.finfo(jnp.float32).tiny)) ** exponent
-    low = -_most(-raised)
-    span = _most(raised) - low
+    # Scaled to 1 first, so that powers neither overflow nor underflow; the scale cancels below.
+    raised = (maps / jnp.maximum(_peak(maps), jnp.finfo(jnp.float32).tiny)) ** exponent
+    low = -_peak(-raised)
+    span = _peak(raised) - low
     picture = jnp.where(span > 0, (raised - low) / jnp.where(span > 0, span, 1), 0)
-    return (1 - strength) * images.astype(jnp.float32) + strength * 255 * picture
+    return (1 - opacity) * images.astype(jnp.float32) + opacity * 255 * picture
 
 
 def random_overlay(
@@ -93,21 +91,21 @@ def random_overlay(
     keys: Key[Array, " keys"],
     *,
     probability: float = 0.1,
-    strength: float = 0.5,
+    opacity: float = 0.5,
     exponents: tuple[float, float] = (1.0, 2.0),
 ) -> Float[Array, "batch height width channels"]:
-    """Overlays each image with its map with some probability, as an augmentation; the others stay as they are.
+    """Overlays each image with its map with some probability, as an augmentation.
 
     Args:
       images: as in :func:`overlay`.
-      maps: as there.
-      keys: one per example, :func:`kdjax.data.example_keys`; the same that moved image and map.
-      probability: of an overlay.
-      strength: as there.
-      exponents: between which each exponent is drawn, its logarithm uniform.
+      maps: as in :func:`overlay`.
+      keys: one per example, :func:`kdjax.data.example_keys`; the ones that cropped and flipped image and map.
+      probability: of an overlay; other images are returned unchanged.
+      opacity: as in :func:`overlay`.
+      exponents: bounds of the exponent, drawn log-uniformly.
 
     Raises:
-      ValueError: as there.
+      ValueError: as :func:`overlay`.
     """
     _check_each("random_overlay", len(images), keys=keys)
     low, high = exponents
@@ -125,26 +123,26 @@ def random_overlay(
         return chosen, jnp.exp(log)
 
     chosen, exponent = jax.vmap(draw)(keys)
-    blended = overlay(images, maps, strength=strength, exponent=exponent)
+    blended = overlay(images, maps, opacity=opacity, exponent=exponent)
     return jnp.where(chosen[:, None, None, None], blended, images.astype(jnp.float32))
 
 
 def _check_maps(what: str, maps: Array, size: tuple[int, ...]) -> None:
     if len(size) != 3 or maps.shape != (*size, 1):
         raise ValueError(
-            f"{what} needs a map [{', '.join(map(str, size))}, 1] for each image, got {list(maps.shape)}: take "
+            f"{what} needs maps [{', '.join(map(str, size))}, 1], one per image, got {list(maps.shape)}: take "
             "attributions.importance of attributions first."
         )
 
 
 def _check_each(what: str, batch: int, **numbers: Any) -> None:
-    """Raises a ValueError unless there is one for all, or one for each."""
+    """Raises a ValueError unless each is one number for all images or one per image."""
     for name, number in numbers.items():
         if jnp.shape(number) not in ((), (batch,)):
             raise ValueError(
-                f"{what} needs {name} for all images or for each of {batch}, got {list(jnp.shape(number))}."
+                f"{what} needs one {name} for all images or {batch} of them, got {list(jnp.shape(number))}."
             )
 
 
-def _most(maps: Array) -> Array:
+def _peak(maps: Array) -> Array:
     return jnp.max(maps, axis=(1, 2, 3), keepdims=True)

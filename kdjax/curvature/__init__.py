@@ -1,21 +1,21 @@
-"""The curvature of a loss: its Hessian as products with vectors, and what few of them tell of the spectrum.
+"""The curvature of a loss: Hessian-vector products, and the spectrum estimated from a few of them.
 
 ::
 
-    loss = curvature.evaluation_loss(apply_fn, objective)  # one function for all checkpoints
+    loss = curvature.evaluation_loss(apply_fn, objective)  # build once for all checkpoints
     multiply = curvature.hessian(loss, params, batch, model_state)
     start = curvature.random_like(jax.random.key(0), params)
     ends = curvature.extreme_eigenpairs(multiply, start, num_matvecs=30)
-    ends.bottom.values[0], ends.bottom.negative[0]  # the most negative curvature, and whether it certainly is
+    ends.bottom.values[0], ends.bottom.negative[0]  # most negative curvature; is it certain?
     density = curvature.spectral_density(multiply, params, jax.random.key(1))
 
-A matrix is a function of a vector, and a vector a pytree like the parameters, in float32 whatever the parameters are.
-:func:`hessian` and :func:`gauss_newton` make such functions; :func:`lanczos` and all that follows take any.
+A matrix is a function that multiplies a vector, and a vector a pytree like the parameters, in float32 or wider.
+:func:`hessian` and :func:`gauss_newton` make such functions; the other functions take any.
 
-**Before believing a number.** A minibatch sees negative directions that the data have not: measure on more examples, or
-the direction found on one batch again on another. Curvature scales with the loss, and with the weights of a network
-that normalisation makes blind to them, so compare networks at the same training loss. In float32, curvature of less
-than 5e-6 of the largest eigenvalue cannot be told from rounding.
+**Pitfalls.** A minibatch has negative curvature that the data set has not: use more examples, or measure the direction
+found on one batch on another. Curvature scales with the loss and, under normalisation, with the weights, so compare
+networks at the same training loss. In float32, curvature below 5e-6 of the largest eigenvalue cannot be distinguished
+from rounding.
 """
 
 from kdjax.curvature.krylov import Eigenpairs as Eigenpairs
@@ -24,7 +24,6 @@ from kdjax.curvature.krylov import Tridiagonal as Tridiagonal
 from kdjax.curvature.krylov import extreme_eigenpairs as extreme_eigenpairs
 from kdjax.curvature.krylov import lanczos as lanczos
 from kdjax.curvature.operators import Operator as Operator
-from kdjax.curvature.operators import dense_hessian as dense_hessian
 from kdjax.curvature.operators import evaluation_loss as evaluation_loss
 from kdjax.curvature.operators import gauss_newton as gauss_newton
 from kdjax.curvature.operators import hessian as hessian
@@ -32,8 +31,6 @@ from kdjax.curvature.operators import hvp as hvp
 from kdjax.curvature.spectra import Density as Density
 from kdjax.curvature.spectra import Trace as Trace
 from kdjax.curvature.spectra import hutch_plus_plus as hutch_plus_plus
-from kdjax.curvature.spectra import hutchinson as hutchinson
 from kdjax.curvature.spectra import smoothed as smoothed
 from kdjax.curvature.spectra import spectral_density as spectral_density
 from kdjax.curvature.vectors import random_like as random_like
-from kdjax.curvature.vectors import select as select

@@ -1,7 +1,7 @@
-"""What random probes tell of a whole spectrum: its density, and its trace with a standard error."""
+"""Stochastic estimates of a whole spectrum: its density, and its trace with a standard error."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,29 +31,29 @@ _PADDING = 5  # widths of the kernel beyond the outermost node: less than 1e-6 o
 
 
 class Density(NamedTuple):
-    """A spectral density, and the quadrature that it is drawn from."""
+    """A spectral density, and the quadrature behind it."""
 
     grid: Float[Array, " points"]
     """Eigenvalues."""
 
     mean: Float[Array, " points"]
-    """Density there, mean over the probes; its integral is 1."""
+    """Density at the grid points, mean over the probes; its integral is 1."""
 
     spread: Float[Array, " points"]
     """Standard deviation over the probes (n − 1); NaN for one probe."""
 
     nodes: Float[Array, "probes k"]
-    """Quadrature nodes of each probe, ascending; behind a breakdown the largest is repeated, with weight 0."""
+    """Quadrature nodes of each probe, ascending; after a breakdown the largest is repeated, with weight 0."""
 
     weights: Float[Array, "probes k"]
-    """Weights, of sum 1 per probe: the mean of f over the spectrum is about ``sum(weights * f(nodes))``."""
+    """Weights, summing to 1 per probe: ``sum(weights * f(nodes))`` estimates the mean of f over the spectrum."""
 
     width: Float[Array, ""]
-    """Standard deviation of the Gaussian put on every node."""
+    """Standard deviation of the Gaussian on every node."""
 
 
 class Trace(NamedTuple):
-    """An estimate with the standard error of its probes."""
+    """An estimate with its standard error over the probes."""
 
     estimate: Float[Array, ""]
     standard_error: Float[Array, ""]
@@ -66,40 +66,33 @@ def spectral_density(
     *,
     num_matvecs: int = 60,
     num_probes: int = 8,
-    width: float | None = None,
-    grid: Float[Array, " points"] | None = None,
-    reorthogonalise: bool = True,
     loop: Loop | None = None,
 ) -> Density:
     r"""Density of the eigenvalues of a symmetric matrix by stochastic Lanczos quadrature.
 
     Lanczos' method from a random start gives a Gauss quadrature of the spectrum weighted by the start; the mean over
-    starts weighs all eigenvalues equally. Steps resolve the edges (20 suffice) and the shares of positive and negative
-    mass (80, for 2 %), probes reduce the noise. For every number of steps the first two moments are those of the
-    probes alone: ``n * sum(weights * nodes)`` is v'Hv for a start of length √n, an estimate of the trace, and with
-    squared nodes one of that of H².
+    starts weights all eigenvalues equally. Steps resolve the edges (20 suffice) and the shares of positive and negative
+    mass (80, for 2 %), probes reduce the noise. For any number of steps the first two moments are those of the probes:
+    ``n * sum(weights * nodes)`` is v'Hv for a start of length √n, an estimate of the trace, and with squared nodes one
+    of the trace of H².
 
-    The density of one layer is that of an operator with ``only="Dense_0"`` and ``like=select(params, "Dense_0")``.
+    The density is drawn with a Gaussian on every node, whose σ is the range of the nodes over ``num_matvecs``, the
+    resolution of that many steps, on 1024 points that reach 5 σ beyond the nodes. Use :func:`smoothed` for others.
 
     Args:
       matvec: as for :func:`lanczos`.
-      like: arrays of the structure of the vectors, such as the parameters.
-      key: of the probes, which are standard normal: signs, better for a trace, may have no part at all along an
-        eigenvector of few entries.
+      like: arrays with the structure of the vectors, such as the parameters.
+      key: for the probes. They are standard normal: random signs, better for a trace, may be orthogonal to an
+        eigenvector with few entries.
       num_matvecs: steps per probe.
-      num_probes: independent starts, one after another, in the memory of one.
-      width: σ of the Gaussian kernel in units of eigenvalues. By default the range of the nodes over ``num_matvecs``,
-        which is what so many steps resolve; a smaller one draws spikes where the nodes happen to lie.
-      grid: where to tell the density; by default 1024 points that reach 5 σ beyond the nodes.
-      reorthogonalise: as for :func:`lanczos`. Ghosts share the weight of what they copy, so the density stays close.
+      num_probes: independent starts, computed one after another in the memory of one.
       loop: as for :func:`lanczos`.
 
     Returns:
-      The density with its nodes, weights and width. It is not scaled to have integral 1 on the grid: where it has not,
-      mass lies outside the grid, or between its points.
+      The density with its nodes, weights and width.
 
     Raises:
-      ValueError: as :func:`lanczos`, or if there are no probes or the width is not positive.
+      ValueError: as :func:`lanczos`, or if there are no probes.
 
     References:
       Ubaru, Chen, Saad, `Fast estimation of tr(f(A)) via stochastic Lanczos quadrature
@@ -108,19 +101,17 @@ def spectral_density(
     """
     check_arrays("spectral_density", like)
     check_num_matvecs("spectral_density", num_matvecs, size_of(like))
-    if num_probes < 1 or (isinstance(width, (int, float)) and not width > 0):
-        raise ValueError(
-            f"spectral_density needs at least one probe and a width above 0, got {num_probes} and {width}."
-        )
+    if num_probes < 1:
+        raise ValueError(f"spectral_density needs at least one probe, got {num_probes}.")
     like = widen(like)
     if choose_loop(loop, matvec, like, key) == "compiled":
-        alphas, betas = _probe_all(as_argument(matvec), like, key, num_matvecs, num_probes, reorthogonalise)
+        alphas, betas = _probe_all(as_argument(matvec), like, key, num_matvecs, num_probes)
     else:
         starts = (random_like(k, like) for k in jax.random.split(key, num_probes))
-        found = [tridiagonalise(matvec, start, num_matvecs, reorthogonalise, "host")[:2] for start in starts]
+        found = [tridiagonalise(matvec, start, num_matvecs, "host")[:2] for start in starts]
         alphas, betas = (np.stack(each) for each in zip(*found, strict=True))
     check_finite("spectral_density", alphas, betas)
-    return _density(alphas, betas, grid, width)
+    return _density(alphas, betas)
 
 
 @jax.jit
@@ -131,7 +122,7 @@ def smoothed(
     *,
     width: float | Float[Array, ""],
 ) -> Float[Array, "*probes points"]:
-    """A Gaussian of the given width on every node: the density of each probe on a grid."""
+    """The density of each probe on a grid: a Gaussian of the given width on every node."""
 
     def probe(nodes, weights):
         return jnp.exp(-0.5 * ((grid[:, None] - nodes[None]) / width) ** 2) @ weights
@@ -139,88 +130,59 @@ def smoothed(
     return jnp.vectorize(probe, signature="(k),(k)->(g)")(nodes, weights) / (width * (2 * jnp.pi) ** 0.5)
 
 
-def hutchinson(
-    matvec: Matvec, like: PyTree, key: Array, *, num_matvecs: int, loop: Loop | None = None
-) -> Trace:
-    r"""Trace of a symmetric matrix: the mean of :math:`v^\top H v` over vectors of random signs.
+def hutch_plus_plus(matvec: Matvec, like: PyTree, key: Array, *, num_matvecs: int) -> Trace:
+    r"""Trace of a symmetric matrix: exact on the space of its large eigenvalues, Hutchinson's estimator elsewhere.
 
-    Its variance is twice the squares of all entries off the diagonal, over the number of products. So it is exact, and
-    proves nothing, for a diagonal matrix.
-
-    Args:
-      matvec: as for :func:`lanczos`.
-      like: arrays of the structure of the vectors.
-      key: of the signs.
-      num_matvecs: vectors, at least 2.
-      loop: as for :func:`lanczos`.
-
-    Returns:
-      The trace and its standard error.
-
-    Raises:
-      ValueError: if there are fewer than two vectors, integers in ``like``, or a product is not finite (NaN while a
-        function is being compiled).
-
-    References:
-      Hutchinson, A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines, 1990.
-    """
-    _check_samples("hutchinson", like, num_matvecs, 2)
-    signs = _signs(key, like, num_matvecs)
-    return _estimate("hutchinson", 0.0, signs, multiply_all(matvec, signs, widen(like), loop))
-
-
-def hutch_plus_plus(
-    matvec: Matvec, like: PyTree, key: Array, *, num_matvecs: int, loop: Loop | None = None
-) -> Trace:
-    """Trace of a symmetric matrix, exactly on the space of its large eigenvalues and by :func:`hutchinson` beside it.
-
-    A third of the products finds the space, a third its trace, a third the rest. The error falls with the number of
-    products m as 1/m where that of Hutchinson falls as 1/√m, for a positive semi-definite matrix; an indefinite one
-    has no such bound, but the estimate is unbiased and its standard error honest. Memory is m vectors.
+    Hutchinson's estimator is the mean of :math:`v^\top H v` over vectors of random signs. A third of the products finds
+    the space, a third gives its trace, a third the rest. For a positive semi-definite matrix the error falls with the
+    number of products m as 1/m, against 1/√m for Hutchinson's alone. An indefinite matrix has no such bound, but the
+    estimate is unbiased and its standard error holds. Memory is m vectors.
 
     Args:
       matvec: as for :func:`lanczos`.
-      like: arrays of the structure of the vectors.
-      key: of the signs.
+      like: arrays with the structure of the vectors.
+      key: for the signs.
       num_matvecs: products in all, at least 6.
-      loop: as for :func:`lanczos`.
 
     Returns:
-      The trace and its standard error, that of the rest.
+      The trace, and the standard error of the rest.
 
     Raises:
-      ValueError: as :func:`hutchinson`, with fewer than six products.
+      ValueError: if there are fewer than six products, integers in ``like``, or a product is not finite (NaN while a
+        function is being compiled).
 
     References:
       Meyer et al., `Hutch++: Optimal Stochastic Trace Estimation <https://arxiv.org/abs/2010.09649>`_, 2021,
       algorithm 1.
     """
-    _check_samples("hutch_plus_plus", like, num_matvecs, 6)
+    check_arrays("hutch_plus_plus", like)
+    if num_matvecs < 6:
+        raise ValueError(f"hutch_plus_plus needs at least 6 products, got {num_matvecs}.")
     sketch_key, rest_key = jax.random.split(key)
     third = num_matvecs // 3
-    multiply = functools.partial(multiply_all, matvec, like=widen(like), loop=loop)
+    multiply = functools.partial(multiply_all, matvec, like=widen(like), loop=None)
     space = _orthonormal(multiply(_signs(sketch_key, like, third)), size_of(like))
     inside = _sum_of_inner(space, multiply(space))
     rest = _beside(space, _signs(rest_key, like, num_matvecs - 2 * third))
-    return _estimate("hutch_plus_plus", inside, rest, multiply(rest))
+    found = _of_samples(inside, rest, multiply(rest))
+    check_finite("hutch_plus_plus", found.estimate)
+    return found
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _probe_all(matvec, like, key, num_matvecs, num_probes, reorthogonalise):
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _probe_all(matvec, like, key, num_matvecs, num_probes):
     def probe(key):
-        options: dict[str, Any] = {"num_matvecs": num_matvecs, "reorthogonalise": reorthogonalise}
-        found = lanczos(matvec, random_like(key, like), loop="compiled", **options)
+        found = lanczos(matvec, random_like(key, like), num_matvecs=num_matvecs, loop="compiled")
         return found.alphas, found.betas
 
     return jax.lax.map(probe, jax.random.split(key, num_probes))
 
 
 @jax.jit
-def _density(alphas, betas, grid, width):
+def _density(alphas, betas):
     nodes, weights = _quadrature(alphas, betas)
-    sigma = _resolution(nodes) if width is None else jnp.asarray(width, nodes.dtype)
-    if grid is None:
-        grid = jnp.linspace(nodes.min() - _PADDING * sigma, nodes.max() + _PADDING * sigma, 1024)
+    sigma = _resolution(nodes)
+    grid = jnp.linspace(nodes.min() - _PADDING * sigma, nodes.max() + _PADDING * sigma, 1024)
     each = smoothed(nodes, weights, grid, width=sigma)
     spread = _deviation(each) if len(each) > 1 else jnp.full_like(each[0], jnp.nan)
     return Density(grid, jnp.mean(each, axis=0), spread, nodes, weights, sigma)
@@ -234,23 +196,11 @@ def _quadrature(alphas, betas):
 
 
 def _resolution(nodes: Array) -> Array:
-    """Range over steps; something small beside the eigenvalue where there is only one."""
+    """The range over the steps; a thousandth of the eigenvalue over the steps if there is only one."""
     low, high = jnp.min(nodes), jnp.max(nodes)
     size = jnp.maximum(jnp.abs(low), jnp.abs(high))
     extent = jnp.maximum(high - low, 1e-3 * jnp.where(size == 0, 1, size))
     return extent / nodes.shape[-1]
-
-
-def _check_samples(what: str, like: PyTree, num_matvecs: int, fewest: int) -> None:
-    check_arrays(what, like)
-    if num_matvecs < fewest:
-        raise ValueError(f"{what} needs at least {fewest} products for a standard error, got {num_matvecs}.")
-
-
-def _estimate(what: str, base: Any, vectors: Array, products: Array) -> Trace:
-    found = _of_samples(base, vectors, products)
-    check_finite(what, found.estimate)
-    return found
 
 
 @jax.jit
@@ -286,7 +236,7 @@ _inner_each = jax.vmap(inner)
 
 
 def _deviation(samples: Array) -> Array:
-    """Standard deviation over the leading axis (n − 1), whose squares neither overflow nor vanish."""
+    """Standard deviation over the leading axis (n − 1), without overflow or underflow of squares."""
     unit = power_of_two(jnp.max(jnp.abs(samples)))
     return unit * jnp.std(samples / unit, axis=0, ddof=1)
 

@@ -1,4 +1,4 @@
-"""What all of curvature shares: vectors as pytrees, flattened once, and where a loop over products runs."""
+"""Internals of curvature: vectors as pytrees and as flat arrays, checks, and the choice of the loop over products."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,43 +12,21 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 Matvec: TypeAlias = Callable[[PyTree], PyTree]
-"""A symmetric matrix as its product with a vector, a pytree of one structure in and out."""
+"""The product of a symmetric matrix with a vector, a pytree; returns the same structure."""
 
 Loop: TypeAlias = Literal["compiled", "host"]
-"""Where the products of a Krylov method are called from: one compiled loop, or Python."""
-
-
-def select(params: PyTree, only: str | Sequence[str] | None) -> PyTree:
-    """The parameters whose path starts with one of the names; None in place of the others.
-
-    Args:
-      params: any pytree; paths are written as in ``"Dense_0/kernel"``.
-      only: names of parts, such as ``"Dense_0"`` or ``("Conv_0", "Dense_0/bias")``; None selects everything.
-
-    Raises:
-      ValueError: if a name matches nothing.
-    """
-    if only is None:
-        return params
-    names = (only,) if isinstance(only, str) else tuple(only)
-    paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for name in names or ("",):
-        if not any(_within(path, name) for path in paths):
-            raise ValueError(f"no parameter lies in {name!r}; there are {_some(paths)}.")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if any(_within(_name(path), name) for name in names) else None, params
-    )
+"""Where a Krylov method calls its products: in one compiled loop, or from Python."""
 
 
 _WIDE = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def widen(tree: PyTree) -> PyTree:
-    """Floating-point arrays as float32, or as float64 where they come so; others as they are."""
+    """Floating-point arrays in float32, or float64 if they are; others unchanged."""
 
     def wide(x):
         if isinstance(x, jax.Array) and x.dtype in _WIDE and not x.weak_type:
-            return x  # already so, which asarray takes ten times as long to find
+            return x  # ten times as fast as asarray
         floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
         return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)) if floating else x
 
@@ -56,12 +34,12 @@ def widen(tree: PyTree) -> PyTree:
 
 
 def random_like(key: Array, like: PyTree, *, distribution: Literal["normal", "signs"] = "normal") -> PyTree:
-    """A random vector of the structure of ``like``: the start of a Lanczos run, or a probe of a trace.
+    """A random vector with the structure of ``like``: a Lanczos start, or a probe of a trace.
 
     Args:
-      key: of the draw.
-      like: arrays, of which only shapes and dtypes matter.
-      distribution: standard normal, whose direction is uniform, or "signs", ±1 with even chances (Rademacher).
+      key: for the draw.
+      like: arrays, for their shapes and dtypes.
+      distribution: "normal", whose direction is uniform, or "signs", ±1 with equal probability (Rademacher).
 
     Returns:
       A pytree of independent numbers, float32 or wider.
@@ -75,11 +53,11 @@ _WIDTH = 1024  # numbers in a row of a cut vector
 
 
 def cut(vector: Float[Array, " n"]) -> Float[Array, "rows width"]:
-    """A flat vector in rows of up to 1024 numbers, the last one filled up with zeros.
+    """A flat vector in rows of up to 1024 numbers, zero-padded.
 
-    Matrix-vector products add in float32 one number after another, at least on a CPU, and over millions of them lose
-    digits that orthogonality needs. In this form an inner product is a product for each row and a sum over the rows,
-    which costs the same time and is accurate at any length.
+    Matrix-vector products accumulate sequentially in float32, at least on a CPU, and lose digits that orthogonality
+    needs over millions of numbers. As rows, an inner product is one product per row and a sum over rows, which takes
+    the same time and is accurate at any length.
     """
     width = min(len(vector), _WIDTH)
     filled = jnp.concatenate([vector, jnp.zeros(-len(vector) % width, vector.dtype)])
@@ -97,45 +75,45 @@ def inner(a: Float[Array, "rows width"], b: Float[Array, "rows width"]) -> Float
 
 
 def norm(x: Array) -> Float[Array, ""]:
-    """The 2-norm of all numbers of an array; squares neither overflow nor vanish."""
+    """The 2-norm of an array, without overflow or underflow of squares."""
     unit = power_of_two(jnp.max(jnp.abs(x), initial=0))
     return unit * jnp.linalg.norm((x / unit).ravel())
 
 
 def power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
-    """The power of two next to a number, by which one may scale without rounding; 1 for zero."""
+    """The power of two above a number, by which scaling does not round; 1 for zero."""
     return jnp.ldexp(jnp.ones((), x.dtype), exponent_of(x))
 
 
 def exponent_of(x: Float[Array, ""]) -> Int[Array, ""]:
-    """The exponent of :func:`power_of_two`, kept from the ends of the range, so that its inverse is a number too."""
+    """The exponent of :func:`power_of_two`, clipped so that its inverse is finite too."""
     farthest = jnp.finfo(x.dtype).maxexp - 28
     return jnp.clip(jnp.frexp(x)[1], -farthest, farthest)
 
 
 def flatten(tree: PyTree) -> Float[Array, " n"]:
-    """All numbers in the order of ``ravel_pytree``."""
+    """All numbers of a tree as one vector, in the order of ``ravel_pytree``."""
     return ravel_pytree(widen(tree))[0]
 
 
 def unflatten(like: PyTree, vector: Float[Array, " n"]) -> PyTree:
-    """Inverse of :func:`flatten` for trees such as ``like``."""
+    """Inverse of :func:`flatten` for trees with the structure of ``like``."""
     return ravel_pytree(widen(like))[1](vector)
 
 
 def size_of(tree: PyTree) -> int:
-    """How many numbers a tree holds."""
+    """The number of scalars in a tree."""
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def structure_of(tree: PyTree) -> tuple[Any, tuple[tuple[int, ...], ...]]:
-    """Tree and shapes, to be compared and hashed."""
+    """Tree structure and shapes, which can be compared and hashed."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple(jnp.shape(x) for x in leaves)
 
 
 def check_arrays(what: str, tree: PyTree) -> None:
-    """Raises a ValueError unless the tree holds numbers, all of them real and floating."""
+    """Raises a ValueError unless the tree holds arrays, all of them real and floating."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not sum(getattr(x, "size", 1) for _, x in leaves):
         raise ValueError(f"{what} needs at least one parameter, got none: pass the parameters themselves.")
@@ -143,8 +121,8 @@ def check_arrays(what: str, tree: PyTree) -> None:
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"{what} needs real floating-point numbers, {_name(path) or 'the array'} is {dtype}: leave it out "
-                "with `only`, or let the loss close over it."
+                f"{what} needs real floating-point numbers, {_name(path) or 'the array'} is {dtype}: let the loss "
+                "close over it."
             )
 
 
@@ -158,26 +136,26 @@ def check_structure(what: str, got: PyTree, wanted: tuple[Any, tuple[tuple[int, 
 
 
 def check_finite(what: str, *arrays: Array | np.ndarray) -> None:
-    """Raises a ValueError on NaN or infinity; says nothing while a function is being compiled."""
+    """Raises a ValueError on NaN or infinity; traced arrays pass."""
     if all(map(is_known, arrays)) and not all(np.isfinite(x).all() for x in arrays):
         raise ValueError(
-            f"{what} met a product that is not finite: look whether loss and gradient are finite at these parameters."
+            f"{what} met a product that is not finite: check that loss and gradient are finite at these parameters."
         )
 
 
 def is_known(array: Any) -> bool:
-    """Whether the numbers are there, rather than a stand-in for them while a function is being compiled."""
+    """Whether an array is concrete, not traced."""
     return not isinstance(array, Tracer)
 
 
 def choose_loop(loop: Loop | None, matvec: Matvec, like: PyTree, *trees: PyTree) -> Loop:
-    """The loop asked for, or the faster one.
+    """The given loop, or the faster one.
 
-    That is the compiled one off the CPU, inside a compiled function, and for the convolutions of :mod:`kdjax.models`,
-    of which it computes once what no vector changes.
+    The compiled loop is faster on accelerators, and on a CPU for the convolutions of :mod:`kdjax.models`, since it
+    hoists what does not depend on the vector. Inside a compiled function it is the only one.
     """
     if loop not in (None, "compiled", "host"):
-        raise ValueError(f"loop needs to be 'compiled', 'host' or None, got {loop!r}.")
+        raise ValueError(f"loop must be 'compiled', 'host' or None, got {loop!r}.")
     if loop is not None:
         return loop
     known = all(map(is_known, jax.tree.leaves((matvec, like, trees))))
@@ -191,7 +169,7 @@ def choose_loop(loop: Loop | None, matvec: Matvec, like: PyTree, *trees: PyTree)
 
 
 def _convolutions(jaxpr: Any, kind: str = "plain") -> set[str]:
-    """Whether a program has convolutions "plain", or "chosen" by platform, as those of :mod:`kdjax.models.layers`."""
+    """Kinds of convolutions in a program: "plain", or "chosen" by platform as in :mod:`kdjax.models.layers`."""
     found = set()
     for equation in jaxpr.eqns:
         if equation.primitive.name == "conv_general_dilated":
@@ -204,7 +182,7 @@ def _convolutions(jaxpr: Any, kind: str = "plain") -> set[str]:
 
 
 def as_argument(matvec: Matvec) -> Matvec:
-    """A form that crosses the border of a jitted function: itself if it is a pytree, else constant there."""
+    """The function as an argument of a jitted one: itself if it is a pytree, otherwise a static ``Partial``."""
     return jax.tree_util.Partial(matvec) if jax.tree_util.all_leaves([matvec]) else matvec
 
 
@@ -220,7 +198,7 @@ def multiply_all(
 def multiply_here(
     matvec: Matvec, vector: Float[Array, "rows width"], like: PyTree, exponent: Any = _ONE
 ) -> Float[Array, "rows width"]:
-    """:func:`multiply` called from Python: in one program if the function is a pytree, else as it is."""
+    """:func:`multiply` from Python: one compiled program if the function is a pytree, otherwise not compiled."""
     if jax.tree_util.all_leaves([matvec]):
         return _taken(_checked(matvec(_given(vector, like, exponent)), like))
     return _multiply(matvec, vector, like, exponent)
@@ -242,7 +220,7 @@ def _take(product):
 
 
 def _checked(product: PyTree, like: PyTree) -> PyTree:
-    check_structure("matvec is to return what it takes, which", product, structure_of(like))
+    check_structure("matvec must return the structure it takes and", product, structure_of(like))
     return product
 
 
@@ -265,10 +243,6 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _within(path: str, name: str) -> bool:
-    return path == name or path.startswith(f"{name}/")
-
-
 def _some(values: Sequence[Any]) -> str:
-    shown = ", ".join(map(str, values[:6]))
-    return f"{shown} and {len(values) - 6} more" if len(values) > 6 else shown
+    listed = ", ".join(map(str, values[:6]))
+    return f"{listed} and {len(values) - 6} more" if len(values) > 6 else listed

@@ -347,7 +347,7 @@ def mgd(
     generated_features: Float[Array, "*batch height width channels"],
     teacher_features: Float[Array, "*batch height width channels"],
 ) -> Float[Array, "*batch"]:
-    r"""Masked generative distillation (MGD): squared difference of a map that a generator restores from a masked one.
+    r"""Masked generative distillation (MGD): squared error of the teacher's map restored from a masked student's map.
 
     .. math:: \sum_{p, c} (g_{pc} - t_{pc})^2
 

@@ -13,7 +13,9 @@ a run here. Methods that compare features find them by the names that kdjax's ne
 ``(outputs, batch) -> {name: scalar}``.
 """
 
-from collections.abc import Callable, Sequence
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -499,3 +501,45 @@ def objective(function: train.Objective, *, teacher_features: Sequence[str] = ()
 def optimizer(wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation]) -> Method:
     """Wraps the recipe's optimizer in another transformation, such as one of :mod:`kdjax.transforms`."""
     return Method(optimizer=wrap)
+
+
+_DEFAULT_KD = kd()
+
+
+def named(name: str, *, kd: Method | None = None, weights: Mapping[str, float] | None = None) -> Method:
+    """A method by name, for a command line: ``scratch``, ``kd``, a name of :data:`METHODS`, or several joined by ``+``.
+
+    In a sum the labels and kd have weight 1 and the others their own, as in the CRD benchmark.
+
+    Args:
+      name: such as ``crd+kd``.
+      kd: the method that ``kd`` stands for; its weights become 1 in a sum.
+      weights: of methods, in place of the published ones.
+
+    Raises:
+      ValueError: if there is no such method; it suggests what was probably meant.
+    """
+    parts, weights = name.split("+"), weights or {}
+    for part in parts:
+        if part not in ("kd", "scratch", *METHODS) or (part == "scratch" and len(parts) > 1):
+            raise ValueError(f"{name}: there is no method {part!r}; {_suggestion(part)}")
+    own = [METHODS[part](*([weights[part]] if part in weights else [])) for part in parts if part in METHODS]
+    if len(parts) == 1:
+        return labels() if name == "scratch" else own[0] if own else kd or _DEFAULT_KD
+    total = labels()
+    if "kd" in parts:
+        soft = (kd or _DEFAULT_KD).terms[0]
+        total += Method(1.0, (soft._replace(weight=1.0),))
+    for method in own:
+        total += method
+    return total
+
+
+def _suggestion(name: str) -> str:
+    """The methods whose name or description has this word; else the nearest spelling."""
+    word = re.compile(rf"\b{re.escape(name.replace('_', ' '))}\b", re.IGNORECASE)
+    described = [known for known, function in METHODS.items() if word.search(function.__doc__ or "")]
+    close = described or difflib.get_close_matches(name, ("kd", "scratch", *METHODS), 3)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"there are scratch, kd, {', '.join(METHODS)}."

@@ -18,9 +18,7 @@ from kdjax.types import Scalar
 
 
 def gaussian_noise(
-    images: Float[Array, "batch height width channels"],
-    sigma: Scalar,
-    keys: Key[Array, " batch"],
+    images: Float[Array, "batch height width channels"], sigma: Scalar, keys: Key[Array, " batch"]
 ) -> Float[Array, "batch height width channels"]:
     """Adds independent normal noise to every pixel and channel, and clips to [0, 1].
 

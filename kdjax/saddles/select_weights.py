@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -10,14 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax.saddles.snapshots import shapes_of
-from kdjax.types import ModelState, Params
+from kdjax.types import Params
 
-# A layer is a dict of NumPy arrays, or of shapes, by address: ("params", "kernel"), ...
-_Layer: TypeAlias = dict[tuple[str, ...], Any]
-_Kernel: TypeAlias = tuple[
-    str, np.ndarray, tuple[int, ...]
-]  # name, the teacher's kernel, the student's shape
-_KERNEL = ("params", "kernel")
+_Layer: TypeAlias = dict[str, Any]  # arrays or shapes by name: kernel, bias, scale
+_Kernel: TypeAlias = tuple[str, np.ndarray, tuple[int, ...]]  # layer, teacher's kernel, student's shape
 
 
 def select_weights(
@@ -25,31 +21,27 @@ def select_weights(
     student_params: Params,
     *,
     form: Literal["select", "crop"] = "select",
-    rescale: bool = True,
     order: Sequence[str] | None = None,
 ) -> Params:
     r"""Gives the parameters of a teacher the shapes of a student, layer by layer.
 
     * ``"select"`` keeps the channels of largest :math:`\lVert w_{in} \rVert_2 \lVert w_{out} \rVert_2`, in their order,
-      and cuts the same ones out of the layer after, also where a flatten lies between: its rows are (height, width,
-      channel). As this commutes with whatever acts on each channel, ReLU and pooling included, a student with room for
-      all channels that are not zero computes what the teacher does. Then each kernel, as a matrix of fan-in times
-      outputs, gets the teacher's spectral norm: the largest factor by which a layer stretches its input. A part of a
-      matrix never has a larger one than the whole, so kernels only grow; and channels with neither incoming nor
-      outgoing weights do not count in it, as they would in a mean over weights or filters, so that where only such
-      channels are left out, nothing is rescaled. Biases and normalisation stay as they are: they belong to the scale
-      that this restores.
-    * ``"crop"``, as published, takes the centre of each array, and puts zeros around it where the student is larger. It
-      ignores which channel a row belongs to, and rescales nothing.
+      and the matching inputs of the next layer, also across a flatten, whose rows are (height, width, channel). This
+      commutes with whatever acts on each channel, such as ReLU and pooling, so a student with room for all non-zero
+      channels computes the teacher's function. Each kernel, as a matrix of fan-in times outputs, is then scaled to the
+      teacher's spectral norm: the largest factor by which a layer stretches its input. A submatrix never has a larger
+      spectral norm than the matrix, so kernels only grow; and zero channels do not contribute to it, so leaving out
+      only zero channels rescales nothing. Biases and normalisation parameters stay as they are.
+    * ``"crop"``, as published, takes the centre of each array and pads with zeros where the student is larger. It does
+      not match channels between layers and rescales nothing.
 
     With equal shapes both are the identity.
 
     Args:
-      teacher_params: of linen's Dense, Conv and normalisation layers, one after the other. Residual sums, which keep
-        channels of several layers in step, do not show in parameters, and "select" breaks them.
-      student_params: whose shapes and types are wanted, as arrays or ``jax.ShapeDtypeStruct``; same layers, same names.
+      teacher_params: of linen's Dense, Conv and normalisation layers in sequence. Residual sums, which tie the channels
+        of several layers, cannot be seen in the parameters, and "select" breaks them.
+      student_params: arrays or ``jax.ShapeDtypeStruct`` of the wanted shapes and types; same layers, same names.
       form: "select" or "crop".
-      rescale: whether "select" gives kernels the teacher's spectral norm.
       order: for "select", all layers as paths such as "Conv_0" or "block/Dense_0", from input to output. By default,
         linen's own names in the order of their numbers, Conv before Dense, and the n-th normalisation layer after the
         n-th of these.
@@ -59,7 +51,7 @@ def select_weights(
 
     Raises:
       ValueError: naming the layers, if the networks differ in depth, in inputs, or (for "select") in classes; if a
-        layer is of another kind, or of a student wider than its teacher; or if the order cannot be told.
+        layer is of another kind or wider than the teacher's; or if the order cannot be inferred.
 
     References:
       Dewan, SPRKD, arXiv 2607.23346, 2026, for "crop". Xu et al., `Initializing Models with Larger Ones
@@ -67,83 +59,51 @@ def select_weights(
       Efficient ConvNets <https://arxiv.org/abs/1608.08710>`_, 2017, rank them by norm. Yoshida, Miyato, `Spectral Norm
       Regularization <https://arxiv.org/abs/1705.10941>`_, 2017, for a convolution's norm as that of the matrix.
     """
-    return select_weights_with_state(
-        (teacher_params, {}), (student_params, {}), form=form, rescale=rescale, order=order
-    )[0]
-
-
-def select_weights_with_state(
-    teacher: tuple[Params, ModelState],
-    student: tuple[Params, ModelState],
-    *,
-    form: Literal["select", "crop"] = "select",
-    rescale: bool = True,
-    order: Sequence[str] | None = None,
-) -> tuple[Params, ModelState]:
-    """As :func:`select_weights`, with the running statistics of normalisation layers, whose channels are kept along.
-
-    Channels are compared after normalisation, by incoming weights times ``scale / sqrt(var)``.
-
-    Args:
-      teacher: parameters and model state.
-      student: parameters and model state, for their shapes and types.
-      form: as in :func:`select_weights`.
-      rescale: as in :func:`select_weights`.
-      order: as in :func:`select_weights`.
-
-    Returns:
-      The student's parameters and model state.
-
-    Raises:
-      ValueError: as :func:`select_weights`.
-    """
     if form not in ("select", "crop"):
         raise ValueError(f"form must be 'select' or 'crop', got {form!r}.")
-    source, target = ({"params": params, **state} for params, state in (teacher, student))
-    _check_layers(source, target)
-    wanted, treedef = jax.tree_util.tree_flatten_with_path(target)
+    _check_layers(teacher_params, student_params)
+    wanted, treedef = jax.tree_util.tree_flatten_with_path(student_params)
     if form == "crop":
-        leaves = map(_crop, jax.tree.leaves(source), (leaf.shape for _, leaf in wanted))
+        leaves = map(_crop, jax.tree.leaves(teacher_params), (leaf.shape for _, leaf in wanted))
     else:
-        found = _select(_layers(source), _layers(target), order, rescale)
-        leaves = (found[_address(path)[0]][_address(path)[1:]] for path, _ in wanted)
-    arrays = [jnp.asarray(leaf, like.dtype) for leaf, (_, like) in zip(leaves, wanted, strict=True)]
-    result = treedef.unflatten(arrays)
-    return result.pop("params"), result
+        found = _select(_layers(teacher_params), _layers(student_params), order)
+        leaves = (found[layer][name] for layer, name in (_address(path) for path, _ in wanted))
+    return treedef.unflatten(
+        [jnp.asarray(leaf, like.dtype) for leaf, (_, like) in zip(leaves, wanted, strict=True)]
+    )
 
 
-def _address(path: tuple[Any, ...]) -> tuple[str, str, str]:
-    """Layer, collection and name of an array, as in "block/Conv_0", "params", "kernel"."""
-    collection, *layer, name = (jax.tree_util.keystr((part,), simple=True) for part in path)
-    return "/".join(layer), collection, name
+def _address(path: tuple[Any, ...]) -> tuple[str, str]:
+    """Layer and name of an array, as in "block/Conv_0", "kernel"."""
+    *layer, name = (jax.tree_util.keystr((part,), simple=True) for part in path)
+    return "/".join(layer), name
 
 
-def _layers(variables: Mapping[str, Any]) -> dict[str, _Layer]:
+def _layers(params: Params) -> dict[str, _Layer]:
     layers: dict[str, _Layer] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        layer, *address = _address(path)
-        layers.setdefault(layer, {})[tuple(address)] = leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        layer, name = _address(path)
+        layers.setdefault(layer, {})[name] = leaf
     return layers
 
 
-def _check_layers(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
-    """Raises unless teacher and student have the same arrays with the same numbers of axes."""
-    teacher, student = shapes_of(source), shapes_of(target)
+def _check_layers(teacher_params: Params, student_params: Params) -> None:
+    """Raises a ValueError unless teacher and student have the same arrays with the same numbers of axes."""
+    teacher, student = shapes_of(teacher_params), shapes_of(student_params)
     if only := teacher.keys() ^ student.keys():
         missing = [
-            f"{name.removeprefix('params/')} only in the {'teacher' if name in teacher else 'student'}"
-            for name in sorted(only)
+            f"{name} only in the {'teacher' if name in teacher else 'student'}" for name in sorted(only)
         ]
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"select_weights needs networks of the same layers, and has {', '.join(missing[:3])}{more}: "
+            f"select_weights needs networks with the same layers, but {', '.join(missing[:3])}{more}: "
             "give the student the depth of its teacher."
         )
     for name, shape in teacher.items():
         if len(shape) != len(student[name]):
             raise ValueError(
-                f"select_weights needs the same kinds of layers, and {name.removeprefix('params/')} is {shape} in the "
-                f"teacher and {student[name]} in the student."
+                f"select_weights needs the same kinds of layers, but {name} is {shape} in the teacher "
+                f" and {student[name]} in the student."
             )
 
 
@@ -157,16 +117,16 @@ def _crop(array: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _select(
-    teacher: dict[str, _Layer], student: dict[str, _Layer], order: Sequence[str] | None, rescale: bool
+    teacher: dict[str, _Layer], student: dict[str, _Layer], order: Sequence[str] | None
 ) -> dict[str, _Layer]:
-    """The teacher's layers in the student's shapes, their channels chosen one layer after the other."""
+    """The teacher's layers in the student's shapes, selected layer by layer."""
     for name, layer in teacher.items():
         _check_kind(name, layer)
     teacher = {
         name: {a: np.asarray(x, np.float64) for a, x in layer.items()} for name, layer in teacher.items()
     }
     blocks = list(_blocks(_ordered(teacher, order), teacher))
-    kernels = [(name, teacher[name][_KERNEL], student[name][_KERNEL].shape) for name, _ in blocks]
+    kernels = [(name, teacher[name]["kernel"], student[name]["kernel"].shape) for name, _ in blocks]
     _check_ends(kernels)
     positions = [_positions(*pair) for pair in itertools.pairwise(kernels)]
     found: dict[str, _Layer] = {}
@@ -178,9 +138,8 @@ def _select(
         else:
             kept = np.arange(kernel.shape[-1])
         part = kernel[..., rows, :][..., kept]
-        if rescale:
-            part = part * _ratio(_spectral_norm(kernel), _spectral_norm(part))
-        found[name] = {a: part if a == _KERNEL else x[kept] for a, x in teacher[name].items()}
+        part = part * _ratio(_spectral_norm(kernel), _spectral_norm(part))
+        found[name] = {a: part if a == "kernel" else x[kept] for a, x in teacher[name].items()}
         found |= {norm: {a: x[kept] for a, x in teacher[norm].items()} for norm in norms}
         if i + 1 < len(kernels):  # a flatten is (height, width, channel)
             rows = (np.arange(positions[i])[:, None] * kernel.shape[-1] + kept).ravel()
@@ -188,29 +147,29 @@ def _select(
 
 
 def _check_kind(name: str, layer: _Layer) -> None:
-    names = {address[-1] for address in layer}
-    shapes = {address[-1]: np.shape(array) for address, array in layer.items()}
+    names = layer.keys()
+    shapes = {key: np.shape(array) for key, array in layer.items()}
     width = shapes["kernel"][-1:] if "kernel" in names else next(iter(shapes.values()))
     vectors = all(shape == width for key, shape in shapes.items() if key != "kernel")
-    known = names <= {"kernel", "bias"} if "kernel" in names else names <= {"scale", "bias", "mean", "var"}
+    known = names <= {"kernel", "bias"} if "kernel" in names else names <= {"scale", "bias"}
     if not known or not vectors or len(width) != 1 or len(shapes.get("kernel", (0, 0))) < 2:
         raise ValueError(
-            f"select knows Dense, Conv and normalisation layers, and {name} holds "
+            f"form='select' supports Dense, Conv and normalisation layers, but {name} holds "
             f"{', '.join(f'{key} {shape}' for key, shape in shapes.items())}: pass form='crop'."
         )
 
 
 def _ordered(layers: dict[str, _Layer], order: Sequence[str] | None) -> list[str]:
-    """Names of the layers from input to output, as given or as linen's own names tell."""
+    """Names of the layers from input to output, as given or inferred from linen's names."""
     if order is not None:
         if sorted(order) != sorted(layers):
             raise ValueError(
-                f"order must hold each layer once, which are {sorted(layers)}, got {list(order)}."
+                f"order must list each layer once, which are {sorted(layers)}, got {list(order)}."
             )
         return list(order)
     kinds: dict[str, list[str]] = {"conv": [], "dense": [], "norm": []}
     for name, layer in layers.items():
-        kinds["norm" if _KERNEL not in layer else "dense" if layer[_KERNEL].ndim == 2 else "conv"].append(
+        kinds["norm" if "kernel" not in layer else "dense" if layer["kernel"].ndim == 2 else "conv"].append(
             name
         )
     convs, denses, norms = (sorted(names, key=_number) for names in kinds.values())
@@ -220,8 +179,8 @@ def _ordered(layers: dict[str, _Layer], order: Sequence[str] | None) -> list[str
     counted = len(norms) in (0, len(convs), len(kernels) - 1, len(kernels))
     if not (plain and numbered and counted) or any("/" in name for name in layers):
         raise ValueError(
-            f"the order of the layers {sorted(layers)} does not show in their names: pass order=, their names from "
-            "input to output."
+            f"the order of the layers {sorted(layers)} cannot be inferred from their names: pass order=, their "
+            "names from input to output."
         )
     return [name for i, kernel in enumerate(kernels) for name in [kernel, *norms[i : i + 1]]]
 
@@ -231,24 +190,24 @@ def _number(name: str) -> int:
 
 
 def _blocks(order: list[str], layers: dict[str, _Layer]) -> Iterator[tuple[str, list[str]]]:
-    """Each layer with a kernel, and the normalisation layers on its channels."""
-    places = [i for i, name in enumerate(order) if _KERNEL in layers[name]]
+    """Each layer with a kernel, and the normalisation layers that follow it."""
+    places = [i for i, name in enumerate(order) if "kernel" in layers[name]]
     if not places or places[0] != 0:
-        raise ValueError(f"select needs a Dense or Conv layer first, got the order {order}.")
+        raise ValueError(f"form='select' needs a Dense or Conv layer first, got the order {order}.")
     for start, end in zip(places, [*places[1:], len(order)], strict=True):
         name, *norms = order[start:end]
-        channels = layers[name][_KERNEL].shape[-1]
+        channels = layers[name]["kernel"].shape[-1]
         for norm in norms:
             if (got := len(next(iter(layers[norm].values())))) != channels:
                 raise ValueError(
-                    f"{norm} has {got} channels and {name}, the layer before it, {channels}: pass order=, the names "
+                    f"{norm} has {got} channels, but {name} before it has {channels}: pass order=, the names "
                     "of all layers from input to output."
                 )
         yield name, norms
 
 
 def _check_ends(kernels: list[_Kernel]) -> None:
-    """Raises unless windows, inputs and classes are the same in both networks, and the student is nowhere wider."""
+    """Raises a ValueError unless windows, inputs and classes agree and no layer of the student is wider."""
     for name, kernel, wanted in kernels:
         if kernel.shape[:-2] != wanted[:-2]:
             raise ValueError(
@@ -257,8 +216,8 @@ def _check_ends(kernels: list[_Kernel]) -> None:
             )
         if wanted[-1] > kernel.shape[-1]:
             raise ValueError(
-                f"{name} has {wanted[-1]} channels in the student and {kernel.shape[-1]} in its teacher, and select "
-                "has none to add: narrow the student, or pass form='crop', which puts zeros there."
+                f"{name} has {wanted[-1]} channels in the student and {kernel.shape[-1]} in its teacher: narrow "
+                "the student, or pass form='crop', which pads with zeros."
             )
     first, kernel, wanted = kernels[0]
     if kernel.shape[-2] != wanted[-2]:
@@ -275,32 +234,31 @@ def _check_ends(kernels: list[_Kernel]) -> None:
 
 
 def _positions(before: _Kernel, layer: _Kernel) -> int:
-    """How many inputs of a layer come from each channel of the layer before: above 1 after a flatten."""
+    """Inputs of a layer per channel of the layer before: above 1 after a flatten."""
     (old_name, old, narrow), (name, kernel, wanted) = before, layer
     flattened = kernel.ndim == 2 and old.ndim > 2
     positions = kernel.shape[-2] // old.shape[-1] if flattened else 1
     if kernel.shape[-2] != positions * old.shape[-1] or wanted[-2] != positions * narrow[-1]:
         raise ValueError(
-            f"{name} takes {kernel.shape[-2]} inputs in the teacher and {wanted[-2]} in the student, which do not "
-            f"follow from the {old.shape[-1]} and {narrow[-1]} channels of {old_name}: select needs layers one "
-            "after the other, not in groups, on maps of one size."
+            f"{name} takes {kernel.shape[-2]} inputs in the teacher and {wanted[-2]} in the student, which "
+            f"do not match the {old.shape[-1]} and {narrow[-1]} channels of {old_name}: form='select' needs layers in "
+            "sequence, without groups, on feature maps of one size."
         )
     return positions
 
 
 def _channels(kernel: np.ndarray, norms: list[_Layer], outgoing: np.ndarray, count: int) -> np.ndarray:
-    """Rising indices of the channels of largest incoming times outgoing 2-norm."""
+    """Ascending indices of the channels of largest incoming times outgoing 2-norm."""
     channels = kernel.shape[-1]
     norm = np.linalg.norm(kernel.reshape(-1, channels), axis=0)
     norm = norm * np.linalg.norm(outgoing.reshape(-1, channels, outgoing.shape[-1]), axis=(0, 2))
     for layer in norms:
-        arrays = {address[-1]: array for address, array in layer.items()}
-        norm = norm * np.abs(arrays.get("scale", 1.0)) / np.sqrt(arrays.get("var", 1.0) + 1e-5)
+        norm = norm * np.abs(layer.get("scale", 1.0))
     return np.sort(np.argsort(-norm, kind="stable")[:count])
 
 
 def _spectral_norm(kernel: np.ndarray) -> float:
-    """Of the kernel as a matrix from its window and inputs to its outputs."""
+    """Of the kernel as a matrix of window and inputs times outputs."""
     return float(np.linalg.norm(kernel.reshape(-1, kernel.shape[-1]), 2))
 
 

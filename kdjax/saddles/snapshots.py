@@ -1,4 +1,4 @@
-"""States that teachers passed: a repository of them, and from many to one."""
+"""Snapshots of teachers in training: a repository on disk, the choice among them, and their mean."""
 
 import os
 import re
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A state that a teacher passed while it was trained."""
+    """A state of a teacher during training, with its score."""
 
     teacher: str
     step: int
@@ -38,11 +38,11 @@ Identity = Mapping[str, Any] | None
 _Item = TypeVar("_Item", Entry, Snapshot)
 
 _MARKER = "repository.json"
-_FORMAT = "kdjax saddles 1"
+_FORMAT = "kdjax saddles 2"
 
 
 def _opened(path: Any) -> ValueError | OSError | None:
-    """Makes the repository or checks that it is one, on the first process; what is wrong, if anything."""
+    """Creates or checks the repository, on the first process; returns the error, if any."""
     if jax.process_index():
         return None
     try:
@@ -50,7 +50,7 @@ def _opened(path: Any) -> ValueError | OSError | None:
             _repository(path)
         elif path.exists() and any(path.iterdir()):
             return ValueError(
-                f"{path} holds files that are no repository of saddles: choose a new directory or an empty one."
+                f"{path} holds other files and is not a repository of saddles: choose a new directory or an empty one."
             )
         else:
             files.write_sealed(path / _MARKER, {"format": _FORMAT})
@@ -60,11 +60,11 @@ def _opened(path: Any) -> ValueError | OSError | None:
 
 
 def _repository(directory: Any) -> Any:
-    """Its path, if it is a repository that this version reads."""
+    """The path of a repository in this version's format; raises a ValueError otherwise."""
     path = files.as_path(directory)
     if not (path / _MARKER).exists():
         raise ValueError(
-            f"{directory} is no repository of saddles, {_MARKER} is missing: pass the directory given to add."
+            f"{directory} is not a repository of saddles ({_MARKER} is missing): pass the directory given to add."
         )
     if (found := files.read_sealed(path / _MARKER)["format"]) != _FORMAT:
         raise ValueError(f"the format of {directory} is {found!r}, and this version reads {_FORMAT!r}.")
@@ -95,28 +95,28 @@ def add(
     *,
     identity: Identity = None,
 ) -> None:
-    """Adds a snapshot to a repository, which is made if there is none.
+    """Adds a snapshot to a repository, which is created if missing.
 
-    It lies in ``<directory>/<teacher>/step_00000012``, as :mod:`kdjax.checkpoints` writes it, and is whole or absent.
-    Add in the order of training: a step that is there already is replaced, and later ones of the same teacher, left by
-    a run that was rewound, are removed. With several processes every one of them calls this.
+    The snapshot is written atomically to ``<directory>/<teacher>/step_00000012`` by :mod:`kdjax.checkpoints`. Add in
+    the order of training: an existing snapshot of the same step is replaced, and later ones of the same teacher, left
+    by a run that was resumed from an earlier step, are removed. With several processes, all of them call this.
 
     Args:
       directory: of the repository; new, empty, or made by this function.
       teacher: name of the teacher: letters, digits, ``_`` and ``-``.
       step: of its training.
-      params: any pytree of arrays; to keep batch statistics with them, ``{"params": params, **model_state}``.
-      score: of this very point.
-      identity: what the teacher's run is made from and which one it is (data, settings, seed), as JSON.
+      params: any pytree of arrays; to store BatchNorm statistics too, ``{"params": params, **model_state}``.
+      score: of these parameters.
+      identity: what identifies the teacher's run (data, settings, seed), as JSON.
 
     Raises:
-      ValueError: if the directory holds other files, the name is no name, or the score is one of several points.
+      ValueError: if the directory holds other files, the name is invalid, or the score is of several points.
       OSError: if the files could not be written.
     """
     if not re.fullmatch(r"[\w-]+", teacher):
-        raise ValueError(f"a teacher's name needs to be letters, digits, '_' and '-', got {teacher!r}.")
+        raise ValueError(f"a teacher's name must consist of letters, digits, '_' and '-', got {teacher!r}.")
     if any(np.ndim(value) for value in score):
-        raise ValueError("add needs the score of one point: take it out of the stack with jax.tree.map.")
+        raise ValueError("add needs the score of one point: index the stacked scores with jax.tree.map.")
     path = files.as_path(directory)
     checkpoints.raise_together(_opened(path), doing="opening the repository of saddles")
     meta = {"score": {name: float(value) for name, value in score._asdict().items()}}
@@ -124,14 +124,14 @@ def add(
 
 
 def entries(directory: str | os.PathLike, *, identity: Identity = None) -> list[Entry]:
-    """Lists the snapshots of a repository by teacher and step, with their scores; no weights are read.
+    """Lists the snapshots of a repository by teacher and step, with their scores, without reading weights.
 
     Args:
       directory: of the repository.
-      identity: what every snapshot must have been added with; None takes any.
+      identity: that every snapshot must have been added with; None accepts any.
 
     Raises:
-      ValueError: if there is no repository or nothing in it, or a score has changed since it was written.
+      ValueError: if there is no repository, it is empty, or a score has changed since it was written.
       kdjax.files.Mismatch: if a snapshot was added with another identity.
     """
     path = _repository(directory)
@@ -150,7 +150,7 @@ def entries(directory: str | os.PathLike, *, identity: Identity = None) -> list[
 def read(
     directory: str | os.PathLike, teacher: str, step: int, like: Params, *, identity: Identity = None
 ) -> Snapshot:
-    """Reads one snapshot, which is exactly what was added.
+    """Reads one snapshot, bit for bit as it was added.
 
     Args:
       directory: of the repository.
@@ -168,7 +168,7 @@ def read(
     if teacher not in teachers:
         raise ValueError(f"there is no teacher {teacher!r} in {directory}; there are {teachers}.")
     restored = checkpoints.restore(path / teacher, {"params": like}, step=step, identity=identity)
-    assert restored is not None  # with a step, it is there or an error
+    assert restored is not None  # with a step, restore returns it or raises
     return Snapshot(teacher, step, _score(restored.meta), restored.tree["params"])
 
 
@@ -182,10 +182,10 @@ def choose(
     """Chooses one snapshot of each teacher, in the order of their names.
 
     Args:
-      snapshots: or entries, whose scores are enough: choose among :func:`entries`, then :func:`read` what was chosen.
-      which: "saddle", the strong saddle of lowest loss; and its controls, "last", the latest step, and "random".
-      rule: what a strong saddle is, such as ``functools.partial(ratio_rule, alpha=0.5)``.
-      key: of the draw, for "random".
+      snapshots: or entries, which hold the scores: choose among :func:`entries`, then :func:`read` the chosen ones.
+      which: "saddle", the strong saddle of lowest loss; or a control, "last" for the latest step or "random".
+      rule: what counts as a strong saddle, such as ``functools.partial(ratio_rule, alpha=0.5)``.
+      key: for "random".
 
     Raises:
       ValueError: if there is no snapshot, a teacher has no strong saddle, or "random" has no key.
@@ -194,9 +194,7 @@ def choose(
       Dewan, SPRKD, arXiv 2607.23346, 2026.
     """
     if which not in ("saddle", "last", "random"):
-        raise ValueError(
-            f"which must be 'saddle', 'last', 'random' or, to aggregate, 'average', got {which!r}."
-        )
+        raise ValueError(f"which must be 'saddle', 'last' or 'random', got {which!r}.")
     if which == "random" and key is None:
         raise ValueError("which='random' needs a key: pass key=jax.random.key(0).")
     chosen = []
@@ -217,46 +215,34 @@ def choose(
     return chosen
 
 
-def aggregate(
-    snapshots: Sequence[Snapshot],
-    *,
-    which: Literal["saddle", "last", "random", "average"] = "saddle",
-    rule: Rule = gated_rule,
-    key: Key[Array, ""] | None = None,
-) -> Params:
-    """The approximated saddle region: the mean over teachers of one snapshot each.
+def aggregate(snapshots: Sequence[Snapshot]) -> Params:
+    """The mean over teachers of the mean of each one's snapshots: the approximated saddle region.
 
     Hidden units may be permuted without changing a network, so the mean of teachers that were initialised differently
-    need not lie near any saddle: let them start from the same weights, or aggregate one teacher at a time.
+    need not lie near any saddle: start them from the same weights, or aggregate one teacher at a time.
 
     Args:
-      snapshots: of one or more teachers.
-      which: as in :func:`choose`, or "average", the mean over all snapshots of a teacher, another control.
-      rule: as in :func:`choose`.
-      key: as in :func:`choose`.
+      snapshots: of one or more teachers, such as :func:`choose` returns; all snapshots of a teacher are a control.
 
     Returns:
-      Parameters, in the types that they have; means are taken in float32 or wider.
+      Parameters in their own dtypes; means are computed in float32 or wider.
 
     Raises:
-      ValueError: as :func:`choose`, or if the parameters differ in structure or shapes.
+      ValueError: if there is no snapshot, or the parameters differ in structure or shapes.
 
     References:
       Dewan, SPRKD, arXiv 2607.23346, 2026.
     """
     groups = _by_teacher(snapshots)
     _check_alike(snapshots)
-    if which == "average":
-        means = [_mean([item.params for item in own]) for own in groups.values()]
-    else:
-        means = [item.params for item in choose(snapshots, which=which, rule=rule, key=key)]
+    means = [_mean([item.params for item in own]) for own in groups.values()]
     return jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), _mean(means), snapshots[0].params)
 
 
 def _by_teacher(snapshots: Sequence[_Item]) -> dict[str, list[_Item]]:
-    """Teachers in the order of their names, each one's snapshots in that of their steps."""
+    """Snapshots by teacher, sorted by name and step."""
     if not snapshots:
-        raise ValueError("there is no snapshot to choose from: read some of a repository first.")
+        raise ValueError("there is no snapshot to choose from: read some from a repository first.")
     groups: dict[str, list[_Item]] = {}
     for item in sorted(snapshots, key=lambda item: (item.teacher, item.step)):
         groups.setdefault(item.teacher, []).append(item)
@@ -264,7 +250,7 @@ def _by_teacher(snapshots: Sequence[_Item]) -> dict[str, list[_Item]]:
 
 
 def _check_alike(snapshots: Sequence[Snapshot]) -> None:
-    """Raises unless all snapshots hold the same arrays."""
+    """Raises a ValueError unless all snapshots have the same structure and shapes."""
     first, *others = ((item, shapes_of(item.params)) for item in snapshots)
     for item, shapes in others:
         differing = sorted(
@@ -272,9 +258,9 @@ def _check_alike(snapshots: Sequence[Snapshot]) -> None:
         )
         if differing or jax.tree.structure(item.params) != jax.tree.structure(first[0].params):
             raise ValueError(
-                f"aggregate needs networks of one shape, and those of teacher {first[0].teacher!r} at step "
+                f"aggregate needs networks of the same shapes, but those of teacher {first[0].teacher!r} at step "
                 f"{first[0].step} and of {item.teacher!r} at step {item.step} differ"
-                f"{' in ' + ', '.join(differing[:3]) if differing else ''}: aggregate them apart."
+                f"{' in ' + ', '.join(differing[:3]) if differing else ''}: aggregate them separately."
             )
 
 

@@ -61,6 +61,11 @@ class TeacherSignal(NamedTuple):
     maps: tuple[str, ...] = ()
     identity: Mapping[str, Any] = {}
 
+    @property
+    def mode(self) -> str:
+        """How the teacher is asked: one of :data:`MODES`."""
+        return "online" if self.answers is None else "views" if self.views > 1 else "centre"
+
 
 def answers(
     teacher: TrainedNetwork,

@@ -1,4 +1,4 @@
-"""Keeping a step only if it is a better one."""
+"""Keep a step only if it lowers the loss."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ import optax
 
 from kdjax.transforms._utils import (
     ValueFn,
-    chosen,
-    counter,
     finite_or_infinite,
     mean_over,
-    needed,
+    require_loss,
     transformation,
+    where,
+    zero_count,
 )
 from kdjax.types import Params
 
@@ -23,18 +23,18 @@ class AcceptState(NamedTuple):
 
     inner: optax.OptState
     accepted: jax.Array  # int32[], steps of the inner transformation that were kept
-    rejected: jax.Array  # int32[], and that were not
+    rejected: jax.Array  # int32[], steps that were reverted
     evaluations: jax.Array  # int32[], losses computed
 
 
 def accept_if_better(
     inner: optax.GradientTransformation, *, axis_name: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps what a transformation makes of the updates only if the loss falls; otherwise the updates as they came.
+    """Applies an inner transformation to the updates and keeps its result only if the loss falls.
 
-    "Falls" is meant strictly, below the loss at the parameters and below that after the updates as they came. They are
-    given back bit for bit. Where the inner transformation changed nothing, no loss is computed, so that one which acts
-    now and then costs nothing in between. Its state advances whether its step is kept or not.
+    Its result must have a strictly lower loss than both the current parameters and the incoming updates. Otherwise the
+    incoming updates are returned bit for bit. Where the inner transformation changes nothing, no loss is computed, so
+    one that acts every so many steps costs nothing in between. Its state advances whether its step is kept or not.
 
     ::
 
@@ -47,14 +47,14 @@ def accept_if_better(
         )  # the published escape
 
     Args:
-      inner: the transformation on trial.
-      axis_name: of the mapped axis to average losses over.
+      inner: the transformation to test.
+      axis_name: mapped axis to average losses over.
 
     Returns:
-      A transformation whose ``update`` needs ``params`` and ``value_fn``; three losses for each change.
+      A transformation whose ``update`` needs ``params`` and ``value_fn``; each change costs three losses.
 
     Raises:
-      ValueError: if ``update`` lacks what it needs.
+      ValueError: if ``update`` lacks an argument.
 
     References:
       Dewan, SPRKD, arXiv 2607.23346, 2026.
@@ -62,15 +62,15 @@ def accept_if_better(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> AcceptState:
-        return AcceptState(inner.init(params), counter(), counter(), counter())
+        return AcceptState(inner.init(params), zero_count(), zero_count(), zero_count())
 
     def update(updates, state, params=None, *, value_fn: ValueFn | None = None, **extra_args):
-        params, value_fn = needed("accept_if_better", params, value_fn)
+        params, value_fn = require_loss("accept_if_better", params, value_fn)
         proposed, inner_state = inner.update(updates, state.inner, params, value_fn=value_fn, **extra_args)
         pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(proposed), strict=True)
         changed = jnp.any(jnp.stack([jnp.any(a != b) for a, b in pairs]))
 
-        def judge():
+        def compare():
             def value(kind):
                 candidate = jax.tree.map(
                     lambda a, b: jnp.where(kind == 0, jnp.zeros_like(a), jnp.where(kind == 1, a, b)),
@@ -81,11 +81,13 @@ def accept_if_better(
 
             values = finite_or_infinite(jax.lax.map(value, jnp.arange(3)))
             better = values[2] < jnp.minimum(values[0], values[1])
-            kept = better.astype(jnp.int32)
-            return chosen(better, proposed, updates), (kept, 1 - kept, jnp.full((), 3, jnp.int32))
+            accepted = better.astype(jnp.int32)
+            return where(better, proposed, updates), (accepted, 1 - accepted, jnp.full((), 3, jnp.int32))
 
-        kept, spent = jax.lax.cond(changed, judge, lambda: (updates, (counter(), counter(), counter())))
+        updates, spent = jax.lax.cond(
+            changed, compare, lambda: (updates, (zero_count(), zero_count(), zero_count()))
+        )
         counts = (a + b for a, b in zip(state[1:], spent, strict=True))
-        return kept, AcceptState(inner_state, *counts)
+        return updates, AcceptState(inner_state, *counts)
 
     return transformation(init, update)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kdjax.transforms._utils import counter, known, needs_params, transformation
+from kdjax.transforms._utils import known, require_params, transformation, zero_count
 from kdjax.types import Params, Scalar
 
 
@@ -14,20 +14,20 @@ class ParameterEmaState(NamedTuple):
     """State of :func:`parameter_ema`."""
 
     count: jax.Array  # int32[], updates seen
-    ema: Params  # float32 average of the parameters, without the bias of its start
+    ema: Params  # float32 average of the parameters, bias-corrected
 
 
 def parameter_ema(decay: Scalar) -> optax.GradientTransformationExtraArgs:
     r"""Keeps a moving average of the parameters beside them; passes the updates through unchanged.
 
     Put it last in a chain, since it averages ``params + updates``. The weight of the newest parameters is
-    :math:`(1 - d) / (1 - d^n)` after n updates, which makes the average unbiased from the first update on (the start
-    is forgotten at once, and n equal parameters average to themselves). Read it back with
+    :math:`(1 - d) / (1 - d^n)` after n updates, so the average is unbiased from the first update on: the initial
+    parameters have no weight, and equal parameters average to themselves. Read it with
     ``optax.tree.get(opt_state, "ema")``.
 
     Args:
       decay: d in [0, 1); .999 averages over about the last thousand updates. In bfloat16 it would round to 1: with such
-        parameters, tell ``optax.inject_hyperparams`` ``hyperparam_dtype=jnp.float32``.
+        parameters, pass ``hyperparam_dtype=jnp.float32`` to ``optax.inject_hyperparams``.
 
     Returns:
       A transformation whose ``update`` needs ``params``.
@@ -51,11 +51,11 @@ def parameter_ema(decay: Scalar) -> optax.GradientTransformationExtraArgs:
 
     def init(params: Params) -> ParameterEmaState:
         # A copy, not a cast: a state that shares buffers with the parameters could not be donated with them.
-        return ParameterEmaState(counter(), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
+        return ParameterEmaState(zero_count(), jax.tree.map(lambda p: jnp.array(p, jnp.float32), params))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        params = needs_params("parameter_ema", params)
+        params = require_params("parameter_ema", params)
         count = jnp.asarray(optax.safe_increment(state.count))
         rate = jnp.asarray(decay, jnp.float32)
         weight = (1 - rate) / (1 - rate**count)

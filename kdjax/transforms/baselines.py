@@ -1,4 +1,4 @@
-"""What SPRKD is to be compared with: two methods that leave saddles without teachers."""
+"""Baselines for SPRKD: two optimisers that leave saddles without a teacher."""
 
 from typing import NamedTuple
 
@@ -13,17 +13,17 @@ from kdjax.curvature.vectors import flatten, norm, size_of, unflatten, widen
 from kdjax.transforms._utils import (
     Draws,
     cast_like,
-    check_moved,
+    check_params,
     check_positive,
-    counter,
     hessian_at,
     matvecs,
-    needed,
+    nan,
     rate_at,
+    require_loss,
     scaled,
-    sizes,
+    static_sizes,
     transformation,
-    unmeasured,
+    zero_count,
 )
 from kdjax.types import Params, Scalar
 
@@ -34,7 +34,7 @@ class PerturbedGradientState(NamedTuple):
     count: jax.Array  # int32[], updates seen
     key: jax.Array  # uint32[...], raw
     wait: jax.Array  # int32[], updates until the next perturbation is allowed
-    perturbations: jax.Array  # int32[], made so far
+    perturbations: jax.Array  # int32[], perturbations so far
 
 
 def perturbed_gradient_descent(
@@ -45,23 +45,23 @@ def perturbed_gradient_descent(
     max_gradient_norm: Scalar = 0.02,
     wait: int | Array = 20,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gradient descent which, where the gradient is short, jumps to a random point nearby, and then waits.
+    r"""Gradient descent that jumps to a random nearby point where the gradient is small, and then waits.
 
-    The jump is uniform in a ball and takes one update, so that the next gradient is that of the point it led to. The
-    paper stops when the loss has hardly fallen after a wait; here that is left to whoever calls.
+    The jump is uniform in a ball and takes the place of one update. The paper also stops when the loss has hardly
+    fallen after a wait; here the caller decides when to stop.
 
     Args:
       learning_rate: :math:`\eta`, or a schedule of it over updates.
-      key: of the jumps.
-      radius: r, of the ball, in absolute terms.
-      max_gradient_norm: :math:`g_{thres}`, the norm of the updates as they come at which it jumps.
-      wait: :math:`t_{thres}`, updates from one jump to the next at least.
+      key: for the jumps.
+      radius: r, absolute radius of the ball.
+      max_gradient_norm: :math:`g_{thres}`, the gradient norm at or below which it jumps.
+      wait: :math:`t_{thres}`, least number of updates between two jumps.
 
     Returns:
-      A transformation that takes gradients and scales them by the learning rate itself.
+      A transformation that takes gradients and applies the learning rate itself.
 
     Raises:
-      ValueError: if an option is out of its range, or parameters are not floating.
+      ValueError: if an option is out of range, or parameters are not floating.
 
     References:
       Jin et al., `How to Escape Saddle Points Efficiently <https://arxiv.org/abs/1703.00887>`_, 2017, algorithm 2.
@@ -71,8 +71,8 @@ def perturbed_gradient_descent(
     draws = Draws(key)
 
     def init(params: Params) -> PerturbedGradientState:
-        check_moved("perturbed_gradient_descent", params)
-        return PerturbedGradientState(counter(), draws.init(), counter(), counter())
+        check_params("perturbed_gradient_descent", params)
+        return PerturbedGradientState(zero_count(), draws.init(), zero_count(), zero_count())
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -86,10 +86,10 @@ def perturbed_gradient_descent(
         def descend():
             rate = rate_at(learning_rate, state.count)
             down = jax.tree.map(lambda g: (-rate * g).astype(g.dtype), updates)
-            return down, jnp.maximum(state.wait - 1, 0), counter()
+            return down, jnp.maximum(state.wait - 1, 0), zero_count()
 
-        stalled = (optax.tree.norm(widen(updates)) <= max_gradient_norm) & (state.wait == 0)
-        steps, left, jumps = jax.lax.cond(stalled, jump, descend)
+        jumps_now = (optax.tree.norm(widen(updates)) <= max_gradient_norm) & (state.wait == 0)
+        steps, left, jumps = jax.lax.cond(jumps_now, jump, descend)
         count = jnp.asarray(optax.safe_increment(state.count))
         return steps, PerturbedGradientState(count, state.key, left, state.perturbations + jumps)
 
@@ -102,8 +102,8 @@ class SaddleFreeState(NamedTuple):
     count: jax.Array  # int32[], updates seen
     lambda_min: (
         jax.Array
-    )  # float32[], smallest eigenvalue in the Krylov space of the latest gradient; NaN before
-    lambda_max: jax.Array  # float32[], largest one
+    )  # float32[], smallest eigenvalue in the gradient's Krylov space; NaN before the first
+    lambda_max: jax.Array  # float32[], largest eigenvalue
 
 
 def saddle_free_newton(
@@ -111,48 +111,46 @@ def saddle_free_newton(
     *,
     num_matvecs: int | Array | None = None,
     damping: Scalar = 1e-3,
-    axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Newton's method with the absolute values of the eigenvalues, in the Krylov space of the gradient.
 
-    The step is :math:`-\eta (|H| + d I)^{-1} g` with H seen through Lanczos' method started at the gradient, in whose
-    space the gradient lies. Saddles repel it, but it leaves none where the gradient has no part along a negative
-    direction, as it is zero at the saddle itself.
+    The step is :math:`-\eta (|H| + d I)^{-1} g`, with H projected by Lanczos' method started at the gradient. Saddles
+    repel it, but it cannot leave one where the gradient has no component along negative curvature, such as the saddle
+    itself.
 
     Args:
       learning_rate: :math:`\eta`, or a schedule of it over updates.
-      num_matvecs: Hessian-vector products of every step, at most the number of parameters, by default that or 16.
-        Memory is as many vectors.
+      num_matvecs: Hessian-vector products per step, at most the number of parameters; by default that or 16. Memory
+        is as many vectors.
       damping: d, above 0.
-      axis_name: of the mapped axis over which gradients come averaged, and products are to be.
 
     Returns:
       A transformation that takes gradients, and whose ``update`` needs ``params`` and ``value_fn``.
 
     Raises:
-      ValueError: if an option is out of its range, ``num_matvecs`` beyond the number of parameters, parameters are not
-        floating, or ``update`` lacks what it needs.
+      ValueError: if an option is out of range, ``num_matvecs`` exceeds the number of parameters, parameters are not
+        floating, or ``update`` lacks an argument.
 
     References:
       Dauphin et al., `Identifying and attacking the saddle point problem in high-dimensional non-convex optimization
       <https://arxiv.org/abs/1406.2572>`_, 2014, algorithm 1, with one step in each Krylov space and a fixed damping.
     """
-    [num_matvecs] = sizes("saddle_free_newton", num_matvecs=num_matvecs)
+    [num_matvecs] = static_sizes("saddle_free_newton", num_matvecs=num_matvecs)
     check_positive("saddle_free_newton", learning_rate=learning_rate, damping=damping)
 
     def init(params: Params) -> SaddleFreeState:
-        check_moved("saddle_free_newton", params, num_matvecs)
-        return SaddleFreeState(counter(), unmeasured(), unmeasured())
+        check_params("saddle_free_newton", params, num_matvecs)
+        return SaddleFreeState(zero_count(), nan(), nan())
 
     def update(updates, state, params=None, *, value_fn=None, **extra_args):
         del extra_args
-        params, value_fn = needed("saddle_free_newton", params, value_fn)
+        params, value_fn = require_loss("saddle_free_newton", params, value_fn)
         products = matvecs(num_matvecs, params)
         gradient = flatten(updates)
         length = norm(gradient)
-        # Any start will do for a gradient of zero, whose step is zero.
+        # With a zero gradient the step is zero from any start.
         start = jnp.where(length > 0, gradient, 1)
-        operator = hessian_at(value_fn, widen(params), axis_name)
+        operator = hessian_at(value_fn, widen(params), None)
         found = curvature.lanczos(operator, unflatten(updates, start), num_matvecs=products)
         values, vectors, reached = ritz(found.alphas, found.betas)
         there = jnp.arange(products) < reached

@@ -4,20 +4,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kdjax.transforms._utils import known, needs_params, transformation
+from kdjax.transforms._utils import known, require_params, transformation
 from kdjax.types import Scalar
 
 
 def max_norm(limit: Scalar) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps the incoming weights of every unit within a ball: the weight constraint that goes with dropout.
+    r"""Projects the incoming weights of every unit onto a ball: the weight constraint used with dropout.
 
-    Put it last in a chain, since it looks at ``params + updates``: a unit whose weight vector would leave the ball is
-    set back to its surface, :math:`w \leftarrow w \min(1, c / \lVert w \rVert_2)`. A unit is an index of the last axis
-    of an array with two axes or more, as in the kernels of dense layers and convolutions; biases and scales are free.
-    Units inside the ball are updated bit for bit as without it.
+    Put it last in a chain, since it constrains ``params + updates``: a weight vector outside the ball is scaled back to
+    its surface, :math:`w \leftarrow w \min(1, c / \lVert w \rVert_2)`. A unit is an index of the last axis
+    of an array with two axes or more, as in the kernels of dense layers and convolutions; biases and scales are not
+    constrained. Units inside the ball keep their update bit for bit.
 
     Args:
-      limit: c, the largest L2 norm of a unit's incoming weights; the dropout paper allows a squared norm of 15.
+      limit: c, the largest 2-norm of a unit's incoming weights; the dropout paper uses a squared norm of 15.
 
     Returns:
       A transformation whose ``update`` needs ``params``, and which has no state.
@@ -42,7 +42,7 @@ def max_norm(limit: Scalar) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        params = needs_params("max_norm", params)
+        params = require_params("max_norm", params)
 
         def constrain(update, param):
             if jnp.ndim(param) < 2:

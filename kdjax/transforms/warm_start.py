@@ -1,4 +1,4 @@
-"""Bringing the parameters to a region before the descent begins."""
+"""Move the parameters to a region before training starts."""
 
 from typing import Literal, NamedTuple
 
@@ -10,13 +10,13 @@ from jaxtyping import Array
 from kdjax.curvature.vectors import widen
 from kdjax.transforms._utils import (
     check_like,
-    check_moved,
+    check_params,
     check_positive,
-    counter,
-    kept,
-    needs_params,
+    nan,
+    require_params,
+    stored,
     transformation,
-    unmeasured,
+    zero_count,
 )
 from kdjax.types import Params, Scalar
 
@@ -38,31 +38,30 @@ def approach_region(
     epsilon: Scalar = 0.1,
     max_steps: int | Array = 200,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces the updates by steps towards a region until it is reached; passes them through from then on.
+    r"""Replaces the updates by steps towards a region until it is reached, then passes them through.
 
     With the parameters S, the region T and t = 1, 2, ...:
 
     * ``"smooth"``: :math:`S \leftarrow S + (1 - 2^{-1/\tau}) (T - S)`, which halves the distance every τ steps.
     * ``"published"``, the 2-norm transformation: :math:`S \leftarrow S \odot (l \, T \oslash S) = l \, T` with
-      :math:`l = 1 - 2^{-t/\tau}` and τ = 10. S is gone after the first step, whose length l is near zero, and the norm
-      then grows to that of T. Written as l T, nothing is divided by an S of zero.
+      :math:`l = 1 - 2^{-t/\tau}` and τ = 10. The first step discards S, since l is near zero, and the norm then
+      grows to that of T. Computed as l T, which divides by no zero of S.
 
-    Put it last in a chain. The region is kept in the state, so that it is no constant of the compiled program.
+    Put it last in a chain. The state holds the region, so that the compiled program does not hold it as a constant.
 
     Args:
-      region: T, like the parameters, such as what ``kdjax.saddles.select_weights`` returns.
-      form: one of the above.
+      region: T, like the parameters, such as those of ``kdjax.saddles.select_weights``.
+      form: one of the two above.
       half_life: τ.
-      epsilon: of :math:`\lVert S - T \rVert_2 \le \epsilon`, where the region is reached: .1 in the paper, .001 in its
-        code.
-      max_steps: after which it counts as reached; parameters in bfloat16 may stop short of it by rounding.
+      epsilon: the region is reached at :math:`\lVert S - T \rVert_2 \le \epsilon`; .1 in the paper, .001 in its code.
+      max_steps: after which the region counts as reached; rounding may keep bfloat16 parameters from it.
 
     Returns:
       A transformation whose ``update`` needs ``params``.
 
     Raises:
-      ValueError: if an option is out of its range, the region is not like the parameters, or ``update`` is called
-        without them.
+      ValueError: if an option is out of range, the region is not like the parameters, or ``update`` is called without
+        parameters.
 
     References:
       Dewan, SPRKD, arXiv 2607.23346, 2026.
@@ -73,13 +72,13 @@ def approach_region(
     check_positive("approach_region", zero=True, epsilon=epsilon, max_steps=max_steps)
 
     def init(params: Params) -> ApproachState:
-        check_moved("approach_region", params)
+        check_params("approach_region", params)
         check_like("approach_region", params, region=region)
-        return ApproachState(counter(), kept(params, region), unmeasured(), jnp.asarray(False))
+        return ApproachState(zero_count(), stored(params, region), nan(), jnp.asarray(False))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        params = needs_params("approach_region", params)
+        params = require_params("approach_region", params)
         gap = jax.tree.map(lambda t, p: t - p, state.region, widen(params))
         distance = optax.tree.norm(gap).astype(jnp.float32)
         arrived = state.arrived | (distance <= epsilon) | (state.count >= max_steps)
@@ -88,8 +87,8 @@ def approach_region(
             share = 1 - 0.5 ** (1 / jnp.asarray(half_life, jnp.float32))
             steps = jax.tree.map(lambda d: share * d, gap)
         else:
-            behind = 0.5 ** (count / jnp.asarray(half_life, jnp.float32))
-            steps = jax.tree.map(lambda t, d: d - behind * t, state.region, gap)  # l T - S
+            remaining = 0.5 ** (count / jnp.asarray(half_life, jnp.float32))
+            steps = jax.tree.map(lambda t, d: d - remaining * t, state.region, gap)  # l T - S
         updates = jax.tree.map(lambda u, s: jnp.where(arrived, u, s.astype(u.dtype)), updates, steps)
         return updates, ApproachState(count, state.region, distance, arrived)
 

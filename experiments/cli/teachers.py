@@ -1,0 +1,139 @@
+"""The teacher that a command line names: trained in the workdir, or taken up from an earlier run."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.cli.inputs import Data, network
+from experiments.cli.options import Flags, Launch, define, refuse_given
+from experiments.cli.workdirs import shared_cache
+from kdjax import checkpoints, data, methods, parallel, run
+from kdjax import recipe as recipes
+from kdjax.callbacks import Callback
+from kdjax.models import Network
+from kdjax.recipe import Machine, Recipe, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """Which teacher, and how it is trained unless it is taken up.
+
+    Attributes:
+      recipe: of its training.
+      training_flags: names of the flags that decide it.
+    """
+
+    teacher: str = option("digits_teacher", "A name in kdjax.models.MODELS, or path/mine.py:build.")
+    teacher_dir: str | None = option(None, "Take up this trained teacher, such as runs/one/teacher/0.")
+    teacher_num_train: int | None = option(
+        None, "Training images of teachers; 0 for all, those of the students by default.", least=0
+    )
+    teacher_seeds: int = option(1, "Teachers; the students take turns among them.", least=1)
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    training_flags: tuple[str, ...] = ()
+
+
+def define_teacher(
+    recipe: Recipe | Flags[Recipe],
+    *,
+    only: Collection[str] = (),
+    defaults: Teacher | None = None,
+    omit: Collection[str] = (),
+) -> Flags[Teacher]:
+    """Defines ``--teacher``, ``--teacher_dir`` and the flags of a teacher's training.
+
+    Args:
+      recipe: of the teacher, or the flags of the students' recipe; as in :func:`define`.
+      only: fields of the recipe that become flags, ``--teacher_FIELD``; all by default.
+      defaults: of the other flags.
+      omit: fields of :class:`Teacher` that become no flag.
+    """
+    omit = {*omit, "recipe", "training_flags"}
+    which, how = define(defaults or Teacher(), omit=omit), define(recipe, prefix="teacher_", only=only)
+    names = {field.name for field in dataclasses.fields(Teacher)} - omit - {"teacher_dir"}
+    names |= {f"teacher_{name}" for name in only or (field.name for field in dataclasses.fields(Recipe))}
+    return Flags(
+        Teacher,
+        lambda: dataclasses.replace(which.value, recipe=how.value, training_flags=tuple(sorted(names))),
+    )
+
+
+class Teachers(NamedTuple):
+    """The teachers of a study before they are trained.
+
+    Attributes:
+      network: of each.
+      settings: those of the study; with --teacher_dir, None for what decides the training of a teacher.
+      made_from: for :func:`claim_workdir`.
+      train: ``(workdir, callbacks=()) -> [Trained]``, one per seed; it reads back those that are trained already.
+    """
+
+    network: Network
+    settings: dict[str, Any]
+    made_from: dict[str, Any]
+    train: Callable[..., list[run.Trained]]
+
+
+def teachers(
+    teacher: Teacher,
+    source: Data,
+    dataset: data.Dataset,
+    *,
+    launch: Launch,
+    settings: Mapping[str, Any],
+    machine: Machine,
+    **fields: Any,
+) -> Teachers:
+    """Loads the teacher of ``--teacher_dir``, or prepares to train; writes nothing, so that it can refuse.
+
+    Args:
+      teacher: value of :func:`define_teacher`.
+      source: where the teacher's own training images come from.
+      dataset: of the students.
+      launch: for the split, the shared cache, and whether this is a smoke run.
+      settings: of the study.
+      machine: devices and steps per dispatch.
+      **fields: of the teacher's network, such as ``dtype``.
+
+    Raises:
+      ValueError: if there is no such teacher, it does not fit the data, or flags decide nothing beside --teacher_dir.
+    """
+    made_from = {**settings, "data": dataset.fingerprint}
+    if teacher.teacher_dir is not None:
+        found = _taken_up(teacher, dataset, split=launch.split, machine=machine, **fields)
+        settings = {**settings, **dict.fromkeys(teacher.training_flags), "teacher": found.network.name}
+        made_from |= {**settings, "teacher_weights": checkpoints.digest_tree(found.weights)}
+        return Teachers(found.network, settings, made_from, lambda workdir, callbacks=(): [found])
+    own, recipe = dataset, teacher.recipe
+    if teacher.teacher_num_train is not None:
+        own = source.load(at_most=256 if launch.smoke else None, num_train=teacher.teacher_num_train)
+    net = network(teacher.teacher, own, **fields)
+    assert own.splits is not None
+    recipes.check(recipe, len(own.splits["train"]), of="the teacher's")
+    parallel.check_batch_size(recipe.batch_size, parallel.local_devices(machine.devices))
+
+    def train(workdir: Path, callbacks: Sequence[Callback] = ()) -> list[run.Trained]:
+        trainer = run.make_trainer(net, methods.labels(), own, recipe, machine=machine, split=launch.split)
+        decides = {"network": dict(net.description), "recipe": dataclasses.asdict(recipe)}
+        decides |= {"steps_per_dispatch": machine.steps_per_dispatch}
+        with shared_cache(launch.shared_cache, workdir / "teacher", own.fingerprint, **decides) as home:
+            return [
+                trainer(seed, home / str(seed), arm="teacher", callbacks=callbacks)
+                for seed in range(teacher.teacher_seeds)
+            ]
+
+    return Teachers(net, dict(settings), made_from | {"teacher_data": own.fingerprint}, train)
+
+
+def _taken_up(
+    teacher: Teacher, dataset: data.Dataset, *, split: str, machine: Machine, **fields: Any
+) -> run.Trained:
+    """The teacher of ``--teacher_dir``; ``--teacher=mine.py:build`` builds its network if that is not one of kdjax's."""
+    assert teacher.teacher_dir is not None
+    theirs = ":" in teacher.teacher
+    refused = [name for name in teacher.training_flags if not (theirs and name == "teacher")]
+    refuse_given(refused, "--teacher_dir takes up a teacher that is trained already")
+    if theirs:
+        fields = {"network": network(teacher.teacher, dataset)}
+    return run.load(teacher.teacher_dir, dataset, split=split, machine=machine, **fields)
