@@ -10,8 +10,8 @@ curvlinops-for-pytorch in PYTHON, by default the one that runs this. The result 
 
 It measures a gradient and products with the Hessian; a density of one start and so many Lanczos steps, from weights to
 quadrature, in time and memory; its first call, which compiles; and how kdjax's density scales with parameters and
-steps, beside the products alone. Before anything is timed, all must have the same loss and the same ends of the spectrum, or
-the run stops. Ghosts are Ritz values that were found twice.
+steps, beside the products alone. Before anything is timed, all must have the same loss and the same ends of the
+spectrum, or the run stops. Ghosts are Ritz values that were found twice.
 
 Ratios are a peer's time over that of kdjax's default loop in the same round, above 1 where kdjax is faster. With one
 thread the clock is CPU time, which a busy machine disturbs least; with more it is the wall clock.
