@@ -9,12 +9,12 @@ r"""Does a student learn more from a teacher than from the labels alone? The gen
         --workdir=runs/mine
 
 Trains the teacher, or takes one up with --teacher_dir, or reads the answers of one in any framework with
---teacher_answers; then trains the student by each of --arms over --seeds. The first command takes about a minute on two
-CPU cores, the second about twenty. Expected numbers stand in docs/results beside the command.
+--teacher_answers; then trains the student by each of --arms over --seeds. The first command takes about a minute on
+two CPU cores, the second about twenty. Expected numbers stand in docs/results beside the command.
 
---arms takes every method of kdjax.methods with its published weight. Methods that compare feature maps need two networks
-with the same stages and a teacher that sees the student's own pixels: --teacher_mode=online or views, or no augmentation.
---init_from=RUN starts every student from the weights of a finished run of the same network.
+--arms takes every method of kdjax.methods with its published weight. Methods that compare feature maps need two
+networks with the same stages and a teacher that sees the student's own pixels: --teacher_mode=online or views, or no
+augmentation. --init_from=RUN starts every student from the weights of a finished run of the same network.
 
 The workdir receives every run's checkpoints, results.json (flags, versions, every number of every seed), figure.png and
 report.html. The same command started again continues where it was stopped.
@@ -69,9 +69,7 @@ ARMS = cli.define_arms(
     f"scratch, kd, {', '.join(methods.METHODS)}.",
 )
 WEIGHTS = flags.DEFINE_list("weights", [], "Weights of methods, if not the published: hint=50,dist=1.")
-TEMPERATURE = flags.DEFINE_float("temperature", 3.0, "Softening of both logits, above 0.")
-HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Weight of the labels in kd alone.", lower_bound=0.0)
-SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.9, "Weight of the teacher in kd alone.", lower_bound=0.0)
+KD = cli.define(methods.KdOptions(temperature=3.0))
 ROBUSTNESS = cli.may_change(
     flags.DEFINE_bool(
         "robustness",
@@ -93,7 +91,6 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     if launch.pod:
         parallel.initialise()
     dataset = DATA.value.load(at_most=256 if launch.smoke else None)
-    assert dataset.splits is not None
     recipe, settings = smoke(RECIPE.value), cli.settings(__name__)
     parallel.check_batch_size(recipe.batch_size, parallel.local_devices(machine.devices))
     recipes.check(recipe, len(dataset.splits["train"]))
@@ -214,8 +211,6 @@ def report(
 
 def checked_flags() -> dict[str, methods.Method]:
     """The arms as methods, once the flags make sense together."""
-    if TEMPERATURE.value <= 0:
-        raise ValueError(f"--temperature={TEMPERATURE.value} must be above 0; the field uses 1 to 20.")
     if TEACHER_MODE.value != "views":
         cli.refuse_given(["views"], f"--teacher_mode={TEACHER_MODE.value} caches no augmented views")
     if TEACHER_ANSWERS.value:
@@ -232,7 +227,7 @@ def checked_flags() -> dict[str, methods.Method]:
             f"in place of {TEACHER_MODE.value}, or --mixup=0."
         )
     weights = cli.parse_weights(WEIGHTS.value, names)
-    kd = methods.kd(TEMPERATURE.value, hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value)
+    kd = methods.kd(**vars(KD.value))
     return {name: methods.named(name, kd=kd, weights=weights) for name in names}
 
 

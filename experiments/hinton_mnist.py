@@ -1,192 +1,171 @@
-r"""Does a student learn digits it never saw? Hinton's MNIST study: soft targets at T = 20, and the omitted digit.
+r"""Does a student learn digits it never saw? Hinton's MNIST study: soft targets at T = 20, and a digit held out.
 
     python -m experiments.hinton_mnist --data_dir=data --workdir=runs/hinton_mnist
 
 A teacher with two hidden layers of 1200 units, dropout, weight constraints and images jittered by two pixels; a student
-with two of 800 and no regularisation at all, which learns from the labels alone (scratch) or beside them what the
-teacher says of the same images at T = 20 (kd). Then both again without a single image of --omitted, and with its bias
-corrected: raised by what makes the fewest errors on the validation split. (The paper chose it on the test set.)
+with two of 800 and no regularisation at all, which learns from the labels alone (scratch), or from the labels and the
+teacher's softened logits of the same images at T = 20 (kd). Then both again without a single image of
+--held_out_class, and with its bias corrected: raised by what makes the fewest errors on the validation split. (The
+paper chose it on the test set.)
 
 Needs MNIST in --data_dir (python -m experiments.prepare_data). Takes about an hour and a half on two CPU cores. The
-paper's epochs are not known, and were many more; --epochs and --teacher_epochs say how many are ours. Expect kd to beat
-scratch by far, and a student that calls most threes by their name, having never seen one; the counts stand in
-BUILD_NOTES.md.
+paper does not say its epochs, which were many more; --epochs and --teacher_epochs are ours. Expect kd to beat scratch
+by far, and a student that recognises most threes without having seen one; the counts stand in docs/results.
 
 References:
   Hinton, Vinyals and Dean, `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015,
   section 3.
 """
 
+import dataclasses
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import common
-from kdjax import data, evaluate, models, train
+from experiments import cli
+from kdjax import data, evaluate, methods, run, study
+from kdjax import teacher as teachers
+from kdjax.callbacks import ProgressBar
+from kdjax.models import Network
+from kdjax.recipe import Recipe
+from kdjax.types import Normalisation, Weights
 
-DATASET = flags.DEFINE_string("dataset", "mnist", "mnist, a file.npz or folder:PATH with images of digits.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the prepared data set lies.")
-IMAGE_SIZE = flags.DEFINE_list(
-    "image_size",
-    None,
-    "HEIGHT,WIDTH that photos and TFDS images are resized to cover and cut to, as in 32,32.",
-)
-SKIP_BROKEN = flags.DEFINE_bool(
-    "skip_broken", False, "Leave out image files of a folder that cannot be read; the result counts them."
-)
-WORKDIR = flags.DEFINE_string("workdir", "runs/hinton_mnist", "Where everything is written.")
-OUTPUT = flags.DEFINE_string("output", None, "Also write the results to this file.")
+DATA = cli.define(cli.Data(dataset="mnist"), only=("dataset", "data_dir", "image_size", "skip_broken"))
 TEMPERATURE = flags.DEFINE_float("temperature", 20.0, "Softening of both logits.", lower_bound=1e-3)
-HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Weight of the labels beside the teacher.", 0.0)
-SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.9, "Weight of the teacher's answers.", 0.0)
-OMITTED = flags.DEFINE_string("omitted", "3", "The class that some students never see, by its name.")
-EPOCHS = flags.DEFINE_integer("epochs", 20, "Of each student.", 1)
-TEACHER_EPOCHS = flags.DEFINE_integer("teacher_epochs", 40, "Of each teacher.", 1)
-NUM_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Runs of every arm; student n has teacher n.", 1)
-SMOKE = flags.DEFINE_bool("smoke", False, "The same code in seconds: one epoch, one seed, 256 images.")
-
-TEACHER = common.Recipe(
-    epochs=1,
-    batch_size=128,
-    learning_rate=1e-3,
-    schedule="cosine",
-    padding=2,  # jitter of up to two pixels
-    max_norm=15**0.5,
-    evaluate_every=2,
+HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Weight of the labels in kd.", lower_bound=0.0)
+SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.9, "Weight of the teacher in kd.", lower_bound=0.0)
+HELD_OUT_CLASS = flags.DEFINE_string(
+    "held_out_class", "3", "The class that some students never see, by name."
 )
-STUDENT = common.Recipe(epochs=1, batch_size=128, learning_rate=1e-3, schedule="cosine", evaluate_every=2)
+STUDENT = Recipe(epochs=20, batch_size=128, learning_rate=1e-3, schedule="cosine", evaluate_every=2)
+RECIPE = cli.define(STUDENT, only=("epochs",))
+TEACHER_RECIPE = cli.define(
+    dataclasses.replace(STUDENT, epochs=40, padding=2, max_norm=15**0.5), prefix="teacher_", only=("epochs",)
+)
+SEEDS = cli.define_seeds()
+LAUNCH = cli.define(cli.Launch(workdir="runs/hinton_mnist"), only=("workdir", "output", "smoke"))
+
+NOTES = [
+    "Published (Hinton et al. 2015, one run each): 67 errors for the teacher, 146 for the student on hard labels, 74 "
+    "distilled at T = 20; without the threes 206, of which 133 of the 1,010 threes, and 109, of which 14, once the "
+    "bias was raised by 3.5, which was chosen on the test set. Here the validation split chooses it.",
+    "The validation split holds images of the held-out class: without any, no bias could be chosen.",
+]
 
 
-def main() -> None:
-    """Teachers, students with and without the omitted digit, biases, report."""
-    start = time.monotonic()
-    settings = common.settings_of(globals(), apart=("workdir", "data_dir", "output"))
-    task = common.make_task(
-        DATASET.value,
-        data_dir=DATA_DIR.value,
-        image_size=IMAGE_SIZE.value,
-        skip_broken=SKIP_BROKEN.value,
-        clip=SMOKE.value,
-        num_train=256 if SMOKE.value else None,
-    )
-    if OMITTED.value not in task.source.class_names:
+def arms(dataset: data.Dataset, digit: int) -> Mapping[str, tuple[methods.Method, data.Dataset]]:
+    """What each student learns from: a method, and a data set with or without the digit."""
+    kd = methods.kd(TEMPERATURE.value, hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value)
+    fewer, never = without(dataset, digit), f"no {HELD_OUT_CLASS.value}"
+    return {
+        "scratch": (methods.labels(), dataset),
+        "kd": (kd, dataset),
+        f"scratch, {never}": (methods.labels(), fewer),
+        f"kd, {never}": (kd, fewer),
+    }
+
+
+def main() -> dict[str, Any]:
+    """One teacher per seed, its cached answers, its students, corrected biases, report."""
+    start, launch, settings = time.monotonic(), LAUNCH.value, cli.settings(__name__)
+    seeds, recipe, teacher_recipe = SEEDS.value, RECIPE.value, TEACHER_RECIPE.value
+    if launch.smoke:
+        seeds, short = seeds[:1], {"epochs": 1, "evaluate_every": 1}
+        recipe, teacher_recipe = (dataclasses.replace(r, **short) for r in (recipe, teacher_recipe))
+    dataset = DATA.value.load(at_most=256 if launch.smoke else None)
+    if HELD_OUT_CLASS.value not in dataset.class_names:
         raise ValueError(
-            f"--omitted={OMITTED.value} is none of the classes {', '.join(task.source.class_names)}."
+            f"--held_out_class={HELD_OUT_CLASS.value} is none of the classes {', '.join(dataset.class_names)}."
         )
-    omitted = task.source.class_names.index(OMITTED.value)
-    kd = common.kd(
-        hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value, temperature=TEMPERATURE.value
-    )
-    networks = {name: common.build(f"hinton_{name}", task) for name in ("teacher", "student")}
-    workdir = common.claim_workdir(WORKDIR.value, settings | {"data": task.fingerprint})
-    seeds = range(1 if SMOKE.value else NUM_SEEDS.value)
-    teacher_recipe, student_recipe = (
-        recipe._replace(epochs=1 if SMOKE.value else epochs, evaluate_every=1 if SMOKE.value else 2)
-        for recipe, epochs in ((TEACHER, TEACHER_EPOCHS.value), (STUDENT, EPOCHS.value))
-    )
-    train_teacher = common.make_trainer(task, networks["teacher"], common.scratch, teacher_recipe)
-    teachers = [
-        common.train_teacher(
-            task, "hinton_teacher", networks["teacher"], train_teacher, n, workdir / "teacher" / str(n)
-        )
-        for n in seeds
+    digit = dataset.class_names.index(HELD_OUT_CLASS.value)
+    learnt_from = arms(dataset, digit)
+    large, small = (cli.network(f"hinton_{name}", dataset) for name in ("teacher", "student"))
+    workdir = cli.claim_workdir(launch.workdir, settings | {"data": dataset.fingerprint})
+    watch = {"callbacks": [ProgressBar()]}
+
+    train_teacher = run.make_trainer(large, methods.labels(), dataset, teacher_recipe)
+    finished = {
+        "teacher": [train_teacher(n, workdir / "teacher" / str(n), arm="teacher", **watch) for n in seeds]
+    }
+    answers = [
+        teachers.answers(teacher, dataset, directory=workdir / "teacher_answers" / str(teacher.seed))
+        for teacher in finished["teacher"]
     ]
-    taught = [
-        common.taught_by(
-            task, teachers[n], student_recipe, mode="centre", views=1, directory=workdir / "columns" / str(n)
-        )
-        for n in seeds
-    ]
-    never = f"no {OMITTED.value}"
-    arms: dict = {"teacher": teachers}
-    for seen, what in ((task, ""), (without(task, omitted), f", {never}")):
-        for name, objective in (("scratch", common.scratch), ("kd", kd)):
-            arm = f"{name}{what}"
-            arms[arm] = [
-                common.make_trainer(seen, networks["student"], objective, student_recipe, taught[n])(
-                    n,
-                    workdir / arm.replace(", ", "_").replace(" ", "_") / str(n),
-                    f"{arm}, seed {n}",
-                    settings,
-                )
-                for n in seeds
-            ]
-    for name in ("scratch", "kd"):
-        arm = f"{name}, {never}"
-        arms[f"{arm}, bias corrected"] = corrected(task, arms[arm], omitted)
-    common.conclude(
-        workdir,
+    for arm, (method, seen) in learnt_from.items():
+        home = workdir / arm.replace(", ", "_").replace(" ", "_")
+        trainers = [run.make_trainer(small, method, seen, recipe, teacher=signal) for signal in answers]
+        finished[arm] = [
+            train_student(n, home / str(n), arm=arm, settings=settings, **watch)
+            for n, train_student in zip(seeds, trainers, strict=True)  # student n has teacher n
+        ]
+    for arm in list(learnt_from)[2:]:
+        finished[f"{arm}, bias corrected"] = [corrected(dataset, one, digit) for one in finished[arm]]
+    counts = {arm: [counted(one, digit) for one in runs] for arm, runs in finished.items()}
+    scale = f"{teacher_recipe.epochs} epochs of the teacher and {recipe.epochs} of the students"
+    more = {"settings": settings, "seconds": time.monotonic() - start, "output": launch.output}
+    return study.conclude(about(dataset, scale), workdir, dataset, counts, notes=NOTES, **more)
+
+
+def about(dataset: data.Dataset, scale: str) -> study.Study:
+    """The question, and how far this is from the paper."""
+    return study.Study(
         "hinton_mnist",
-        task=task,
-        question=f"Does a small network learn MNIST better from a teacher's soft targets at T = {TEMPERATURE.value:g}, "
-        f"even a {OMITTED.value} that it never saw?",
-        arms={arm: [counted(run, omitted) for run in runs] for arm, runs in arms.items()},
-        arm_seeds=dict.fromkeys(arms, seeds),
+        f"Does a small network learn MNIST better from a teacher's soft targets at T = {TEMPERATURE.value:g}, even a "
+        f"{HELD_OUT_CLASS.value} that it never saw?",
         baseline="scratch",
         metrics=("errors", "errors_on_omitted", "bias_shift", "accuracy", "loss", "ece"),
-        settings=settings,
-        output=OUTPUT.value,
-        wall_clock_s=time.monotonic() - start,
-        scaled_down=f"{teacher_recipe.epochs} epochs of the teacher and {student_recipe.epochs} of the students; "
-        f"{len(task.split['train']):,} training images"
-        + (", smoke" if SMOKE.value else ", the others choose the bias"),
-        notes=[
-            "Published (Hinton et al. 2015, one run each): 67 errors for the teacher, 146 for the student on hard "
-            "labels, 74 distilled at T = 20; without the threes 206, of which 133 of the 1,010 threes, and 109, of "
-            "which 14, once the bias was raised by 3.5, which was chosen on the test set. Here the validation split "
-            "chooses it.",
-            "The validation split holds images of the omitted digit: without any, no bias could be chosen.",
-        ],
+        scaled_down=f"{scale}; {len(dataset.splits['train']):,} training images"
+        + (", smoke" if LAUNCH.value.smoke else ", the others choose the bias"),
     )
 
 
-def without(task: common.Task, digit: int) -> common.Task:
-    """The task with no image of a digit among those to train on."""
-    kept = task.split["train"][task.source.labels[task.split["train"]] != digit]
-    return task._replace(split={**task.split, "train": kept})
+def without(dataset: data.Dataset, digit: int) -> data.Dataset:
+    """The data set with no training image of a digit."""
+    train = dataset.splits["train"]
+    return dataset._replace(splits={**dataset.splits, "train": train[dataset.labels[train] != digit]})
 
 
-def corrected(task: common.Task, runs: Sequence[common.Trained], digit: int) -> list[common.Trained]:
-    """Students whose bias for the omitted digit is raised by what makes the fewest errors in validation."""
-    apply_fn = models.apply_fn(runs[0].module)
-
-    @jax.jit
-    def answer(weights, images):
-        inputs = data.normalise(images, mean=task.mean, std=task.std)
-        outputs, _ = apply_fn(weights.params, weights.model_state, inputs, train=False)
-        return outputs.logits
-
-    def logits_and_labels(weights: train.Weights, split: str) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.array_split(task.split[split], -(-len(task.split[split]) // 1000))
-        logits = [np.asarray(answer(weights, task.source.images[part])) for part in ids]
-        return np.concatenate(logits), task.source.labels[task.split[split]]
-
-    def one(run: common.Trained) -> common.Trained:
-        shift = evaluate.best_shift(*logits_and_labels(run.weights, "validation"), digit)
-        last = max(run.weights.params)  # of the dense layers, which are numbered
-        params = {**run.weights.params, last: dict(run.weights.params[last])}
-        params[last]["bias"] = params[last]["bias"].at[digit].add(shift)
-        weights = train.Weights(params, run.weights.model_state)
-        logits, labels = map(jnp.asarray, logits_and_labels(weights, "test"))
-        sums = evaluate.metric_sums(logits, labels, valid=jnp.ones(len(labels), jnp.float32))
-        metrics = evaluate.summarise(sums) | {"bias_shift": shift}
-        fitted = run.fitted._replace(last=weights, history=[])  # nothing was trained
-        return run._replace(fitted=fitted, sums=jax.device_get(sums), metrics=metrics)
-
-    return [one(run) for run in runs]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def logits(network: Network, normalisation: Normalisation, weights: Weights, images: jax.Array) -> jax.Array:
+    """A network's logits of images in [0, 255]."""
+    inputs = data.normalise(images, **normalisation._asdict())
+    return network.apply(weights.params, weights.model_state, inputs, train=False)[0].logits
 
 
-def counted(run: common.Trained | common.Teacher, digit: int) -> common.Trained | common.Teacher:
-    """A run with its errors as Hinton counts them: on the whole test split, and on the omitted digit."""
-    confusion = np.asarray(run.sums["confusion"])
+def corrected(dataset: data.Dataset, student: run.Trained, digit: int) -> run.Trained:
+    """A student whose bias for the digit is raised by what makes the fewest errors in validation."""
+    splits = dataset.splits or {}
+
+    def logits_and_labels(weights: Weights, split: str) -> tuple[np.ndarray, np.ndarray]:
+        parts = np.array_split(splits[split], -(-len(splits[split]) // 1000))
+        found = [logits(student.network, student.normalisation, weights, dataset.images[p]) for p in parts]
+        return np.concatenate([np.asarray(x) for x in found]), dataset.labels[splits[split]]
+
+    shift = evaluate.best_shift(*logits_and_labels(student.weights, "validation"), digit)
+    last = max(student.weights.params)  # of the dense layers, which are numbered
+    params = {**student.weights.params, last: dict(student.weights.params[last])}
+    params[last]["bias"] = params[last]["bias"].at[digit].add(shift)
+    weights = Weights(params, student.weights.model_state)
+    scores, labels = map(jnp.asarray, logits_and_labels(weights, "test"))
+    sums = evaluate.metric_sums(scores, labels, valid=jnp.ones(len(labels), jnp.float32))
+    metrics = evaluate.summarise(sums) | {"bias_shift": shift}
+    fitted = student.fitted._replace(last=weights, history=[])  # nothing was trained
+    return student._replace(fitted=fitted, sums=jax.device_get(sums), metrics=metrics)
+
+
+def counted(student: run.Trained, digit: int) -> run.Trained:
+    """A run with its errors as Hinton counts them: on the whole test split, and on the held-out digit."""
+    confusion = np.asarray(student.sums["confusion"])
     missed = confusion.sum(1) - np.diag(confusion)
     errors = {"errors": float(missed.sum()), "errors_on_omitted": float(missed[digit])}
-    return run._replace(metrics=errors | run.metrics)
+    return student._replace(metrics=errors | student.metrics)
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

@@ -35,9 +35,7 @@ from kdjax.recipe import Recipe
 from kdjax.types import Params
 
 NUM_TRAIN = flags.DEFINE_integer("num_train", 100, "Training images that the students see.", lower_bound=16)
-TEMPERATURE = flags.DEFINE_float("temperature", 4.0, "Softening of both logits.", lower_bound=1e-3)
-HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Weight of the labels in kd.", lower_bound=0.0)
-SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.9, "Weight of the teacher in kd.", lower_bound=0.0)
+KD = cli.define(methods.KdOptions())
 LAUNCH = cli.define(cli.Launch(workdir="runs/quickstart"), only=("workdir", "output", "smoke"))
 
 TEACHER = Recipe(epochs=30, batch_size=64, learning_rate=2e-3, schedule="cosine", evaluate_every=5)
@@ -52,7 +50,7 @@ NOTES = [
 
 def arms(region: Params) -> Mapping[str, methods.Method]:
     """What each student learns from; ``region`` holds weights selected from the teacher."""
-    kd = methods.kd(TEMPERATURE.value, hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value)
+    kd = methods.kd(**vars(KD.value))
     return {
         "scratch": methods.labels(),
         "kd": kd,

@@ -2,7 +2,7 @@ r"""What have all experiments found? One page of every result file, and the tabl
 
     python -m experiments.report --results=experiments/results --output=report.html
     python -m experiments.report --results=runs --output=runs/report.html
-    python -m experiments.report --documents=docs/results,README.md
+    python -m experiments.report --documents=README.md,docs
 
 The third form writes no page. It rewrites the tables of Markdown documents between <!-- results: NAME --> and
 <!-- end -->, from experiments/results; run it after a result file has changed, since a test fails where a table differs
@@ -49,7 +49,7 @@ def main() -> None:
     for document in expand(DOCUMENTS.value):
         filled = report.fill_tables(document, root)
         files.write_text(document, filled)
-        if count := filled.count("<!-- results: "):
+        if count := filled.count("<!-- end -->"):
             print(f"{document}: {count} table{'s' * (count > 1)} from {root}.")
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)

@@ -8,7 +8,9 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
+
+import jax
 
 
 class Damaged(ValueError):
@@ -175,3 +177,26 @@ def as_path(directory: Any) -> Any:
 
     path = epath.Path(directory)
     return path if "://" in str(directory) else path.absolute()
+
+
+@contextlib.contextmanager
+def lock(path: Any) -> Iterator[None]:
+    """Waits until no other process is within; the lock on this file ends with the process that holds it."""
+    as_path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as handle:
+        if jax.process_index() == 0:  # the other processes of a pod follow the first
+            lock_file(handle, wait=True)
+        yield
+
+
+def lock_file(handle: IO[str], *, wait: bool) -> bool:
+    """Locks a file for as long as it is open; False if another process holds it and ``wait`` is False."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

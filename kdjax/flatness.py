@@ -187,7 +187,6 @@ def _problem(
     dataset: data.Dataset, split: str, num_images: int
 ) -> Callable[[TrainedNetwork], tuple[Any, Params, Batch, ModelState]]:
     """Network → its loss and arguments: the same images for all, normalised as each was trained."""
-    assert dataset.splits is not None
     ids = np.sort(np.random.default_rng(0).permutation(dataset.splits[split])[:num_images])
 
     def of(trained: TrainedNetwork) -> tuple[Any, Params, Batch, ModelState]:

@@ -1,4 +1,4 @@
-"""From indices to batches in the compiled step: gather, augment, ask the teacher, normalise; once each, in this order."""
+"""Batches, made in the compiled step: gather, augment, ask the teacher, normalise; once each, in this order."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,6 @@ def resident(dataset: data.Dataset, signal: teacher.TeacherSignal | None) -> dic
 
     ``position`` numbers the training examples, for methods that remember each of them; -1 for others.
     """
-    assert dataset.splits is not None
     train = dataset.splits["train"]
     position = (
         jnp.full(len(dataset.images), -1, jnp.int32).at[train].set(jnp.arange(len(train), dtype=jnp.int32))
@@ -41,7 +40,6 @@ def make_batches(
       method: for what it does to crops and images.
       signal: of the teacher, if there is one.
     """
-    assert dataset.normalisation is not None
     own = dataset.normalisation._asdict()
     moves = {"padding": recipe.padding, "flip": recipe.flip}
     views = 1 if signal is None else signal.views

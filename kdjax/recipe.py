@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import optax
 
 from kdjax import transforms
+from kdjax.options import option
 
 LEAST_RATE = 1e-12  # of a learning rate: at 0 nothing is learnt
 
@@ -24,15 +24,6 @@ SCHEDULES: Mapping[str, Callable[[float, int], optax.Schedule]] = {
         rate, {round(steps * part): 0.1 for part in (0.625, 0.75, 0.875)}
     ),
 }
-
-
-def option(
-    default: Any, help: str, *, least: float | None = None, most: float | None = None, choices: Any = None
-) -> Any:
-    """A dataclass field with what a command line says of it: a sentence, a range or its choices."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "least": least, "most": most, "choices": choices}
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,7 +175,6 @@ def robustness_of(
 
     ``options`` are those of :func:`kdjax.robustness.make_evaluator`, such as ``epsilons``.
     """
-    assert dataset.splits is not None
     ids, devices = dataset.splits[split], options.pop("devices", None) or jax.local_devices()
     size = evaluation_batch_size(len(ids), len(devices) * jax.process_count())
 
@@ -277,7 +276,6 @@ def _latency(run: Trained) -> list[float]:
 
 def pictures(dataset: data.Dataset, maps: np.ndarray, *, count: int = 4) -> list[dict[str, Any]]:
     """The first training images and their maps ``[examples, 1, height, width, 1]``: ``overlays`` of a result."""
-    assert dataset.splits is not None
     return [
         {
             "title": f"{dataset.class_names[dataset.labels[i]]}: integrated gradients of the teacher's score",
@@ -286,6 +284,39 @@ def pictures(dataset: data.Dataset, maps: np.ndarray, *, count: int = 4) -> list
         }
         for i in dataset.splits["train"][:count]
     ]
+
+
+HVP, EVALUATION = (
+    1.5,
+    1 / 3,
+)  # of a Hessian-vector product and of a loss, in gradients: benchmarks/escape.json
+
+
+def with_costs(run: Trained, *, targets: Sequence[float], steps_per_epoch: int) -> Trained:
+    """Adds what a run cost in gradients, and when its validation loss first came below each target, to its metrics.
+
+    A run that never reaches a target has ``reached`` 0, and ``steps_to`` and ``paid_to`` of the whole run. Its method
+    must record :func:`kdjax.methods.cost`.
+
+    Args:
+      run: a finished run.
+      targets: of the validation loss.
+      steps_per_epoch: batches of an epoch.
+    """
+    metrics = dict(run.metrics)
+    for name in ("events", "hvps", "evaluations"):
+        metrics[name] = round(steps_per_epoch * sum(record[name] for record in run.history))
+    paid = np.cumsum(
+        [steps_per_epoch * (1 + HVP * r["hvps"] + EVALUATION * r["evaluations"]) for r in run.history]
+    )
+    metrics["gradient_equivalents"] = float(paid[-1])
+    for target in targets:
+        reached = [i for i, record in enumerate(run.history) if record["validation_loss"] <= target]
+        at = reached[0] if reached else len(run.history) - 1
+        metrics[f"reached_{target:g}"] = float(bool(reached))
+        metrics[f"steps_to_{target:g}"] = float(steps_per_epoch * (at + 1))
+        metrics[f"paid_to_{target:g}"] = float(paid[at])
+    return run._replace(metrics=metrics)
 
 
 # Notes: tests as sentences
@@ -321,7 +352,6 @@ def tost_note(arms: Arms, *, baseline: str) -> str:
 
 def mcnemar_note(dataset: data.Dataset, arms: Arms, *, baseline: str, split: str) -> str:
     """How many students of each arm differ from the baseline's student of the same seed, by McNemar's test."""
-    assert dataset.splits is not None
     ids, network = dataset.splits[split], arms[baseline][0].network
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -347,7 +377,7 @@ def mcnemar_note(dataset: data.Dataset, arms: Arms, *, baseline: str, split: str
 
 
 def main_effect_note(factor: str, pairs: Sequence[tuple[str, str]], arms: Arms) -> str:
-    """The mean difference in accuracy over pairs of arms that differ in one factor alone, with its interval over seeds."""
+    """The mean difference in accuracy over pairs of arms that differ in one factor, with its interval over seeds."""
     each = np.mean([np.subtract(_accuracies(arms[b]), _accuracies(arms[a])) for a, b in pairs], axis=0)
     found = significance.t_interval((100 * each).tolist())
     return (

@@ -29,7 +29,7 @@ from kdjax.data.batches import Feed
 from kdjax.train import TrainState
 from kdjax.types import Metrics
 
-FORMS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+MAPPINGS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "vmap": jax.vmap,
     "map": lambda function: lambda *arguments: jax.lax.map(lambda one: function(*one), arguments),
 }
@@ -37,13 +37,13 @@ FORMS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 
 
 def make_run(
-    run: Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]], *, form: str = "vmap"
+    run: Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]], *, mapping: str = "vmap"
 ) -> Callable[[TrainState, Mapping[str, Any], Array], tuple[TrainState, Metrics]]:
     """Turns the run of one training into one of many at once.
 
     Args:
       run: of one training, as built by :func:`kdjax.train.make_run`.
-      form: "vmap" is the faster where a step is too small to fill the machine, needs memory for the activations of all
+      mapping: "vmap" is faster where a step is too small to fill the machine, needs memory for the activations of all
         trainings, and computes both branches of every ``lax.cond``. "map" needs the memory of one training, and each
         comes out bitwise as alone if calls have more than one step.
 
@@ -52,9 +52,9 @@ def make_run(
       batch comes first, so that :func:`kdjax.parallel.data_parallel` cuts it as it does for one training.
 
     Raises:
-      ValueError: if there is no such form; when called, if states, settings and index disagree on how many there are.
+      ValueError: if there is no such mapping; when called, if states, settings and index are not of one number.
     """
-    mapped = _form(form)
+    mapped = _mapping(mapping)
 
     def run_many(states, arrays, index):
         settings = arrays.get("settings", {})
@@ -69,17 +69,16 @@ def make_run(
     return run_many
 
 
-def over_weights(function: Callable[..., Any], *, form: str = "map") -> Callable[..., Any]:
+def over_weights(function: Callable[..., Any], *, mapping: str = "map") -> Callable[..., Any]:
     """Lets a function ``(params, model_state, *shared)`` take stacked weights, and return stacked results.
 
     As ``transform`` of :func:`kdjax.evaluate.make_evaluator` it evaluates many students at once; :func:`unstack` gives
-    the sums of each. "map" unless told otherwise: batches of an evaluation are large, and hold the memory of one
-    student then.
+    the sums of each. "map" is the default, since batches of an evaluation are large.
 
     Raises:
-      ValueError: if there is no such form.
+      ValueError: if there is no such mapping.
     """
-    mapped = _form(form)
+    mapped = _mapping(mapping)
 
     def many(params, model_state, *shared):
         return mapped(lambda params, model_state: function(params, model_state, *shared))(params, model_state)
@@ -105,7 +104,7 @@ def unstack(tree: PyTree) -> list[PyTree]:
 def feed(feeds: Sequence[Feed]) -> Feed:
     """The feeds of single trainings, as of :func:`kdjax.data.resident_feed`, as one for all of them.
 
-    They share the arrays of the first. Where trainings share a seed, the same feed may stand here several times.
+    They share the arrays of the first. Trainings of one seed may share a feed.
 
     Raises:
       ValueError: if there are none, or their epochs have different numbers of steps.
@@ -179,10 +178,10 @@ def diverged_at(fitted: train.Fitted) -> int | None:
     return next((int(r["epoch"]) for r in fitted.history if not math.isfinite(r["loss"])), None)
 
 
-def _form(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    if name not in FORMS:
-        raise ValueError(f"many trainings run in the forms {', '.join(FORMS)}, got {name!r}.")
-    return FORMS[name]
+def _mapping(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    if name not in MAPPINGS:
+        raise ValueError(f"mapping must be one of {', '.join(MAPPINGS)}, got {name!r}.")
+    return MAPPINGS[name]
 
 
 def _check_count(count: int, settings: PyTree, index: Any) -> None:

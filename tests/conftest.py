@@ -34,20 +34,30 @@ if importlib.util.find_spec("beartype"):
     )
 
 
+_lent = []  # modules whose flags are in the process, from the first
+
+
 @contextlib.contextmanager
 def _alone(name, keep=()):
-    modules = flags.FLAGS.flags_by_module_dict().items()
     others = [
-        (m, flag) for m, own in modules if m.startswith("experiments.") and m not in keep for flag in own
+        (module, flag)
+        for module, own in flags.FLAGS.flags_by_module_dict().items()
+        if (module.startswith("experiments.") or module in _lent) and module not in keep
+        for flag in own
     ]
     for _, flag in others:
         delattr(flags.FLAGS, flag.name)
+    before = sys.modules.pop(name, None)  # so that importing it defines its flags
+    _lent.append(name)
     try:
         yield importlib.import_module(name)
     finally:
+        _lent.pop()
         for flag in list(flags.FLAGS.flags_by_module_dict().get(name, [])):
             delattr(flags.FLAGS, flag.name)
-        sys.modules.pop(name, None)  # so that a later import defines its flags anew
+        sys.modules.pop(name, None)
+        if before is not None:
+            sys.modules[name] = before
         for module, flag in others:
             flags.FLAGS[flag.name] = flag
             flags.FLAGS.register_flag_by_module(module, flag)

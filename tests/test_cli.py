@@ -1,6 +1,5 @@
 """Flags made from dataclasses, the networks and data that they name, and workdirs that belong to one run."""
 
-import flax.linen as nn
 import numpy as np
 import pytest
 from absl import flags
@@ -12,7 +11,8 @@ EXPERIMENT = """
 import dataclasses
 from absl import flags
 from experiments import cli
-from kdjax.recipe import Machine, Recipe, option
+from kdjax.options import option
+from kdjax.recipe import Machine, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ class TestData:
     def test_asks_for_what_the_fields_say(self, monkeypatch):
         asked = {}
         monkeypatch.setattr(data, "load", lambda name, **options: asked.update(options, name=name))
-        monkeypatch.setattr(data, "split", lambda loaded, **options: asked.update(options), raising=False)
+        monkeypatch.setattr(data, "split", lambda loaded, **options: asked.update(options))
         own = cli.Data(dataset="mnist", image_size=(8, 9), num_train=100, split_by="example")
         own.load()
         assert asked == {
@@ -171,13 +171,13 @@ class TestData:
             "image_size": (8, 9),
             "skip_broken": False,
             "num_train": 100,
-            "num_validation": None,
+            "num_validation": 0,
             "by_group": False,
             "label_noise": 0.0,
             "clip": False,
         }
         own.load(num_train=0, num_validation=5)
-        assert (asked["num_train"], asked["num_validation"]) == (None, 5)
+        assert (asked["num_train"], asked["num_validation"]) == (0, 5)
         for given, at_most, expected in ((0, 64, 64), (32, 64, 32), (100, 64, 64)):
             own.load(at_most=at_most, num_train=given)
             assert (asked["num_train"], asked["clip"]) == (expected, True)
@@ -192,6 +192,8 @@ NETWORKS = """
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
+from kdjax import models
 from kdjax.types import Outputs
 
 
@@ -206,6 +208,21 @@ class Net(nn.Module):
 
 def build(num_classes):
     return Net(num_classes)
+
+
+def linear(num_classes):
+    import equinox as eqx
+
+    class Linear(eqx.Module):
+        layer: eqx.nn.Linear
+
+        def __init__(self, key):
+            self.layer = eqx.nn.Linear(64, num_classes, key=key)
+
+        def __call__(self, x):
+            return self.layer(x.ravel())
+
+    return models.from_equinox(Linear, (8, 8, 1))
 
 
 def number(num_classes):
@@ -231,18 +248,22 @@ class TestNetwork:
 
     def test_of_kdjax_by_name(self, dataset):
         found = cli.network("digits_student", dataset, width=5)
-        assert models.describe(found)["width"] == 5
+        assert isinstance(found, models.Network)
+        assert found.description["width"] == 5
         with pytest.raises(ValueError, match=r"digits_studnet.*did you mean 'digits_student'"):
             cli.network("digits_studnet", dataset)
 
     @pytest.mark.parametrize("where", ["mine.py", "{mine}/mine.py", "mine"])
     def test_of_ones_own_by_file_or_module(self, dataset, mine, where):
         found = cli.network(f"{where.format(mine=mine)}:build", dataset)
-        assert isinstance(found, nn.Module)
-        assert found.num_classes == 3
-        params, state = models.init(found, (8, 8, 1), seed=0)
-        outputs, _ = models.apply_fn(found)(params, state, np.zeros((2, 8, 8, 1), np.float32), train=False)
-        assert outputs.logits.shape == (2, 3)
+        assert found.image_shape == (8, 8, 1)
+        images = np.zeros((2, 8, 8, 1), np.float32)
+        assert found.apply(*found.init(0), images, train=False)[0].logits.shape == (2, 3)
+
+    def test_of_another_framework(self, dataset, mine):
+        assert cli.network("mine.py:linear", dataset).output_shapes.logits.shape == (2, 3)
+        with pytest.raises(ValueError, match=r"is for images of shape \(8, 8, 1\); tiny has \(4, 4, 1\)"):
+            cli.network("mine.py:linear", dataset._replace(images=dataset.images[:, :4, :4]))
 
     @pytest.mark.parametrize(
         ("spec", "said"),

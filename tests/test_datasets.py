@@ -748,10 +748,10 @@ def test_a_flipped_byte_in_the_cache_is_refused_every_time(cached):
     files = sorted(folder.iterdir())
     assert [file.name for file in files] == [
         "images.npy",
-        "keys.npy",
+        "example_ids.npy",
         "labels.npy",
         "manifest.json",
-        "official.npy",
+        "official_split.npy",
     ]
     rng, refused = random.Random(0), 0
     for trial in range(100):

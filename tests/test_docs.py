@@ -1,9 +1,13 @@
-"""What the documents say is run: Python blocks, docstring examples, commands and their flags, links."""
+"""What the documents say is run: Python blocks, docstring examples, commands and their flags, links, tables."""
 
 import ast
 import doctest
+import functools
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,25 +15,18 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from kdjax import losses, report, train
+from kdjax import losses, report, results, train
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
-    *(path for name in ("README.md", "BUILD_NOTES.md") if (path := ROOT / name).exists()),
-    *sorted((ROOT / "docs" / "results").glob("*.md")),
+    *(path for name in ("README.md", "BUILD_NOTES.md", "CHANGELOG.md") if (path := ROOT / name).exists()),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
+RESULTS = ROOT / "experiments" / "results"
 
-# Flags that absl adds to every program.
-ABSL_FLAGS = {
-    "help",
-    "helpfull",
-    "helpshort",
-    "flagfile",
-    "undefok",
-    "verbosity",
-    "logtostderr",
-    "alsologtostderr",
-}
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
 def blocks(path: Path, language: str) -> list[tuple[str, int, str]]:
@@ -37,28 +34,29 @@ def blocks(path: Path, language: str) -> list[tuple[str, int, str]]:
     text = path.read_text(encoding="utf-8")
     found = re.finditer(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
-    return [(f"{path.name}:{line}", line, code) for line, code in lines]
-
-
-PYTHON_BLOCKS = [block for path in DOCUMENTS for block in blocks(path, "python")]
+    return [(f"{name_of(path)}:{line}", line, code) for line, code in lines]
 
 
 # Haiku and Equinox may warn of what they like; our own warnings are errors in the tests of the modules.
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(("name", "line", "code"), PYTHON_BLOCKS, ids=[name for name, _, _ in PYTHON_BLOCKS])
-def test_python_block_runs(name, line, code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks(path, "python")], ids=name_of)
+def test_python_blocks_run(path, tmp_path, monkeypatch):
+    """The blocks of a page run in order and share their names, as the cells of a notebook do."""
     monkeypatch.chdir(tmp_path)
-    program = compile("\n" * (line - 1) + code, name, "exec")
     scope: dict = {"__name__": "example"}
-    try:
-        exec(program, scope)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package in {"", "kdjax", "experiments"}:
-            raise
-        pytest.skip(f"needs {package}, which is not installed")
-    if {"apply_fn", "params", "model_state"} <= scope.keys():
-        learns(scope["apply_fn"], scope["params"], scope["model_state"])
+    for name, line, code in blocks(path, "python"):
+        program = compile("\n" * (line - 1) + code, name, "exec")
+        for made_before in ("apply_fn", "params", "model_state"):
+            scope.pop(made_before, None)
+        try:
+            exec(program, scope)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").split(".")[0]
+            if package in {"", "kdjax", "experiments"}:
+                raise
+            pytest.skip(f"{name} needs {package}, which is not installed")
+        if {"apply_fn", "params", "model_state"} <= scope.keys():
+            learns(scope["apply_fn"], scope["params"], scope["model_state"])
 
 
 def learns(apply_fn, params, model_state):
@@ -109,52 +107,76 @@ def test_docstring_example_runs(module, name, text, line, tmp_path, monkeypatch)
     assert runner.summarize(verbose=False).failed == 0, "".join(report)
 
 
-def commands(path: Path) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Every ``python -m experiments.…`` of a document, over continued lines, what it sweeps, and its flags' names."""
-    text = re.sub(r"\\\n\s*", " ", path.read_text(encoding="utf-8"))
-    found = re.findall(r"python3? -m (experiments(?:\.\w+)+)([^\n`|]*)", text)
+GENERATED = re.compile(r"<!-- (?:results|summary): .*?<!-- end -->", re.DOTALL)
+
+
+def commands(path: Path) -> list[tuple[str, str, set[str]]]:
+    """Every ``python -m experiments.…`` of a document, over continued lines: module, what it sweeps, names of flags.
+
+    Tables are left out: they show the command of the commit that they were measured at.
+    """
+    text = GENERATED.sub("", path.read_text(encoding="utf-8"))
+    found = re.findall(r"python3? -m (experiments(?:\.\w+)+)([^\n`|]*)", re.sub(r"\\\n\s*", " ", text))
     return [
         (
             module,
-            "".join(re.findall(r"--experiment=(\w+)", arguments)) or "distill",
-            tuple(re.findall(r"(?<!\S)--?([a-z]\w*)", arguments)),
+            "".join(re.findall(r"--experiment=(\w+)", arguments)),
+            set(re.findall(r"(?<!\S)--?([a-z]\w*)", arguments)),
         )
         for module, arguments in found
     ]
 
 
-def source_of(module: str) -> Path:
-    path = ROOT.joinpath(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+COMMANDS: dict[tuple[str, str], dict[str, set[str]]] = {}
+for document in DOCUMENTS:
+    for module, swept, flags in commands(document):
+        COMMANDS.setdefault((module, swept), {}).setdefault(name_of(document), set()).update(flags)
 
 
-def defined_flags(module: str, seen: set[str] | None = None) -> set[str]:
-    """Names of the absl flags of an experiment and of what it imports from ``experiments``, without running it."""
-    seen = set() if seen is None else seen
-    if module in seen or not source_of(module).exists():
-        return set()
-    seen.add(module)
-    names = set()
-    for node in ast.walk(ast.parse(source_of(module).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1].startswith("DEFINE_"):
-            names |= {str(a.value) for a in node.args[:1] if isinstance(a, ast.Constant)}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("experiments"):
-            for name in [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]:
-                names |= defined_flags(str(name), seen)
-    return names
+@functools.cache
+def flags_of(module: str, swept: str) -> set[str]:
+    """Names of the flags that a program explains with ``--helpfull``."""
+    arguments = [f"--experiment={swept}"] if swept else []
+    explained = subprocess.run(
+        [sys.executable, "-m", module, *arguments, "--helpfull"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert explained.returncode == 0, explained.stderr
+    named = re.findall(r"^ +(?:-\w,)?--(\[no\])?([a-z]\w*):", explained.stdout, flags=re.MULTILINE)
+    return {name for _, name in named} | {f"no{name}" for no, name in named if no} | {"help", "helpfull"}
 
 
-COMMANDS = sorted({(path.name, *command) for path in DOCUMENTS for command in commands(path)})
+@pytest.mark.parametrize(("module", "swept"), sorted(COMMANDS))
+def test_commands_have_the_flags_that_documents_give(module, swept):
+    known = flags_of(module, swept)
+    unknown = {name: given - known for name, given in COMMANDS[module, swept].items() if given - known}
+    assert unknown == {}
 
 
-@pytest.mark.parametrize(("document", "module", "swept", "flags"), COMMANDS)
-def test_command_exists(document, module, swept, flags):
-    assert source_of(module).exists(), f"{document} runs {module}, which is not there"
-    defined = defined_flags(module) | ABSL_FLAGS
-    if module == "experiments.sweep":  # its command line holds that of the experiment
-        defined |= defined_flags(f"experiments.{swept}")
-    unknown = {flag for flag in flags if flag not in defined and flag.removeprefix("no") not in defined}
-    assert unknown == set(), f"{document} gives {module} flags that it does not define"
+def anchors(path: Path) -> set[str]:
+    """Anchors that GitHub gives the headings of a Markdown file."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = [
+        re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line) for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    ]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^()\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    broken = []
+    for target in [target for target in targets if not re.match(r"[a-z]+:", target)]:
+        name, _, anchor = target.partition("#")
+        to = path.parent / name if name else path
+        if not to.exists() or (anchor and to.suffix == ".md" and anchor not in anchors(to)):
+            broken.append(target)
+    assert broken == []
 
 
 def test_the_guide_links_every_public_loss_to_its_module():
@@ -165,17 +187,34 @@ def test_the_guide_links_every_public_loss_to_its_module():
     assert sorted(listed) == sorted(wanted)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(path):
-    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    targets = re.findall(r"\]\(([^()\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
-    local = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:", target)]
-    assert [target for target in local if target and not (path.parent / target).exists()] == []
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_tables_are_those_of_the_result_files(path):
-    filled = report.fill_tables(path, ROOT / "experiments" / "results")
-    assert path.read_text(encoding="utf-8") == filled, (
-        "run python -m experiments.report --documents=docs/results,README.md,BUILD_NOTES.md"
+    assert path.read_text(encoding="utf-8") == report.fill_tables(path, RESULTS), (
+        "run python -m experiments.report --documents=README.md,docs"
     )
+
+
+def test_every_result_has_a_table():
+    """A measured result that no page shows could be hidden."""
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    names = {path.relative_to(RESULTS).with_suffix("").as_posix() for path in RESULTS.rglob("*.json")}
+    assert names <= set(re.findall(r"<!-- results: (\S+)", text))
+
+
+def test_every_page_is_on_the_map():
+    """Each page of docs/ is linked from the map of its folder."""
+    for index in (ROOT / "docs").rglob("index.md"):
+        linked = set(re.findall(r"\]\(([^()#\s]+)", index.read_text(encoding="utf-8")))
+        assert {page.name for page in index.parent.glob("*.md") if page != index} <= linked
+
+
+def test_a_summary_shows_the_arm_its_baseline_and_the_corrected_p(tmp_path):
+    """One row per study, with the numbers of that study's own table."""
+    (tmp_path / "page.md").write_text("<!-- summary: accuracy\nDigits: quickstart/kd\n-->\n<!-- end -->")
+    row = report.fill_tables(tmp_path / "page.md", RESULTS).splitlines()[-3]
+    table = report.markdown_table(results.read(RESULTS / "quickstart.json"), metrics=["accuracy"])
+    arms = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[2].rstrip("| ") for line in table.splitlines()
+    }
+    value, _, p = arms["kd"].removesuffix(")").partition(" (")
+    assert re.sub(r"\(.*?\)", "", row) == f"| [Digits] | kd | 5 | {arms['scratch']} | {value} | {p} |"

@@ -11,8 +11,7 @@ import pytest
 
 from experiments import cli
 from experiments.cli import compilation_cache, launching
-from experiments.common import reporting
-from kdjax import results
+from kdjax import results, run, study
 from kdjax.interrupts import Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +102,9 @@ def test_so_it_is_in_other_cases(program, alone, monkeypatch, capfd, tmp_path):
             act(*arguments)
         return ended.value.code, capfd.readouterr().err
 
+    def refuse(sentence):
+        raise ValueError(sentence)
+
     def parsed(*arguments):
         return said(launching._parsed, ["program", *arguments])
 
@@ -116,6 +118,8 @@ def test_so_it_is_in_other_cases(program, alone, monkeypatch, capfd, tmp_path):
             code, line = parsed(*arguments)
             assert (code, line[:7], line.count("\n")) == (2, "error: ", 1)
             assert sentence in line
+        code, line = said(refuse, "temperature=0.0 must be above 0.")  # by the library, which knows no flags
+        assert (code, line) == (2, "error: --temperature=0.0 must be above 0.\n")
     code, line = said(cli.claim_workdir, tmp_path / "file" / "run", {})
     assert code == 2
     assert "would have to be a directory" in line
@@ -148,7 +152,7 @@ def test_a_signal_ends_it_at_once_with_one_line(start, tmp_path, number, do, sai
 
 @pytest.mark.once
 def test_while_it_still_imports_too(tmp_path):
-    command = [sys.executable, "-m", "experiments.distill", f"--workdir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "experiments.quickstart", f"--workdir={tmp_path / 'run'}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONVERBOSE": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert any("import 'numpy'" in line for line in process.stderr)
@@ -201,20 +205,20 @@ def test_a_damaged_compiled_program_is_replaced(start, tmp_path):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
-    def run():
+    def started():
         return outcome(start(f"--workdir={tmp_path / 'run'}", **cache))
 
-    whole = run()
+    whole = started()
     entries = sorted((tmp_path / "cache").glob("*-cache"))
     assert len(entries) > 1
     for number, path in enumerate(entries):  # cut short, or one bit flipped
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data if number % 2 else data[: len(data) // 2])
-    again = run()
+    again = started()
     assert again[:2] == whole[:2]
     assert again[2].count("note: a damaged program") == len(entries)
-    assert run() == (*whole[:2], "")
+    assert started() == (*whole[:2], "")
 
 
 WORKER = """
@@ -256,15 +260,14 @@ def test_a_process_that_is_no_worker_has_no_task(monkeypatch):
     assert cli.my_task("experiments.distill") is None  # which a worker of a sweep runs
 
 
-class Run:
-    def __init__(self, accuracy):
-        self.metrics = {"accuracy": accuracy}
-
-
 @pytest.mark.parametrize(
     ("accuracy", "said"), [(0.8, ["The arm teacher is less accurate than scratch: 80.00%"]), (0.9, [])]
 )
 def test_a_teacher_worse_than_the_labels_alone_is_noted(accuracy, said):
-    notes = reporting.weak_teachers({"teacher": [Run(accuracy)], "scratch": [Run(0.8), Run(0.9)]}, "scratch")
+    def trained(accuracy):
+        return run.Trained("", 0, None, None, None, {"accuracy": accuracy}, {})
+
+    arms = {"teacher": [trained(accuracy)], "scratch": [trained(0.8), trained(0.9)]}
+    notes = study.weak_teachers(arms, "scratch")
     assert [note[: len(start)] for note, start in zip(notes, said, strict=True)] == said
     assert all("(n = 1) against 85.00% (n = 2)" in note for note in notes)

@@ -13,7 +13,7 @@ LIBRARY = ROOT / "kdjax"
 EXPERIMENTS = ROOT / "experiments"
 
 LAYERS = [
-    {"types", "files", "extras", "interrupts"},
+    {"types", "files", "extras", "interrupts", "options"},
     {"parallel", "significance", "data"},
     {"losses", "models", "curvature", "landscape", "attributions", "checkpoints", "results"},
     {"teacher", "saddles", "train", "evaluate", "report"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"recipe", "methods"},
     {"pipeline", "flatness"},
     {"run"},
-    {"study"},
+    {"study", "recruit"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer} | {"__init__": len(LAYERS)}
 

@@ -3,12 +3,10 @@
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import hypothesis
 import numpy as np
@@ -18,38 +16,99 @@ from hypothesis import strategies as st
 
 optuna = pytest.importorskip("optuna", reason="needs the extra [experiments]")
 
-from experiments import common, distill, sweep  # noqa: E402
-from experiments.common import launching, spaces, teachers, training  # noqa: E402
+from experiments import cli  # noqa: E402
+from experiments.sweep import __main__ as sweep  # noqa: E402
+from experiments.sweep import spaces, trials  # noqa: E402
 from kdjax import files, report, results, train  # noqa: E402
+from kdjax.callbacks import RunId  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+SWEEP = "experiments.sweep.__main__"
+
+TUNED = """
+import dataclasses, pathlib, types
+from absl import flags
+from experiments import cli
+from kdjax.recipe import Machine, Recipe
 
 
-def flags_set(*arguments):
+@dataclasses.dataclass(frozen=True)
+class Data(cli.Data):
+    def load(self, **changes):
+        content = "" if self.dataset == "digits" else pathlib.Path(self.dataset).read_text()
+        return types.SimpleNamespace(fingerprint={"content": content})
+
+
+DATA = cli.define(Data(), only=("dataset",))
+RECIPE = cli.define(Recipe())
+MACHINE = cli.define(Machine())
+LAUNCH = cli.define(cli.Launch())
+SEEDS = cli.define_seeds()
+ARMS = cli.define_arms(default=("scratch", "kd"))
+STUDENT = flags.DEFINE_string("student", "digits_student", "")
+TEMPERATURE = flags.DEFINE_float("temperature", 3.0, "")
+HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "", lower_bound=0.0)
+WEIGHTS = flags.DEFINE_list("weights", [], "")
+
+
+def checked_flags():
+    cli.check_arms(ARMS.value, ("scratch", "kd", "hint"))
+    if TEMPERATURE.value <= 0:
+        raise ValueError(f"--temperature={TEMPERATURE.value} must be above 0.")
+    if WEIGHTS.value and "hint" not in ARMS.value:
+        raise ValueError(f"no arm of --arms={','.join(ARMS.value)} has hint.")
+
+
+def main(callbacks=()):
+    raise NotImplementedError
+"""
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, alone):
+    """An experiment that can be swept, with no other experiment's flags in the process."""
+    directory = tmp_path_factory.mktemp("tuned")
+    (directory / "studies").mkdir()
+    (directory / "studies" / "__init__.py").touch()
+    (directory / "studies" / "tuned.py").write_text(TUNED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(directory)
+        with alone("studies.tuned", keep=(SWEEP,)) as module:
+            yield module
+
+
+def flags_set(experiment, *arguments):
     flags.FLAGS.unparse_flags()
-    for module in ("experiments.distill", "experiments.sweep"):
-        for flag in flags.FLAGS.flags_by_module_dict()[module]:
+    for module in (experiment, SWEEP):
+        for flag in cli.flags_of(module).values():
             flag.unparse()
-    flags.FLAGS(["sweep", *map(str, arguments)])
+    flags.FLAGS(["sweep", f"--experiment={experiment}", *map(str, arguments)])
 
 
 @pytest.fixture
-def swept(tmp_path):
+def swept(tuned, tmp_path):
     """Runs a sweep in this process, as ``main`` would be run in a fresh one."""
 
     def run(*arguments):
-        flags_set(f"--workdir={tmp_path / 'sweep'}", *arguments)
-        with common.released():
+        flags_set("studies.tuned", f"--workdir={tmp_path / 'sweep'}", *arguments)
+        with cli.released():
             return sweep.main()
 
-    flags_set(f"--workdir={tmp_path}")
+    flags_set("studies.tuned", f"--workdir={tmp_path}")
     return run
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without figure and page, which are slow, and of other tests."""
+    for name in ("save_figure", "page"):
+        monkeypatch.setattr(report, name, lambda *_, **__: None)
 
 
 class TestSpace:
     @pytest.fixture(autouse=True)
-    def _parsed(self, tmp_path):
-        flags_set(f"--workdir={tmp_path}")
+    def _parsed(self, swept):
+        pass
 
     @pytest.mark.parametrize(
         ("part", "expected"),
@@ -68,7 +127,7 @@ class TestSpace:
         ],
     )
     def test_is_read(self, part, expected):
-        assert spaces.read([part], sweep.flags_of(distill)) == {part.split("=")[0]: expected}
+        assert spaces.read([part], cli.flags_of("studies.tuned")) == {part.split("=")[0]: expected}
 
     @hypothesis.given(st.floats(1e-9, 1e9), st.floats(1e-9, 1e9), st.booleans())
     def test_any_two_numbers_in_order_are_a_range(self, low, high, log):
@@ -80,11 +139,11 @@ class TestSpace:
             with pytest.raises(ValueError, match="the lower one first"):
                 spaces.read([part], ["temperature"])
 
-    def test_drawn_values_reach_the_flags_exactly(self):
+    def test_drawn_values_reach_the_flags_exactly(self, tuned):
         with spaces.flags_set({"temperature": 0.1 + 0.2, "epochs": 7, "flip": "true", "weights": "hint=50"}):
-            assert (distill.TEMPERATURE.value, distill.EPOCHS.value) == (0.1 + 0.2, 7)
-            assert (distill.FLIP.value, distill.WEIGHTS.value) == (True, ["hint=50"])
-        assert distill.TEMPERATURE.value == 3.0
+            assert (tuned.TEMPERATURE.value, tuned.RECIPE.value.epochs) == (0.1 + 0.2, 7)
+            assert (tuned.RECIPE.value.flip, tuned.WEIGHTS.value) == (True, ["hint=50"])
+        assert tuned.TEMPERATURE.value == 3.0
         assert spaces.as_setting("batch_size", "16") == 16
 
 
@@ -95,6 +154,7 @@ class TestSpace:
         (["--space=temperature"], "must be NAME=LOW:HIGH"),
         (["--space=tempreture=1:20"], "no flag --tempreture to vary. Did you mean 'temperature'"),
         (["--space=seeds=1|2"], "no flag --seeds to vary"),
+        (["--space=save_every_s=1:2"], "no flag --save_every_s to vary"),
         (["--space=temperature=20:1"], "the lower one first"),
         (["--space=temperature=1:inf"], "needs two numbers"),
         (["--space=temperature=1:2:lgo"], "must be temperature=LOW:HIGH"),
@@ -107,47 +167,50 @@ class TestSpace:
         (["--space=optimizer=adam|adam"], "must name different values"),
         (["--space=optimizer=adam|sdg"], "reaches optimizer=sdg.*should be one of"),
         (["--space=temperature=0:3"], "reaches temperature=0.0: --temperature=0.0 must be above 0"),
-        (["--space=mixup=0:1"], "reaches mixup=1.0.*--teacher_mode=online"),
+        (["--space=ema=0.5:1"], "reaches ema=1.0: --ema=1 would keep the first weights"),
         (["--space=epochs=1:3", "--arm=hint"], "--arm=hint must be one of scratch, kd"),
-        (["--space=epochs=1:3", "--method=kdd"], "there is no arm kdd"),
+        (["--space=epochs=1:3", "--arms=kdd"], "there is no arm 'kdd'"),
         (["--space=epochs=1:3", "--split=validation"], "--split is not for a sweep"),
         (["--space=epochs=1:3", "--pod"], "--pod is not for a sweep: use --workers"),
         (["--space=epochs=1:3", "--final_seeds=4,5"], "have some in common"),
-        (["--space=epochs=1:3", "--final_seeds=one"], "must be whole numbers"),
+        (["--space=epochs=1:3", "--final_seeds=one"], "--final_seeds=one must be whole numbers"),
         (["--space=epochs=1:3", "--gpus=0,1"], "one for each of --workers=1"),
-        (["--space=epochs=1:3", "--method=hint,kd", "--weights=hint=2"], "no arm of --method=kd has hint"),
+        (["--space=epochs=1:3", "--arms=hint,kd", "--weights=hint=2"], "no arm of --arms=kd has hint"),
         (["--space=epochs=1:3", "--final_seeds=4294967296"], "from 0 to 4294967295"),
         (
             ["--space=epochs=1:3", "--experiment=distil"],
             "no module experiments.distil. Did you mean 'distill'",
         ),
-        (["--space=epochs=1:3", "--experiment=prepare_data"], "has no --workdir and no --seeds"),
+        (["--space=epochs=1:3", "--experiment=experiments.cli"], "has no --workdir and no --seeds"),
     ],
 )
-def test_bad_input_is_refused_before_any_work(swept, tmp_path, monkeypatch, arguments, said):
-    monkeypatch.setattr(distill, "main", lambda: pytest.fail("a trial began"))
-    if "prepare_data" in str(arguments):  # its flags and those of distill are not for one process
-        monkeypatch.setattr(sweep, "load", lambda name: common)
+def test_bad_input_is_refused_before_any_work(swept, tuned, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.setattr(tuned, "main", lambda callbacks: pytest.fail("a trial began"))
     with pytest.raises(ValueError, match=said):
         swept(*arguments)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_misspelt_experiment_is_noticed_before_the_flags_are_parsed():
+    with pytest.raises(ValueError, match="--experiment=distil: there is no module"):
+        sweep.import_experiment(["sweep", "--epochs=3", "--experiment=distil"])
 
 
 def fake_main(curve, *, epochs=6):
     """An experiment that learns nothing: ``curve(temperature, seed, epoch, split)`` is its accuracy."""
     FLAGS = flags.FLAGS
 
-    def main():
+    def main(callbacks=()):
         seeds = [int(seed) for seed in FLAGS.seeds]
         arms = {}
-        for arm in FLAGS.method:
+        for arm in FLAGS.arms:
             finals = []
             for seed in seeds:
                 for epoch in range(1, epochs + 1):
                     record = {"epoch": float(epoch)}
                     record["validation_accuracy"] = curve(FLAGS.temperature, seed, epoch, "validation")
-                    for watcher in list(training._watchers):
-                        watcher(f"{arm}, seed {seed}", record)
+                    for callback in callbacks:
+                        callback.on_epoch(RunId(arm, seed), record)
                 finals.append(curve(FLAGS.temperature, seed, epochs, FLAGS.split))
             arms[arm] = {"accuracy": finals}
         return {"arms": arms, "seeds": seeds, "scaled_down": ""}
@@ -161,19 +224,20 @@ def rising(temperature, seed, epoch, split):
     return 0.9 - 0.1 * abs(np.log2(temperature / at)) - 0.3 / epoch + 1e-4 * (seed % 7)
 
 
-FAKE = ("--space=temperature=1:20:log", "--seeds=0,1,2", "--random_trials=3", "--spared_epochs=2")
+FAKE = ("--space=temperature=1:20:log", "--seeds=0,1,2", "--random_trials=3", "--pruner_warmup=2")
 
 
+@pytest.mark.usefixtures("undrawn")
 class TestSearch:
     def test_prunes_and_chooses_by_validation_even_if_the_test_split_disagrees(
-        self, swept, tmp_path, monkeypatch
+        self, swept, tuned, tmp_path, monkeypatch
     ):
-        monkeypatch.setattr(distill, "main", fake_main(rising))
+        monkeypatch.setattr(tuned, "main", fake_main(rising))
         result = swept(*FAKE, "--num_trials=14")
-        trials = result["trials"]
-        finished = [t for t in trials if t["outcome"] == "finished"]
-        pruned = [t for t in trials if t["outcome"] == "pruned"]
-        assert [t["number"] for t in trials] == list(range(14))
+        tried = result["trials"]
+        finished = [t for t in tried if t["outcome"] == "finished"]
+        pruned = [t for t in tried if t["outcome"] == "pruned"]
+        assert [t["number"] for t in tried] == list(range(14))
         assert len(finished) >= 3
         assert pruned
         best = max(finished, key=lambda t: t["value"])
@@ -185,7 +249,7 @@ class TestSearch:
         assert all(
             abs(np.log2(t["settings"]["temperature"] / 4)) > abs(np.log2(settings / 4)) for t in pruned
         )
-        by_test = max(trials, key=lambda t: rising(t["settings"]["temperature"], 0, 6, "test"))
+        by_test = max(tried, key=lambda t: rising(t["settings"]["temperature"], 0, 6, "test"))
         assert by_test["number"] != best["number"]
         assert result["arms"]["chosen"]["accuracy"] == [
             rising(settings, s, 6, "test") for s in (100, 101, 102)
@@ -195,30 +259,32 @@ class TestSearch:
         assert result["comparisons"][0]["a"] == "chosen"
         assert f"trial {best['number']} (temperature" in result["notes"][0]
         assert f"14 trials: {len(finished)} finished, {len(pruned)} pruned, 0 failed" in result["notes"][1]
-        assert results.read(tmp_path / "sweep" / "results.json")["trials"] == trials
-        assert (tmp_path / "sweep" / "report.html").stat().st_size > 0
+        assert results.read(tmp_path / "sweep" / "results.json")["trials"] == tried
 
     def test_a_trial_is_the_mean_over_seeds_of_the_newest(self):
         study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
         trial = study.ask()
-        watch = sweep.trials.reporter(trial, "kd", "validation_accuracy", {1: 0.5})
-        watch("scratch, seed 0", {"epoch": 1.0, "validation_accuracy": 0.9})
-        watch("kd, seed 0", {"epoch": 1.0, "validation_accuracy": 0.5})  # known already
-        watch("kd, seed 0", {"epoch": 2.0, "loss": 1.0})
-        watch("kd, seed 0", {"epoch": 3.0, "validation_accuracy": 0.7})
-        watch("kd, seed 5", {"epoch": 1.0, "validation_accuracy": 0.3})
-        step = sweep.trials.SEED_STEPS
-        assert study.trials[0].intermediate_values == pytest.approx({3: 0.7, step + 1: 0.5})
+        reporter = trials.Reporter(trial, "kd", "validation_accuracy", {1: 0.5})
+        for arm, seed, record in (
+            ("scratch", 0, {"epoch": 1.0, "validation_accuracy": 0.9}),
+            ("kd", 0, {"epoch": 1.0, "validation_accuracy": 0.5}),  # known already
+            ("kd", 0, {"epoch": 2.0, "loss": 1.0}),
+            ("kd", 0, {"epoch": 3.0, "validation_accuracy": 0.7}),
+            ("kd", 5, {"epoch": 1.0, "validation_accuracy": 0.3}),
+        ):
+            reporter.on_epoch(RunId(arm, seed), record)
+        found = study.trials[0].intermediate_values
+        assert found == pytest.approx({3: 0.7, trials.SEED_STEPS + 1: 0.5})
 
-    def test_a_loss_that_is_not_finite_ends_its_trial_alone(self, swept, monkeypatch, capsys):
+    def test_a_loss_that_is_not_finite_ends_its_trial_alone(self, swept, tuned, monkeypatch, capsys):
         curve, default_fails = fake_main(rising), 0
 
-        def main():
+        def main(callbacks=()):
             if flags.FLAGS.temperature < (2.5 if flags.FLAGS.split == "validation" else default_fails):
                 raise train.NonFiniteLoss("the loss is not finite at step 3.")
-            return curve()
+            return curve(callbacks)
 
-        monkeypatch.setattr(distill, "main", main)
+        monkeypatch.setattr(tuned, "main", main)
         result = swept(*FAKE, "--num_trials=8")
         failed = [t for t in result["trials"] if t["outcome"] == "failed"]
         assert {t["number"] for t in failed} == {
@@ -232,24 +298,24 @@ class TestSearch:
         with pytest.raises(train.NonFiniteLoss, match="final/default: the loss is not finite"):
             swept(*FAKE, "--num_trials=8")
 
-    def test_none_finished_is_a_sentence(self, swept, monkeypatch):
-        def main():
+    def test_none_finished_is_a_sentence(self, swept, tuned, monkeypatch):
+        def main(callbacks=()):
             raise train.NonFiniteLoss("the loss is not finite at step 3.")
 
-        monkeypatch.setattr(distill, "main", main)
+        monkeypatch.setattr(tuned, "main", main)
         with pytest.raises(ValueError, match=r"no trial finished.*not finite at step 3"):
             swept(*FAKE, "--num_trials=2")
 
-    def test_refused_settings_end_the_sweep_with_the_trial_named(self, swept, monkeypatch):
-        def main():
+    def test_refused_settings_end_the_sweep_with_the_trial_named(self, swept, tuned, monkeypatch):
+        def main(callbacks=()):
             raise ValueError("--student=mlp has no stages.")
 
-        monkeypatch.setattr(distill, "main", main)
+        monkeypatch.setattr(tuned, "main", main)
         with pytest.raises(ValueError, match=r"trial 0 \(temperature .*\): --student=mlp has no stages"):
             swept(*FAKE, "--num_trials=2")
 
-    def test_interrupted_anywhere_it_ends_as_if_it_had_not_been(self, swept, tmp_path, monkeypatch):
-        monkeypatch.setattr(distill, "main", fake_main(rising))
+    def test_interrupted_anywhere_it_ends_as_if_it_had_not_been(self, swept, tuned, tmp_path, monkeypatch):
+        monkeypatch.setattr(tuned, "main", fake_main(rising))
         whole = swept(*FAKE, "--num_trials=9")
         (tmp_path / "sweep").rename(tmp_path / "whole")
         calls = {"count": 0, "directories": []}
@@ -262,7 +328,7 @@ class TestSearch:
                 raise KeyboardInterrupt
             return rising(temperature, seed, epoch, split)
 
-        monkeypatch.setattr(distill, "main", fake_main(interrupted))
+        monkeypatch.setattr(tuned, "main", fake_main(interrupted))
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 swept(*FAKE, "--num_trials=9")
@@ -278,9 +344,9 @@ class TestSearch:
 
     @pytest.mark.parametrize("damage", ["digit", "digest", "moved", "left out", "another sweep's"])
     def test_a_journal_that_was_changed_is_refused_and_its_advice_helps(
-        self, swept, tmp_path, monkeypatch, damage
+        self, swept, tuned, tmp_path, monkeypatch, damage
     ):
-        monkeypatch.setattr(distill, "main", fake_main(rising))
+        monkeypatch.setattr(tuned, "main", fake_main(rising))
         whole = swept(*FAKE, "--num_trials=4")
         journal = tmp_path / "sweep" / "journal.log"
         lines = journal.read_bytes().splitlines(keepends=True)
@@ -307,18 +373,16 @@ class TestSearch:
         found = swept(*FAKE, "--num_trials=4", *again)
         assert again or found["arms"] == whole["arms"]
 
-    def test_data_that_changed_need_another_workdir(self, swept, tmp_path, monkeypatch):
-        monkeypatch.setattr(distill, "main", fake_main(rising))
-        images, labels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8), np.arange(60) % 3
-        data = tmp_path / "data.npz"
-        np.savez(data, images=images, labels=labels)
-        swept(*FAKE, f"--dataset={data}", "--num_trials=2")
-        np.savez(data, images=255 - images, labels=labels)
+    def test_data_that_changed_need_another_workdir(self, swept, tuned, tmp_path, monkeypatch):
+        monkeypatch.setattr(tuned, "main", fake_main(rising))
+        (tmp_path / "data").write_text("some")
+        swept(*FAKE, f"--dataset={tmp_path / 'data'}", "--num_trials=2")
+        (tmp_path / "data").write_text("others")
         with pytest.raises(ValueError, match=r"holds another run \(data"):
-            swept(*FAKE, f"--dataset={data}", "--num_trials=3")
+            swept(*FAKE, f"--dataset={tmp_path / 'data'}", "--num_trials=3")
 
-    def test_another_space_needs_another_workdir(self, swept, monkeypatch):
-        monkeypatch.setattr(distill, "main", fake_main(rising))
+    def test_another_space_needs_another_workdir(self, swept, tuned, monkeypatch):
+        monkeypatch.setattr(tuned, "main", fake_main(rising))
         swept(*FAKE, "--num_trials=2")
         with pytest.raises(ValueError, match="holds another run"):
             swept(*FAKE[1:], "--space=temperature=1:10", "--num_trials=2")
@@ -327,35 +391,34 @@ class TestSearch:
 EXPERIMENT = """
 import os, time
 from absl import flags
-from experiments import common
-from experiments.common import training
+from experiments import cli
+from kdjax.callbacks import RunId
 
-WORKDIR = flags.DEFINE_string("workdir", None, "")
-SEEDS = flags.DEFINE_list("seeds", ["0"], "")
-SPLIT = flags.DEFINE_string("split", "test", "")
+LAUNCH = cli.define(cli.Launch(), only=("workdir", "split"))
+SEEDS = cli.define_seeds("0")
 RATE = flags.DEFINE_float("rate", 0.5, "")
 LOG = flags.DEFINE_string("log", None, "")
-PAUSE = flags.DEFINE_float("pause", 0.0, "")
-TOGETHER = flags.DEFINE_integer("together", 1, "")
-BAD = flags.DEFINE_bool("bad", False, "")
-MACHINE = ("workdir", "pause", "together", "bad")
+PAUSE = cli.may_change(flags.DEFINE_float("pause", 0.0, ""))
+TOGETHER = cli.may_change(flags.DEFINE_integer("together", 1, ""))
+BAD = cli.may_change(flags.DEFINE_bool("bad", False, ""))
 
 
-def main():
-    common.claim_workdir(WORKDIR.value, {"rate": RATE.value})
+def main(callbacks=()):
+    launch = LAUNCH.value
+    cli.claim_workdir(launch.workdir, {"rate": RATE.value})
     with open(LOG.value, "a") as log:
-        log.write(f"{WORKDIR.value} {RATE.value!r} {os.getpid()}\\n")
+        log.write(f"{launch.workdir} {RATE.value!r} {os.getpid()}\\n")
     if BAD.value:
         raise ValueError("--bad is set.")
     end = time.monotonic() + 60
-    while SPLIT.value == "validation" and time.monotonic() < end:
+    while launch.split == "validation" and time.monotonic() < end:
         if len({line.split()[2] for line in open(LOG.value)}) >= TOGETHER.value:
             break
         time.sleep(0.05)
     time.sleep(PAUSE.value)
-    for watcher in list(training._watchers):
-        watcher("one, seed 0", {"epoch": 1.0, "validation_accuracy": RATE.value})
-    return {"arms": {"one": {"accuracy": [RATE.value]}}, "seeds": [int(SEEDS.value[0])], "scaled_down": ""}
+    for callback in callbacks:
+        callback.on_epoch(RunId("one", 0), {"epoch": 1.0, "validation_accuracy": RATE.value})
+    return {"arms": {"one": {"accuracy": [RATE.value]}}, "seeds": SEEDS.value, "scaled_down": ""}
 """
 
 
@@ -421,6 +484,7 @@ class TestProcesses:
         assert found["command"].startswith("python -m experiments.sweep --experiment=mine.one")
         assert output.count("finished, validation") == 5
         assert "report.html are in" in output
+        assert (tmp_path / "sweep" / "report.html").stat().st_size > 0
 
     def test_a_worker_that_fails_ends_all_with_its_sentence(self, start, tmp_path):
         process = start("--num_trials=4", "--workers=2", "--bad")
@@ -430,9 +494,7 @@ class TestProcesses:
         assert "(rate 0." in errors
         assert "--bad is set. Its output is in" in errors
 
-    @pytest.mark.parametrize(
-        ("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGTERM, 1)]
-    )
+    @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
     def test_stopped_it_says_so_and_succeeds_no_more(self, start, tmp_path, number, workers):
         process = start("--num_trials=5", f"--workers={workers}", f"--together={workers}", "--pause=600")
         before = self.lines(tmp_path, at_least=workers)
@@ -444,13 +506,6 @@ class TestProcesses:
         assert "Traceback" not in errors
         assert not any(is_alive(pid) for *_, pid in before)
 
-    def test_a_misspelt_experiment_is_one_sentence(self, start):
-        process = start("--experiment=distil")
-        output, errors = process.communicate(timeout=120)
-        assert (process.returncode, output) == (2, "")
-        assert errors.startswith("error: --experiment=distil: there is no module")
-        assert errors.count("\n") == 1
-
 
 def is_alive(pid):
     try:
@@ -460,143 +515,79 @@ def is_alive(pid):
     return state != "Z"
 
 
-DIGITS = ("--smoke", "--batch_size=16", "--num_train=48", "--num_validation=40", "--method=scratch,kd")
+DISTILLATION = """
+from pathlib import Path
+
+from absl import flags
+from experiments import cli
+from kdjax import checkpoints, methods, run, teacher
+from kdjax.recipe import Recipe
+
+LAUNCH = cli.define(cli.Launch(), only=("workdir", "split", "shared_cache"))
+DATA = cli.define(cli.Data(num_train=48, num_validation=40))
+RECIPE = cli.define(Recipe(epochs=2, batch_size=16))
+SEEDS = cli.define_seeds("0")
+ARMS = cli.define_arms(default=("scratch", "kd"))
+TEMPERATURE = flags.DEFINE_float("temperature", 3.0, "")
+TABLE = {"scratch": methods.labels, "kd": lambda: methods.kd(temperature=TEMPERATURE.value)}
 
 
-def test_the_digits_with_one_teacher_and_no_look_at_the_test_split(swept, tmp_path, monkeypatch):
-    splits, fitted, real, fit = [], [], training.make_evaluator, train.fit
-
-    def spy(task, apply_fn, evaluation_batch, resident, split):
-        evaluate = real(task, apply_fn, evaluation_batch, resident, split)
-
-        def spied(*weights):
-            splits.append((Path(flags.FLAGS.workdir).parent.name, split))
-            return evaluate(*weights)
-
-        return spied
-
-    def spied_fit(*arguments, directory, **options):
-        fitted.append(directory.relative_to(tmp_path / "sweep").parts[:-1])
-        return fit(*arguments, directory=directory, **options)
-
-    for module in (training, teachers):
-        monkeypatch.setattr(module, "make_evaluator", spy)
-    for name in ("save_figure", "page"):  # slow, and of other tests
-        monkeypatch.setattr(report, name, lambda *_, **__: None)
-    monkeypatch.setattr(train, "fit", spied_fit)
-    result = swept(*DIGITS, "--space=temperature=1:20:log,soft_weight=0.5|0.9", "--num_trials=2", "--seeds=0")
-    assert {split for where, split in splits if where == "trials"} == {"validation"}
-    assert ("final", "test") in splits
-    first = next(n for n, (_, split) in enumerate(splits) if split == "test")
-    assert {where for where, _ in splits[first:]} == {"final"}
-    # The teacher was trained by the first trial and read back by the others; what is not tuned ran once, at the end.
-    homes = {parts[1] for parts in fitted if parts[0] == "shared"}
-    assert len(homes) == 1
-    assert (
-        len([*(tmp_path / "sweep" / "shared").glob("*/header.json")]) == 1
-    )  # and its columns were filled once
-    trained = [parts for parts in fitted if parts[0] != "shared"]
-    runs = [("trials", "0"), ("trials", "1"), ("final", "default"), ("final", "chosen")]
-    expected = [(*run, "kd", "0") for run in runs[:2]]
-    expected += [(*runs[2], "kd", "100"), (*runs[3], "scratch", "100"), (*runs[3], "kd", "100")]
-    assert trained == expected
-    trial = results.read(tmp_path / "sweep" / "trials" / "0" / "results.json")
-    assert trial["flags"]["split"] == "validation"
-    assert "validation split" in trial["notes"][0]
-    assert result["trials"][0]["value"] == pytest.approx(statistics.fmean(trial["arms"]["kd"]["accuracy"]))
-    histories = trial["curves"]["kd"]["validation_accuracy"]
-    assert trial["arms"]["kd"]["accuracy"] == [history[-1] for history in histories]
-    assert result["trials"][0]["settings"]["soft_weight"] in (0.5, 0.9)
-    final = results.read(tmp_path / "sweep" / "final" / "chosen" / "results.json")
-    assert final["flags"]["split"] == "test"
-    assert final["arms"]["kd"] == result["arms"]["chosen"]
-    assert final["seeds"] == result["seeds"] == [100]
-
-
-def events(directory):
-    """(tag, step) → values in the event files of a run, those left out that a later file voids."""
-    from tensorboardX.proto import event_pb2
-
-    points = []
-    for path in sorted(directory.iterdir()):  # as TensorBoard does
-        data = path.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            event = event_pb2.Event.FromString(data[12 : 12 + size])
-            data = data[16 + size :]
-            if event.session_log.status == 1:  # START
-                points = [point for point in points if point[1] < event.step]
-            points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-    return points
-
-
-class TestTensorBoard:
-    RUN = (*DIGITS[1:], "--seeds=3", "--epochs=3", "--save_every_s=0", "--tensorboard")
-
-    def test_has_every_epoch_once_after_a_run_that_was_interrupted(self, tmp_path, monkeypatch):
-        writer = pytest.importorskip("tensorboardX.event_file_writer")
-        monkeypatch.setattr(writer, "time", mock.Mock(time=lambda: 1.7e9))  # all within a second
-
-        def stop(label, record):
-            if label == "kd, seed 3" and record["epoch"] == 2:
-                raise KeyboardInterrupt
-
-        def run():
-            flags_set(f"--workdir={tmp_path / 'run'}", *self.RUN)
-            with common.released():
-                return distill.main()
-
-        with pytest.raises(KeyboardInterrupt), common.watched(stop):
-            run()
-        run()
-        for arm, seed in (("teacher", 0), ("scratch", 3), ("kd", 3)):
-            points = events(tmp_path / "run" / "tensorboard" / arm / str(seed))
-            assert len({point[:2] for point in points}) == len(points)
-            summary = files.read_sealed(tmp_path / "run" / arm / str(seed) / "summary_test.json")
-            assert {step for _, step, _ in points} == {3, 6, 9}  # 48 images in batches of 16
-            for tag, step, value in points:
-                name = tag.replace("training/", "").replace("/", "_")
-                assert value == pytest.approx(summary["history"][step // 3 - 1][name], rel=1e-6)
-        assert {"training/soft", "training/grad_norm", "validation/accuracy"} <= {tag for tag, *_ in points}
-
-    def test_without_the_package_is_one_sentence(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(sys.modules, "tensorboardX", None)
-        flags_set(f"--workdir={tmp_path / 'run'}", *self.RUN)
-        with pytest.raises(ValueError, match=r"pip install 'kdjax\[tensorboard\]'"):
-            distill.main()
-        assert not (tmp_path / "run").exists()
-
-
-def test_workdirs_claimed_within_are_given_back(tmp_path):
-    held = len(launching._locks)
-    with common.released():
-        common.claim_workdir(str(tmp_path / "one"), {})
-    assert len(launching._locks) == held
+def main(callbacks=()):
+    launch, dataset, recipe = LAUNCH.value, DATA.value.load(), RECIPE.value
+    settings = cli.settings(__name__)
+    workdir = cli.claim_workdir(launch.workdir, settings | {"data": dataset.fingerprint})
+    large, small = (cli.network("mlp", dataset, widths=(width,)) for width in (16, 4))
+    with cli.shared_cache(launch.shared_cache, workdir / "teacher", dataset.fingerprint) as home:
+        own = Recipe(epochs=2, batch_size=16)  # the teacher's; were it drawn too, it would decide the directory
+        train = run.make_trainer(large, methods.labels(), dataset, own, split=launch.split)
+        taught_by = train(0, home / "0", arm="teacher", callbacks=callbacks)
+    digest = checkpoints.digest_tree(taught_by.weights)
+    with cli.shared_cache(launch.shared_cache, workdir / "answers", dataset.fingerprint, of=digest) as home:
+        signal = teacher.answers(taught_by, dataset, directory=home)
+    found = {}
+    for arm in ARMS.value:
+        train = run.make_trainer(small, TABLE[arm](), dataset, recipe, teacher=signal, split=launch.split)
+        options = {"arm": arm, "callbacks": callbacks, "settings": settings}
+        found[arm] = [train(seed, workdir / arm / str(seed), **options) for seed in SEEDS.value]
+    return {
+        "arms": {arm: {"accuracy": [one.metrics["accuracy"] for one in own]} for arm, own in found.items()},
+        "seeds": SEEDS.value,
+        "flags": settings,
+        "scaled_down": "",
+    }
+"""
 
 
 @pytest.mark.once
-def test_of_an_experiment_that_has_jobs_of_its_own(tmp_path):
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "experiments.sweep",
-            "--experiment=ig_cifar10",
-            f"--workdir={tmp_path / 'run'}",
-        ),
-        *("--dataset=digits", "--teacher=digits_teacher", "--student=digits_student", "--smoke", "--seeds=0"),
-        *("--arms=student,kd+ig", "--space=strength=0.2|0.8", "--num_trials=2", "--random_trials=1"),
-        *("--workers=2", "--final_seeds=1,2,3"),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    found = results.read(tmp_path / "run" / "results.json")
-    assert [trial["outcome"] for trial in found["trials"]] == ["finished"] * 2
-    assert len(set(found["arms"]["chosen"]["accuracy"])) > 1
-    # A teacher, its maps and its answers, whichever split a run measures.
-    assert len([path for path in (tmp_path / "run" / "shared").iterdir() if path.is_dir()]) == 3
-    chosen = results.read(tmp_path / "run" / "final" / "chosen" / "results.json")
-    assert set(chosen["arms"]) == {"teacher", "student", "kd+ig"}
-    for arm in ("student", "kd+ig"):
-        assert all(-1 <= value <= 1 for value in chosen["arms"][arm]["map_correlation"])
+def test_the_digits_with_one_teacher_and_no_look_at_the_test_split(alone, tmp_path, monkeypatch, undrawn):
+    (tmp_path / "distillation.py").write_text(DISTILLATION)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sweep, "load", lambda name: sys.modules[name])
+    workdir = tmp_path / "sweep"
+    with alone("distillation", keep=(SWEEP,)), cli.released():
+        space = "--space=temperature=1:20:log,batch_size=12|16"
+        flags_set("distillation", f"--workdir={workdir}", space, "--num_trials=2", "--seeds=0")
+        result = sweep.main()
+    # The teacher depends on the data alone: the first trial trained it, and the others read it and its answers back.
+    networks = {str(path.parent.relative_to(workdir)) for path in workdir.rglob("network.json")}
+    (of_teacher,) = (where for where in networks if where.startswith("shared/"))
+    assert len([*workdir.glob("shared/*/header.json")]) == 1
+    # Only the tuned arm is run, but for the end.
+    expected = {"trials/0/kd/0", "trials/1/kd/0", "final/default/kd/100"}
+    expected |= {"final/chosen/kd/100", "final/chosen/scratch/100"}
+    assert networks - {of_teacher} == expected
+    # Trials read the validation split alone; the teacher was measured on the test split after them.
+    summaries = [path.relative_to(workdir) for path in workdir.rglob("summary_test.json")]
+    assert {path.parts[0] for path in summaries} == {"final", "shared"}
+    of_trials = [path.stat().st_mtime_ns for path in workdir.glob("trials/*/kd/0/summary_validation.json")]
+    assert len(of_trials) == 2
+    assert max(of_trials) < (workdir / of_teacher / "summary_test.json").stat().st_mtime_ns
+    for trial in result["trials"]:
+        summary = files.read_sealed(workdir / f"trials/{trial['number']}/kd/0/summary_validation.json")
+        assert (
+            trial["value"] == summary["metrics"]["accuracy"] == summary["history"][-1]["validation_accuracy"]
+        )
+        assert trial["settings"]["batch_size"] in (12, 16)
+    chosen = files.read_sealed(workdir / "final/chosen/kd/100/summary_test.json")
+    assert result["arms"]["chosen"]["accuracy"] == [chosen["metrics"]["accuracy"]]
+    assert result["seeds"] == [100]

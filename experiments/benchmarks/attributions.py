@@ -153,7 +153,6 @@ def make_networks(dataset: data.Dataset, size: Sizes, workdir: Path) -> dict[str
 
 def problem_of(dataset: data.Dataset, network: run.Trained, images: int) -> Problem:
     """The first images of the validation split as this network takes them, and its weights."""
-    assert dataset.splits is not None
     ids = dataset.splits["validation"][:images]
     if len(ids) < images:
         raise ValueError(f"--images={images} are more than the {len(ids)} of {dataset.name}'s validation.")
@@ -340,11 +339,9 @@ def caching(dataset: data.Dataset, network: run.Trained, images: int) -> dict[st
     With more images than one file holds, the rate is that of the files after the first, without what every call begins
     with, such as compiling.
     """
-    splits = dataset.splits
-    assert splits is not None
 
     def call(count: int) -> tuple[float, teacher.Explanations]:
-        few = dataset._replace(splits={**splits, "train": splits["train"][:count]})
+        few = dataset._replace(splits={**dataset.splits, "train": dataset.splits["train"][:count]})
         with tempfile.TemporaryDirectory() as directory:
             start = time.perf_counter()
             found = teacher.explain(network, few, directory=Path(directory) / "maps")

@@ -16,7 +16,7 @@ spectrum, or the run stops. Ghosts are Ritz values that were found twice.
 Ratios are a peer's time over that of kdjax's default loop in the same round, above 1 where kdjax is faster. With one
 thread the clock is CPU time, which a busy machine disturbs least; with more it is the wall clock.
 
-See BUILD_NOTES.md for the time it takes and what to expect. `--smoke` runs the same code on tiny networks.
+See docs/results/curvature.md for what to expect. `--smoke` runs the same code on tiny networks.
 """
 
 import sys

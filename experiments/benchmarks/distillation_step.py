@@ -10,7 +10,7 @@ answers once, and its epoch here carries one twentieth of that. Frameworks take 
 thread and with all cores, so that other load on the machine affects all of them; each is compared at its faster number
 of threads. About 6 minutes on two idle cores.
 
-Expect, on two cores: see BUILD_NOTES.md beside the command. `--smoke` runs the same code in two rounds of few steps.
+What to expect: docs/results/training_speed.md. `--smoke` runs the same code in two rounds of few steps.
 """
 
 import importlib.metadata

@@ -103,13 +103,14 @@ def make_ways(case: Case) -> dict[int, dict[str, Callable[[], Any]]]:
     def one_by_one(count):
         return lambda: jax.block_until_ready([go() for go in alone[:count]])
 
-    def at_once(count, form):
-        built = spread(vmapped.make_run(run, form=form))
+    def at_once(count, mapping):
+        built = spread(vmapped.make_run(run, mapping=mapping))
         go = call(built, vmapped.stack(states[:count]), weights[:count], index[..., :count])
         return lambda: jax.block_until_ready(go())
 
     return {
-        count: {ONE_BY_ONE: one_by_one(count)} | {form: at_once(count, form) for form in vmapped.FORMS}
+        count: {ONE_BY_ONE: one_by_one(count)}
+        | {mapping: at_once(count, mapping) for mapping in vmapped.MAPPINGS}
         for count in counts
     }
 

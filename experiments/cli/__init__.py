@@ -26,7 +26,6 @@ from experiments.cli.teachers import define_teacher as define_teacher
 from experiments.cli.teachers import teachers as teachers
 from experiments.cli.workdirs import check_disk as check_disk
 from experiments.cli.workdirs import claim_workdir as claim_workdir
-from experiments.cli.workdirs import file_lock as file_lock
 from experiments.cli.workdirs import released as released
 from experiments.cli.workdirs import shared_cache as shared_cache
 from experiments.cli.workers import in_children as in_children

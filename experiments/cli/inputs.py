@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 
 from kdjax import data, models
-from kdjax.recipe import option
+from kdjax.options import option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Data:
     data_dir: str | None = option(
         None, "Where prepared TFDS data sets lie (python -m experiments.prepare_data)."
     )
-    image_size: tuple[int, ...] | None = option(
+    image_size: tuple[int, int] | None = option(
         None, "HEIGHT,WIDTH that photos and TFDS images are resized to cover and cropped to, as in 32,32."
     )
     skip_broken: bool = option(
@@ -80,24 +80,22 @@ def network(spec: str, dataset: data.Dataset, **fields: Any) -> models.Network:
       ValueError: if there is no such network, file or function, it returns something else, or the network does not
         take these images.
     """
-    classes = dataset.num_classes
-    made = _built(spec, classes) if ":" in spec else models.build(spec, num_classes=classes, **fields)
-    if isinstance(made, models.Network):
-        return made
-    if isinstance(made, nn.Module):
-        return models.from_linen(made, dataset.image_shape)
-    raise ValueError(
-        f"{spec} must return a linen module or a kdjax.models.Network, it returned {type(made).__name__}."
-    )
-
-
-def _built(spec: str, num_classes: int) -> Any:
-    """What the user's function returns."""
+    classes, shape = dataset.num_classes, dataset.image_shape
+    if ":" not in spec:
+        return models.from_linen(models.build(spec, num_classes=classes, **fields), shape)
     where, _, name = spec.rpartition(":")
     function = getattr(_imported(spec, where), name, None)
     if not callable(function):
         raise ValueError(f"{spec}: there is no function {name!r} in {where}.")
-    return function(num_classes=num_classes)
+    made = function(num_classes=classes)
+    if isinstance(made, nn.Module):
+        return models.from_linen(made, shape)
+    if not isinstance(made, models.Network):
+        kind = type(made).__name__
+        raise ValueError(f"{spec} must return a linen module or a kdjax.models.Network, it returned {kind}.")
+    if made.image_shape != shape:
+        raise ValueError(f"{spec} is for images of shape {made.image_shape}; {dataset.name} has {shape}.")
+    return made
 
 
 def _imported(spec: str, where: str) -> Any:

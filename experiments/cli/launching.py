@@ -92,7 +92,8 @@ def _refusing() -> Iterator[None]:
         stopping.say(stopped.message)
         raise stopped from None
     except (ValueError, train.NonFiniteLoss) as error:
-        _refuse(str(error))
+        said = str(error)  # the library says num_train=5000 where the user has written --num_train=5000
+        _refuse(f"--{said}" if said.partition("=")[0] in flags.FLAGS else said)
     except ImportError as error:
         if "pip install" in str(error):
             _refuse(str(error))

@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar
 from absl import flags
 
 from kdjax.data.batches import MAX_SEED
-from kdjax.recipe import option
+from kdjax.options import option
+from kdjax.recipe import Recipe
 
 T = TypeVar("T")
 
@@ -43,6 +44,10 @@ class Launch:
     scaled_down: str = option("", "What is smaller than in the study followed; kept with the result.")
     smoke: bool = option(False, "The same code in seconds: few images, epochs and seeds.")
 
+    def shorten(self, recipe: Recipe, *, epochs: int) -> Recipe:
+        """The recipe, with that many epochs in a smoke run."""
+        return dataclasses.replace(recipe, epochs=epochs) if self.smoke else recipe
+
 
 class Flags(Generic[T]):
     """Flags that together make one value; it is made anew whenever ``value`` is read.
@@ -74,14 +79,14 @@ def define(
       only: the fields to define, all by default; the others are as in ``defaults``.
       omit: fields not to define.
     """
-    base = defaults if isinstance(defaults, Flags) else Flags(type(defaults), lambda: defaults)
+    base: Any = defaults if isinstance(defaults, Flags) else Flags(type(defaults), lambda: defaults)
     hints, inherits = typing.get_type_hints(base.kind), base is defaults
     fields = {
         field.name: hints[field.name]
-        for field in dataclasses.fields(base.kind)  # type: ignore
+        for field in dataclasses.fields(base.kind)
         if field.name not in omit and (not only or field.name in only)
     }
-    for field in dataclasses.fields(base.kind):  # type: ignore
+    for field in dataclasses.fields(base.kind):
         if field.name in fields:
             said = dict(field.metadata)
             if inherits:
@@ -89,11 +94,11 @@ def define(
             default = None if inherits else getattr(defaults, field.name)
             _define(prefix + field.name, fields[field.name], default, said, may_be_none=inherits)
 
-    def make() -> T:
+    def make() -> Any:
         values = {name: _converted(prefix + name, hint) for name, hint in fields.items()}
         try:
             given = {name: value for name, value in values.items() if not (inherits and value is None)}
-            return dataclasses.replace(base.value, **given)  # type: ignore
+            return dataclasses.replace(base.value, **given)
         except ValueError as error:
             of_flag = str(error).partition("=")[0] in fields
             raise ValueError(f"--{prefix}{error}" if of_flag else str(error)) from error
@@ -130,9 +135,13 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     return next(one for one in among if one is not type(None)), True
 
 
+def _given(name: str) -> Any:
+    return flags.FLAGS[name].value
+
+
 def _converted(name: str, hint: Any) -> Any:
     """The value of a flag as the field has it: a list as a tuple of its items."""
-    value, (kind, _) = flags.FLAGS[name].value, _without_none(hint)
+    value, (kind, _) = _given(name), _without_none(hint)
     if typing.get_origin(kind) is not tuple or value is None:
         return value
     item = typing.get_args(kind)[0]
@@ -149,7 +158,7 @@ def _converted(name: str, hint: Any) -> Any:
 def define_seeds(default: str = "0,1,2,3,4") -> Flags[list[int]]:
     """Defines ``--seeds``: different whole numbers."""
     flags.DEFINE_list("seeds", default, "One run of each arm per seed.")
-    return Flags(list, lambda: parse_seeds(flags.FLAGS["seeds"].value))
+    return Flags(list, lambda: parse_seeds(_given("seeds")))
 
 
 def parse_seeds(values: Sequence[str], flag: str = "seeds") -> list[int]:
@@ -183,11 +192,11 @@ def define_arms(
     """
     holder = flags.DEFINE_list("arms", list(default), help)
     if not known:
-        return Flags(list, lambda: list(flags.FLAGS["arms"].value))
+        return Flags(list, lambda: list(_given("arms")))
     may_change(holder)
 
     def make() -> list[str]:
-        wanted = flags.FLAGS["arms"].value
+        wanted = _given("arms")
         check_arms(wanted, known, baseline=baseline)
         return [name for name in known if not wanted or name in wanted]
 

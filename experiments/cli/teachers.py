@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from absl import flags
+
 from experiments.cli.inputs import Data, network
 from experiments.cli.options import Flags, Launch, define, refuse_given
 from experiments.cli.workdirs import shared_cache
@@ -12,7 +14,10 @@ from kdjax import checkpoints, data, methods, parallel, run
 from kdjax import recipe as recipes
 from kdjax.callbacks import Callback
 from kdjax.models import Network
-from kdjax.recipe import Machine, Recipe, option
+from kdjax.options import option
+from kdjax.recipe import Machine, Recipe
+
+flags.disclaim_key_flags()  # so that --help lists what is defined here as the experiment's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +69,14 @@ class Teachers(NamedTuple):
 
     Attributes:
       network: of each.
+      to_train: how many networks will be trained, for :func:`check_disk`.
       settings: those of the study; with --teacher_dir, None for what decides the training of a teacher.
       made_from: for :func:`claim_workdir`.
       train: ``(workdir, callbacks=()) -> [Trained]``, one per seed; it reads back those that are trained already.
     """
 
     network: Network
+    to_train: dict[Network, int]
     settings: dict[str, Any]
     made_from: dict[str, Any]
     train: Callable[..., list[run.Trained]]
@@ -104,12 +111,11 @@ def teachers(
         found = _taken_up(teacher, dataset, split=launch.split, machine=machine, **fields)
         settings = {**settings, **dict.fromkeys(teacher.training_flags), "teacher": found.network.name}
         made_from |= {**settings, "teacher_weights": checkpoints.digest_tree(found.weights)}
-        return Teachers(found.network, settings, made_from, lambda workdir, callbacks=(): [found])
+        return Teachers(found.network, {}, settings, made_from, lambda workdir, callbacks=(): [found])
     own, recipe = dataset, teacher.recipe
     if teacher.teacher_num_train is not None:
         own = source.load(at_most=256 if launch.smoke else None, num_train=teacher.teacher_num_train)
     net = network(teacher.teacher, own, **fields)
-    assert own.splits is not None
     recipes.check(recipe, len(own.splits["train"]), of="the teacher's")
     parallel.check_batch_size(recipe.batch_size, parallel.local_devices(machine.devices))
 
@@ -123,13 +129,14 @@ def teachers(
                 for seed in range(teacher.teacher_seeds)
             ]
 
-    return Teachers(net, dict(settings), made_from | {"teacher_data": own.fingerprint}, train)
+    to_train = {net: teacher.teacher_seeds}
+    return Teachers(net, to_train, dict(settings), made_from | {"teacher_data": own.fingerprint}, train)
 
 
 def _taken_up(
     teacher: Teacher, dataset: data.Dataset, *, split: str, machine: Machine, **fields: Any
 ) -> run.Trained:
-    """The teacher of ``--teacher_dir``; ``--teacher=mine.py:build`` builds its network if that is not one of kdjax's."""
+    """The teacher of ``--teacher_dir``; ``--teacher=mine.py:build`` says what its network is if it is a user's."""
     assert teacher.teacher_dir is not None
     theirs = ":" in teacher.teacher
     refused = [name for name in teacher.training_flags if not (theirs and name == "teacher")]

@@ -49,7 +49,7 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         handle = open(workdir / _LOCK, "w")  # noqa: SIM115
-        if not _locked(handle, wait=False):
+        if not files.lock_file(handle, wait=False):
             handle.close()
             raise ValueError(
                 f"--workdir={workdir} is in use by another process; wait for it, or name another directory."
@@ -65,19 +65,6 @@ def _holds_work(workdir: Path) -> bool:
         path.is_file() and path.suffix not in (".tmp", _LOCK) and path.name not in ("run.json", _LOCK)
         for path in workdir.rglob("*")
     )
-
-
-def _locked(handle: IO[str], *, wait: bool) -> bool:
-    """Locks a file for as long as it is open; False if another process holds it and ``wait`` is False."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def claimed() -> Path | None:
@@ -97,16 +84,6 @@ def released() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Waits until no other process is within. The lock ends with the process that holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as handle:
-        if jax.process_index() == 0:  # the other processes of a pod follow the first
-            _locked(handle, wait=True)
-        yield
-
-
-@contextlib.contextmanager
 def shared_cache(
     store: str | None, own: Path, fingerprint: Mapping[str, Any], **decides: Any
 ) -> Iterator[Path]:
@@ -117,7 +94,7 @@ def shared_cache(
     directory = own
     if store is not None:
         directory = Path(store) / files.digest_json({"data": fingerprint, **decides})[:16]
-    with file_lock(directory.with_name(f"{directory.name}.lock")):
+    with files.lock(f"{directory}.lock"):
         yield directory
 
 

@@ -37,8 +37,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from experiments import cli
 from experiments.sweep import spaces, trials
-from kdjax import report, results, significance, train
+from kdjax import results, significance, train
+from kdjax.callbacks import Callback, bar
 from kdjax.data.tfds_cache import did_you_mean
+from kdjax.study import TABLE, publish
 
 EXPERIMENT = flags.DEFINE_string(
     "experiment", "distill", "One of experiments/, or a module of yours: package.name."
@@ -70,7 +72,6 @@ GPUS = cli.may_change(
 )
 
 METRIC = "accuracy"  # larger is better
-TABLE = ("accuracy", "best_accuracy", "loss", "f1", "ece", "agreement")  # what the terminal shows
 SET_BY_SWEEP = ("workdir", "seeds", "split")
 
 
@@ -211,7 +212,7 @@ def run(
     name: str,
     values: Mapping[str, Any],
     *,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[Callback] = (),
     all_arms: bool = False,
 ) -> dict[str, Any]:
     """Runs the experiment in ``workdir/name`` with these flags; what it prints goes into a log beside that.
@@ -274,7 +275,7 @@ def attempt(sweep: Sweep, study: optuna.Study, trial: optuna.Trial) -> None:
 def side_by_side(sweep: Sweep, study: optuna.Study, tasks: Sequence[list[int]]) -> None:
     """Lets one worker per task run trials, and shows on the terminal which have ended."""
     logs = [sweep.workdir / f"worker_{number}.log" for number in range(len(tasks))]
-    with cli.bar("trials", total=NUM_TRIALS.value, unit="trial") as meter:
+    with bar("trials", total=NUM_TRIALS.value, unit="trial") as meter:
         shown = trials.ended(study)
         meter.update(len(shown))
 
@@ -322,11 +323,7 @@ def conclude(sweep: Sweep, start: float) -> dict[str, Any]:
         wall_clock_s=time.monotonic() - start,
         scaled_down=runs["chosen"]["scaled_down"],
     )
-    results.write(sweep.workdir / "results.json", result)
-    report.save_figure(sweep.workdir / "figure.png", result)
-    report.page(result, path=sweep.workdir / "report.html", title="sweep")
-    shown = [metric for metric in TABLE if metric in arms["default"]]
-    cli.say(f"\n{report.markdown_table(result, metrics=shown)}\n\n{report.finding(result)}")
+    publish(sweep.workdir, result, metrics=[metric for metric in TABLE if metric in arms["default"]])
     where = sweep.workdir
     cli.say(f"results.json, figure.png and report.html are in {where}/, both runs in {where}/final/.")
     return result

@@ -12,9 +12,9 @@ import optuna
 from optuna.storages.journal import BaseJournalBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.cli import file_lock
 from experiments.sweep import spaces
 from kdjax import files
+from kdjax.callbacks import Callback, RunId
 
 OUTCOMES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 SEED_STEPS = 10**6  # Optuna's step is the epoch, and this much more for each seed: above any number of epochs
@@ -133,7 +133,7 @@ def next_trial(
 
     The one taken is removed from ``unfinished``, the numbers of the trials to take up first.
     """
-    with file_lock(draws.lock):
+    with files.lock(draws.lock):
         there = study.trials
         number = unfinished.pop(0) if unfinished else len(there)
         if number == len(there) >= draws.num_trials:
@@ -146,7 +146,7 @@ def next_trial(
         return trial
 
 
-class Reporter:
+class Reporter(Callback):
     """A callback that reports every epoch of the tuned arm to Optuna, and ends the trial if Optuna prunes it.
 
     Reported is the mean, over the seeds so far, of the newest validation metric: at the end, the trial's value.
@@ -162,8 +162,8 @@ class Reporter:
         self._trial, self._arm, self._metric, self._known = trial, arm, metric, known
         self._newest: dict[int, float] = {}  # seed → metric
 
-    def on_epoch(self, run: Any, record: Mapping[str, float]) -> None:
-        """Reports the record of an epoch of ``run``, which has an ``arm`` and a ``seed``."""
+    def on_epoch(self, run: RunId, record: Mapping[str, Any]) -> None:
+        """Reports the record of an epoch."""
         if run.arm != self._arm or self._metric not in record:
             return
         self._newest[run.seed] = record[self._metric]

@@ -36,9 +36,9 @@ class Dataset(NamedTuple):
     official_split: Int8[np.ndarray, " n"]  # 0 train, 1 test; -1 throughout where there is no official split
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()  # for the reader of a result: what was left out, odd or decided
-    splits: Mapping[str, np.ndarray] | None = None  # ids under "train", "validation" and "test"
-    normalisation: Normalisation | None = None  # of the training images
-    mislabelled: np.ndarray | None = None  # ids of training examples that were given a wrong label
+    splits: Mapping[str, np.ndarray] = {}  # ids under "train", "validation" and "test"
+    normalisation: Normalisation = Normalisation((), ())  # of the training images
+    mislabelled: np.ndarray = np.zeros(0, np.int64)  # ids of training examples that were given a wrong label
     content: str = ""  # :func:`digest`, kept because it takes a third of a second for CIFAR
 
     @property
@@ -58,7 +58,7 @@ class Dataset(NamedTuple):
         It is stored with everything that a run writes, and compared before anything is read back: a changed label or
         another split is refused (:func:`kdjax.files.read_sealed`, :func:`kdjax.checkpoints.restore`).
         """
-        if self.splits is None:
+        if not self.splits:
             raise ValueError("a Dataset has a fingerprint once it is split: call kdjax.data.split(dataset).")
         splits = {name: np.asarray(ids, "<i8").tobytes() for name, ids in sorted(self.splits.items())}
         ids = b"".join(f"{name} {len(rows) // 8} ".encode() + rows for name, rows in splits.items())
@@ -328,7 +328,7 @@ def subset(dataset: Dataset, ids: Int[np.ndarray, " ids"]) -> Dataset:
         labels=dataset.labels[ids],
         example_ids=dataset.example_ids[ids],
         official_split=dataset.official_split[ids],
-        splits=None,
+        splits={},
         content="",
     )
 

@@ -36,7 +36,7 @@ PREPARATION_FILE = "kdjax_preparation.json"
 KEYS_FILE = "kdjax_keys.json"
 _CACHE = "kdjax_decoded"
 _MANIFEST = "manifest.json"
-_FILES = {"images": "images", "labels": "labels", "example_ids": "keys", "official_split": "official"}
+_ARRAYS = ("images", "labels", "example_ids", "official_split")
 _CHUNK = 512
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
 
@@ -304,14 +304,16 @@ def _read_cache(cache: Path, path: Path) -> Arrays | None:
         raise ValueError(f"{error}; {advice}") from error
     if manifest is None or manifest["dataset_info"] != file_sha256(path / "dataset_info.json"):
         return None  # never decoded, or decoded from records that have since been replaced
+    if set(manifest["files"]) != set(_ARRAYS):
+        return None  # written by another version of kdjax
     arrays = {}
-    for field, stem in _FILES.items():
-        file = cache / f"{stem}.npy"
-        if not file.exists() or file_sha256(file) != manifest["files"][stem]:
+    for array in _ARRAYS:
+        file = cache / f"{array}.npy"
+        if not file.exists() or file_sha256(file) != manifest["files"][array]:
             raise ValueError(
                 f"{file} is damaged: its SHA-256 is not the one noted when it was written; {advice}"
             )
-        arrays[field] = np.load(file, allow_pickle=False)
+        arrays[array] = np.load(file, allow_pickle=False)
     return Arrays(**arrays, class_names=tuple(manifest["class_names"]))
 
 
@@ -322,9 +324,9 @@ def _write_cache(cache: Path, path: Path, arrays: Arrays) -> None:
     growing.mkdir()
     try:
         files = {}
-        for field, stem in _FILES.items():
-            np.save(growing / f"{stem}.npy", getattr(arrays, field), allow_pickle=False)
-            files[stem] = file_sha256(growing / f"{stem}.npy")
+        for array in _ARRAYS:
+            np.save(growing / f"{array}.npy", getattr(arrays, array), allow_pickle=False)
+            files[array] = file_sha256(growing / f"{array}.npy")
         info = file_sha256(path / "dataset_info.json")
         manifest = {
             "schema": 1,

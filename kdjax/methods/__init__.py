@@ -13,6 +13,7 @@ a run here. Methods that compare features find them by the names that kdjax's ne
 ``(outputs, batch) -> {name: scalar}``.
 """
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -40,11 +41,14 @@ from kdjax.methods.method import Term as Term
 from kdjax.methods.method import bind as bind
 from kdjax.methods.method import cross_entropy as cross_entropy
 from kdjax.methods.method import head_initialiser as head_initialiser
+from kdjax.methods.saddles import EscapeOptions as EscapeOptions
+from kdjax.methods.saddles import cost as cost
 from kdjax.methods.saddles import perturbations as perturbations
 from kdjax.methods.saddles import sprkd as sprkd
 from kdjax.methods.saddles import sprkd_paper as sprkd_paper
 from kdjax.methods.saddles import start_at as start_at
 from kdjax.methods.saddles import towards as towards
+from kdjax.options import option
 from kdjax.parallel import AXIS
 from kdjax.types import Batch
 
@@ -147,15 +151,29 @@ def labels(weight: float = 1.0) -> Method:
     return Method(weight)
 
 
+@dataclasses.dataclass(frozen=True)
+class KdOptions:
+    """Options of :func:`kd`."""
+
+    temperature: float = option(4.0, "Softening of both logits, above 0.", least=0.0)
+    hard_weight: float = option(0.1, "Weight of the labels' cross-entropy in kd.", least=0.0)
+    soft_weight: float = option(0.9, "Weight of the teacher's T²-scaled divergence in kd.", least=0.0)
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0; the field uses 1 to 20.")
+        if self.hard_weight == self.soft_weight == 0:
+            raise ValueError(
+                "hard_weight=0 and soft_weight=0 leave kd nothing to learn; one must be above 0."
+            )
+
+
 def kd(temperature: float = 4.0, *, hard_weight: float = 0.1, soft_weight: float = 0.9) -> Method:
     """Knowledge distillation (KD): the T²-scaled divergence from the teacher's softened logits, beside the labels.
 
     Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
     """
-    if not temperature > 0:
-        raise ValueError(f"kd needs a temperature above 0, got {temperature}; the field uses 1 to 20.")
-    if hard_weight == soft_weight == 0:
-        raise ValueError("kd with hard_weight=0 and soft_weight=0 has nothing to learn; one must be above 0.")
+    KdOptions(temperature, hard_weight, soft_weight)  # raises for values that make no sense
     loss = _logits(losses.soft_target_kl, temperature=temperature)
     return _on_logits("soft", soft_weight, loss, hard_weight, settings={"temperature": temperature})
 

@@ -13,16 +13,16 @@ from kdjax.types import ApplyFn, Batch
 
 
 def ig_overlay(
-    *, probability: float = 0.1, strength: float = 0.5, exponents: tuple[float, float] = (1.0, 2.0)
+    *, probability: float = 0.1, opacity: float = 0.5, exponents: tuple[float, float] = (1.0, 2.0)
 ) -> Method:
     """Blends some training images with the teacher's integrated gradients (Hernandez et al., arXiv 2503.13008).
 
     Args:
       probability: of an overlay.
-      strength: share of the map in an overlay.
+      opacity: share of the map in an overlay.
       exponents: of the map, drawn between these.
     """
-    options = {"probability": probability, "strength": strength, "exponents": exponents}
+    options = {"probability": probability, "opacity": opacity, "exponents": exponents}
 
     def blend(batch: Batch, keys: Array) -> Array:
         return attributions.random_overlay(batch["image"], batch["teacher_map"], keys, **options)
@@ -86,7 +86,7 @@ def unit_distance(own: Array, maps: Array) -> Array:
 
 
 def _with_pullback(apply_fn: ApplyFn) -> ApplyFn:
-    """The network with one more feature in training: the function that pulls a cotangent of its logits to its inputs."""
+    """The network with one more feature in training: what pulls a cotangent of its logits back to its inputs."""
 
     def score(params, inputs, model_state, key, cotangent):
         return cotangent * apply_fn(params, model_state, inputs, train=True, key=key)[0].logits

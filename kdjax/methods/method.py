@@ -23,7 +23,7 @@ Select = Callable[[Features], tuple[str, ...]] | Sequence[str]
 class View(NamedTuple):
     """What a term sees of one network: its logits, and the features it selected, in order."""
 
-    logits: Float[Array, "batch classes"]
+    logits: Any  # float[batch, classes]; None of a teacher that there is not
     features: tuple[Array, ...]
 
 

@@ -1,6 +1,8 @@
 """Saddle point recruitment (SPRKD) as a method: a region to start from, and escapes along negative curvature."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,24 @@ from jaxtyping import Array
 
 from kdjax import parallel, train, transforms
 from kdjax.methods.method import Method
+from kdjax.options import option
 from kdjax.types import Params
 
 NUM_MATVECS = 16  # Hessian-vector products of every look at a spectrum
 
 
-def sprkd(region: Params | None = None, **escape: float) -> Method:
+@dataclasses.dataclass(frozen=True)
+class EscapeOptions:
+    """How :func:`sprkd` looks for ways down; see :func:`kdjax.transforms.sprkd`."""
+
+    period: int = option(100, "Steps between two searches for an escape.", least=1)
+    escape_radius: float = option(0.3, "Longest escape, relative to the norm of the parameters.", least=0.0)
+    perturbation_radius: float = option(0.01, "Perturbation before a search, likewise.", least=0.0)
+    negative_curvature_ratio: float = option(0.1, "|λ_min| / λ_max of a saddle that is left.", least=0.0)
+    budget: int = option(20, "Most escapes of a run.", least=0)
+
+
+def sprkd(region: Params | None = None, **escape: Any) -> Method:
     """SPRKD as this library recommends it: a smooth approach to the region, then checked escapes.
 
     It adds no loss: use ``labels() + sprkd(region)`` or ``kd() + sprkd(region)``.
@@ -36,7 +50,7 @@ def sprkd(region: Params | None = None, **escape: float) -> Method:
         )
 
     wrap(optax.identity())  # refuses options that make no sense
-    return Method(optimizer=wrap, record=cost, second_batch=True)
+    return Method(optimizer=wrap, record=cost, second_batch=True, settings={"sprkd": dict(escape)})
 
 
 def perturbations(region: Params | None = None, *, period: int = 100, radius: float = 0.01) -> Method:
@@ -47,7 +61,7 @@ def perturbations(region: Params | None = None, *, period: int = 100, radius: fl
         parts = [base, transforms.accept_if_better(noise, axis_name=parallel.AXIS)]
         return optax.chain(*parts, *([] if region is None else [transforms.approach_region(region)]))
 
-    return Method(optimizer=wrap, record=cost)
+    return Method(optimizer=wrap, record=cost, settings={"perturbations": [period, radius]})
 
 
 def sprkd_paper(region: Params) -> Method:
@@ -69,7 +83,7 @@ def sprkd_paper(region: Params) -> Method:
             transforms.approach_region(region, form="published"),
         )
 
-    return Method(optimizer=wrap, record=cost)
+    return Method(optimizer=wrap, record=cost, settings={"sprkd_paper": True})
 
 
 def start_at(params: Params) -> Callable[[int, train.TrainState], train.TrainState]:

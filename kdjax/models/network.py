@@ -36,12 +36,11 @@ class Network:
     weight_shapes: Weights
 
     @functools.cached_property
-    def output_shapes(self) -> Outputs:
+    def output_shapes(self) -> Any:  # Outputs of jax.ShapeDtypeStruct
         """Shapes of what it returns for a batch of two images; computes nothing."""
         images = jax.ShapeDtypeStruct((2, *self.image_shape), jnp.float32)
-        return jax.eval_shape(
-            lambda weights, x: self.apply(*weights, x, train=False)[0], self.weight_shapes, images
-        )
+        apply: Any = self.apply
+        return jax.eval_shape(lambda w, x: apply(*w, x, train=False)[0], self.weight_shapes, images)
 
     @property
     def num_parameters(self) -> int:

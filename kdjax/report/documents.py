@@ -3,10 +3,19 @@
 A document marks the place of a table with ``<!-- results: NAME -->`` or ``<!-- results: NAME accuracy,loss -->``, and
 its end with ``<!-- end -->``. :func:`fill_tables` writes what stands between. ``<!-- results: NAME flatness -->`` marks
 the table of flatness.
+
+A table with one row per study names its metric and, line by line, what to call a study and which arm of which result to
+compare with that result's baseline::
+
+    <!-- summary: accuracy
+    Digits, 100 labels: quickstart/kd
+    -->
+    <!-- end -->
 """
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from kdjax import results
@@ -14,6 +23,7 @@ from kdjax.report import tables, text
 from kdjax.report.text import Result
 
 _PLACE = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_SUMMARY = re.compile(r"(<!-- summary: (\S+)\n(.*?)-->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill_tables(document: str | os.PathLike[str], folder: str | os.PathLike[str]) -> str:
@@ -39,7 +49,27 @@ def fill_tables(document: str | os.PathLike[str], folder: str | os.PathLike[str]
         result = results.read(folder / f"{name}.json")
         return begin + _section(result, f"[{name}.json]({link}/{name}.json)", metrics) + end
 
-    return _PLACE.sub(place, document.read_text(encoding="utf-8"))
+    def place_summary(match: re.Match[str]) -> str:
+        begin, metric, rows, end = match.groups()
+        return f"{begin}\n{_summary(rows.splitlines(), metric, folder, link)}\n\n{end}"
+
+    return _SUMMARY.sub(place_summary, _PLACE.sub(place, document.read_text(encoding="utf-8")))
+
+
+def _summary(rows: Sequence[str], metric: str, folder: Path, link: str) -> str:
+    """One arm of each of several results beside its baseline; a row is written ``title: result/arm``."""
+    title = text.axis_title(text.metric_of(metric))
+    lines = [f"| study | arm | n | baseline {title} | {title} | p |", "| :-- | :-- | --: | --: | --: | --: |"]
+    for row in rows:
+        study, _, place = row.rpartition(": ")
+        name, _, arm = place.rpartition("/")
+        result = results.read(folder / f"{name}.json")
+        cells = {cell.text: rest for cell, *rest in tables.table(result, [metric])[1]}
+        (n, value), (_, base) = cells[arm], cells[text.baseline_of(result) or ""]
+        lines.append(
+            f"| [{study}]({link}/{name}.json) | {arm} | {n.text} | {base.text} | {value.text} | {value.small} |"
+        )
+    return "\n".join(lines)
 
 
 def _section(result: Result, link: str, metrics: str | None) -> str:

@@ -128,7 +128,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def command_line() -> str:
     """The command that started this process, as ``python -m`` for a module, without this machine's paths."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    program = f"python -m {spec.name}" if spec else f"python {Path(sys.argv[0]).name}"
+    program = (
+        f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {Path(sys.argv[0]).name}"
+    )
     arguments = [argument.replace(os.getcwd() + os.sep, "") for argument in sys.argv[1:]]
     home = os.path.expanduser("~").rstrip(os.sep)  # empty if home is "/"
     if home:

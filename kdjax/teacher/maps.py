@@ -49,7 +49,6 @@ def explain(
         :func:`kdjax.attributions.adaptive_integrated_gradients`.
       **options: of :func:`kdjax.teacher.precompute`, such as ``devices`` and ``progress``.
     """
-    assert dataset.splits is not None
     ids = dataset.splits["train"]
     images, labels = dataset.images[ids], dataset.labels[ids].astype(np.int32)
     own = teacher.normalisation._asdict()
@@ -58,7 +57,7 @@ def explain(
         inputs = data.normalise(batch["image"], **own)
         score = attributions.class_score(lambda x: teacher.network.apply(*weights, x, train=False)[0].logits)
         found = attributions.adaptive_integrated_gradients(
-            score, inputs, targets=batch["label"], bound=tolerance, first=16, most=256
+            score, inputs, targets=batch["label"], tolerance=tolerance
         )
         rows = attributions.quantised(attributions.importance(found.values))
         rows |= {"nodes": found.nodes, "residual": found.relative_residual}
