@@ -61,7 +61,7 @@ TEACHER = cli.define_teacher(
     Recipe(epochs=30, batch_size=64, learning_rate=2e-3, schedule="cosine", evaluate_every=5),
     only=("epochs", "batch_size", "learning_rate"),
     defaults=cli.Teacher(teacher_num_train=0),
-    omit=("teacher_seeds",),
+    omit=("teacher_answers", "teacher_seeds"),
 )
 SWEEP = cli.define(Sweep())
 SEEDS = cli.define_seeds()
@@ -90,7 +90,7 @@ def main() -> dict[str, Any]:
     parallel.check_batch_size(recipe.batch_size, devices)
     options = {"launch": launch, "settings": cli.settings(__name__), "machine": machine}
     source = cli.teachers(wanted, DATA.value, few, **options)
-    cache_bytes = 4 * few.num_classes * len(few.images)
+    cache_bytes = source.cache_bytes(len(few.images))
     cli.check_disk(launch.workdir, {student: count} | source.to_train, cache_bytes=cache_bytes)
     workdir = cli.claim_workdir(launch.workdir, source.made_from)
     (teacher,) = source.train(workdir, [ProgressBar()])

@@ -4,26 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from absl import flags
 
 from experiments import cli
 from kdjax import checkpoints, data, methods, results, run, train
 from kdjax.recipe import Machine, Recipe
-
-
-@pytest.fixture
-def start(monkeypatch):
-    """``start(study, *flags)``: runs a study as its command line would."""
-
-    def started(study, *arguments):
-        flags.FLAGS.unparse_flags()
-        for flag in cli.flags_of(study.__name__).values():
-            flag.unparse()
-        flags.FLAGS([study.__name__, *map(str, arguments)])
-        with cli.released():
-            return study.main()
-
-    return started
 
 
 @pytest.fixture(scope="module")
