@@ -69,10 +69,17 @@ def batch_for(bound, teacher=TEACHER):
     return batch | {"teacher_logits": teacher.logits} | asked
 
 
-def new_heads(bound):
+def head_initialiser(bound):
+    return methods.head_initialiser(bound.heads, STUDENT, batch_for(bound) | {"step": jnp.int32(0)})
+
+
+def some_heads(bound):
+    """Parameters and state of all heads; random, since compiling their initialisers takes longer than all else."""
     if bound.heads is None:
         return {}, {}
-    return methods.head_initialiser(bound.heads, STUDENT, batch_for(bound) | {"step": jnp.int32(0)})(0)
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: head_initialiser(bound)(0))
+    params, state = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes)
+    return params, jax.tree.map(jnp.abs, state)  # variances among it
 
 
 def evaluate(bound, student, params, state, batch):
@@ -112,7 +119,7 @@ def gradients():
     """``(term, step) -> values, gradient in the student, gradient in the heads``; one program for all methods."""
     method = sum((f() for name, f in methods.METHODS.items() if name != "fsp"), start=FLOW)
     bound = bind(method)
-    params, state = new_heads(bound)
+    params, state = some_heads(bound)
     batch = batch_for(bound)
 
     def values(student, params, step):
@@ -221,7 +228,7 @@ class TestTerms:
 class TestHeads:
     def test_crd_remembers_the_examples_it_saw(self):
         bound = bind(methods.crd())
-        params, state = new_heads(bound)
+        params, state = head_initialiser(bound)(0)
         batch = batch_for(bound) | {"step": jnp.int32(0)}
         mapped = jax.vmap(
             lambda student: evaluate(bound, student, params, state, batch)[1], axis_name=parallel.AXIS
@@ -237,8 +244,8 @@ class TestHeads:
         assert before.student.shape == (len(LABELS), 128)
 
     def test_start_differently_for_each_seed(self):
-        bound = bind(methods.hint())
-        new = methods.head_initialiser(bound.heads, STUDENT, batch_for(bound) | {"step": jnp.int32(0)})
+        bound = bind(methods.crd())
+        new = head_initialiser(bound)
         first, again, other = (jax.tree.leaves(new(seed)[0]) for seed in (0, 0, 1))
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
         assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
@@ -247,7 +254,7 @@ class TestHeads:
     def test_two_devices_see_the_whole_batch(self):
         names = ("rkd", "dist", "similarity_preserving", "ofd", "hint")
         bound = bind(sum((methods.METHODS[name]() for name in names), start=methods.labels()))
-        params, state = new_heads(bound)
+        params, state = some_heads(bound)
 
         def run(student, batch):
             found, _ = evaluate(bound, student, params, state, batch | {"step": jnp.int32(100)})
