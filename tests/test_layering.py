@@ -19,7 +19,7 @@ LAYERS = [
     {"teacher", "saddles", "train", "evaluate", "report"},
     {"transforms", "robustness", "vmapped", "callbacks", "export"},
     {"recipe", "methods"},
-    {"pipeline", "flatness"},
+    {"pipeline", "flatness", "saliency"},
     {"run"},
     {"study", "recruit"},
 ]

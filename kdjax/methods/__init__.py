@@ -28,6 +28,8 @@ from jaxtyping import Array, Float
 
 from kdjax import losses, train
 from kdjax.methods import learned
+from kdjax.methods.images import attention_matching as attention_matching
+from kdjax.methods.images import common_stages as common_stages
 from kdjax.methods.images import ig_overlay as ig_overlay
 from kdjax.methods.images import map_matching as map_matching
 from kdjax.methods.images import saliency_crop as saliency_crop
