@@ -2,15 +2,15 @@ r"""Does a damaged or half-written file ever come back as wrong numbers?
 
     python -m experiments.integrity --output=experiments/results/integrity.json
 
-Takes about twenty minutes on two cores. A checkpoint of a student with its Adam state and a teacher's columns for the
-digits are written; then, again and again, one byte anywhere among their files is changed, or one file is cut short,
-and they are read. The same is done to a small finished distillation, in any of its files; or a file or folder of it is
-removed, or replaced by its namesake of another seed, arm or learning rate. Then the run is started again. Each time the
-outcome is one of three: refused, with the file named; exact, bit for bit what was saved or measured (a change to white
-space does no harm, and a run makes again what it can); or wrong. Columns are also shuffled in memory and given to
-`teacher.verify`. Processes that do nothing but save, or fill columns, are killed at random moments (SIGKILL), and what
-they left is restored or taken up again: exact, if it is whole and no older than the last save announced as done.
-For comparison, the same changes are made to what Orbax wrote, and Orbax alone reads it.
+Takes about twenty minutes on two cores. It writes a checkpoint of a student with its Adam state, and a teacher's cached
+answers for the digits. Then, again and again, it changes one byte anywhere in their files, or cuts one file short, and
+reads them. It does the same to any file of a small finished distillation, or removes a file or folder of it, or
+replaces it by its namesake of another seed, arm or learning rate, and starts the run again. Each trial has one of three
+outcomes: refused, with the file named; exact, bit for bit what was saved or measured (a change to white space does no
+harm, and a run computes again what it can); or wrong. Cached answers are also shuffled and passed to `teacher.verify`.
+Processes that only save, or only compute answers, are killed at random moments (SIGKILL); what they left is exact if it
+is whole and no older than the last save that was announced. For comparison, Orbax alone reads what it wrote after the
+same changes.
 
 Expect no wrong outcome in any arm but orbax_alone_flipped, where about a third are.
 """
@@ -36,8 +36,9 @@ import numpy as np
 import optax
 from absl import flags, logging
 
-from experiments import common
-from kdjax import checkpoints, data, models, results, teacher
+from experiments import cli
+from kdjax import checkpoints, data, methods, models, results, run, study, teacher
+from kdjax.recipe import Recipe
 
 OUTPUT = flags.DEFINE_string("output", None, "Write the counts to this file.")
 TRIALS = flags.DEFINE_integer("trials", 100, "Damaged reads per arm.", lower_bound=1)
@@ -104,18 +105,18 @@ def orbax_alone(directory: Path) -> Subject:
     return Subject(directory, is_exact)
 
 
-def answers(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-    """The teacher of the columns."""
+def logits_of(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+    """The teacher whose answers are cached."""
     apply_fn = models.apply_fn(models.build("digits_teacher", num_classes=10))
     params, model_state = variables
     outputs, _ = apply_fn(params, model_state, jnp.asarray(images, jnp.float32) / 255, train=False, key=None)
     return {"logits": outputs.logits}
 
 
-def fill(directory: Path, progress: Callable[[int, int], None] | None = None) -> teacher.TeacherCache:
-    """The columns of all digits."""
+def precompute(directory: Path, progress: Callable[[int, int], None] | None = None) -> teacher.TeacherCache:
+    """The answers for all digits."""
     return teacher.precompute(
-        directory, answers, digits_teacher(), data.load("digits").images, settings={}, batch_size=ROW_CHUNK,
+        directory, logits_of, digits_teacher(), data.load("digits").images, settings={}, batch_size=ROW_CHUNK,
         chunk_size=ROW_CHUNK, progress=progress,
     )  # fmt: skip
 
@@ -125,64 +126,57 @@ def digits_teacher() -> tuple[Any, Any]:
     return models.init(models.build("digits_teacher", num_classes=10), (8, 8, 1), seed=0)
 
 
-def some_columns(directory: Path) -> Subject:
-    """A directory of columns, read with everything about it asked for."""
-    columns = fill(directory)
+def a_cache(directory: Path) -> Subject:
+    """A cache of answers, read with its whole header."""
+    cached = precompute(directory)
     header = teacher.describe(digits_teacher(), data.load("digits").images, settings={})
 
     def is_exact(path):
         loaded = teacher.load(path, header=header)
-        return loaded.header == columns.header and same(loaded.arrays, columns.arrays)
+        return loaded.header == cached.header and same(loaded.arrays, cached.arrays)
 
     return Subject(directory, is_exact)
 
 
 @functools.cache
-def digits() -> common.Task:
-    """Few of the digits."""
-    return common.make_task("digits", data_dir=None, num_train=200, num_validation=100)
+def digits() -> data.Dataset:
+    """A few of the digits."""
+    return data.split(data.load("digits"), num_train=200, num_validation=100)
 
 
 def distilled(workdir: Path, learning_rate: float = 2e-3) -> dict[str, Any]:
-    """The numbers of a teacher and of two students by two arms, also under noise; what is there is not made again."""
-    task, seeds = digits(), (0, 1)
-    network, student = (common.build(name, task) for name in ("digits_teacher", "digits_student"))
-    recipe = common.Recipe(epochs=2, batch_size=20, learning_rate=learning_rate)
+    """The numbers of a teacher and of two students by two methods, also with noisy weights; resumes what exists."""
+    dataset, recipe = digits(), Recipe(epochs=2, batch_size=20, learning_rate=learning_rate)
+    large, small = (cli.network(f"digits_{size}", dataset) for size in ("teacher", "student"))
     settings = {"learning_rate": learning_rate}
-    with common.released():
-        common.claim_workdir(str(workdir), settings | {"data": task.fingerprint})
-        trainer = common.make_trainer(task, network, common.scratch, recipe)
-        source = common.train_teacher(task, "digits_teacher", network, trainer, 0, workdir / "teacher" / "0")
-        taught = common.taught_by(
-            task, source, recipe, mode="centre", views=1, directory=workdir / "columns" / "0"
-        )
-        objectives = {
-            "scratch": common.scratch,
-            "kd": common.kd(hard_weight=0.1, soft_weight=0.9, temperature=4),
-        }
-        arms: dict[str, Any] = {"teacher": [source]}
-        for arm, objective in objectives.items():
-            trainer = common.make_trainer(task, student, objective, recipe, taught)
+    kd = methods.kd(4.0, hard_weight=0.1, soft_weight=0.9)
+    with cli.released():
+        cli.claim_workdir(str(workdir), settings | {"data": dataset.fingerprint})
+        train_teacher = run.make_trainer(large, methods.labels(), dataset, recipe)
+        arms = {"teacher": [train_teacher(0, workdir / "teacher" / "0", arm="teacher")]}
+        signal = teacher.answers(arms["teacher"][0], dataset, directory=workdir / "teacher_answers" / "0")
+        for arm, method in {"scratch": methods.labels(), "kd": kd}.items():
+            trainer = run.make_trainer(small, method, dataset, recipe, teacher=signal)
             arms[arm] = [
-                trainer(seed, workdir / arm / str(seed), f"{arm}, seed {seed}", settings) for seed in seeds
+                trainer(seed, workdir / arm / str(seed), arm=arm, settings=settings) for seed in (0, 1)
             ]
         noise = {"corruptions": {}, "weight_noise": (0.1,), "draws": 1, "epsilons": ()}
-        disturbed = common.robustness_of(task, arms, workdir / "robustness", **noise)
-    weights = {arm: [checkpoints.digest_tree(run.weights) for run in runs] for arm, runs in arms.items()}
-    metrics = {arm: [run.metrics for run in runs] for arm, runs in arms.items()}
-    return {"metrics": metrics, "robustness": disturbed, "weights": weights}
+        robustness = study.robustness_of(dataset, arms, workdir / "robustness", **noise)
+    weights = {arm: [checkpoints.digest_tree(one.weights) for one in runs] for arm, runs in arms.items()}
+    metrics = {arm: [one.metrics for one in runs] for arm, runs in arms.items()}
+    return {"metrics": metrics, "robustness": robustness, "weights": weights}
 
 
 def a_run(directory: Path) -> Subject:
-    """A finished run; exact if it ends with the same numbers when started again, and its networks can be taken up."""
+    """A finished study; exact if it ends with the same numbers when started again, and its networks can be loaded."""
     wanted = distilled(directory)
 
     def is_exact(path):
         if distilled(path) != wanted:
             return False
         for arm in ("teacher", "kd"):
-            taken_up = common.load_teacher(digits(), str(path / arm / "0"))
-            if checkpoints.digest_tree(taken_up.weights) != wanted["weights"][arm][0]:
+            loaded = run.load(path / arm / "0", digits())
+            if checkpoints.digest_tree(loaded.weights) != wanted["weights"][arm][0]:
                 return False
         return True
 
@@ -203,13 +197,13 @@ def cut(content: bytes, chosen: random.Random) -> bytes:
 
 def damaged(
     subject: Subject,
-    harm: Callable[[bytes, random.Random], bytes],
+    damage: Callable[[bytes, random.Random], bytes],
     trials: int,
     seed: int,
     *,
     by_size: bool = True,
 ) -> dict[str, int]:
-    """Reads copies with one file harmed; every byte is as likely to be hit, or else every file."""
+    """Reads copies with one damaged file; every byte is equally likely, or else every file."""
     chosen = random.Random(seed)
     if not subject.is_exact(subject.directory):
         raise ValueError(
@@ -221,8 +215,7 @@ def damaged(
     for _ in range(trials):
         (victim,) = chosen.choices(files, [path.stat().st_size if by_size else 1 for path in files])
         shutil.copytree(subject.directory, copy)
-        harmed = copy / victim.relative_to(subject.directory)
-        harmed.write_bytes(harm(victim.read_bytes(), chosen))
+        (copy / victim.relative_to(subject.directory)).write_bytes(damage(victim.read_bytes(), chosen))
         try:
             counts["exact" if subject.is_exact(copy) else "wrong"] += 1
         except ValueError:
@@ -232,7 +225,7 @@ def damaged(
 
 
 def misplaced(subject: Subject, other: Path, trials: int, seed: int) -> dict[str, int]:
-    """Starts copies of a run with a file or folder removed, or replaced by its namesake there or in another run."""
+    """Resumes copies of a run with a file or folder removed, or replaced by its namesake of this or another run."""
     chosen, counts = random.Random(seed), no_outcomes()
     names = [path.relative_to(subject.directory) for path in sorted(subject.directory.rglob("*"))]
     names = [
@@ -261,18 +254,18 @@ def misplaced(subject: Subject, other: Path, trials: int, seed: int) -> dict[str
 
 
 def remove(path: Path) -> None:
-    """A file, or a folder with all that is in it."""
+    """Deletes a file, or a folder with its contents."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def shuffled(directory: Path, trials: int, seed: int) -> dict[str, int]:
-    """Columns whose rows belong to other images, and whether a sample of 64 recomputed rows tells."""
-    columns, counts = fill(directory), no_outcomes()
+    """Caches whose rows belong to other images: does a sample of 64 recomputed rows tell?"""
+    cached, counts = precompute(directory), no_outcomes()
     for trial in range(trials):
-        order = np.random.default_rng([seed, trial]).permutation(len(columns.arrays["logits"]))
-        other = columns._replace(arrays={name: rows[order] for name, rows in columns.arrays.items()})
+        order = np.random.default_rng([seed, trial]).permutation(len(cached.arrays["logits"]))
+        other = cached._replace(arrays={name: rows[order] for name, rows in cached.arrays.items()})
         try:
-            teacher.verify(other, answers, digits_teacher(), data.load("digits").images, seed=trial)
+            teacher.verify(other, logits_of, digits_teacher(), data.load("digits").images, seed=trial)
             counts["wrong"] += 1
         except ValueError:
             counts["refused"] += 1
@@ -282,13 +275,13 @@ def shuffled(directory: Path, trials: int, seed: int) -> dict[str, int]:
 def killed(
     task: str, left: Callable[[Path, int], bool], workdir: Path, kills: int, seed: int
 ) -> dict[str, int]:
-    """Runs this module's ``task`` in processes that are killed at random moments, and looks at what each left.
+    """Runs this module's ``task`` in processes that are killed at random moments, and checks what each left.
 
     Args:
-      task: a key of ``TASKS``; it prints how far it has got whenever it has got further.
-      left: whether what is in a directory, after that much was announced, is exact; ValueError if it is refused.
-      workdir: where the directories are made.
-      kills: how many processes.
+      task: a key of ``TASKS``; it prints its progress.
+      left: whether a directory is exact after that much was announced; ValueError if it is refused.
+      workdir: of the tasks' directories.
+      kills: number of processes.
       seed: of the moments.
     """
     chosen, counts = random.Random(seed), no_outcomes()
@@ -315,28 +308,30 @@ def killed(
     return counts
 
 
-TASK = flags.DEFINE_enum("task", None, ["save", "fill"], "Internal: what a process that will be killed does.")
+TASK = flags.DEFINE_enum(
+    "task", None, ["save", "precompute"], "Internal: what a process that will be killed does."
+)
 DIRECTORY = flags.DEFINE_string("directory", "", "Internal: where it does it.")
 
 
 def save_until_killed(directory: Path) -> None:
-    """Saves a different state as fast as it can, every other one in the background."""
+    """Saves one state after another, every second one in the background."""
     for step in range(1, 10_000):
         checkpoints.save(directory, step, student_state(step), meta={"step": step}, block=step % 2 == 0)
         print(step - step % 2, flush=True)
 
 
-def fill_until_killed(directory: Path) -> None:
-    """Fills the columns, a little slower than it could."""
+def precompute_until_killed(directory: Path) -> None:
+    """Computes the answers, slowed down a little."""
 
     def progress(done: int, total: int) -> None:
         print(done, flush=True)
         time.sleep(0.02)
 
-    fill(directory, progress)
+    precompute(directory, progress)
 
 
-TASKS = {"save": save_until_killed, "fill": fill_until_killed}
+TASKS = {"save": save_until_killed, "precompute": precompute_until_killed}
 
 
 def left_by_save(directory: Path, announced: int) -> bool:
@@ -347,38 +342,35 @@ def left_by_save(directory: Path, announced: int) -> bool:
     return restored.meta == {"step": restored.step} and same(restored.tree, student_state(restored.step))
 
 
-def left_by_fill(directory: Path, announced: int) -> bool:
-    """Filling again computes no announced row and gives what an uninterrupted fill gives, file for file."""
+def left_by_precompute(directory: Path, announced: int) -> bool:
+    """The next call computes no announced row, and ends with the files of an uninterrupted one."""
     before = {path.name: path.stat().st_mtime_ns for path in directory.glob("chunk_*.npz")}
-    fill(directory)
+    precompute(directory)
     kept = all((directory / name).stat().st_mtime_ns == time_ns for name, time_ns in before.items())
     whole = directory.with_name("whole")
     if not whole.exists():
-        fill(whole)
+        precompute(whole)
     contents = ({path.name: path.read_bytes() for path in where.iterdir()} for where in (directory, whole))
     return kept and len(before) * ROW_CHUNK >= announced and next(contents) == next(contents)
 
 
 def measure(workdir: Path, trials: int, kills: int, seed: int) -> dict[str, dict[str, int]]:
     """Arm → outcome → count."""
-    checkpoint, columns = (
-        a_checkpoint(workdir / "checkpoint" / "run"),
-        some_columns(workdir / "columns" / "digits"),
-    )
-    orbax = orbax_alone(workdir / "orbax" / "run")
-    run, few = a_run(workdir / "run" / "run"), -(-trials // 2)
+    checkpoint, cached = a_checkpoint(workdir / "checkpoint" / "run"), a_cache(workdir / "cache" / "digits")
+    orbax, whole = orbax_alone(workdir / "orbax" / "run"), a_run(workdir / "run" / "run")
+    few = -(-trials // 2)
     distilled(workdir / "run" / "other", learning_rate=1e-3)
     return {
         "checkpoint_flipped": damaged(checkpoint, flipped, trials, seed),
         "checkpoint_cut": damaged(checkpoint, cut, trials, seed),
-        "columns_flipped": damaged(columns, flipped, trials, seed),
-        "columns_cut": damaged(columns, cut, trials, seed),
-        "columns_shuffled": shuffled(columns.directory, trials, seed),
-        "run_flipped": damaged(run, flipped, few, seed, by_size=False),
-        "run_cut": damaged(run, cut, few, seed, by_size=False),
-        "run_misplaced": misplaced(run, workdir / "run" / "other", few, seed),
+        "cache_flipped": damaged(cached, flipped, trials, seed),
+        "cache_cut": damaged(cached, cut, trials, seed),
+        "cache_shuffled": shuffled(cached.directory, trials, seed),
+        "run_flipped": damaged(whole, flipped, few, seed, by_size=False),
+        "run_cut": damaged(whole, cut, few, seed, by_size=False),
+        "run_misplaced": misplaced(whole, workdir / "run" / "other", few, seed),
         "save_killed": killed("save", left_by_save, workdir, kills, seed),
-        "fill_killed": killed("fill", left_by_fill, workdir, kills, seed),
+        "precompute_killed": killed("precompute", left_by_precompute, workdir, kills, seed),
         "orbax_alone_flipped": damaged(orbax, flipped, trials, seed),
     }
 
@@ -389,13 +381,13 @@ def main() -> None:
         TASKS[TASK.value](Path(DIRECTORY.value))
         return
     start = time.monotonic()
-    logging.set_verbosity(logging.FATAL)  # the damage is intended, and Orbax has much to say of it
+    logging.set_verbosity(logging.FATAL)  # Orbax reports the damage at length
     trials, kills = (3, 1) if SMOKE.value else (TRIALS.value, KILLS.value)
     with tempfile.TemporaryDirectory() as workdir, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         counts = measure(Path(workdir), trials, kills, SEED.value)
     for arm, outcome in counts.items():
-        common.say(f"{arm:20} " + "  ".join(f"{name} {number:3d}" for name, number in outcome.items()))
+        cli.say(f"{arm:20} " + "  ".join(f"{name} {number:3d}" for name, number in outcome.items()))
     result = results.make(
         "integrity",
         question="Does a damaged, misplaced or half-written file ever come back as wrong numbers?",
@@ -414,4 +406,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

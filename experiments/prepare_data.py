@@ -1,10 +1,10 @@
-r"""Are these raw files the official ones, and can every experiment read them, with no network at all?
+r"""Prepares a TFDS data set from official raw files on disk, without network.
 
     python -m experiments.prepare_data --dataset=mnist --raw_dir=RAW --data_dir=DATA
 
-Checks official raw files that are already on disk and turns them into a TFDS data set under --data_dir, which
-`--dataset=mnist --data_dir=DATA` of the other experiments reads. TFDS's own builders and checksums do the work,
-without TensorFlow. What RAW (or RAW/NAME) must hold:
+Checks the raw files and turns them into a TFDS data set under --data_dir, which every experiment reads by
+`--dataset=mnist --data_dir=DATA`. TFDS's own builders and checksums do the work, without TensorFlow. RAW (or RAW/NAME)
+holds:
 
     mnist          train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, and the same two of t10k
     fashion_mnist  files of these same names, so give each of the two sets a folder of its own
@@ -14,18 +14,18 @@ without TensorFlow. What RAW (or RAW/NAME) must hold:
 
 An archive must have the size and SHA-256 that TFDS has on record. Of an extracted folder the file sizes, labels
 and images are checked, and their digests are written beside the data set. Everything is read back once and
-compared. A run that was killed leaves nothing behind that could be read, and is simply started again.
+compared. A killed run leaves nothing that could be read; start it again.
 
 Expect, on two idle CPU cores: mnist 9 s, cifar10 16 s, cifar100 18 s, and 4 s for 18,741 malaria cells of 32x32,
 and some seconds to start; the last line says how many examples there are and where. Exit code 0, also if the data
-set was there already; 2 with one sentence on what is missing or wrong.
+set exists already; 2 with one sentence on what is missing or wrong.
 """
 
 import sys
 
 from absl import flags, logging
 
-from experiments import common
+from experiments import cli
 from kdjax.data.prepare import prepare
 
 DATASET = flags.DEFINE_string(
@@ -43,7 +43,7 @@ KINDS = {
 
 def main() -> None:
     """Prepares the data set and says what was made."""
-    logging.set_verbosity(logging.WARNING)  # TFDS tells of every file
+    logging.set_verbosity(logging.WARNING)  # TFDS logs every file
     if not sys.stderr.isatty():
         import tensorflow_datasets as tfds
 
@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

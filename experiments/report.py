@@ -19,8 +19,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import common
+from experiments import cli
 from kdjax import files, report, results
+from kdjax.callbacks import bar
 
 RESULTS = flags.DEFINE_string(
     "results",
@@ -108,7 +109,7 @@ def expand(documents: Sequence[str]) -> list[Path]:
 def write_page(found: Mapping[str, Mapping[str, Any]], problems: Sequence[str]) -> None:
     """Writes the page with a progress bar over the results, and prints its size."""
     output = Path(OUTPUT.value or "")
-    with common.bar(str(output), total=len(found), unit="result") as meter:
+    with bar(str(output), total=len(found), unit="result") as meter:
         report.page(
             found,
             path=output,
@@ -121,4 +122,4 @@ def write_page(found: Mapping[str, Mapping[str, Any]], problems: Sequence[str]) 
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

@@ -2,10 +2,10 @@ r"""Does a run that is killed at a random moment, and started again, end bitwise
 
     python -m experiments.resume --output=experiments/results/resume.json
 
-Takes about ten minutes on two cores. A small distillation of the digits (teacher, columns, two students by two methods,
-a checkpoint after every epoch) is run once without interruption. Then, --trials times, the same command is started and
-killed with SIGKILL at a random moment, started again and killed again, and then left to finish; every digest of final
-weights and every measured number must be those of the uninterrupted run, bit for bit.
+Takes about ten minutes on two cores. A small distillation of the digits (a teacher, its cached answers, two students by
+two methods, a checkpoint after every epoch) runs once without interruption. Then, --trials times, the same command is
+started and killed with SIGKILL at a random moment, started and killed again, and then left to finish; every digest
+of final weights and every measured number must equal that of the uninterrupted run, bit for bit.
 
 Expect as many equal trials as there are trials.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import common
+from experiments import cli
 from kdjax import results
 
 OUTPUT = flags.DEFINE_string("output", None, "Write the counts to this file.")
@@ -80,7 +80,7 @@ def main() -> None:
     start, chosen = time.monotonic(), random.Random(SEED.value)
     equal, killed = [], []
     with tempfile.TemporaryDirectory() as directory:
-        finish(Path(directory) / "warm")  # compiles; the moments below shall fall into the work
+        finish(Path(directory) / "warm")  # compiles, so that kills hit the training
         duration = finish(Path(directory) / "whole")
         whole = ending(Path(directory) / "whole")
         for trial in range(2 if SMOKE.value else TRIALS.value):
@@ -88,7 +88,7 @@ def main() -> None:
             killed.append(sum(kill(workdir, chosen.uniform(0, duration)) for _ in range(KILLS.value)))
             finish(workdir)
             equal.append(int(ending(workdir) == whole))
-            common.say(f"trial {trial}: killed {killed[-1]} times, {'equal' if equal[-1] else 'DIFFERENT'}")
+            cli.say(f"trial {trial}: killed {killed[-1]} times, {'equal' if equal[-1] else 'DIFFERENT'}")
     if not all(equal):
         raise ValueError(
             f"{equal.count(0)} of {len(equal)} resumed runs differ: this is a bug in kdjax, please report it."
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

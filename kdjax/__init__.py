@@ -4,7 +4,7 @@ A tour, in the order in which data flows:
 
 * :mod:`kdjax.data`: images and labels as arrays addressed by index; splits by hash; augmentation inside the step.
 * :mod:`kdjax.models`: linen networks, each returning logits and named features.
-* :mod:`kdjax.teacher`: what the teacher says of every image, computed once, stored as columns, verified.
+* :mod:`kdjax.teacher`: a teacher's answers for every example, computed once, cached and verified, or online.
 * :mod:`kdjax.losses`: distillation losses, one value per example.
 * :mod:`kdjax.attributions`: integrated gradients as maps to learn from, overlay on images, and judge.
 * :mod:`kdjax.curvature`: Hessian-vector products, extreme eigenpairs, spectral densities, traces.

@@ -16,7 +16,7 @@ ModelState: TypeAlias = Mapping[str, Any]
 """What a network keeps beside its parameters, such as batch statistics; ``{}`` where there is nothing."""
 
 Batch: TypeAlias = Mapping[str, Array]
-"""Arrays with one leading example axis: ``image``, ``label``, ``index``, and any teacher column. The train step adds
+"""Arrays with one leading example axis: ``image``, ``label``, ``index``, and the teacher's answers. The train step adds
 ``step``, a scalar."""
 
 Metrics: TypeAlias = dict[str, Array]

@@ -687,8 +687,8 @@ class TestJudging:
             np.testing.assert_array_equal(judge(maps, 255 * inside.astype(jnp.uint8)), judge(maps, inside))
 
 
-class TestColumns:
-    """The stage of the data pipeline: maps as columns beside logits."""
+class TestCachedMaps:
+    """Maps as cached answers beside logits."""
 
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3)).astype(np.uint8)
     labels = np.random.default_rng(1).integers(0, 3, 20).astype(np.int32)
@@ -711,7 +711,7 @@ class TestColumns:
         del view
         return {"image": images, "label": jnp.asarray(self.labels)[index]}
 
-    def fill(self, directory, scale=1.0, **more):
+    def precompute(self, directory, scale=1.0, **more):
         settings = {"labels": "true"}
         scale = jnp.float32(scale)
         return teacher.precompute(
@@ -727,19 +727,19 @@ class TestColumns:
         )
 
     def test_are_filled_resumed_and_verified(self, tmp_path):
-        filled = self.fill(tmp_path)
-        assert filled.arrays["map"].shape == (20, 1, 8, 8, 1)
-        assert filled.arrays["map"].dtype == np.uint8
-        assert set(np.unique(filled.arrays["nodes"])) <= {5, 9, 17}
+        cached = self.precompute(tmp_path)
+        assert cached.arrays["map"].shape == (20, 1, 8, 8, 1)
+        assert cached.arrays["map"].dtype == np.uint8
+        assert set(np.unique(cached.arrays["nodes"])) <= {5, 9, 17}
         one = jax.jit(self.tell)(1.0, {"image": jnp.asarray(self.images), "label": jnp.asarray(self.labels)})
-        np.testing.assert_allclose(filled.arrays["map"][:, 0], one["map"], atol=1)
+        np.testing.assert_allclose(cached.arrays["map"][:, 0], one["map"], atol=1)
         teacher.verify(
-            filled, self.tell, jnp.float32(1), self.images, view_fn=self.with_labels, num_samples=8
+            cached, self.tell, jnp.float32(1), self.images, view_fn=self.with_labels, num_samples=8
         )
-        turned = {name: np.roll(array, 1, axis=0) for name, array in filled.arrays.items()}
+        turned = {name: np.roll(array, 1, axis=0) for name, array in cached.arrays.items()}
         with pytest.raises(ValueError, match="not this teacher's output"):
             teacher.verify(
-                filled._replace(arrays=turned),
+                cached._replace(arrays=turned),
                 self.tell,
                 jnp.float32(1),
                 self.images,
@@ -750,12 +750,12 @@ class TestColumns:
         with pytest.raises(ValueError, match="damaged"):
             teacher.load(tmp_path, header={})
         with pytest.warns(UserWarning, match="computed again"):
-            again = self.fill(tmp_path)
-        np.testing.assert_array_equal(again.arrays["map"], filled.arrays["map"])
+            again = self.precompute(tmp_path)
+        np.testing.assert_array_equal(again.arrays["map"], cached.arrays["map"])
 
     def test_of_a_diverged_teacher_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="at index 0"):
-            self.fill(tmp_path, scale=np.nan)
+            self.precompute(tmp_path, scale=np.nan)
         assert not list(tmp_path.glob("*.npz"))
 
 

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments.benchmarks import attribution_metrics, attributions_baselines, workers
-from kdjax import results
+from experiments.benchmarks import attribution_metrics, attributions_baselines, timing
+from kdjax import data, results
+from kdjax.teacher import Explanations
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,13 +64,13 @@ def test_other_scores_or_maps_are_refused():
     assert found == pytest.approx(0.001)
     with pytest.raises(ValueError, match="n: torch has scores that are"):
         attribution_metrics.check_equal("n", maps, {"kdjax": scores, "torch": scores + 0.1})
-    with pytest.raises(ValueError, match=r"n: a map of captum is 0\.5 of its size apart from that of kdjax"):
+    with pytest.raises(ValueError, match=r"n: a map of captum is 0\.5 of its size away from that of kdjax"):
         attribution_metrics.check_equal("n", maps | {"captum": values * 1.5}, {"kdjax": scores})
     with pytest.raises(ValueError, match="a map of captum is nan"):
         attribution_metrics.check_equal("n", maps | {"captum": values * np.nan}, {"kdjax": scores})
 
 
-def test_goals_and_ratios_are_judged_round_by_round(benchmark):
+def test_goals_and_ratios_are_judged_round_by_round():
     def arm(*ms):
         return {"ms": list(ms), "cpu_ms": [2 * x for x in ms]}
 
@@ -85,7 +86,7 @@ def test_goals_and_ratios_are_judged_round_by_round(benchmark):
         "equal": {"kdjax adaptive 0.1": arm(5, 4), "captum, 16 nodes": arm(10, 12)},
     }
     row = {"bound": 0.1, "uniform_nodes": 16, "uniform_nodes_of_equal_map_error": None}
-    ratios, goals = benchmark.judge(found, [row | {"adaptive": {"reached": True}}], "n", 2, 8)
+    ratios, goals = attribution_metrics.judge(found, [row | {"adaptive": {"reached": True}}], "n", 2, 8)
     assert ratios["n: captum default"] == pytest.approx({"median": 2.3, "low": 2.1, "high": 2.5})
     assert ratios["n: residual ≤ 0.1, captum, 16 nodes"]["median"] == 2.5
     extrapolated = ratios["n: residual ≤ 0.1, captum default, 16 nodes extrapolated"]
@@ -96,7 +97,7 @@ def test_goals_and_ratios_are_judged_round_by_round(benchmark):
     assert not met["n: 8 nodes ≥ 1× captum's best chunk"]
     assert met["n: 8 nodes ≤ 1.1× 8 gradients"]
     # No equal residual where our own maps miss the bound.
-    missed, _ = benchmark.judge(found, [row | {"adaptive": {"reached": False}}], "n", 2, 8)
+    missed, _ = attribution_metrics.judge(found, [row | {"adaptive": {"reached": False}}], "n", 2, 8)
     assert not any("residual" in name for name in missed)
 
 
@@ -115,20 +116,21 @@ def test_captums_default_call_is_left_out_where_it_does_not_fit(benchmark, monke
     assert benchmark.too_large(worker, {"nodes": 50, "chunk": 5}, 50, 5) is None
 
 
-def test_filling_is_extrapolated_from_what_more_images_take(benchmark, monkeypatch):
+def test_the_rate_of_caching_is_that_of_more_images(benchmark, monkeypatch):
     clock, asked = [0.0], []
 
-    def explained_by(task, source, *, directory):
-        asked.append(len(task.split["train"]))
-        clock[0] += 3.0 + asked[-1] / 100  # 3 seconds of every call's own
+    def explain(network, dataset, *, directory):
+        asked.append(len(dataset.splits["train"]))
+        clock[0] += 3.0 + asked[-1] / 100  # 3 seconds for what every call begins with
         none = np.zeros(asked[-1], np.float32)
-        return benchmark.common.Explained({}, none.astype(int) + 17, none)
+        return Explanations({}, none.astype(int) + 17, none)
 
-    monkeypatch.setattr(benchmark.common, "explained_by", explained_by)
+    monkeypatch.setattr(benchmark.teacher, "explain", explain)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
-    task = benchmark.common.Task(None, {"train": np.arange(2000)}, {}, (), (), [], np.zeros(0), "")
-    teacher = benchmark.common.Teacher("n", None, None, (), (), {}, {}, [])
-    found = benchmark.fill(task, teacher, 3 * benchmark.ROWS)
+    dataset = data.from_arrays(np.zeros((2, 4, 4), np.uint8), np.arange(2))
+    dataset = dataset._replace(splits={"train": np.arange(2000)})
+    network = SimpleNamespace(network=SimpleNamespace(name="n"))
+    found = benchmark.caching(dataset, network, 3 * benchmark.ROWS)
     assert asked == [benchmark.ROWS, 3 * benchmark.ROWS, benchmark.ROWS]
     assert found["images_per_second"] == pytest.approx(100)
     assert found["hours_of_50000_extrapolated"] == pytest.approx(500 / 3600)
@@ -147,13 +149,13 @@ def test_a_network_is_read_back_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "counts"), [(["1"], [1]), ([], list(range(1, 1 + min(2, len(workers.cores())))))]
+    ("wanted", "counts"), [(["1"], [1]), ([], list(range(1, 1 + min(2, len(timing.cores())))))]
 )
 def test_threads_of_the_machine(wanted, counts):
-    assert workers.thread_counts(wanted, smoke=False) == counts
-    assert workers.thread_counts(wanted, smoke=True) == [1]
+    assert timing.thread_counts(wanted, smoke=False) == counts
+    assert timing.thread_counts(wanted, smoke=True) == [1]
     with pytest.raises(ValueError, match="--threads=1000 needs numbers from 1 to"):
-        workers.thread_counts(["1000"], smoke=False)
+        timing.thread_counts(["1000"], smoke=False)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_threads_of_the_machine(wanted, counts):
     [
         (
             {"NETWORKS": ["wrn_16_2"]},
-            "--networks=wrn_16_2 has no form in PyTorch here; there are mobilenet_v2,",
+            "--networks=wrn_16_2 is none of mobilenet_v2,",
         ),
         ({"PEERS": ["innvestigate"]}, "--peers=innvestigate is none of captum, torch."),
         ({"DATASET": "digits"}, "write --smoke, or --dataset=cifar10 --data_dir=data."),

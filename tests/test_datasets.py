@@ -14,7 +14,7 @@ tfds_cache = import_module("kdjax.data.tfds_cache")
 datasets = import_module("kdjax.data.datasets")
 
 
-def make_source(n=20_000, classes=10, *, example_ids=None, official_split=None):
+def make_dataset(n=20_000, classes=10, *, example_ids=None, official_split=None):
     example_ids = np.array([f"train/{i:06d}" for i in range(n)]) if example_ids is None else example_ids
     labels = (np.arange(n) % classes).astype(np.int32)
     official_split = np.full(n, -1, np.int8) if official_split is None else official_split
@@ -39,59 +39,61 @@ def write_images(folder, colours, size=(4, 3), suffix="png"):
 
 
 def test_digits_are_scaled_and_split():
-    source = datasets.load("digits")
-    assert source.images.shape == (1797, 8, 8, 1)
-    assert source.images.dtype == np.uint8
-    assert source.images.max() == 255
-    assert source.num_classes == 10
-    assert len(np.unique(source.example_ids)) == 1797
-    assert set(source.official_split) == {-1}
-    ids = datasets.split_ids(source)
+    dataset = datasets.load("digits")
+    assert dataset.images.shape == (1797, 8, 8, 1)
+    assert dataset.images.dtype == np.uint8
+    assert dataset.images.max() == 255
+    assert dataset.num_classes == 10
+    assert len(np.unique(dataset.example_ids)) == 1797
+    assert set(dataset.official_split) == {-1}
+    ids = datasets.split_ids(dataset)
     assert np.array_equal(np.sort(np.concatenate(list(ids.values()))), np.arange(1797))
 
 
 def test_split_fractions_are_binomial():
     n = 20_000
-    ids = datasets.split_ids(make_source(n), validation=0.1, test=0.2)
+    ids = datasets.split_ids(make_dataset(n), validation=0.1, test=0.2)
     for name, p in (("train", 0.7), ("validation", 0.1), ("test", 0.2)):
         assert abs(len(ids[name]) - n * p) < 4.5 * np.sqrt(n * p * (1 - p))
         assert np.all(np.diff(ids[name]) > 0)
         assert ids[name].dtype == np.int64
 
 
-def members(source, **options):
-    return {name: set(source.example_ids[ids]) for name, ids in datasets.split_ids(source, **options).items()}
+def members(dataset, **options):
+    return {
+        name: set(dataset.example_ids[ids]) for name, ids in datasets.split_ids(dataset, **options).items()
+    }
 
 
 def test_split_does_not_depend_on_order():
-    source = make_source(3000)
-    shuffled = source._replace(example_ids=np.random.default_rng(0).permutation(source.example_ids))
-    assert members(source) == members(shuffled)
+    dataset = make_dataset(3000)
+    shuffled = dataset._replace(example_ids=np.random.default_rng(0).permutation(dataset.example_ids))
+    assert members(dataset) == members(shuffled)
 
 
 def test_split_does_not_depend_on_other_examples():
-    few, many = members(make_source(1000)), members(make_source(3000))
+    few, many = members(make_dataset(1000)), members(make_dataset(3000))
     for name in few:
         assert few[name] <= many[name]
 
 
 def test_changing_one_fraction_leaves_the_other_split():
-    source = make_source(3000)
-    assert members(source, test=0.2)["validation"] == members(source, test=0.3)["validation"]
-    assert members(source, validation=0.1)["test"] == members(source, validation=0.3)["test"]
+    dataset = make_dataset(3000)
+    assert members(dataset, test=0.2)["validation"] == members(dataset, test=0.3)["validation"]
+    assert members(dataset, validation=0.1)["test"] == members(dataset, validation=0.3)["test"]
 
 
 def test_salt_gives_an_independent_split():
-    source = make_source()
-    first, second = members(source)["test"], members(source, salt="other")["test"]
-    expected = 0.2 * 0.2 * len(source.labels)
+    dataset = make_dataset()
+    first, second = members(dataset)["test"], members(dataset, salt="other")["test"]
+    expected = 0.2 * 0.2 * len(dataset.labels)
     assert abs(len(first & second) - expected) < 5 * np.sqrt(expected)
 
 
 def test_groups_stay_whole():
-    source = make_source(2000)
+    dataset = make_dataset(2000)
     groups = np.array([f"patient{i % 97}" for i in range(2000)])
-    ids = datasets.split_ids(source, groups=groups)
+    ids = datasets.split_ids(dataset, groups=groups)
     parts = [set(groups[part]) for part in ids.values()]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 97
 
@@ -100,21 +102,21 @@ def test_groups_of_malaria_names():
     keys = np.array(
         ["Uninfected/C100P61ThinF_IMG_1.png", "Parasitized/C1_thinF_IMG_2.png", "x/C47P8thinO.png"]
     )
-    groups = datasets.groups_of(make_source(3, example_ids=keys), datasets.GROUP_PATTERNS["malaria"])
+    groups = datasets.groups_of(make_dataset(3, example_ids=keys), datasets.GROUP_PATTERNS["malaria"])
     assert groups.tolist() == ["C100P61", "C1", "C47P8"]
-    with pytest.raises(ValueError, match=r"matches nothing in the key 'train/000000'"):
-        datasets.groups_of(make_source(3), r"C\d+")
+    with pytest.raises(ValueError, match=r"matches nothing in the example id 'train/000000'"):
+        datasets.groups_of(make_dataset(3), r"C\d+")
 
 
 def test_official_test_split_is_used():
     official_split = np.repeat(np.array([0, 1], np.int8), 500)
-    source = make_source(1000, official_split=official_split)
-    ids = datasets.split_ids(source, validation=0.2, test=0.9)
+    dataset = make_dataset(1000, official_split=official_split)
+    ids = datasets.split_ids(dataset, validation=0.2, test=0.9)
     assert np.array_equal(ids["test"], np.arange(500, 1000))
     assert ids["validation"].max() < 500
     assert len(ids["validation"]) + len(ids["train"]) == 500
-    with pytest.raises(ValueError, match="official training and test splits alike"):
-        datasets.split_ids(source, groups=np.full(1000, "one patient"))
+    with pytest.raises(ValueError, match="in both official splits, training and test"):
+        datasets.split_ids(dataset, groups=np.full(1000, "one patient"))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_official_test_split_is_used():
     [
         ({"validation": -0.1}, "must be >= 0"),
         ({"validation": 0.5, "test": 0.5}, "sum to less than 1"),
-        ({"groups": np.array(["a", "b"])}, "one group an example, 100 in all"),
+        ({"groups": np.array(["a", "b"])}, "one group per example, 100 in all"),
         (
             {"groups": np.full(100, "a")},
             "add examples, or give split_ids a larger validation fraction or another salt",
@@ -131,20 +133,20 @@ def test_official_test_split_is_used():
 )
 def test_split_refuses(options, message):
     with pytest.raises(ValueError, match=message):
-        datasets.split_ids(make_source(100), **options)
+        datasets.split_ids(make_dataset(100), **options)
 
 
 def test_a_split_that_is_not_asked_for_may_be_empty():
-    ids = datasets.split_ids(make_source(100), validation=0.0, test=0.0)
+    ids = datasets.split_ids(make_dataset(100), validation=0.0, test=0.0)
     assert [len(part) for part in ids.values()] == [100, 0, 0]
 
 
 def test_splitting_is_quick():
-    source = make_source(70_000)
+    dataset = make_dataset(70_000)
     times = []
     for _ in range(3):
         start = time.process_time()  # of this process alone, however busy the machine is
-        datasets.split_ids(source)
+        datasets.split_ids(dataset)
         times.append(time.process_time() - start)
     assert min(times) < 0.5
 
@@ -154,28 +156,28 @@ def test_splitting_is_quick():
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.333, 1.0])
 def test_label_noise_perturbs_exactly(fraction):
-    source = make_source(1000)
-    before = source.labels.copy()
+    dataset = make_dataset(1000)
+    before = dataset.labels.copy()
     ids = np.arange(100, 900)
-    noisy, perturbed = datasets.with_label_noise(source, ids, fraction=fraction, seed=3)
-    assert np.array_equal(source.labels, before)
+    noisy, perturbed = datasets.with_label_noise(dataset, ids, fraction=fraction, seed=3)
+    assert np.array_equal(dataset.labels, before)
     assert np.array_equal(perturbed, np.flatnonzero(noisy.labels != before))
     assert len(perturbed) == round(fraction * 800)
     assert np.isin(perturbed, ids).all()
     assert noisy.labels.dtype == np.int32
     assert noisy.labels.min() >= 0
     assert noisy.labels.max() < 10
-    again, _ = datasets.with_label_noise(source, ids[::-1], fraction=fraction, seed=3)
+    again, _ = datasets.with_label_noise(dataset, ids[::-1], fraction=fraction, seed=3)
     assert np.array_equal(again.labels, noisy.labels)
 
 
 def test_label_noise_is_uniform_over_wrong_classes():
-    source = make_source(18_000)
-    noisy, perturbed = datasets.with_label_noise(source, np.arange(18_000), fraction=1.0, seed=0)
-    counts = np.bincount((noisy.labels - source.labels)[perturbed] % 10, minlength=10)
+    dataset = make_dataset(18_000)
+    noisy, perturbed = datasets.with_label_noise(dataset, np.arange(18_000), fraction=1.0, seed=0)
+    counts = np.bincount((noisy.labels - dataset.labels)[perturbed] % 10, minlength=10)
     assert counts[0] == 0
     assert np.sum((counts[1:] - 2000) ** 2 / 2000) < 26.1  # chi-squared, 8 degrees of freedom, p = .001
-    other, _ = datasets.with_label_noise(source, np.arange(18_000), fraction=1.0, seed=1)
+    other, _ = datasets.with_label_noise(dataset, np.arange(18_000), fraction=1.0, seed=1)
     assert np.any(other.labels != noisy.labels)
 
 
@@ -193,34 +195,34 @@ def test_label_noise_refuses(ids, fraction, message):
     # the typing hook of the tests would catch float ids first, so the plain function is called
     noise = getattr(datasets.with_label_noise, "__wrapped__", datasets.with_label_noise)
     with pytest.raises(ValueError, match=message):
-        noise(make_source(100), np.array(ids), fraction=fraction, seed=0)
+        noise(make_dataset(100), np.array(ids), fraction=fraction, seed=0)
 
 
 def test_label_noise_needs_two_classes():
     with pytest.raises(ValueError, match="at least two classes"):
-        datasets.with_label_noise(make_source(10, 1), np.arange(10), fraction=0.5, seed=0)
+        datasets.with_label_noise(make_dataset(10, 1), np.arange(10), fraction=0.5, seed=0)
 
 
-def test_take_keeps_keys_and_classes():
-    source = make_source(50)
-    part = datasets.subset(source, np.array([7, 3, 41]))
-    assert part.keys.tolist() == ["train/000007", "train/000003", "train/000041"]
+def test_a_subset_keeps_ids_and_classes():
+    dataset = make_dataset(50)
+    part = datasets.subset(dataset, np.array([7, 3, 41]))
+    assert part.example_ids.tolist() == ["train/000007", "train/000003", "train/000041"]
     assert part.labels.tolist() == [7, 3, 1]
     assert part.num_classes == 10
 
 
 def test_digest_sees_every_array():
-    source = make_source(50)
-    digests = {datasets.digest(source)}
+    dataset = make_dataset(50)
+    digests = {datasets.digest(dataset)}
     for field, change in (
-        ("images", source.images + 1),
-        ("labels", source.labels[::-1]),
-        ("example_ids", source.example_ids[::-1]),
+        ("images", dataset.images + 1),
+        ("labels", dataset.labels[::-1]),
+        ("example_ids", dataset.example_ids[::-1]),
     ):
-        digests.add(datasets.digest(source._replace(**{field: change})))
-    digests.add(datasets.digest(source._replace(images=source.images.reshape(25, 2, 1, 1))))
+        digests.add(datasets.digest(dataset._replace(**{field: change})))
+    digests.add(datasets.digest(dataset._replace(images=dataset.images.reshape(25, 2, 1, 1))))
     assert len(digests) == 5
-    assert datasets.digest(source) == datasets.digest(make_source(50))
+    assert datasets.digest(dataset) == datasets.digest(make_dataset(50))
 
 
 # .npz files.
@@ -234,7 +236,7 @@ def test_npz_of_bytes_and_of_floats_agree(tmp_path):
     a, b = datasets.load(str(tmp_path / "a.npz")), datasets.load(str(tmp_path / "b.npz"))
     assert a.images.shape == (12, 5, 4, 1)
     assert datasets.digest(a) == datasets.digest(b)
-    assert a.name == "a"
+    assert a.name == "a.npz"
     assert a.class_names == ("0", "1", "2")
     assert set(a.official_split) == {-1}
 
@@ -249,10 +251,10 @@ def test_npz_with_test_split_and_names(tmp_path):
         test_labels=np.ones(2, int),
         names=np.array(["cat", "dog", "cow"]),
     )
-    source = datasets.load(str(tmp_path / "a.npz"))
-    assert source.official_split.tolist() == [0] * 6 + [1] * 2
-    assert source.example_ids[[0, 6]].tolist() == ["train/000000", "test/000000"]
-    assert source.class_names == ("cat", "dog", "cow")
+    dataset = datasets.load(str(tmp_path / "a.npz"))
+    assert dataset.official_split.tolist() == [0] * 6 + [1] * 2
+    assert dataset.example_ids[[0, 6]].tolist() == ["train/000000", "test/000000"]
+    assert dataset.class_names == ("cat", "dog", "cow")
 
 
 GREY = np.zeros((4, 2, 2), np.uint8)
@@ -334,34 +336,36 @@ NOISE = np.random.default_rng(0).integers(0, 256, (6, 8, 8), np.uint8)
     ],
 )
 def test_npz_labels_with_gaps_are_numbered_and_keep_their_ids_as_names(tmp_path, ids):
-    source = load_npz(tmp_path, images=NOISE, labels=ids[SIX], test_images=NOISE[:2], test_labels=ids[[2, 0]])
-    assert source.labels.tolist() == [*SIX.tolist(), 2, 0]
-    assert source.class_names == tuple(map(str, ids.tolist()))
-    assert len(source.notes) == 1
-    assert f"are {', '.join(map(str, ids.tolist()))}: they are numbered 0 to 2" in source.notes[0]
+    dataset = load_npz(
+        tmp_path, images=NOISE, labels=ids[SIX], test_images=NOISE[:2], test_labels=ids[[2, 0]]
+    )
+    assert dataset.labels.tolist() == [*SIX.tolist(), 2, 0]
+    assert dataset.class_names == tuple(map(str, ids.tolist()))
+    assert len(dataset.notes) == 1
+    assert f"are {', '.join(map(str, ids.tolist()))}: they are numbered 0 to 2" in dataset.notes[0]
 
 
 def test_npz_labels_of_two_integer_types_keep_every_bit(tmp_path):
     """Of int64 and uint64 together NumPy makes float64, which would take 2**62 + 1 for 2**62."""
     labels = np.array([2**62, 2**62 + 1, 5])[SIX]
     other = np.array([2**62 + 1, 5], np.uint64)
-    source = load_npz(tmp_path, images=NOISE, labels=labels, test_images=NOISE[:2], test_labels=other)
-    assert source.class_names == ("5", str(2**62), str(2**62 + 1))
-    assert source.labels.tolist() == [1, 2, 0, 1, 2, 0, 2, 0]
+    dataset = load_npz(tmp_path, images=NOISE, labels=labels, test_images=NOISE[:2], test_labels=other)
+    assert dataset.class_names == ("5", str(2**62), str(2**62 + 1))
+    assert dataset.labels.tolist() == [1, 2, 0, 1, 2, 0, 2, 0]
 
 
 @pytest.mark.parametrize("kind", [str, bytes])
 def test_npz_text_labels_are_class_names(tmp_path, kind):
     words = np.array(["dog", "cat", "sea lion"]).astype("S8" if kind is bytes else "U8")
-    source = load_npz(tmp_path, images=NOISE, labels=words[SIX])
-    assert source.class_names == ("cat", "dog", "sea lion")
-    assert source.labels.tolist() == [1, 0, 2, 1, 0, 2]
+    dataset = load_npz(tmp_path, images=NOISE, labels=words[SIX])
+    assert dataset.class_names == ("cat", "dog", "sea lion")
+    assert dataset.labels.tolist() == [1, 0, 2, 1, 0, 2]
     ordered = load_npz(
         tmp_path, images=NOISE, labels=words[SIX], names=np.array(["sea lion", "dog", "cat", "cow"])
     )
     assert ordered.class_names == ("sea lion", "dog", "cat", "cow")
     assert ordered.labels.tolist() == [1, 2, 0, 1, 2, 0]
-    assert source.notes == ordered.notes == ()
+    assert dataset.notes == ordered.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -375,18 +379,18 @@ def test_npz_channels_first_are_refused(tmp_path, shape):
 @pytest.mark.parametrize("shape", [(6, 8, 9, 1), (6, 8, 9, 3), (6, 8, 9, 4), (6, 64, 64, 13), (6, 3, 3, 3)])
 def test_npz_channels_last_are_read(tmp_path, shape):
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    source = load_npz(tmp_path, images=images, labels=SIX)
-    assert np.array_equal(source.images, images)
-    assert [f"{shape[3]} channels" in note for note in source.notes] == [True] * (shape[3] not in (1, 3))
+    dataset = load_npz(tmp_path, images=images, labels=SIX)
+    assert np.array_equal(dataset.images, images)
+    assert [f"{shape[3]} channels" in note for note in dataset.notes] == [True] * (shape[3] not in (1, 3))
 
 
 def test_npz_floats_a_little_outside_are_rounded_not_clipped(tmp_path):
     images = np.linspace(0, 1, 6 * 64).astype(np.float32).reshape(6, 8, 8)
     images[0, 0, :2] = -1e-7, 1.0000001
-    source = load_npz(tmp_path, images=images, labels=SIX)
-    assert np.array_equal(source.images[..., 0], np.round(np.clip(images.astype(float), 0, 1) * 255))
+    dataset = load_npz(tmp_path, images=images, labels=SIX)
+    assert np.array_equal(dataset.images[..., 0], np.round(np.clip(images.astype(float), 0, 1) * 255))
     half = load_npz(tmp_path, images=images.astype(np.float16), labels=SIX)
-    assert np.abs(half.images.astype(int) - source.images).max() <= 1
+    assert np.abs(half.images.astype(int) - dataset.images).max() <= 1
 
 
 def test_npz_nearly_black_or_mixed_images_are_noted(tmp_path):
@@ -432,14 +436,14 @@ def test_npz_missing_or_not_one(tmp_path):
 def test_folder_of_class_folders(tmp_path):
     write_images(tmp_path / "cats", [(255, 0, 0), (250, 0, 0)])
     write_images(tmp_path / "ants", [(0, 0, 255)], suffix="bmp")
-    source = datasets.load(f"folder:{tmp_path}")
-    assert source.notes == ()
-    assert source.class_names == ("ants", "cats")
-    assert source.images.shape == (3, 3, 4, 3)
-    assert source.example_ids.tolist() == ["ants/0.bmp", "cats/0.png", "cats/1.png"]
-    assert source.labels.tolist() == [0, 1, 1]
-    assert source.images[:, 0, 0].tolist() == [[0, 0, 255], [255, 0, 0], [250, 0, 0]]
-    assert source.official_split.tolist() == [-1, -1, -1]
+    dataset = datasets.load(f"folder:{tmp_path}")
+    assert dataset.notes == ()
+    assert dataset.class_names == ("ants", "cats")
+    assert dataset.images.shape == (3, 3, 4, 3)
+    assert dataset.example_ids.tolist() == ["ants/0.bmp", "cats/0.png", "cats/1.png"]
+    assert dataset.labels.tolist() == [0, 1, 1]
+    assert dataset.images[:, 0, 0].tolist() == [[0, 0, 255], [255, 0, 0], [250, 0, 0]]
+    assert dataset.official_split.tolist() == [-1, -1, -1]
 
 
 def test_folder_is_grey_only_if_every_image_is(tmp_path):
@@ -454,8 +458,8 @@ def test_folder_with_official_split(tmp_path):
     for split in ("train", "val", "test"):
         for name in ("a", "b"):
             write_images(tmp_path / split / name, [1])
-    source = datasets.load(f"folder:{tmp_path}")
-    assert dict(zip(source.example_ids.tolist(), source.official_split.tolist(), strict=True)) == {
+    dataset = datasets.load(f"folder:{tmp_path}")
+    assert dict(zip(dataset.example_ids.tolist(), dataset.official_split.tolist(), strict=True)) == {
         f"{split}/{name}/0.png": int(split == "test") for split in ("train", "val", "test") for name in "ab"
     }
     write_images(tmp_path / "test" / "c", [1])
@@ -505,8 +509,8 @@ def test_folder_formats_depths_and_links(tmp_path):
     (tmp_path / "data" / "b" / "one.png").symlink_to(tmp_path / "elsewhere" / "0.png")
     (tmp_path / "data" / "a" / "inside" / "back").symlink_to(tmp_path / "data")  # would make b's images a's
     (tmp_path / "data" / "a" / "round").symlink_to(tmp_path / "data" / "a" / "round")
-    source = datasets.load(f"folder:{tmp_path / 'data'}")
-    assert source.example_ids.tolist() == [
+    dataset = datasets.load(f"folder:{tmp_path / 'data'}")
+    assert dataset.example_ids.tolist() == [
         "a/0.TIF",
         "a/0.webp",
         "a/inside/0.jpeg",
@@ -515,9 +519,9 @@ def test_folder_formats_depths_and_links(tmp_path):
         "b/link/0.png",
         "b/one.png",
     ]
-    assert source.images[:, 0, 0, 0].tolist() == [10, 0, 30, 20, 40, 50, 50]
-    assert source.notes[0].endswith("names are not those of images: 2, a/inside/back, a/round.")
-    assert source.notes[1].endswith("which belong to those classes: 3.")
+    assert dataset.images[:, 0, 0, 0].tolist() == [10, 0, 30, 20, 40, 50, 50]
+    assert dataset.notes[0].endswith("names are not those of images: 2, a/inside/back, a/round.")
+    assert dataset.notes[1].endswith("which belong to those classes: 3.")
 
 
 def test_folder_names_and_counts_what_is_left_out(tmp_path):
@@ -534,16 +538,16 @@ def test_folder_names_and_counts_what_is_left_out(tmp_path):
     ):
         (tmp_path / name).write_bytes(b"x")
     write_images(tmp_path / ".cache", [1])
-    source = datasets.load(f"folder:{tmp_path}")
-    assert len(source.labels) == 4
-    assert len(source.notes) == 1
-    assert source.notes[0].startswith(
+    dataset = datasets.load(f"folder:{tmp_path}")
+    assert len(dataset.labels) == 4
+    assert len(dataset.notes) == 1
+    assert dataset.notes[0].startswith(
         f"Left out of {tmp_path}, since their names are not those of images: 8, "
     )
-    assert source.notes[0].endswith(
+    assert dataset.notes[0].endswith(
         ".cache, README.md, a/.hidden.png, a/Thumbs.db, b/film.mpg, b/notes.txt, b/plot.eps, b/x.heic."
     )
-    assert datasets.subset(source, np.arange(2)).notes == source.notes
+    assert datasets.subset(dataset, np.arange(2)).notes == dataset.notes
 
 
 def test_folder_broken_files_are_named_at_once_or_left_out(tmp_path):
@@ -557,11 +561,11 @@ def test_folder_broken_files_are_named_at_once_or_left_out(tmp_path):
     assert "a/0.png (empty)" in str(caught.value)
     assert str(caught.value).count(".png (") == 10
     assert " and 2 more." in str(caught.value)
-    source = datasets.load(f"folder:{tmp_path}", skip_broken=True)
-    assert source.images[:, 0, 0, 0].tolist() == [*range(12, 20), 0, 1, 2]
-    assert source.labels.tolist() == [0] * 8 + [1] * 3
-    assert len(source.example_ids) == len(source.official_split) == 11
-    assert "left out as broken: 12 of 23, a/0.png (empty)" in source.notes[0]
+    dataset = datasets.load(f"folder:{tmp_path}", skip_broken=True)
+    assert dataset.images[:, 0, 0, 0].tolist() == [*range(12, 20), 0, 1, 2]
+    assert dataset.labels.tolist() == [0] * 8 + [1] * 3
+    assert len(dataset.example_ids) == len(dataset.official_split) == 11
+    assert "left out as broken: 12 of 23, a/0.png (empty)" in dataset.notes[0]
 
 
 def test_folder_decisions_are_counted(tmp_path):
@@ -569,9 +573,9 @@ def test_folder_decisions_are_counted(tmp_path):
     write_images(tmp_path / "b", [1])
     for i, alpha in enumerate((0, 128, 255)):  # the last is opaque
         Image.new("LA", (4, 3), (0, alpha)).save(tmp_path / "b" / f"clear{i}.png")
-    source = datasets.load(f"folder:{tmp_path}")
-    assert source.notes == (f"Images of {tmp_path} with transparency, which was laid on white: 2.",)
-    assert source.images[2:, 0, 0, 0].tolist() == [255, 127, 0]
+    dataset = datasets.load(f"folder:{tmp_path}")
+    assert dataset.notes == (f"Images of {tmp_path} with transparency, which was composited on white: 2.",)
+    assert dataset.images[2:, 0, 0, 0].tolist() == [255, 127, 0]
 
 
 @pytest.mark.parametrize(
@@ -581,9 +585,9 @@ def test_folder_splits_are_known_however_they_are_spelled(tmp_path, names):
     for split in names:
         for name in "ab":
             write_images(tmp_path / split / name, [1])
-    source = datasets.load(f"folder:{tmp_path}")
-    assert source.class_names == ("a", "b")
-    assert source.official_split.tolist() == [0, 0, 1, 1]
+    dataset = datasets.load(f"folder:{tmp_path}")
+    assert dataset.class_names == ("a", "b")
+    assert dataset.official_split.tolist() == [0, 0, 1, 1]
 
 
 def test_folder_splits_without_their_pair_are_not_taken_for_classes(tmp_path):
@@ -619,35 +623,35 @@ def test_folder_of_photos_is_cut_to_one_size(tmp_path):
     for name, pixels in (("a", stripes), ("b", stripes.T)):
         (tmp_path / name).mkdir()
         Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / name / "0.png")
-    source = datasets.load(f"folder:{tmp_path}", image_size=(4, 4))
-    assert source.images.shape == (2, 4, 4, 1)
-    assert np.abs(source.images.astype(int) - 20).max() <= 1  # Lanczos looks a little beyond the cut
+    dataset = datasets.load(f"folder:{tmp_path}", image_size=(4, 4))
+    assert dataset.images.shape == (2, 4, 4, 1)
+    assert np.abs(dataset.images.astype(int) - 20).max() <= 1  # Lanczos looks a little beyond the cut
 
 
 def test_folder_names_of_any_bytes(tmp_path):
     for name in (b"caf\xe9", b"b"):  # Latin-1, as old archives unpack
         write_images(tmp_path / os.fsdecode(name), [1, 2, 3])
-    source = datasets.load(f"folder:{tmp_path}")
-    assert source.class_names == ("b", r"caf\xe9")
-    assert len(datasets.digest(source)) == 64
-    assert len(datasets.split_ids(source, validation=0, test=0)["train"]) == 6
+    dataset = datasets.load(f"folder:{tmp_path}")
+    assert dataset.class_names == ("b", r"caf\xe9")
+    assert len(datasets.digest(dataset)) == 64
+    assert len(datasets.split_ids(dataset, validation=0, test=0)["train"]) == 6
 
 
 # What a split may hide.
 
 
 def test_split_notes_count_what_is_missing_twice_or_blank():
-    source = make_source(100, 4)
+    dataset = make_dataset(100, 4)
     noise = np.random.default_rng(0).integers(0, 256, (100, 2, 2, 1), np.uint8)
-    source = source._replace(images=noise, class_names=("cat", "dog", "Cow", "cow"))
+    dataset = dataset._replace(images=noise, class_names=("cat", "dog", "Cow", "cow"))
     split = {"train": np.arange(60), "validation": np.arange(60, 80), "test": np.arange(80, 100)}
-    case_alone = "The names of these classes differ in case, accents or spaces alone: Cow and cow."
-    assert datasets.split_notes(source, split) == (case_alone,)
+    case_alone = "The names of these classes differ only in case, accents or spaces: Cow and cow."
+    assert datasets.split_notes(dataset, split) == (case_alone,)
     noise[[80, 81, 82]] = noise[[0, 1, 1]]  # labels 0, 1, 2 beside 0, 1, 1
     noise[61] = noise[3]  # label 1 beside 3
     noise[[5, 9]] = np.array([7, 8], np.uint8).reshape(2, 1, 1, 1)
     split["validation"] = np.array([61, 65, 64])  # labels 1, 1 and 0
-    assert datasets.split_notes(source, split) == (
+    assert datasets.split_notes(dataset, split) == (
         case_alone,
         "Classes without a validation image: 2 of 4, Cow, cow.",
         "Images of validation that are also in train, pixel for pixel: 1 of 3.",
@@ -658,11 +662,13 @@ def test_split_notes_count_what_is_missing_twice_or_blank():
 
 
 def test_split_notes_are_quick():
-    source = make_source(60_000)
-    source = source._replace(images=np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8))
-    split = datasets.split_ids(source)
+    dataset = make_dataset(60_000)
+    dataset = dataset._replace(
+        images=np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8)
+    )
+    split = datasets.split_ids(dataset)
     start = time.process_time()
-    assert datasets.split_notes(source, split) == ()
+    assert datasets.split_notes(dataset, split) == ()
     assert time.process_time() - start < 3  # 0.4 s on an idle core
 
 
@@ -720,9 +726,9 @@ def cached(tmp_path):
     path.mkdir(parents=True)
     (path / "dataset_info.json").write_text("{}")
     images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), np.uint8)
-    source = make_source(20)
+    dataset = make_dataset(20)
     arrays = tfds_cache.Arrays(
-        images, source.labels, source.example_ids, source.official_split, source.class_names
+        images, dataset.labels, dataset.example_ids, dataset.official_split, dataset.class_names
     )
     (path / "kdjax_decoded").mkdir()
     tfds_cache._write_cache(path / "kdjax_decoded" / "native", path, arrays)
@@ -731,10 +737,10 @@ def cached(tmp_path):
 
 def test_cache_is_read_without_tfds(cached, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
-    source = datasets.load("mnist", data_dir=cached)
-    assert source.name == "mnist"
-    assert source.images.shape == (20, 4, 4, 1)
-    assert source.class_names == tuple("0123456789")
+    dataset = datasets.load("mnist", data_dir=cached)
+    assert dataset.name == "mnist"
+    assert dataset.images.shape == (20, 4, 4, 1)
+    assert dataset.class_names == tuple("0123456789")
 
 
 def test_a_flipped_byte_in_the_cache_is_refused_every_time(cached):
@@ -742,10 +748,10 @@ def test_a_flipped_byte_in_the_cache_is_refused_every_time(cached):
     files = sorted(folder.iterdir())
     assert [file.name for file in files] == [
         "images.npy",
-        "keys.npy",
+        "example_ids.npy",
         "labels.npy",
         "manifest.json",
-        "official.npy",
+        "official_split.npy",
     ]
     rng, refused = random.Random(0), 0
     for trial in range(100):

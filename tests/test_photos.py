@@ -204,7 +204,7 @@ def test_a_transparent_value_of_sixteen_bits_is_white(tmp_path):
     png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", row) + chunk(b"IEND", b"")
     shown, decided = one_row(tmp_path, "a.png", png)
     assert shown == [0, 255, 4]
-    assert "transparency, which was laid on white" in decided
+    assert "transparency, which was composited on white" in decided
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_of_several_frames_the_first_is_taken_and_counted(tmp_path, suffix):
     )
     image, decided = photos.read(tmp_path / f"x.{suffix}")
     assert np.asarray(image)[0, 0].tolist() == [255, 0, 0]
-    assert decided == ["several frames, of which the first was taken"]
+    assert decided == ["several frames, of which the first was used"]
 
 
 def test_broken_exif_does_not_hide_the_picture(tmp_path):

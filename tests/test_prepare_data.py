@@ -136,9 +136,9 @@ def tiny_mnist(monkeypatch):
     monkeypatch.setattr(mnist, "_TEST_EXAMPLES", 12)
 
 
-def check_loaded(source, written):
-    assert sorted(source.example_ids) == sorted(written)
-    for key, image, label in zip(source.example_ids, source.images, source.labels, strict=True):
+def check_loaded(dataset, written):
+    assert sorted(dataset.example_ids) == sorted(written)
+    for key, image, label in zip(dataset.example_ids, dataset.images, dataset.labels, strict=True):
         assert np.array_equal(image, written[key][0]), key
         assert label == written[key][1], key
 
@@ -152,12 +152,12 @@ def test_idx_archives(name, tmp_path, monkeypatch, tiny_mnist):
     accept(monkeypatch, name, tmp_path / "raw" / name)
     made = prepare(name, raw_dir=tmp_path / "raw", data_dir=tmp_path / "data")
     assert made == (tmp_path / "data" / name / "3.0.1", "archives", {"train": 30, "test": 12}, True)
-    source = datasets.load(name, data_dir=tmp_path / "data")
-    check_loaded(source, written)
-    assert [str(key).split("/")[0] == "test" for key in source.example_ids] == (
-        source.official_split == 1
+    dataset = datasets.load(name, data_dir=tmp_path / "data")
+    check_loaded(dataset, written)
+    assert [str(key).split("/")[0] == "test" for key in dataset.example_ids] == (
+        dataset.official_split == 1
     ).tolist()
-    assert source.class_names[-1] == ("9" if name == "mnist" else "Ankle boot")
+    assert dataset.class_names[-1] == ("9" if name == "mnist" else "Ankle boot")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -184,18 +184,18 @@ def test_cells_keep_their_file_names(tmp_path, monkeypatch):
     written = write_cells(tmp_path / "raw")
     made = prepare("malaria", raw_dir=tmp_path / "raw" / "cell_images", data_dir=tmp_path / "data")
     assert (made.kind, made.examples) == ("extracted", {"train": 16})
-    source = datasets.load("malaria", data_dir=tmp_path / "data")
-    check_loaded(source, written)
-    assert set(source.official_split) == {-1}
-    assert source.class_names == ("parasitized", "uninfected")
-    groups = datasets.groups_of(source, datasets.GROUP_PATTERNS["malaria"])
+    dataset = datasets.load("malaria", data_dir=tmp_path / "data")
+    check_loaded(dataset, written)
+    assert set(dataset.official_split) == {-1}
+    assert dataset.class_names == ("parasitized", "uninfected")
+    groups = datasets.groups_of(dataset, datasets.GROUP_PATTERNS["malaria"])
     assert sorted(set(groups)) == [f"C{100 + i}P{i}" for i in range(8)]
 
     pack(tmp_path / "raw", "malaria")
     accept(monkeypatch, "malaria", tmp_path / "raw")
     archived = prepare("malaria", raw_dir=tmp_path / "raw", data_dir=tmp_path / "again")
     assert archived.kind == "archives"
-    assert datasets.digest(datasets.load("malaria", data_dir=tmp_path / "again")) == datasets.digest(source)
+    assert datasets.digest(datasets.load("malaria", data_dir=tmp_path / "again")) == datasets.digest(dataset)
 
 
 def test_cells_of_any_size_are_resized(tmp_path):
@@ -210,7 +210,7 @@ def test_cells_of_any_size_are_resized(tmp_path):
     key = "Uninfected/C100P0ThinF_IMG_1_cell_0.png"
     with Image.open(tmp_path / "raw" / "cell_images" / key) as image:
         expected = np.asarray(image.resize((24, 48), Image.Resampling.LANCZOS))
-    assert np.array_equal(larger.images[larger.keys == key][0], expected)
+    assert np.array_equal(larger.images[larger.example_ids == key][0], expected)
 
 
 def test_what_is_written_beside_the_records(tmp_path):
@@ -259,7 +259,7 @@ def test_a_finished_data_set_is_left_alone(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in first.path.rglob("*")} == before
 
 
-def test_a_data_set_prepared_by_tfds_alone_has_positions_as_keys(tmp_path):
+def test_a_data_set_prepared_by_tfds_alone_has_positions_as_example_ids(tmp_path):
     class Shapes(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.2.0")
 
@@ -279,12 +279,12 @@ def test_a_data_set_prepared_by_tfds_alone_has_positions_as_keys(tmp_path):
                 yield i, {"image": Image.new("L", (4, 4), 10 * i), "label": i % 2, "note": "x"}
 
     Shapes(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
-    source = datasets.load("shapes", data_dir=tmp_path)
-    assert source.example_ids.tolist() == [f"train/{i:06d}" for i in range(6)] + [
+    dataset = datasets.load("shapes", data_dir=tmp_path)
+    assert dataset.example_ids.tolist() == [f"train/{i:06d}" for i in range(6)] + [
         f"validation/{i:06d}" for i in range(3)
     ]
-    assert source.official_split.tolist() == [0] * 6 + [1] * 3
-    assert np.array_equal(source.images[:, 0, 0, 0] // 10 % 2, source.labels)
+    assert dataset.official_split.tolist() == [0] * 6 + [1] * 3
+    assert np.array_equal(dataset.images[:, 0, 0, 0] // 10 % 2, dataset.labels)
     assert datasets.load("shapes:1.2.0", data_dir=tmp_path, image_size=(2, 2)).images.shape == (9, 2, 2, 1)
     with pytest.raises(ValueError, match=r"holds version 1\.2\.0 of shapes, not shapes:9\.9\.9"):
         datasets.load("shapes:9.9.9", data_dir=tmp_path)
@@ -334,10 +334,10 @@ def test_jpegs_of_tfds_are_shown_as_a_viewer_does(tmp_path, shape):
         return
     with pytest.raises(ValueError, match=r"differ in size: pass image_size=\(height, width\)"):
         datasets.load("shots", data_dir=tmp_path)
-    source = datasets.load("shots", data_dir=tmp_path, image_size=(8, 8))
-    assert source.images.shape == (3, 8, 8, shape[2])
+    dataset = datasets.load("shots", data_dir=tmp_path, image_size=(8, 8))
+    assert dataset.images.shape == (3, 8, 8, shape[2])
     assert (
-        np.abs(source.images[:, :, 1:-1].astype(int) - 130).max() <= 6
+        np.abs(dataset.images[:, :, 1:-1].astype(int) - 130).max() <= 6
     )  # JPEG's errors; Lanczos sees the next stripe
     whole = datasets.load("shots", data_dir=tmp_path, image_size=(8, 24))
     assert np.all(
@@ -480,7 +480,7 @@ def test_a_disk_that_fills_up_is_an_os_error_and_leaves_nothing(stage, tmp_path,
 def test_leftovers_of_something_else_are_not_overwritten(tmp_path):
     write_cells(tmp_path / "raw")
     (tmp_path / "data" / "malaria" / "1.0.0").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds something, but no finished data set"):
+    with pytest.raises(ValueError, match="exists, but holds no finished data set"):
         prepare("malaria", raw_dir=tmp_path / "raw", data_dir=tmp_path / "data")
 
 
@@ -537,9 +537,9 @@ def test_a_read_only_data_dir_is_decoded_with_a_warning(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(tfds_cache, "lock", refuse)
-    with pytest.warns(UserWarning, match="decoded anew on every load"):
-        source = datasets.load("malaria", data_dir=tmp_path / "data", image_size=(32, 30))
-    assert source.images.shape == (len(written), 32, 30, 3)
+    with pytest.warns(UserWarning, match="decoded on every load"):
+        dataset = datasets.load("malaria", data_dir=tmp_path / "data", image_size=(32, 30))
+    assert dataset.images.shape == (len(written), 32, 30, 3)
 
 
 # Killed on the way.
@@ -564,7 +564,7 @@ class Fifth:
 
 stage, raw_dir, data_dir = sys.argv[1:]
 if stage == "generating":
-    prepare._key = Fifth(prepare._key)
+    prepare._example_id = Fifth(prepare._example_id)
 elif stage == "before the notes":
     prepare._write_preparation = kill
 elif stage == "decoding":

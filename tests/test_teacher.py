@@ -1,4 +1,4 @@
-"""Row i of a teacher's column is the teacher's answer to image i, or the column is refused."""
+"""Row i of a cache is the teacher's answer to image i, or the cache is refused."""
 
 import contextlib
 import os
@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 
 from kdjax import teacher
+from kdjax.teacher import cache
+from kdjax.types import Outputs
 
 ROOT = Path(__file__).resolve().parent.parent
+SHAPES = Outputs(jax.ShapeDtypeStruct((2, 3), jnp.float32), {})
 SETTINGS = {"name": "linear", "views": "centre"}
 
 
@@ -63,9 +66,9 @@ def header(**changes):
 
 def computed(monkeypatch):
     """The numbers of the chunks computed from here on."""
-    numbers, rows = [], teacher._Teacher.rows
+    numbers, rows = [], cache._Teacher.rows
     record = lambda self, images, number: numbers.append(number) or rows(self, images, number)  # noqa: E731
-    monkeypatch.setattr(teacher._Teacher, "rows", record)
+    monkeypatch.setattr(cache._Teacher, "rows", record)
     return numbers
 
 
@@ -90,21 +93,21 @@ def run_script(body, *arguments):
 )
 def test_row_i_belongs_to_image_i(tmp_path, count, batch_size, chunk_size):
     images, steps = make_images(count), []
-    columns = precompute(
+    cached = precompute(
         tmp_path,
         images,
         batch_size=batch_size,
         chunk_size=chunk_size,
         progress=lambda done, total: steps.append((done, total)),
     )
-    assert columns.arrays["logits"].shape == (count, 1, 3)
-    np.testing.assert_array_equal(columns.arrays["sum"][:, 0], images.reshape(count, -1).sum(1))
+    assert cached.arrays["logits"].shape == (count, 1, 3)
+    np.testing.assert_array_equal(cached.arrays["sum"][:, 0], images.reshape(count, -1).sum(1))
     expected = images.reshape(count, -1).astype(np.float64) / 255 @ make_variables()["w"]
-    np.testing.assert_allclose(columns.arrays["logits"][:, 0], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(cached.arrays["logits"][:, 0], expected, rtol=1e-5, atol=1e-5)
     assert steps == [(min(n, count), count) for n in range(chunk_size, count + chunk_size, chunk_size)]
     loaded = teacher.load(tmp_path, header=teacher.describe(make_variables(), images, settings=SETTINGS))
-    assert loaded.header == columns.header
-    jax.tree.map(np.testing.assert_array_equal, loaded.arrays, columns.arrays)
+    assert loaded.header == cached.header
+    jax.tree.map(np.testing.assert_array_equal, loaded.arrays, cached.arrays)
 
 
 def test_two_devices_say_what_one_says(tmp_path):
@@ -117,41 +120,28 @@ def test_two_devices_say_what_one_says(tmp_path):
 
 def test_views_are_functions_of_index_and_view(tmp_path):
     images = make_images()
-    columns = precompute(tmp_path / "a", views=3, view_fn=view_fn)
+    cached = precompute(tmp_path / "a", views=3, view_fn=view_fn)
     again = precompute(tmp_path / "b", views=3, view_fn=view_fn, batch_size=10, chunk_size=20)
     index = np.arange(len(images), dtype=np.int32)
-    assert columns.arrays["logits"].shape == (37, 3, 3)
+    assert cached.arrays["logits"].shape == (37, 3, 3)
     for view in range(3):
         expected = fn(make_variables(), view_fn(images, index, view))["logits"]
-        for each in (columns, again):
+        for each in (cached, again):
             np.testing.assert_allclose(each.arrays["logits"][:, view], expected, rtol=1e-5, atol=1e-5)
-    assert np.abs(columns.arrays["logits"][:, 0] - columns.arrays["logits"][:, 1]).max() > 0.1
-    assert teacher.verify(columns, fn, make_variables(), images, view_fn=view_fn) > 0.9999
+    assert np.abs(cached.arrays["logits"][:, 0] - cached.arrays["logits"][:, 1]).max() > 0.1
+    assert teacher.verify(cached, fn, make_variables(), images, view_fn=view_fn) > 0.9999
     with pytest.raises(ValueError, match="not this teacher's output"):
-        teacher.verify(columns, fn, make_variables(), images)
+        teacher.verify(cached, fn, make_variables(), images)
 
 
-def test_take_gathers_in_a_jitted_step(tmp_path):
+def test_gather_in_a_jitted_step(tmp_path):
     arrays = jax.device_put(precompute(tmp_path, views=2, view_fn=view_fn).arrays)
     index, view = jnp.array([5, 36, 0, 5]), jnp.array([0, 1, 1, 1])
-    taken = jax.jit(teacher.gather)(arrays, index, view)
-    assert sorted(taken) == ["teacher_logits", "teacher_sum"]
-    np.testing.assert_array_equal(taken["teacher_logits"], np.asarray(arrays["logits"])[index, view])
+    gathered = jax.jit(teacher.gather)(arrays, index, view)
+    assert sorted(gathered) == ["teacher_logits", "teacher_sum"]
+    np.testing.assert_array_equal(gathered["teacher_logits"], np.asarray(arrays["logits"])[index, view])
     first = jax.jit(teacher.gather)(arrays, index)["teacher_sum"]
     np.testing.assert_array_equal(first, np.asarray(arrays["sum"])[index, 0])
-
-
-def test_online_adds_constants():
-    images = jnp.asarray(make_images(4), jnp.float32)
-
-    def loss(variables, images):
-        batch = teacher.online(fn, variables, {"image": images, "label": jnp.zeros(4)})
-        assert sorted(batch) == ["image", "label", "teacher_logits", "teacher_sum"]
-        return jnp.sum(batch["teacher_logits"])
-
-    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(make_variables(), images)
-    np.testing.assert_allclose(value, fn(make_variables(), images)["logits"].sum(), rtol=1e-5)
-    assert all(not np.any(gradient) for gradient in jax.tree.leaves(gradients))
 
 
 def test_nothing_is_computed_twice(tmp_path, monkeypatch):
@@ -165,7 +155,7 @@ def test_nothing_is_computed_twice(tmp_path, monkeypatch):
     truncated.write_bytes(truncated.read_bytes()[:-1])
     (tmp_path / "chunk_00001-leftover.npz.tmp").write_bytes(b"half")
     with pytest.raises(
-        ValueError, match=r"only 21 of 37 rows.*chunk_00003.*damaged.*run the same fill again"
+        ValueError, match=r"only 21 of 37 rows.*chunk_00003.*damaged.*run the same precompute again"
     ):
         teacher.load(tmp_path, header=header())
     with pytest.warns(UserWarning, match=r"computed again.*chunk_00003"):
@@ -194,7 +184,7 @@ def test_one_compilation_whatever_the_tails(tmp_path):
         batch_size=6,
         chunk_size=16,
     )
-    assert len(traced) == 2  # the shapes of the columns, and the program
+    assert len(traced) == 2  # the shapes of the answers, and the program
 
 
 @pytest.mark.parametrize(
@@ -210,7 +200,7 @@ def test_one_compilation_whatever_the_tails(tmp_path):
         ({"dtype": "float16"}, r"dtype 'float32' there and 'float16' here\): delete that directory"),
     ],
 )
-def test_columns_made_from_something_else_are_refused(tmp_path, changes, message):
+def test_a_cache_of_something_else_are_refused(tmp_path, changes, message):
     precompute(tmp_path)
     before = sorted(path.read_bytes() for path in tmp_path.iterdir())
     with pytest.raises(ValueError, match=message):
@@ -219,12 +209,12 @@ def test_columns_made_from_something_else_are_refused(tmp_path, changes, message
 
 
 def test_load_checks_what_it_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"no teacher columns in .* run teacher\.fill"):
+    with pytest.raises(ValueError, match=r"no cached answers in .* run teacher\.precompute"):
         teacher.load(tmp_path, header=header())
     precompute(tmp_path)
     teacher.load(tmp_path, header={"images": header()["images"]})
     for wrong in ({"teacher": "another"}, {"unknown": 1}, header(name="other")):
-        with pytest.raises(ValueError, match="made from something else"):
+        with pytest.raises(ValueError, match="computed from something else"):
             teacher.load(tmp_path, header=wrong)
     chunk(tmp_path, 1).unlink()  # and another chunk in its place
     shutil.copy(chunk(tmp_path, 0), tmp_path / chunk(tmp_path, 0).name.replace("00000", "00001"))
@@ -237,12 +227,12 @@ def test_a_chunk_of_another_teacher_is_refused(tmp_path):
     precompute(tmp_path / "b", variables=make_variables(seed=2))
     chunk(tmp_path / "a", 2).unlink()
     shutil.copy(chunk(tmp_path / "b", 2), tmp_path / "a")
-    with pytest.raises(ValueError, match="damaged or of other columns"):
+    with pytest.raises(ValueError, match="damaged or of another cache"):
         teacher.load(tmp_path / "a", header=header())
 
 
 def test_a_flipped_bit_is_refused(tmp_path):
-    columns = precompute(tmp_path / "good")
+    cached = precompute(tmp_path / "good")
     files = sorted((tmp_path / "good").iterdir())
     offsets = [(path, offset) for path in files for offset in range(path.stat().st_size)]
     chosen = random.Random(0)
@@ -261,8 +251,8 @@ def test_a_flipped_bit_is_refused(tmp_path):
         except ValueError:
             refused += 1
         else:  # the change did not matter, such as one between two kinds of white space in JSON
-            assert loaded.header == columns.header
-            jax.tree.map(np.testing.assert_array_equal, loaded.arrays, columns.arrays)
+            assert loaded.header == cached.header
+            jax.tree.map(np.testing.assert_array_equal, loaded.arrays, cached.arrays)
         shutil.rmtree(tmp_path / "bad")
     assert refused >= 95
 
@@ -281,9 +271,9 @@ def test_a_damaged_header_is_written_anew_and_good_chunks_stay(tmp_path, monkeyp
 
 
 def test_float16_is_half_the_size_and_integers_stay(tmp_path):
-    columns = precompute(tmp_path, dtype="float16")
-    assert (columns.arrays["logits"].dtype, columns.arrays["sum"].dtype) == (np.float16, np.int32)
-    assert teacher.verify(columns, fn, make_variables(), make_images()) > 0.999
+    cached = precompute(tmp_path, dtype="float16")
+    assert (cached.arrays["logits"].dtype, cached.arrays["sum"].dtype) == (np.float16, np.int32)
+    assert teacher.verify(cached, fn, make_variables(), make_images()) > 0.999
 
 
 @pytest.mark.parametrize(
@@ -317,24 +307,24 @@ class TestMaskedClasses:
         def masking(variables, images):
             return {"logits": variables["logits"][images[:, 0, 0, 0]]}
 
-        columns = teacher.precompute(path, masking, given, images, settings={}, batch_size=4, **options)
-        return columns, masking, given, images
+        cached = teacher.precompute(path, masking, given, images, settings={}, batch_size=4, **options)
+        return cached, masking, given, images
 
     @pytest.mark.parametrize("dtype", ["float32", "float16"])
     def test_are_stored_read_back_and_verified(self, tmp_path, dtype):
         logits = np.random.default_rng(0).normal(size=(6, 4))
         logits[:, 3] = logits[2, 0] = -np.inf
-        columns, masking, variables, images = self.precompute(tmp_path, logits, dtype=dtype)
-        np.testing.assert_allclose(columns.arrays["logits"][:, 0], logits, rtol=2e-3)
+        cached, masking, variables, images = self.precompute(tmp_path, logits, dtype=dtype)
+        np.testing.assert_allclose(cached.arrays["logits"][:, 0], logits, rtol=2e-3)
         again = teacher.load(tmp_path, header={})
         assert teacher.verify(again, masking, variables, images) > 0.999
 
-    def test_other_masks_are_other_columns(self, tmp_path):
+    def test_other_masks_are_refused(self, tmp_path):
         logits = np.random.default_rng(0).normal(size=(6, 4))
-        columns, masking, _, images = self.precompute(tmp_path, logits)
+        cached, masking, _, images = self.precompute(tmp_path, logits)
         logits[3, 1] = -np.inf
         with pytest.raises(ValueError, match="not this teacher's output"):
-            teacher.verify(columns, masking, {"logits": jnp.asarray(logits)}, images)
+            teacher.verify(cached, masking, {"logits": jnp.asarray(logits)}, images)
 
     @pytest.mark.parametrize("masked", [-np.inf, np.finfo(np.float32).min])
     def test_an_example_with_every_class_masked_is_refused(self, tmp_path, masked):
@@ -382,7 +372,7 @@ def test_fn_must_return_rows(tmp_path):
 
 
 class TestVerify:
-    """Whatever the teacher, a shuffled column is caught, and rounding is not."""
+    """Whatever the teacher, a shuffled cache is caught, and rounding is not."""
 
     COUNT = 200
     LABELS = np.repeat(np.arange(5), 40)  # sorted by class, as a folder of class folders is
@@ -418,12 +408,10 @@ class TestVerify:
     def verify(self, stored, rows, seed=0, **options):
         """The teacher is a table: image i's row is rows[i]."""
         images = np.arange(self.COUNT, dtype=np.int32)[:, None]
-        columns = teacher.TeacherCache(
+        cached = teacher.TeacherCache(
             {"layout": {"examples": self.COUNT, "views": 1}}, {"logits": stored[:, None]}
         )
-        return teacher.verify(
-            columns, lambda v, x: {"logits": v[x[:, 0]]}, rows, images, seed=seed, **options
-        )
+        return teacher.verify(cached, lambda v, x: {"logits": v[x[:, 0]]}, rows, images, seed=seed, **options)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_rounding_passes(self, kind):
@@ -498,21 +486,21 @@ class TestVerify:
 
     def test_another_number_of_images(self):
         rows = self.rows("ordinary")
-        columns = teacher.TeacherCache({"layout": {"examples": 7, "views": 1}}, {"logits": rows[:7, None]})
+        cached = teacher.TeacherCache({"layout": {"examples": 7, "views": 1}}, {"logits": rows[:7, None]})
         with pytest.raises(ValueError, match="7 rows and there are 8 images"):
-            teacher.verify(columns, lambda v, x: {}, {}, np.zeros((8, 1)))
+            teacher.verify(cached, lambda v, x: {}, {}, np.zeros((8, 1)))
 
 
-def test_a_shuffled_file_of_columns_is_caught(tmp_path):
-    columns, images = precompute(tmp_path), make_images()
-    assert teacher.verify(columns, fn, make_variables(), images) > 0.9999
+def test_a_shuffled_cache_is_caught(tmp_path):
+    cached, images = precompute(tmp_path), make_images()
+    assert teacher.verify(cached, fn, make_variables(), images) > 0.9999
     order = np.random.default_rng(0).permutation(len(images))
-    shuffled = columns._replace(arrays={name: array[order] for name, array in columns.arrays.items()})
+    shuffled = cached._replace(arrays={name: array[order] for name, array in cached.arrays.items()})
     with pytest.raises(ValueError, match="another order"):
         teacher.verify(shuffled, fn, make_variables(), images)
 
 
-FILL_SLOWLY = """
+PRECOMPUTE_SLOWLY = """
     import time
     import test_teacher as t
     def progress(done, total):
@@ -524,7 +512,7 @@ FILL_SLOWLY = """
 
 def test_sigkill_in_the_middle_costs_only_the_chunk_at_hand(tmp_path, monkeypatch):
     images = make_images(400)
-    with run_script(FILL_SLOWLY, tmp_path / "killed") as process:
+    with run_script(PRECOMPUTE_SLOWLY, tmp_path / "killed") as process:
         for line in process.stdout:
             if int(line) >= 200:
                 break
@@ -559,7 +547,7 @@ FULL_DISK = """
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     output, _ = run_script(FULL_DISK, tmp_path).communicate(timeout=60)
-    assert "REFUSED: could not write rows of the teacher's columns to" in output, output
+    assert "REFUSED: could not write cached answers to" in output, output
     assert "bytes (" in output
     assert "Traceback" not in output
     assert [path.name for path in tmp_path.iterdir()] == ["header.json"]
@@ -574,13 +562,14 @@ TWO_PROCESSES = """
     import jax.numpy as jnp, numpy as np
     import test_teacher as t
     from kdjax import teacher
+    from kdjax.teacher import cache
 
-    mine, rows = [], teacher._Teacher.rows
-    teacher._Teacher.rows = lambda self, images, number: mine.append(number) or rows(self, images, number)
-    columns = t.precompute(directory)
+    mine, rows = [], cache._Teacher.rows
+    cache._Teacher.rows = lambda self, images, number: mine.append(number) or rows(self, images, number)
+    cached = t.precompute(directory)
     assert mine == [[0, 2, 4], [1, 3]][process], mine
     images = t.make_images()
-    np.testing.assert_array_equal(columns.arrays["sum"][:, 0], images.reshape(37, -1).sum(1))
+    np.testing.assert_array_equal(cached.arrays["sum"][:, 0], images.reshape(37, -1).sum(1))
 
     def bad(variables, images):  # only a chunk of process 1 has the image
         return {"logits": jnp.where(images[:, 0, 0] > 0, jnp.nan, 1.0)}
@@ -595,7 +584,7 @@ TWO_PROCESSES = """
 """
 
 
-def test_two_processes_fill_together(tmp_path):
+def test_two_processes_compute_together(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -622,19 +611,20 @@ class TestNestedOutputs:
     def test_have_joined_names_in_every_mode(self, tmp_path):
         images, variables = make_images(), make_variables()
         options = {"settings": SETTINGS, "batch_size": 6, "chunk_size": 8}
-        columns = teacher.precompute(tmp_path, self.nested, variables, images, **options)
+        cached = teacher.precompute(tmp_path, self.nested, variables, images, **options)
         factors = {"features/early": 2, "features/late/0": 3, "features/late/1/gate": -1, "logits": 1}
         expected = images.reshape(len(images), -1).astype(np.float64) / 255 @ variables["w"]
-        assert columns.arrays.keys() == factors.keys()
+        assert cached.arrays.keys() == factors.keys()
         for name, factor in factors.items():
-            np.testing.assert_allclose(columns.arrays[name][:, 0], factor * expected, rtol=1e-5, atol=1e-5)
-        assert teacher.verify(columns, self.nested, variables, images) > 0.999
-        loaded = teacher.load(tmp_path, header=columns.header["made_from"])
+            np.testing.assert_allclose(cached.arrays[name][:, 0], factor * expected, rtol=1e-5, atol=1e-5)
+        assert teacher.verify(cached, self.nested, variables, images) > 0.999
+        loaded = teacher.load(tmp_path, header=cached.header["made_from"])
         stored = teacher.gather(loaded.arrays, jnp.arange(3))
-        shown = teacher.online(self.nested, variables, {"image": jnp.asarray(images[:3])})
+        signal = teacher.TeacherSignal(None, SHAPES, online=self.nested)
+        online = teacher.attach_online(signal, variables, {"image": jnp.asarray(images[:3])})
         for name in factors:
             np.testing.assert_allclose(
-                stored[f"teacher_{name}"], shown[f"teacher_{name}"], rtol=1e-5, atol=1e-5
+                stored[f"teacher_{name}"], online[f"teacher_{name}"], rtol=1e-5, atol=1e-5
             )
 
     @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from experiments.benchmarks.workers import cores, peak_mib, serve, timed
+from experiments.benchmarks.timing import cores, timed
+from experiments.benchmarks.workers import peak_mib, serve
 
 LONGEST = 1024  # nodes that the loop of any rule is compiled for; more of them are a multiple of it
 TWINS = ("resnet", "mobilenet_v2")  # what the networks' names begin with that torch_network knows
@@ -83,7 +84,7 @@ class Contender(Protocol):
         ...
 
 
-# ------------------------------------------------------------------------------------------------- JAX
+# JAX
 
 
 class Kdjax:
@@ -180,7 +181,7 @@ class Kdjax:
         return Found(np.asarray(raw.values), np.asarray(raw.nodes).tolist())
 
 
-# --------------------------------------------------------------------------------------------- PyTorch
+# PyTorch
 
 
 class Torch:
@@ -350,7 +351,7 @@ def stage_and_block(name: str) -> tuple[int, int]:
     return int(stage), int(block)
 
 
-# ------------------------------------------------------------------------------------------- the process
+# The process
 
 CONTENDERS: dict[str, Callable[[], Contender]] = {"kdjax": Kdjax, "captum": Captum, "torch": Torch}
 

@@ -5,13 +5,13 @@ r"""Is the curvature of a network faster here than with matfree, PyHessian, curv
 
 Two networks at batch 128 in float32, an MLP of 178,110 parameters and a CNN of 188,810, random images, and the same
 weights and images for all. Each contender is a process of its own (:mod:`experiments.benchmarks.curvature_baselines`);
-each takes a turn in every round while the others wait. matfree is needed beside kdjax; torch, pyhessian and
-curvlinops-for-pytorch in PYTHON, by default the one that runs this. What is missing is named in the result as absent.
+each takes a turn in every round while the others wait. matfree is installed beside kdjax; torch, pyhessian and
+curvlinops-for-pytorch in PYTHON, by default the one that runs this. The result names missing packages as absent.
 
-Measured are a gradient and products with the Hessian; a density of one start and so many steps of Lanczos' method, from
-weights to quadrature, in time and memory; its first call, which compiles; and how kdjax's density grows with parameters
-and steps beside the products alone. Before anything is timed, all must have the same loss and the same ends of the
-spectrum, or the run stops. Ghosts are Ritz values that stand there twice.
+It measures a gradient and products with the Hessian; a density of one start and so many Lanczos steps, from weights to
+quadrature, in time and memory; its first call, which compiles; and how kdjax's density scales with parameters and
+steps, beside the products alone. Before anything is timed, all must have the same loss and the same ends of the
+spectrum, or the run stops. Ghosts are Ritz values that were found twice.
 
 Ratios are a peer's time over that of kdjax's default loop in the same round, above 1 where kdjax is faster. With one
 thread the clock is CPU time, which a busy machine disturbs least; with more it is the wall clock.
@@ -30,19 +30,19 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import common
+from experiments import cli
 from experiments.benchmarks.curvature_baselines import COMPILED, HOST
-from experiments.benchmarks.workers import (
-    Worker,
+from experiments.benchmarks.timing import (
+    check_names,
     goal,
+    label,
     note,
     over,
+    print_goals,
     quotients,
-    tell,
     thread_counts,
-    versions_of,
-    working,
 )
+from experiments.benchmarks.workers import Worker, versions_of, working
 from kdjax import results
 
 OUTPUT = flags.DEFINE_string("output", "runs/benchmarks/curvature.json", "Where to write the result.")
@@ -57,11 +57,11 @@ THREADS = flags.DEFINE_list(
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of every contender.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 60, "Lanczos steps of a density.", lower_bound=2)
 SECONDS = flags.DEFINE_float("seconds", 2.0, "Length of one timing of products.", lower_bound=0.0)
-SCALING = flags.DEFINE_bool("scaling", True, "Whether to measure growth with parameters and steps.")
+SCALING = flags.DEFINE_bool("scaling", True, "Whether to measure scaling with parameters and steps.")
 SMOKE = flags.DEFINE_bool("smoke", False, "Tiny networks, two rounds, forty steps.")
 
 MODULE = "curvature_baselines"
-JAX = ("kdjax", "matfree")  # what runs in the interpreter of this process
+JAX = ("kdjax", "matfree")  # run in the interpreter of this process
 PACKAGES = {
     "matfree": "matfree",
     "pyhessian": "pyhessian",
@@ -70,7 +70,7 @@ PACKAGES = {
 }
 PARAMETERS, STEP_COUNTS = (10**4, 10**5, 10**6, 10**7), (10, 20, 40, 60, 80, 120)
 SCALING_ROUNDS = 3
-GHOST = 1e-6  # of the largest eigenvalue: Ritz values nearer to each other are one, found twice
+GHOST = 1e-6  # of the largest eigenvalue: Ritz values closer than this are one, found twice
 PRODUCT_GOALS = {"linearised": 1.4, "cold": 1.8}  # gradients
 DENSITY_GOALS = {
     "mlp": {"matfree": 2.5, "pyhessian": 1.0, "curvlinops": 1.0, "torch": 1.0},
@@ -83,7 +83,7 @@ def pythons(workers: Sequence[str]) -> dict[str, str]:
     return {x: sys.executable if x in JAX else TORCH_PYTHON.value or sys.executable for x in workers}
 
 
-# ----------------------------------------------------------------------------------------- the networks
+# Networks
 
 
 def drawn(
@@ -143,7 +143,7 @@ def write(path: Path, networks: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     np.savez(path, allow_pickle=False, **arrays)
 
 
-# -------------------------------------------------------------------------------------------- agreement
+# Agreement
 
 
 def check_equal(network: str, losses: Mapping[str, float], ritz: Mapping[str, Sequence[float]]) -> float:
@@ -169,13 +169,13 @@ def check_equal(network: str, losses: Mapping[str, float], ritz: Mapping[str, Se
     first = next(iter(ritz.values()))
     largest = max(map(abs, first))
     for arm, values in ritz.items():
-        apart = max(abs(min(values) - min(first)), abs(max(values) - max(first))) / largest
-        if not apart < 1e-2:
+        difference = max(abs(min(values) - min(first)), abs(max(values) - max(first))) / largest
+        if not difference < 1e-2:
             raise ValueError(
                 f"{network}: {arm} finds eigenvalues from {min(values):.6g} to {max(values):.6g}, others from "
                 f"{min(first):.6g} to {max(first):.6g}. A benchmark compares forms of the same Hessian."
             )
-        worst = max(worst, apart)
+        worst = max(worst, difference)
     return worst
 
 
@@ -185,7 +185,7 @@ def ghosts(values: Sequence[float]) -> int:
     return int(np.sum(np.diff(ordered) < GHOST * np.max(np.abs(ordered))))
 
 
-# -------------------------------------------------------------------------------------------- measuring
+# Measuring
 
 
 def measure(
@@ -194,20 +194,20 @@ def measure(
     """Everything of one network at one number of threads.
 
     Returns:
-      "default", the arm of kdjax's default loop; "apart" of :func:`check_equal`; "first", arm → seconds of the first
-      density; and "arms", arm → metric → one number per round.
+      "default", the arm of kdjax's default loop; "difference", of :func:`check_equal`; "first", arm → seconds of the
+      first density; and "arms", arm → metric → one number per round.
     """
     loaded = {worker.contender: worker.ask("load", network=network) for worker in workers}
     first = {arm: worker.ask("first", arm=arm, steps=steps) for worker in workers for arm in worker.arms}
     ritz = {arm: answer["values"] for arm, answer in first.items()}
-    apart = check_equal(network, {name: answer["loss"] for name, answer in loaded.items()}, ritz)
+    difference = check_equal(network, {name: answer["loss"] for name, answer in loaded.items()}, ritz)
     arms: dict[str, dict[str, list[float]]] = {arm: {} for arm in first}
     for worker in workers:
         for arm in worker.arms:
             peak = worker.ask("memory", arm=arm, steps=steps)["peak_mib"]
             if peak is not None:
                 arms[arm]["peak_mib"] = [peak] * rounds
-    for turn in tqdm(range(rounds), desc=f"{network}, {workers[0].threads} threads", disable=None):
+    for turn in tqdm(range(rounds), desc=label(network, workers[0].threads), disable=None):
         for worker in list(workers)[:: -1 if turn % 2 else 1]:
             for arm in worker.arms:
                 answer = worker.ask("density", arm=arm, steps=steps)
@@ -217,7 +217,7 @@ def measure(
                 note(arms.setdefault(f"{worker.contender} {name}", {}), "", answer)
     return {
         "default": loaded["kdjax"]["default"],
-        "apart": apart,
+        "difference": difference,
         "first": {arm: answer["wall"] for arm, answer in first.items()},
         "arms": arms,
     }
@@ -226,7 +226,7 @@ def measure(
 def scale(workload: Path, networks: Sequence[str], steps: int, counts: Sequence[int], rounds: int) -> dict:
     """Densities of kdjax's default loop with one thread, beside as many products alone; arm → metric → numbers."""
     arms: dict[str, dict[str, list[float]]] = {}
-    with working(pythons(["kdjax"]), 1, workload, peers=MODULE) as (worker,):
+    with working(pythons(["kdjax"]), [1], workload, baselines=MODULE) as (worker,):
         cases = [(network, steps) for network in networks] + [("mlp", count) for count in counts]
         for network, count in tqdm(cases, desc="scaling", disable=None):
             arm = worker.ask("load", network=network)["default"]
@@ -241,7 +241,7 @@ def scale(workload: Path, networks: Sequence[str], steps: int, counts: Sequence[
     return arms
 
 
-# ---------------------------------------------------------------------------------------------- judging
+# Ratios and goals
 
 
 def judge(
@@ -249,7 +249,7 @@ def judge(
 ) -> tuple[dict[str, dict], list[dict[str, Any]]]:
     """The ratios to the peers, and what became of each goal."""
     arms, suffix = found["arms"], "cpu_ms" if threads == 1 else "ms"
-    where, density = f"{network}, {threads} thread{'s' * (threads > 1)}", f"density_{suffix}"
+    where, density = label(network, threads), f"density_{suffix}"
     ours, ratios, goals = arms[found["default"]], {}, []
 
     def want(said: str, needed: float, ratio: dict[str, float], **how: bool) -> None:
@@ -288,12 +288,8 @@ def main() -> None:
     """Measures, writes the result and prints what was found."""
     start = time.monotonic()
     rounds, steps, seconds = (2, 40, 0.0) if SMOKE.value else (ROUNDS.value, STEPS.value, SECONDS.value)
-    for peer in PEERS.value:
-        if peer not in PACKAGES:
-            raise ValueError(f"--peers={peer} is none of {', '.join(PACKAGES)}.")
-    for network in NETWORKS.value:
-        if network not in DENSITY_GOALS:
-            raise ValueError(f"--networks={network} is none of {', '.join(DENSITY_GOALS)}.")
+    check_names("peers", PEERS.value, list(PACKAGES))
+    check_names("networks", NETWORKS.value, list(DENSITY_GOALS))
     protocols = thread_counts(THREADS.value, smoke=SMOKE.value)
     arms, ratios, goals, firsts, absent, notes, grown, few = {}, {}, [], {}, {}, [], {}, []
     with tempfile.TemporaryDirectory() as temporary:
@@ -301,7 +297,7 @@ def main() -> None:
         networks = make_networks(SMOKE.value)
         write(workload, networks)
         for threads in protocols:
-            with working(pythons(["kdjax", *PEERS.value]), threads, workload, peers=MODULE) as workers:
+            with working(pythons(["kdjax", *PEERS.value]), [threads], workload, baselines=MODULE) as workers:
                 absent |= {worker.contender: worker.absent for worker in workers if worker.absent}
                 if "kdjax" in absent:
                     raise ValueError(f"kdjax cannot be measured: {absent['kdjax']}.")
@@ -311,12 +307,12 @@ def main() -> None:
                     more, judged = judge(found, network, threads)
                     ratios |= more
                     goals += judged
-                    where = f"{network}, {threads} thread{'s' * (threads > 1)}"
+                    where = label(network, threads)
                     arms |= {f"{where}: {arm}": metrics for arm, metrics in found["arms"].items()}
                     firsts[where] = found["first"]
                     notes.append(
                         f"{where}: kdjax by default is {found['default']!r}; losses are equal, the spectrum's ends "
-                        f"agree to {found['apart']:.1e} of the largest eigenvalue."
+                        f"agree to {found['difference']:.1e} of the largest eigenvalue."
                     )
         if SCALING.value:
             growing = [name for name in networks if name not in DENSITY_GOALS]
@@ -326,7 +322,7 @@ def main() -> None:
             few = list(range(min(rounds, SCALING_ROUNDS)))
     for contender, reason in absent.items():
         notes.append(f"{contender} was not measured: {reason}.")
-        common.say(notes[-1])
+        cli.say(notes[-1])
     content = results.make(
         "curvature",
         question="Is the curvature of a network faster here than with matfree, PyHessian, curvlinops or a loop in "
@@ -358,7 +354,7 @@ def main() -> None:
     )
     content["versions"] |= peer_versions([peer for peer in PEERS.value if peer not in absent])
     results.write(OUTPUT.value, content)
-    tell(goals)
+    print_goals(goals)
     print(f"written to {OUTPUT.value}")
 
 
@@ -371,4 +367,4 @@ def peer_versions(peers: Sequence[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

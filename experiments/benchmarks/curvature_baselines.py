@@ -1,23 +1,19 @@
-r"""One way of measuring curvature, in a process of its own; not run by hand.
+r"""One library that measures curvature, in a process of its own; not run by hand.
 
-    python -m experiments.benchmarks.curvature_baselines CONTENDER THREADS WORKLOAD
+``experiments.benchmarks.curvature`` starts one such process for every contender and number of threads, as
+:mod:`experiments.benchmarks.workers` says. The workload is an ``.npz`` file with the images, labels and weights of all
+networks. The jobs:
 
-``experiments.benchmarks.curvature`` starts one such process for every contender and number of threads: PyTorch's peers
-may live in another Python than kdjax, and each process has one thread pool and one peak of memory. WORKLOAD is an
-``.npz`` file with the images, labels and weights that all of them are given. The process says first whether it could
-import what it needs. Then it reads one JSON object per line, and answers each with another:
-
-    load      builds the named network; the answer has its loss and, for kdjax, which loop is the default
+    load      builds the named network; the answer has its loss and, for kdjax, its default loop
     first     seconds of the first density of an arm, compilation included, and its Ritz values
     density   wall-clock and CPU seconds of a density of so many steps, and its Ritz values
     memory    MiB held at once during such a density, beyond what the process held before (Linux only)
     products  wall-clock and CPU seconds of a gradient and of products with the Hessian, in turns
 
-A density is everything from weights and batch to the nodes and weights of the quadrature of one random start: what is
-computed once per Hessian, such as a linearised gradient or PyTorch's graph, is part of it.
+A density is everything from weights and batch to the nodes and weights of the quadrature of one random start; it
+includes what is computed once per Hessian, such as a linearised gradient or PyTorch's graph.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +22,8 @@ from unittest import mock
 
 import numpy as np
 
-from experiments.benchmarks.workers import cores, peak_mib, serve, timed
+from experiments.benchmarks.timing import cores, medians, timed
+from experiments.benchmarks.workers import peak_mib, serve
 
 HOST, COMPILED = "kdjax host", "kdjax compiled"
 
@@ -79,7 +76,7 @@ class Contender(Protocol):
         ...
 
 
-# ------------------------------------------------------------------------------------------------- JAX
+# JAX
 
 
 class Kdjax:
@@ -193,7 +190,7 @@ def jax_loss(convolutional: bool) -> Callable[..., Any]:
     return loss
 
 
-# --------------------------------------------------------------------------------------------- PyTorch
+# PyTorch
 
 
 class Torch:
@@ -372,7 +369,7 @@ def torch_network(problem: Problem):
     return nn.Sequential(*parts[:-1])
 
 
-# ------------------------------------------------------------------------------------------- the process
+# The process
 
 CONTENDERS: dict[str, Callable[[], Contender]] = {
     "kdjax": Kdjax,
@@ -392,10 +389,7 @@ def in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, d
     while len(next(iter(seen.values()))) < 3 or time.perf_counter() - start < seconds:
         for name, call in calls.items():
             seen[name].append(timed(call)[0])
-    return {
-        name: {clock: statistics.median(t[clock] for t in times) for clock in ("wall", "cpu")}
-        for name, times in seen.items()
-    }
+    return {name: medians(times) for name, times in seen.items()}
 
 
 def answer(contender: Contender, workload: Path, asked: dict[str, Any]) -> dict[str, Any]:

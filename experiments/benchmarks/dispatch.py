@@ -2,16 +2,16 @@ r"""How many train steps should one call to the device run?
 
     python -m experiments.benchmarks.dispatch --output=experiments/results/benchmarks/dispatch.json
 
-Takes about a minute. Three students train on images held on the device, by the same pmapped function that the
-experiments use, with 1, 8 and 32 steps in each call; every round times each of them once. A ratio is the time of a step
-alone over that of a step among k, above 1 where running k together is faster.
+Takes about a minute. Three students train on images held on the device, by the pmapped function of kdjax.run,
+with 1, 8 and 32 steps per call; every round times each of them once. A ratio is the time of a step alone over that of a
+step among k, above 1 where running k together is faster.
 
 Expect several times for a network whose step takes tens of microseconds, nothing for one whose step takes many
 milliseconds, and no loss anywhere: the convolutions of kdjax are as fast inside a loop.
 """
 
-import statistics
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ import numpy as np
 import optax
 from absl import flags
 
-from experiments import common
+from experiments import cli
+from experiments.benchmarks.timing import in_turns, over
 from kdjax import data, models, parallel, results, train
 
 OUTPUT = flags.DEFINE_string("output", None, "Result file to write.")
@@ -35,7 +36,7 @@ TOGETHER = (1, 8, 32)
 
 
 def objective(outputs, batch):
-    """The labels alone."""
+    """Cross-entropy with the labels."""
     hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
     return {"hard": jnp.mean(hard)}
 
@@ -68,16 +69,15 @@ def measure(name: str) -> dict[int, list[float]]:
     batch, shape, steps = CASES[name]
     run, state, arrays = make_case(name, batch, shape)
     index = np.random.default_rng(1).integers(0, 1000, (batch, max(TOGETHER)), np.int32)
-    times: dict[int, list[float]] = {k: [] for k in TOGETHER}
-    for turn in range(ROUNDS.value + 1):
-        for k in TOGETHER:
-            start = time.perf_counter()
-            for _ in range(steps // k):
-                state, metrics = run(state, arrays, index[:, :k])
-            jax.block_until_ready(metrics)
-            if turn:  # the first round compiles
-                times[k].append((time.perf_counter() - start) / steps * 1e3)
-    return times
+    held = [state]
+
+    def go(k):
+        for _ in range(steps // k):
+            held[0], metrics = run(held[0], arrays, index[:, :k])
+        jax.block_until_ready(metrics)
+
+    times = in_turns({k: partial(go, k) for k in TOGETHER}, ROUNDS.value, warmup=1)
+    return {k: [value / steps for value in values] for k, values in times.items()}
 
 
 def main() -> None:
@@ -87,14 +87,9 @@ def main() -> None:
         times = measure(name)
         for k, values in times.items():
             arms[f"{name}, {k} a call"] = {"step_ms": values}
-            over = [alone / value for alone, value in zip(times[1], values, strict=True)]
             if k > 1:
-                ratios[f"{name}: {k} a call over 1"] = {
-                    "median": statistics.median(over),
-                    "low": min(over),
-                    "high": max(over),
-                }
-        common.say(f"{name}: " + ", ".join(f"{k} a call {min(v):.3f} ms" for k, v in times.items()))
+                ratios[f"{name}: {k} a call over 1"] = over(times[1], values)
+        cli.say(f"{name}: " + ", ".join(f"{k} a call {min(v):.3f} ms" for k, v in times.items()))
     result = results.make(
         "dispatch",
         question="How many train steps should one call to the device run?",
@@ -109,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

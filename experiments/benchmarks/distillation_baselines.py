@@ -1,27 +1,22 @@
-r"""What does one step of distillation cost in each framework? The work of one process; not run by hand.
+r"""One framework that distils, in a process of its own; not run by hand.
 
-    python -m experiments.benchmarks.distillation_baselines FRAMEWORK THREADS FOLDER
+``experiments.benchmarks.distillation_step`` starts one such process for every framework and number of threads, as
+:mod:`experiments.benchmarks.workers` says. The workload is an ``.npz`` file with images, labels and initial weights,
+the same for all. The jobs:
 
-``experiments.benchmarks.distillation_step`` starts one such process for every framework and number of threads, since a
-process has one KERAS_BACKEND and one thread pool. FOLDER holds ``workload.npz``: the images, the labels and the weights
-that all start from. The process reads one word per line and answers each with one line of JSON:
-
-    losses   the plain and the KD loss of the first three batches, from the shared weights
-    settle   tries the framework's settings and keeps the fastest, compiles, and says how long the first epoch took
-    steps    seconds per step of the student on the labels alone (plain), and of distillation with the teacher running
-             in the step (kd; kdjax gathers its columns instead); taken in turns, so that their quotient means something
-    fill     kdjax only: seconds per image of filling the teacher's columns, written to disk
-    online   kdjax only: seconds per step with the teacher running in the step
+    losses      the plain and the KD loss of the first three batches, from the shared weights
+    settle      tries the framework's settings, keeps the fastest, and says how long the first epoch took
+    steps       seconds per step of the student on the labels alone (plain), and of distillation with the teacher in the
+                step (kd; kdjax gathers cached answers instead), in turns, so that their quotient is meaningful
+    precompute  kdjax only: seconds per image of computing the teacher's answers and writing them to disk
+    online      kdjax only: seconds per step with the teacher in the step
 
 Every framework is used as its users would: Keras by ``fit`` on NumPy arrays, PyTorch by a plain loop over resident
 channels-last tensors, kdjax by ``train.fit`` over resident uint8 arrays, which it normalises in the step.
 """
 
-import json
 import math
 import os
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +24,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from experiments.benchmarks.timing import cores, medians
+from experiments.benchmarks.workers import serve
 
 BATCH_SIZE, LEARNING_RATE, EPSILON = 64, 1e-3, 1e-7
 TEMPERATURE, HARD_WEIGHT = 3.0, 0.1
@@ -39,8 +37,8 @@ PLAIN, KD, ONLINE = "plain", "kd", "online"
 class Workload:
     """The images, labels and weights that every framework starts from."""
 
-    def __init__(self, folder: Path):
-        with np.load(folder / "workload.npz", allow_pickle=False) as arrays:
+    def __init__(self, path: Path):
+        with np.load(path, allow_pickle=False) as arrays:
             self.arrays = dict(arrays)
         self.images, self.labels = self.arrays["images"], self.arrays["labels"]
         self.mean, self.std = (tuple(self.arrays[name].tolist()) for name in ("mean", "std"))
@@ -78,7 +76,13 @@ class Clock:
 
 
 class Peer(Protocol):
-    """One framework at one number of threads."""
+    """One framework at one number of threads; made without arguments, which imports it."""
+
+    arms: tuple[str, ...]  # none: every framework does the same
+
+    def load(self, work: Workload) -> None:
+        """Prepares the images, labels and networks."""
+        ...
 
     def losses(self, arm: str) -> list[float]:
         """Losses of the first three batches, trained on in order from the shared weights."""
@@ -95,19 +99,27 @@ class Peer(Protocol):
         ...
 
 
-# ------------------------------------------------------------------------------------------------- kdjax
+# kdjax
 
 
 class Kdjax:
-    """The library as its experiments use it: resident arrays, columns filled once, ``train.fit``."""
+    """The library as its experiments use it: resident arrays, cached answers, ``train.fit``."""
 
-    turns = 5  # its two steps are nearly equal, and short
+    arms, turns = (), 5  # its two steps are nearly equal, and short
 
-    def __init__(self, work: Workload, threads: int):
+    def __init__(self):
         import jax
+        import optax  # noqa: F401
+
+        from kdjax import models, teacher  # noqa: F401
+
+        self.jax = jax
+
+    def load(self, work: Workload) -> None:
+        """See :class:`Peer`."""
         import optax
 
-        from kdjax import models, parallel, teacher
+        from kdjax import models, parallel
 
         self.work, self.devices = work, parallel.local_devices()
         self.networks = {
@@ -115,40 +127,37 @@ class Kdjax:
         }
         self.params = {name: _nested(work, name) for name in self.networks}
         self.tx = optax.adam(LEARNING_RATE, eps=EPSILON)
-        self.columns_of, self.jax = teacher, jax
-        self.steps_per_dispatch, self.fill_batch = 1, 64
+        self.steps_per_dispatch, self.teacher_batch = 1, 64
         self.runs: dict[str, Callable] = {}
         self.resident: Any = None
 
-    def answers(self, params, inputs):
-        """The teacher as a function of normalised images."""
-        from kdjax import models
+    def ask(self, params, images):
+        """The teacher as a function of images in [0, 255]."""
+        from kdjax import data, models
 
+        inputs = data.normalise(images, mean=self.work.mean, std=self.work.std)
         outputs, _ = models.apply_fn(self.networks["teacher"])(params, {}, inputs, train=False)
         return {"logits": outputs.logits}
 
-    def fill(self) -> dict[str, float]:
+    def precompute(self) -> dict[str, float]:
         """Seconds per image, from the end of the first chunk to that of the last, and seconds of the first."""
-        from kdjax import data
-
-        def fn(params, images):
-            return self.answers(params, data.normalise(images, mean=self.work.mean, std=self.work.std))
+        from kdjax import teacher
 
         marks: list[tuple[int, Clock]] = []
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:
-            columns = self.columns_of.fill(
-                Path(directory) / "columns",
-                fn,
+            cached = teacher.precompute(
+                Path(directory) / "answers",
+                self.ask,
                 self.params["teacher"],
                 self.work.images,
                 settings={},
-                batch_size=self.fill_batch,
-                chunk_size=math.ceil(len(self.work.images) / 5 / self.fill_batch) * self.fill_batch,
+                batch_size=self.teacher_batch,
+                chunk_size=math.ceil(len(self.work.images) / 5 / self.teacher_batch) * self.teacher_batch,
                 progress=lambda done, total: marks.append((done, Clock())),
             )
         if self.resident is None:
-            self._put(columns.arrays)
+            self._put(cached.arrays)
         (first, began), (last, ended) = marks[0], marks[-1]
         wall, cpu = (end - begin for begin, end in zip(began.start, ended.start, strict=True))
         return {
@@ -157,12 +166,12 @@ class Kdjax:
             "first_chunk": began.start[0] - start,
         }
 
-    def _put(self, columns: dict[str, np.ndarray]) -> None:
+    def _put(self, answers: dict[str, np.ndarray]) -> None:
         from kdjax import parallel
 
         resident = {
             "data": {"image": self.work.images, "label": self.work.labels},
-            "columns": columns,
+            "answers": answers,
             "teacher": self.params["teacher"],
         }
         self.resident = parallel.replicate(resident, self.devices)
@@ -173,12 +182,16 @@ class Kdjax:
 
         from kdjax import data, losses, models, parallel, teacher, train
 
+        shapes = models.from_linen(self.networks["teacher"], self.work.images.shape[1:]).output_shapes
+        online = teacher.TeacherSignal(None, shapes, online=self.ask)
+
         def make_batch(resident, index, key):
             batch = data.gather(resident["data"], index)
-            batch["image"] = data.normalise(batch["image"], mean=self.work.mean, std=self.work.std)
             if arm == KD:
-                batch |= teacher.gather(resident["columns"], index)
-            return teacher.online(self.answers, resident["teacher"], batch) if arm == ONLINE else batch
+                batch |= teacher.gather(resident["answers"], index)
+            if arm == ONLINE:
+                batch = teacher.attach_online(online, resident["teacher"], batch)
+            return batch | {"image": data.normalise(batch["image"], mean=self.work.mean, std=self.work.std)}
 
         def objective(outputs, batch):
             labels = batch["label"]
@@ -201,7 +214,7 @@ class Kdjax:
     def losses(self, arm: str) -> list[float]:
         """See :class:`Peer`."""
         if self.resident is None:
-            self.fill()
+            self.precompute()
         run, state, values = self._run(arm), self._state(), []
         for where in self.work.first_batches():
             index = np.arange(where.start, where.stop, dtype=np.int32)[:, None]
@@ -241,20 +254,20 @@ class Kdjax:
 
     def settle(self) -> dict[str, Any]:
         """See :class:`Peer`."""
-        first_chunk = self.fill()["first_chunk"]
+        first_chunk = self.precompute()["first_chunk"]
         start = time.perf_counter()
         self._epochs(KD, 1)
         first = time.perf_counter() - start
-        steps, fills = {}, {}
+        steps, times = {}, {}
         for self.steps_per_dispatch in (1, 10, 30):
             steps[self.steps_per_dispatch] = min(self.measure(KD)["wall"] for _ in range(3))
         self.steps_per_dispatch = min(steps, key=steps.__getitem__)
-        for self.fill_batch in (16, 32, 64):
-            fills[self.fill_batch] = self.fill()["wall"]
-        self.fill_batch = min(fills, key=fills.__getitem__)
+        for self.teacher_batch in (16, 32, 64):
+            times[self.teacher_batch] = self.precompute()["wall"]
+        self.teacher_batch = min(times, key=times.__getitem__)
         self.measure(PLAIN)
         self.measure(ONLINE)
-        settings = {"steps_per_dispatch": self.steps_per_dispatch, "fill_batch_size": self.fill_batch}
+        settings = {"steps_per_dispatch": self.steps_per_dispatch, "fill_batch_size": self.teacher_batch}
         return {"settings": settings, "first_epoch_s": first, "first_chunk_s": first_chunk}
 
 
@@ -263,22 +276,27 @@ def _nested(work: Workload, network: str) -> dict[str, dict[str, np.ndarray]]:
     return {layer: {"kernel": kernel, "bias": bias} for layer, (kernel, bias) in pairs}
 
 
-# ------------------------------------------------------------------------------------------------- Keras
+# Keras
 
 
 class Keras:
-    """Keras 3's own ``Distiller`` under ``fit``; the backend is that of the environment."""
+    """Keras 3's own ``Distiller`` under ``fit``, on one of its backends."""
 
-    turns = 1
+    arms, turns = (), 1
 
-    def __init__(self, work: Workload, threads: int):
+    def __init__(self, backend: str):
+        os.environ |= {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
         import keras
 
-        if keras.backend.backend() == "torch":
+        if backend == "torch":
             import torch
 
-            torch.set_num_threads(threads)
-        self.keras, self.work = keras, work
+            torch.set_num_threads(len(cores()))
+        self.keras = keras
+
+    def load(self, work: Workload) -> None:
+        """See :class:`Peer`."""
+        self.work = work
         self.inputs, self.labels = work.inputs(), work.labels
         self.options: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
@@ -359,19 +377,23 @@ class Keras:
         return {"settings": self.options or {"compile": "defaults"}, "first_epoch_s": first}
 
 
-# ----------------------------------------------------------------------------------------------- PyTorch
+# PyTorch
 
 
 class Torch:
     """A plain loop: resident channels-last tensors, the teacher under ``no_grad`` in the step."""
 
-    turns = 1
+    arms, turns = (), 1
 
-    def __init__(self, work: Workload, threads: int):
+    def __init__(self):
         import torch
 
-        torch.set_num_threads(threads)
-        self.torch, self.work = torch, work
+        torch.set_num_threads(len(cores()))
+        self.torch = torch
+
+    def load(self, work: Workload) -> None:
+        """See :class:`Peer`."""
+        torch, self.work = self.torch, work
         self.inputs = self._channels_last(torch.from_numpy(work.inputs()).permute(0, 3, 1, 2))
         self.labels = torch.from_numpy(work.labels.astype(np.int64))
         self.teacher = self._network("teacher").eval()
@@ -472,13 +494,13 @@ def _torch_order(kernel: np.ndarray, channels: int) -> np.ndarray:
     )
 
 
-# ------------------------------------------------------------------------------------------- the process
+# The process
 
-FRAMEWORKS: dict[str, Callable[[Workload, int], Peer]] = {
+FRAMEWORKS: dict[str, Callable[[], Peer]] = {
     "kdjax": Kdjax,
-    "keras_jax": Keras,
-    "keras_tensorflow": Keras,
-    "keras_torch": Keras,
+    "keras_jax": lambda: Keras("jax"),
+    "keras_tensorflow": lambda: Keras("tensorflow"),
+    "keras_torch": lambda: Keras("torch"),
     "torch": Torch,
 }
 
@@ -489,34 +511,23 @@ def in_turns(peer: Peer) -> dict[str, dict[str, float]]:
     for _ in range(peer.turns):
         for arm, values in seen.items():
             values.append(peer.measure(arm))
-    return {
-        arm: {clock: statistics.median(v[clock] for v in values) for clock in ("wall", "cpu")}
-        for arm, values in seen.items()
+    return {arm: medians(values) for arm, values in seen.items()}
+
+
+def answer(peer: Peer, workload: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Does one job."""
+    if asked["job"] == "losses":
+        peer.load(Workload(workload))
+        return {arm: peer.losses(arm) for arm in (PLAIN, KD)}
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {
+        "settle": peer.settle,
+        "steps": lambda: in_turns(peer),
+        "precompute": lambda: peer.precompute(),  # pyright: ignore[reportAttributeAccessIssue]
+        "online": lambda: peer.measure(ONLINE),
     }
+    return jobs[asked["job"]]()
 
 
 def main() -> None:
-    """Answers words from stdin with JSON on stdout until there are no more."""
-    framework, threads, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    if hasattr(os, "sched_setaffinity"):  # before any framework counts the cores
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
-    os.environ["KERAS_BACKEND"] = framework.removeprefix("keras_")
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the frameworks print must not mix with the answers
-    start = time.perf_counter()
-    peer = FRAMEWORKS[framework](Workload(folder), threads)
-    ready = time.perf_counter() - start
-    jobs = {
-        "losses": lambda: {arm: peer.losses(arm) for arm in (PLAIN, KD)},
-        "settle": lambda: peer.settle() | {"import_s": ready},
-        "steps": lambda: in_turns(peer),
-        "fill": lambda: peer.fill(),  # pyright: ignore[reportAttributeAccessIssue]
-        "online": lambda: peer.measure(ONLINE),
-    }
-    for line in sys.stdin:
-        answers.write(json.dumps(jobs[line.strip()]()) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main()
+    """Answers lines from stdin on stdout until there are no more."""
+    serve(FRAMEWORKS, answer)

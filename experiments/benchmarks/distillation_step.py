@@ -5,31 +5,29 @@ r"""How many epochs of distillation per second does kdjax do, beside Keras 3's D
 Needs MNIST in data (python -m experiments.prepare_data --dataset=mnist) and the peers (pip install 'kdjax[bench]').
 The pair of the Keras tutorial at batch 64, temperature 3 and hard weight .1: a teacher of 1,433,610 parameters and a
 student of 20,490. All frameworks start from the same weights, and the run stops if their first losses differ. The peers
-run the teacher in every step, which is what Keras's Distiller and a plain loop do; kdjax fills the teacher's columns
-once, and its epoch here carries one twentieth of that. Frameworks take turns, round after round, each at one thread
-and at all cores, so that other load on the machine meets all of them; each is then judged at its faster number of
-threads. About 6 minutes on two idle cores.
+run the teacher in every step, which is what Keras's Distiller and a plain loop do; kdjax computes the teacher's
+answers once, and its epoch here carries one twentieth of that. Frameworks take turns in every round, each with one
+thread and with all cores, so that other load on the machine affects all of them; each is compared at its faster number
+of threads. About 6 minutes on two idle cores.
 
 What to expect: docs/results/training_speed.md. `--smoke` runs the same code in two rounds of few steps.
 """
 
 import importlib.metadata
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import common
+from experiments import cli
+from experiments.benchmarks.timing import check_names, cores, goal, label, note, over, print_goals
+from experiments.benchmarks.workers import Worker, working
 from kdjax import data, models, results
 
 DATASET = flags.DEFINE_string(
@@ -62,79 +60,32 @@ PACKAGES = {
 GOALS = {"keras_jax": 20, "keras_tensorflow": 20, "keras_torch": 20, "torch": 10}
 
 
-class Worker:
-    """A process of one framework, idle until it is asked."""
-
-    def __init__(self, framework: str, threads: int, folder: Path):
-        self.framework, self.threads = framework, threads
-        self.name = f"{TITLES[framework]}, {threads} thread{'s' * (threads > 1)}"
-        dropped = {"JAX_COMPILATION_CACHE_DIR", "OMP_NUM_THREADS", "KERAS_BACKEND"}
-        environment = {k: v for k, v in os.environ.items() if k not in dropped}
-        self.errors = open(folder / f"{framework}-{threads}.log", "w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "experiments.benchmarks.distillation_baselines",
-                framework,
-                str(threads),
-                str(folder),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env=environment | {"TF_CPP_MIN_LOG_LEVEL": "3"},
-        )
-
-    def ask(self, job: str) -> dict[str, Any]:
-        """Sends one word and waits for the answer."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            print(job, file=self.process.stdin, flush=True)
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            self.errors.seek(0)
-            last = (self.errors.read().strip().splitlines() or ["no message"])[-1]
-            raise ValueError(
-                f"{self.name} stopped at {job!r}: {last}. Install the peers with pip install 'kdjax[bench]', or name "
-                "those that are there in --peers."
-            )
-        return json.loads(answer)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.kill()
-        self.process.wait()
-        self.errors.close()
+def name_of(worker: Worker) -> str:
+    """The arm of a framework at a number of threads."""
+    return label(TITLES[worker.contender], worker.threads)
 
 
-def write_workload(folder: Path, steps: int) -> str:
-    """Draws the images and weights that all frameworks share; returns what the data set is called."""
-    source = data.load(DATASET.value, data_dir=DATA_DIR.value)
-    if source.images.shape[1:] != (28, 28, 1) or source.num_classes != 10:
+def write_workload(path: Path, steps: int) -> str:
+    """Writes the images and weights that all frameworks share; returns the name of the data set."""
+    dataset = data.load(DATASET.value, data_dir=DATA_DIR.value)
+    if dataset.images.shape[1:] != (28, 28, 1) or dataset.num_classes != 10:
         raise ValueError(
-            f"this benchmark needs 28x28x1 images of 10 classes, {source.name} has {source.images.shape[1:]} of "
-            f"{source.num_classes}; use --dataset=mnist or fashion_mnist."
+            f"this benchmark needs 28x28x1 images of 10 classes, {dataset.name} has {dataset.images.shape[1:]} of "
+            f"{dataset.num_classes}; use --dataset=mnist or fashion_mnist."
         )
-    ids = data.split_ids(source)["train"]
+    ids = data.split_ids(dataset)["train"]
     if len(ids) < steps * BATCH_SIZE:
         raise ValueError(f"{steps} steps need {steps * BATCH_SIZE} training images, there are {len(ids)}.")
     ids = np.random.default_rng(0).permutation(ids)[: steps * BATCH_SIZE]
-    mean, std = data.channel_statistics(source.images[ids])
-    arrays = {"images": source.images[ids], "labels": source.labels[ids], "mean": mean, "std": std}
+    mean, std = data.channel_statistics(dataset.images[ids])
+    arrays = {"images": dataset.images[ids], "labels": dataset.labels[ids], "mean": mean, "std": std}
     for seed, name in enumerate(("teacher", "student")):
         params, _ = models.init(models.build(f"keras_{name}", num_classes=10), (28, 28, 1), seed=seed)
         arrays |= {
             f"{name}/{layer}/{leaf}": x for layer, leaves in params.items() for leaf, x in leaves.items()
         }
-    np.savez(
-        folder / "workload.npz", allow_pickle=False, **{name: np.asarray(x) for name, x in arrays.items()}
-    )
-    return source.name
+    np.savez(path, allow_pickle=False, **{name: np.asarray(x) for name, x in arrays.items()})
+    return dataset.name
 
 
 def check_losses(losses: Mapping[str, Mapping[str, Sequence[float]]]) -> float:
@@ -156,15 +107,14 @@ def check_losses(losses: Mapping[str, Mapping[str, Sequence[float]]]) -> float:
 
 def measure(workers: Sequence[Worker], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Lets the frameworks take turns; returns worker → metric → one value per round."""
-    arms: dict[str, dict[str, list[float]]] = {worker.name: {} for worker in workers}
+    arms: dict[str, dict[str, list[float]]] = {name_of(worker): {} for worker in workers}
     for _ in tqdm(range(rounds), desc="rounds", disable=None):
         for worker in workers:
             answers = {f"{arm}_step": answer for arm, answer in worker.ask("steps").items()}
-            if worker.framework == "kdjax":
-                answers |= {"fill_per_image": worker.ask("fill"), "online_step": worker.ask("online")}
+            if worker.contender == "kdjax":
+                answers |= {"fill_per_image": worker.ask("precompute"), "online_step": worker.ask("online")}
             for name, answer in answers.items():
-                for clock, suffix in (("wall", "ms"), ("cpu", "cpu_ms")):
-                    arms[worker.name].setdefault(f"{name}_{suffix}", []).append(1000 * answer[clock])
+                note(arms[name_of(worker)], name, answer)
     for metrics in arms.values():
         for suffix in ("ms", "cpu_ms"):
             metrics[f"epoch_{suffix}"] = [
@@ -182,11 +132,6 @@ def measure(workers: Sequence[Worker], rounds: int) -> dict[str, dict[str, list[
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, low and high of the rounds."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
 def best(arms: Mapping[str, Mapping[str, list[float]]], framework: str, metric: str) -> list[float]:
     """A metric at the number of threads with the smallest median."""
     found = [metrics[metric] for arm, metrics in arms.items() if arm.rsplit(",", 1)[0] == TITLES[framework]]
@@ -195,11 +140,6 @@ def best(arms: Mapping[str, Mapping[str, list[float]]], framework: str, metric: 
 
 def _median_epoch(metrics: Mapping[str, Sequence[float]]) -> float:
     return statistics.median(metrics["epoch_ms"])
-
-
-def over(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
-    """Spread of the quotient round by round."""
-    return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
 def judge(
@@ -215,21 +155,17 @@ def judge(
         for peer in peers
     }
     goals = [
-        {
-            "goal": f"epochs per second ≥ {GOALS[peer]}× {TITLES[peer]}",
-            "needed": GOALS[peer],
-            **ratios[TITLES[peer]],
-        }
+        goal(f"epochs per second ≥ {GOALS[peer]}× {TITLES[peer]}", GOALS[peer], ratios[TITLES[peer]])
         for peer in peers
     ]
     if "torch" in peers:
         title = "PyTorch loop, student alone"
         ratios[title] = over(best(arms, "torch", "plain_step_ms"), plain)
-        goals.append({"goal": "plain student step ≤ 1.0× PyTorch's", "needed": 1.0, **ratios[title]})
+        goals.append(goal("plain student step ≤ 1.0× PyTorch's", 1.0, ratios[title]))
     ours = min((metrics for arm, metrics in arms.items() if arm.startswith("kdjax,")), key=_median_epoch)
     own = over(ours["plain_step_ms"], ours["kd_step_ms"])
-    goals.append({"goal": "KD step ≤ 1.05× a plain student step", "needed": 1 / 1.05, **own})
-    return ratios, cpu, [goal | {"met": goal["median"] >= goal["needed"]} for goal in goals]
+    goals.append(goal("KD step ≤ 1.05× a plain student step", 1 / 1.05, own))
+    return ratios, cpu, goals
 
 
 def main() -> None:
@@ -237,27 +173,24 @@ def main() -> None:
     start = time.monotonic()
     rounds, steps = (2, 10) if SMOKE.value else (ROUNDS.value, STEPS.value)
     peers = ["torch"] if SMOKE.value else PEERS.value
-    for peer in peers:
-        if peer not in GOALS:
-            raise ValueError(f"--peers={peer} is none of {', '.join(GOALS)}.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers: list[Worker] = []
+    check_names("peers", peers, list(GOALS))
+    losses, settled, pythons = {}, {}, dict.fromkeys(["kdjax", *peers], sys.executable)
     with tempfile.TemporaryDirectory() as temporary:
-        try:
-            dataset = write_workload(Path(temporary), steps)
-            losses, settled = {}, {}
-            for framework in ["kdjax", *peers]:
-                for threads in sorted({1, cores}):
-                    worker = Worker(framework, threads, Path(temporary))
-                    workers.append(worker)
-                    losses[worker.name] = worker.ask("losses")
-                    settled[worker.name] = worker.ask("settle")
-                    common.say(f"{worker.name}: {settled[worker.name]}")
+        workload = Path(temporary) / "workload.npz"
+        dataset = write_workload(workload, steps)
+        threads = sorted({1, len(cores())})
+        with working(pythons, threads, workload, baselines="distillation_baselines") as workers:
+            for worker in workers:
+                if worker.absent:
+                    raise ValueError(
+                        f"{name_of(worker)} cannot be measured: {worker.absent}. Install the peers with pip install "
+                        "'kdjax[bench]', or name those that are installed in --peers."
+                    )
+                losses[name_of(worker)] = worker.ask("losses")
+                settled[name_of(worker)] = worker.ask("settle") | {"import_s": worker.import_s}
+                cli.say(f"{name_of(worker)}: {settled[name_of(worker)]}")
             difference = check_losses(losses)
             arms = measure(workers, rounds)
-        finally:
-            for worker in workers:
-                worker.close()
     ratios, cpu, goals = judge(arms, peers)
     content = results.make(
         "distillation_step",
@@ -285,7 +218,7 @@ def main() -> None:
         },
         notes=[
             f"The frameworks' first losses agree to {difference:.1e} (relative, three steps, plain and KD).",
-            f"kdjax fills the teacher's columns once, here shared by {AMORTISED_OVER} epochs; the peers run the "
+            f"kdjax computes the teacher's answers once, here shared by {AMORTISED_OVER} epochs; the peers run the "
             "teacher in every step. online_step_ms is kdjax with the teacher in the step.",
             "Ratios are round by round, each side at its faster number of threads by the median.",
             "Keras's Distiller is given KLDivergence() itself: by its default, the name of that loss, Keras 3.15 "
@@ -296,11 +229,9 @@ def main() -> None:
         name: importlib.metadata.version(name) for peer in peers for name in PACKAGES[peer]
     }
     results.write(OUTPUT.value, content)
-    for goal in goals:
-        verdict = "met" if goal["met"] else "NOT met"
-        print(f"{goal['goal']}: {goal['median']:.2f} ({goal['low']:.2f} to {goal['high']:.2f}), {verdict}")
+    print_goals(goals)
     print(f"written to {OUTPUT.value}")
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

@@ -29,7 +29,8 @@ import numpy as np
 import optax
 from absl import flags
 
-from experiments import common
+from experiments import cli
+from experiments.benchmarks.timing import over
 from kdjax import results, transforms
 from kdjax.types import Params
 
@@ -208,8 +209,7 @@ def against_the_best(found: dict[str, dict[str, list[float]]]) -> tuple[str, dic
     if OURS not in costs or not others:
         return None
     best = min(others, key=lambda m: statistics.median(costs[m]))
-    over = [a / b for a, b in zip(costs[best], costs[OURS], strict=True)]
-    return best, {"median": statistics.median(over), "low": min(over), "high": max(over)}
+    return best, over(costs[best], costs[OURS])
 
 
 def main() -> None:
@@ -226,7 +226,7 @@ def main() -> None:
         for method, measured in found.items():
             arms.setdefault(method, {}).update({f"{name}_{k}": values for k, values in measured.items()})
             medians = [f"{statistics.median(v):.0f} {k}" for k, v in measured.items() if k != "reached"]
-            common.say(f"{name}: {method}: {sum(measured['reached']):.0f} of {seeds}; {', '.join(medians)}")
+            cli.say(f"{name}: {method}: {sum(measured['reached']):.0f} of {seeds}; {', '.join(medians)}")
         best = against_the_best(found)
         if best is not None:
             ratios[f"{name}: {best[0]} over {OURS}"] = best[1]
@@ -250,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

@@ -14,8 +14,6 @@ Expect every "torch" ratio of the Keras student above 1 and "xla in scan" of it 
 
 import contextlib
 import functools
-import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,8 +27,9 @@ import optax
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from experiments import common
+from experiments import cli
 from experiments.benchmarks import attributions_baselines
+from experiments.benchmarks.timing import clock, clock_note, in_turns, over, pin, said
 from kdjax import models, results
 from kdjax.models import layers, layers_chwn
 from kdjax.models.cnn import MalariaCnn
@@ -63,7 +62,7 @@ NETWORKS = {  # name: (model, batch, image, classes, whether it trains)
     "mobilenet_v2_w25 step": ("mobilenet_v2_w25", 64, (32, 32, 3), 10, True),
     "keras_teacher forward": ("keras_teacher", 64, (28, 28, 1), 10, False),
 }
-IN_SCAN = ("keras_student step", "conv 16 to 16")  # the other cases would say the same and take minutes
+IN_SCAN = ("keras_student step", "conv 16 to 16")  # other cases show the same and take minutes
 SCANNED = 2
 
 
@@ -305,47 +304,24 @@ def torch_malaria(weights, x):
 
 def measure(case: str, *, threads: int, rounds: int, seconds: float) -> dict[str, list[float]]:
     """Milliseconds per run, form -> one number per round; the forms take turns."""
-    clock = time.process_time if threads == 1 else time.perf_counter
-    arms, repeats = jax_arms(case) | torch_arm(case), {}
-    for name, (call, _) in arms.items():
-        call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, round(seconds / (time.perf_counter() - start)))
-    times = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, (call, inside) in arms.items():
-            start = clock()
-            for _ in range(repeats[name]):
-                call()
-            times[name].append(1e3 * (clock() - start) / repeats[name] / inside)
-    return times
+    arms = jax_arms(case) | torch_arm(case)
+    calls = {name: call for name, (call, _) in arms.items()}
+    times = in_turns(calls, rounds, seconds=seconds, read=clock(threads))
+    return {name: [value / arms[name][1] for value in values] for name, values in times.items()}
 
 
 def compare(case: str, times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Peer -> how many times faster kdjax is: median, low and high over the rounds."""
-    found = {}
-    for peer in times:
-        if peer.startswith("kdjax"):
-            continue
-        ours = times["kdjax in scan" if peer.endswith("in scan") else "kdjax"]
-        ratios = [theirs / mine for theirs, mine in zip(times[peer], ours, strict=True)]
-        found[f"{case}: {peer}"] = {
-            "median": statistics.median(ratios),
-            "low": min(ratios),
-            "high": max(ratios),
-        }
-    return found
+    """Peer -> how many times faster kdjax is."""
+    return {
+        f"{case}: {peer}": over(found, times["kdjax in scan" if peer.endswith("in scan") else "kdjax"])
+        for peer, found in times.items()
+        if not peer.startswith("kdjax")
+    }
 
 
 def main() -> None:
     """Times every case and writes one result file."""
-    cores = sorted(os.sched_getaffinity(0))
-    if THREADS.value > len(cores):
-        raise ValueError(f"--threads={THREADS.value} needs as many cores, this process has {len(cores)}.")
-    os.sched_setaffinity(
-        0, cores[-THREADS.value :]
-    )  # before XLA counts the cores, which its first operation does
+    pin(THREADS.value)
     start = time.perf_counter()
     wanted = [c for c in [*LAYERS, *NETWORKS] if not CASES.value or c.startswith(tuple(CASES.value))]
     arms, ratios = {}, {}
@@ -354,11 +330,8 @@ def main() -> None:
         arms |= {f"{case}: {form}": {"ms": values} for form, values in times.items()}
         found = compare(case, times)
         ratios |= found
-        said = ", ".join(
-            f"{k.split(': ')[1]} {v['median']:.2f} [{v['low']:.2f}, {v['high']:.2f}]"
-            for k, v in found.items()
-        )
-        print(f"{case:24s} {min(times['kdjax']):8.3f} ms; {said}", flush=True)
+        ratios_said = ", ".join(f"{k.split(': ')[1]} {said(ratio)}" for k, ratio in found.items())
+        print(f"{case:24s} {min(times['kdjax']):8.3f} ms; {ratios_said}", flush=True)
     content = results.make(
         "layers",
         question="Are the CPU forms of convolution and pooling faster than XLA's own, and than PyTorch?",
@@ -372,10 +345,10 @@ def main() -> None:
         arms=arms,
         ratios=ratios,
         wall_clock_s=time.perf_counter() - start,
-        notes=[f"Clock: {'CPU time' if THREADS.value == 1 else 'wall'}. Seeds are rounds, not draws."],
+        notes=[clock_note(THREADS.value)],
     )
     results.write(OUTPUT.value, content)
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

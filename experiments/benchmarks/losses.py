@@ -25,7 +25,6 @@ import contextlib
 import ctypes
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import common
+from experiments import cli
+from experiments.benchmarks.timing import clock, clock_note, in_turns, over, pin, said
 from kdjax import losses, results
 
 OUTPUT = flags.DEFINE_string("output", None, "Result file to write.")
@@ -159,8 +159,8 @@ def map_cases(sizes: Sizes, rng: np.random.Generator) -> dict[str, Case]:
         }
         for name, found_case in each.items():
             batch = len(found_case.inputs[0])
-            said = "" if batch == sizes.batch else f", batch {batch}"
-            found[f"{name} {channels}x{side}x{side}{said}"] = found_case
+            cut = "" if batch == sizes.batch else f", batch {batch}"
+            found[f"{name} {channels}x{side}x{side}{cut}"] = found_case
     return found
 
 
@@ -345,15 +345,15 @@ def check_equal(name: str, ours: Ours, theirs: Theirs) -> None:
       ValueError: if they do not.
     """
     (value, gradients), (wanted, wanted_gradients) = ours.evaluated(), theirs.evaluated()
-    apart = abs(value - wanted) / abs(wanted)
-    gradient_apart = max(
+    difference = abs(value - wanted) / abs(wanted)
+    gradient_difference = max(
         float(np.max(np.abs(g - w)) / np.max(np.abs(w)))
         for g, w in zip(gradients, wanted_gradients, strict=True)
     )
-    if not (apart < 1e-4 and gradient_apart < 1e-3):
+    if not (difference < 1e-4 and gradient_difference < 1e-3):
         raise ValueError(
-            f"{name}: kdjax has the value {value}, PyTorch {wanted}; their gradients differ by {gradient_apart:.1e} of "
-            "the largest entry. A benchmark compares forms of the same loss."
+            f"{name}: kdjax has the value {value}, PyTorch {wanted}; their gradients differ by "
+            f"{gradient_difference:.1e} of the largest entry. A benchmark compares forms of the same loss."
         )
 
 
@@ -362,39 +362,20 @@ def measure(
 ) -> dict[str, dict[str, list]]:
     """Milliseconds of a call and MiB at most, side -> metric -> one number per round; the sides take turns."""
     check_equal(name, Ours(case), Theirs(case))
-    clock = time.process_time if threads == 1 else time.perf_counter
-    sides, repeats = {"kdjax": Ours(case), "torch": Theirs(case)}, {}
-    for side, call in sides.items():
-        for _ in range(3):  # of which the first compiles
-            start = time.perf_counter()
-            call()
-        repeats[side] = max(1, round(seconds / (time.perf_counter() - start)))
-    found = {side: {"ms": [], "peak_mib": [sides[side].peak_mib()] * rounds} for side in sides}
-    for turn in range(rounds):
-        for side in list(sides)[:: -1 if turn % 2 else 1]:
-            start = clock()
-            for _ in range(repeats[side]):
-                sides[side]()
-            found[side]["ms"].append(1e3 * (clock() - start) / repeats[side])
-    return found
+    sides: dict[str, Ours | Theirs] = {"kdjax": Ours(case), "torch": Theirs(case)}
+    times = in_turns(sides, rounds, seconds=seconds, warmup=3, read=clock(threads))
+    return {side: {"ms": times[side], "peak_mib": [call.peak_mib()] * rounds} for side, call in sides.items()}
 
 
 def compare(found: dict[str, dict[str, list]]) -> dict[str, dict[str, float]]:
-    """How many times faster, and smaller, kdjax is: median, low and high over the rounds."""
-    compared = {}
-    for said, metric in {"torch": "ms", "torch memory": "peak_mib"}.items():
-        ratios = [t / o for t, o in zip(found["torch"][metric], found["kdjax"][metric], strict=True)]
-        compared[said] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-    return compared
+    """How many times faster, and smaller, kdjax is."""
+    metrics = {"torch": "ms", "torch memory": "peak_mib"}
+    return {peer: over(found["torch"][metric], found["kdjax"][metric]) for peer, metric in metrics.items()}
 
 
 def main() -> None:
     """Measures every case and writes one result file."""
-    cores = sorted(os.sched_getaffinity(0))
-    if THREADS.value > len(cores):
-        raise ValueError(f"--threads={THREADS.value} needs as many cores, this process has {len(cores)}.")
-    # before XLA counts the cores, which its first operation does
-    os.sched_setaffinity(0, cores[-THREADS.value :])
+    pin(THREADS.value)
     keep_freed_memory()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler reports its starts and stops
     try:
@@ -418,9 +399,8 @@ def main() -> None:
         ratios |= {f"{name}: {peer}": ratio for peer, ratio in compared.items()}
         faster, smaller = compared.values()
         print(
-            f"{name:56s} {min(found['kdjax']['ms']):9.3f} ms, torch {faster['median']:6.2f} "
-            f"[{faster['low']:.2f}, {faster['high']:.2f}]; {found['kdjax']['peak_mib'][0]:8.2f} MiB, "
-            f"torch {smaller['median']:6.2f}",
+            f"{name:56s} {min(found['kdjax']['ms']):9.3f} ms, torch {said(faster)}; "
+            f"{found['kdjax']['peak_mib'][0]:8.2f} MiB, torch {smaller['median']:6.2f}",
             flush=True,
         )
     content = results.make(
@@ -432,7 +412,7 @@ def main() -> None:
         ratios=ratios,
         wall_clock_s=time.perf_counter() - start,
         notes=[
-            f"Clock: {'CPU time' if THREADS.value == 1 else 'wall'}. Seeds are rounds, not draws.",
+            clock_note(THREADS.value),
             f"torch {torch.__version__}.",
         ],
     )
@@ -441,4 +421,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

@@ -30,7 +30,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from experiments import common
+from experiments import cli
 from kdjax import curvature, files, parallel, results
 from kdjax.types import Params
 
@@ -51,7 +51,7 @@ EXAMPLES, INPUTS, CLASSES = 32, 64, 10
 GRAM_PERIOD = 20  # trials from one look at the basis to the next
 
 
-# ------------------------------------------------------------------------------------------ the matrices
+# Matrices
 
 
 def spectrum(kind: str, n: int, trial: int) -> np.ndarray:
@@ -115,7 +115,7 @@ def operator(kind: str, axis_name: str | None, params: Params, extra: Any, *part
     return curvature.hessian(quadratic, params, batch, extra, axis_name=axis_name)
 
 
-# -------------------------------------------------------------------------------------------- one trial
+# One trial
 
 
 def measure(
@@ -219,7 +219,7 @@ def orthogonality(
     return float(np.abs(gram - np.eye(len(basis))).max())
 
 
-# -------------------------------------------------------------------------------------------- the campaign
+# All trials
 
 
 def cells() -> Iterator[tuple[int, str, str]]:
@@ -300,4 +300,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 2)
-    common.launch(main)
+    cli.launch(main)

@@ -4,9 +4,9 @@ r"""Is it faster to train many students in one program than one after the other,
 
 Takes about three minutes. Students of different seeds, each with a weight of its own in the loss, train on images held
 on the device, 32 steps in each call, or 5 as an epoch of few labels has: one after the other by the pmapped function
-that the experiments use, and at once by the two forms of kdjax.vmapped. Every round times each of them once. A ratio is
-the time of one after the other over that of the form, above 1 where training at once is faster. What compiling adds to
-the first call stands apart; one after the other, it is paid once for all students.
+of kdjax.run, and at once by the two forms of kdjax.vmapped. Every round times each of them once. A ratio is
+the time of one after the other over that of the form, above 1 where training at once is faster. The time that
+compiling adds to the first call is listed separately; one after the other, it is paid once for all students.
 
 Expect vmap ahead by most where a network is small and a call has few steps, since calls are then what costs; level
 where steps are many, and behind where a step takes a millisecond. map is seldom ahead of vmap.
@@ -23,7 +23,8 @@ import numpy as np
 import optax
 from absl import flags
 
-from experiments import common
+from experiments import cli
+from experiments.benchmarks.timing import in_turns, over, timed
 from kdjax import data, models, parallel, results, train, vmapped
 
 OUTPUT = flags.DEFINE_string("output", None, "Result file to write.")
@@ -48,11 +49,11 @@ CASES = {
     "keras_student": Case("keras_student", 64, (28, 28, 1), 32, (1, 5)),
 }
 STEPS = 64  # of every student in one timing, to the nearest whole call
-APART = "one by one"
+ONE_BY_ONE = "one by one"
 
 
 def objective(outputs, batch):
-    """The labels alone, with each student's own weight."""
+    """Cross-entropy with the labels, with each student's own weight."""
     hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
     return {"hard": batch["settings"]["hard_weight"] * jnp.mean(hard)}
 
@@ -99,7 +100,7 @@ def make_ways(case: Case) -> dict[int, dict[str, Callable[[], Any]]]:
     single = spread(run)
     alone = [call(single, states[k], weights[k], index[..., k]) for k in range(max(counts))]
 
-    def apart(count):
+    def one_by_one(count):
         return lambda: jax.block_until_ready([go() for go in alone[:count]])
 
     def at_once(count, mapping):
@@ -108,31 +109,21 @@ def make_ways(case: Case) -> dict[int, dict[str, Callable[[], Any]]]:
         return lambda: jax.block_until_ready(go())
 
     return {
-        count: {APART: apart(count)} | {mapping: at_once(count, mapping) for mapping in vmapped.MAPPINGS}
+        count: {ONE_BY_ONE: one_by_one(count)}
+        | {mapping: at_once(count, mapping) for mapping in vmapped.MAPPINGS}
         for count in counts
     }
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Milliseconds of one call."""
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def measure(name: str) -> tuple[dict[int, dict[str, list[float]]], dict[int, dict[str, float]]]:
     """Milliseconds per round, and what compiling added to the first call, for each number of students and way."""
-    made = make_ways(CASES[name])
-    first = {count: {way: timed(go) for way, go in ways.items()} for count, ways in made.items()}
-    times = {count: {way: [] for way in ways} for count, ways in made.items()}
-    for _ in range(ROUNDS.value):
-        for count, ways in made.items():
-            for way, go in ways.items():
-                times[count][way].append(timed(go))
-    added = {
-        count: {way: first[count][way] - statistics.median(times[count][way]) for way in ways}
-        for count, ways in made.items()
-    }
+    calls = {(count, way): go for count, ways in make_ways(CASES[name]).items() for way, go in ways.items()}
+    first = {key: 1e3 * timed(go)[0]["wall"] for key, go in calls.items()}
+    times: dict[int, dict[str, list[float]]] = {}
+    added: dict[int, dict[str, float]] = {}
+    for (count, way), values in in_turns(calls, ROUNDS.value, warmup=0).items():
+        times.setdefault(count, {})[way] = values
+        added.setdefault(count, {})[way] = first[count, way] - statistics.median(values)
     return times, added
 
 
@@ -145,17 +136,12 @@ def main() -> None:
         for count, ways in times.items():
             for way, values in ways.items():
                 arms[f"{name}, {count} {way}"] = {"ms": values}
-                if way != APART or count == min(case.students):
+                if way != ONE_BY_ONE or count == min(case.students):
                     compiling = f"{name}, {count} {way}, compiling"
                     arms[compiling], arm_seeds[compiling] = {"ms": [added[count][way]]}, [0]
-                if way != APART:
-                    over = [apart / value for apart, value in zip(ways[APART], values, strict=True)]
-                    ratios[f"{name}: {count} by {way} over {APART}"] = {
-                        "median": statistics.median(over),
-                        "low": min(over),
-                        "high": max(over),
-                    }
-            common.say(
+                if way != ONE_BY_ONE:
+                    ratios[f"{name}: {count} by {way} over {ONE_BY_ONE}"] = over(ways[ONE_BY_ONE], values)
+            cli.say(
                 f"{name}, {count}: "
                 + ", ".join(
                     f"{way} {min(v):.1f} ms (+ {max(added[count][way], 0) / 1e3:.1f} s)"
@@ -180,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    cli.launch(main)

@@ -1,15 +1,14 @@
-"""Contenders of a benchmark side by side, each in a process of its own that waits while the others work.
+"""Contenders of a benchmark side by side, each in a process of its own that is idle while the others work.
 
-PyTorch's peers may live in another Python than kdjax, and each process has one thread pool and one peak of memory. So a
-benchmark starts a :class:`Worker` for every contender and number of threads; there runs the ``main`` of the benchmark's
-own module of peers, which is :func:`serve`. The process says first whether it could import what it needs. Then it reads
-one JSON object per line and answers each with another. Nothing here needs more than NumPy, since all of them import it.
+PyTorch may be installed in another Python than kdjax, and a process has one thread pool and one peak of memory. So a
+benchmark starts a :class:`Worker` for every contender and number of threads; the process runs ``main`` of the
+benchmark's module of baselines, which calls :func:`serve`. It first says whether its imports succeeded. Then it reads
+one JSON object per line and answers each with another. This module needs no package, since all interpreters import it.
 """
 
 import ctypes
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -18,19 +17,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# ------------------------------------------------------------------------------ where the benchmark runs
+from experiments.benchmarks.timing import pin
+
+# In the process of the benchmark
 
 
 class Worker:
     """A process of one contender, idle until it is asked."""
 
-    def __init__(self, contender: str, threads: int, workload: Path, *, python: str, peers: str):
+    def __init__(self, contender: str, threads: int, workload: Path, *, python: str, baselines: str):
         self.contender, self.threads = contender, threads
         dropped = {"JAX_COMPILATION_CACHE_DIR", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
         environment = {k: v for k, v in os.environ.items() if k not in dropped}
         self.errors = open(workload.parent / f"{contender}-{threads}.log", "w+")  # noqa: SIM115
-        # No module to be launched by itself, which this one could not import names from.
-        program = f"from experiments.benchmarks.{peers} import main; main()"
+        program = f"from experiments.benchmarks.{baselines} import main; main()"
         self.process = subprocess.Popen(
             [python, "-c", program, contender, str(threads), str(workload)],
             stdin=subprocess.PIPE,
@@ -42,11 +42,12 @@ class Worker:
         hello = self.heard("start")
         self.absent: str | None = hello.get("absent")
         self.arms: list[str] = hello.get("arms", [])
+        self.import_s: float = hello.get("import_s", 0.0)
 
     def ask(self, job: str, **options: Any) -> dict[str, Any]:
         """Sends a job and waits for the answer."""
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # whose reason is in its log
+        with suppress(BrokenPipeError):  # the reason is in its log
             print(json.dumps({"job": job} | options), file=self.process.stdin, flush=True)
         return self.heard(job)
 
@@ -69,65 +70,25 @@ class Worker:
 
 @contextmanager
 def working(
-    pythons: Mapping[str, str], threads: int, workload: Path, *, peers: str
+    pythons: Mapping[str, str], threads: Sequence[int], workload: Path, *, baselines: str
 ) -> Iterator[list[Worker]]:
-    """Processes of workers, ended afterwards.
+    """Starts a worker for each contender and number of threads, and ends them afterwards.
 
     Args:
-      pythons: contender → the interpreter that has it.
-      threads: of each.
-      workload: a file that all of them are given.
-      peers: the module of ``experiments.benchmarks`` whose ``main`` they run.
+      pythons: contender → its interpreter.
+      threads: numbers of threads.
+      workload: a file for all of them.
+      baselines: the module of ``experiments.benchmarks`` whose ``main`` they run.
     """
     workers: list[Worker] = []
     try:
         for contender, python in pythons.items():
-            workers.append(Worker(contender, threads, workload, python=python, peers=peers))
+            for count in threads:
+                workers.append(Worker(contender, count, workload, python=python, baselines=baselines))
         yield workers
     finally:
         for worker in workers:
             worker.close()
-
-
-def thread_counts(wanted: Sequence[str], *, smoke: bool) -> list[int]:
-    """Those that ``--threads`` names; by default 1 and 2, where there are two cores."""
-    counts = [int(x) for x in wanted] or [1, 2][: 1 if smoke else len(cores())]
-    if not 1 <= min(counts) <= max(counts) <= len(cores()):
-        raise ValueError(
-            f"--threads={','.join(map(str, counts))} needs numbers from 1 to the {len(cores())} cores that this "
-            "process has."
-        )
-    return counts
-
-
-def quotients(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
-    """Round by round."""
-    return [a / b for a, b in zip(numerator, denominator, strict=True)]
-
-
-def over(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
-    """Median, low and high of the quotients of the rounds."""
-    found = quotients(numerator, denominator)
-    return {"median": statistics.median(found), "low": min(found), "high": max(found)}
-
-
-def note(metrics: dict[str, list[float]], what: str, answer: Mapping[str, float]) -> None:
-    """Appends wall-clock and CPU milliseconds."""
-    for clock, suffix in (("wall", "ms"), ("cpu", "cpu_ms")):
-        metrics.setdefault(f"{what}_{suffix}".lstrip("_"), []).append(1e3 * answer[clock])
-
-
-def goal(said: str, needed: float, ratio: Mapping[str, float], *, at_most: bool = False) -> dict[str, Any]:
-    """What was wanted of a ratio, and whether its median is that."""
-    met = ratio["median"] <= needed if at_most else ratio["median"] >= needed
-    return {"goal": said, "needed": needed, **ratio, "met": met}
-
-
-def tell(goals: Sequence[Mapping[str, Any]]) -> None:
-    """Prints what became of each."""
-    for goal in goals:
-        verdict = "met" if goal["met"] else "NOT met"
-        print(f"{goal['goal']}: {goal['median']:.2f} ({goal['low']:.2f} to {goal['high']:.2f}), {verdict}")
 
 
 def versions_of(packages: Sequence[str], *, python: str) -> dict[str, str]:
@@ -142,25 +103,11 @@ def versions_of(packages: Sequence[str], *, python: str) -> dict[str, str]:
     return dict(zip(packages, json.loads(said), strict=True))
 
 
-# ------------------------------------------------------------------------------- where a contender runs
-
-
-def cores() -> list[int]:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def timed(call: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """Seconds of wall-clock and of CPU time, of all threads, and what the call returns."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    found = call()
-    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}, found
+# In the process of a contender
 
 
 def peak_mib(call: Callable[[], Any]) -> float | None:
-    """How much more memory is resident during the call, at most, than before; None where Linux is not there to ask."""
+    """Peak of resident memory during the call, less that before it; None except on Linux."""
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not reset.exists():
         return None
@@ -169,7 +116,7 @@ def peak_mib(call: Callable[[], Any]) -> float | None:
         line = next(line for line in status.read_text().splitlines() if line.startswith(name))
         return int(line.split()[1]) / 1024
 
-    ctypes.CDLL(None).malloc_trim(0)  # what is freed already would hide what is taken
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide new allocations
     reset.write_text("5")
     before = resident("VmRSS")
     call()
@@ -177,7 +124,7 @@ def peak_mib(call: Callable[[], Any]) -> float | None:
 
 
 def free_mib() -> float | None:
-    """Memory that a process could still take; None where Linux is not there to ask."""
+    """Memory that a process could still allocate; None except on Linux."""
     table = Path("/proc/meminfo")
     if not table.exists():
         return None
@@ -186,29 +133,29 @@ def free_mib() -> float | None:
 
 
 def serve(
-    workers: Mapping[str, Callable[[], Any]], answer: Callable[[Any, Path, dict[str, Any]], dict[str, Any]]
+    contenders: Mapping[str, Callable[[], Any]], answer: Callable[[Any, Path, dict[str, Any]], dict[str, Any]]
 ) -> None:
-    """Answers lines from stdin on stdout until there are no more; ``main`` of a module of peers.
+    """Answers lines from stdin on stdout until there are no more; called by ``main`` of a module of baselines.
 
     Args:
-      workers: name → what makes it, and raises ImportError where it cannot be imported.
+      contenders: name → its constructor, which raises ImportError where a package is missing.
       answer: does one job, ``answer(contender, workload, asked)``.
     """
     name, threads, workload = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    if hasattr(os, "sched_setaffinity"):  # before any framework counts the cores
-        os.sched_setaffinity(0, cores()[-threads:])
+    pin(threads)
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print must not mix with the answers
+    os.dup2(2, 1)  # so that output of the libraries does not mix with the answers
 
     def say(found: dict[str, Any]) -> None:
         answers.write(json.dumps(found) + "\n")
         answers.flush()
 
+    start = time.perf_counter()
     try:
-        contender = workers[name]()
+        contender = contenders[name]()
     except ImportError as error:
         say({"absent": str(error)})
         return
-    say({"arms": contender.arms})
+    say({"arms": contender.arms, "import_s": time.perf_counter() - start})
     for line in sys.stdin:
         say(answer(contender, workload, json.loads(line)))

@@ -1,4 +1,4 @@
-"""Images and labels as arrays addressed by index: where they come from, how they are split, cut and augmented."""
+"""Images and labels as arrays addressed by index: loading, splits, batches, augmentation and normalisation."""
 
 from kdjax.data.augmentation import crop_and_flip as crop_and_flip
 from kdjax.data.augmentation import example_keys as example_keys

@@ -1,4 +1,4 @@
-"""Images and labels from an ``.npz`` file: checked for what would train on something else than was meant."""
+"""Images and labels from an ``.npz`` file, checked for mistakes that would train on the wrong thing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kdjax.data import tfds_cache
 from kdjax.data.tfds_cache import first_ten
 
 _NAMES = ("images", "labels", "test_images", "test_labels", "names")
-_TOLERANCE = 0.49 / 255  # less than half a level of uint8: what lies so little outside [0, 1] rounds into it
+_TOLERANCE = 0.49 / 255  # below half a level of uint8: values so little outside [0, 1] round into it
 
 
 def read(path: Path) -> tfds_cache.Arrays:
@@ -25,13 +25,13 @@ def read(path: Path) -> tfds_cache.Arrays:
       The data set, training examples first.
 
     Raises:
-      ValueError: the file is missing or damaged, or its arrays are not what they must be.
+      ValueError: if the file is missing or damaged, or its arrays are not images and labels.
     """
     return checked(_arrays(path), str(path))
 
 
 def checked(arrays: Mapping[str, np.ndarray], where: str) -> tfds_cache.Arrays:
-    """The arrays of an ``.npz``, or as many in memory, checked; ``where`` names them in errors and notes."""
+    """Checks the arrays of an ``.npz``, or the same in memory; ``where`` names them in errors and notes."""
     splits = {"train": "", "test": "test_"} if "test_images" in arrays else {"train": ""}
     images, given = [], []
     for start in splits.values():
@@ -63,7 +63,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         )
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            if damaged := file.zip.testzip():  # NumPy itself sums only what an array's header says is there
+            if damaged := file.zip.testzip():  # NumPy checks only the bytes that an array's header announces
                 raise zipfile.BadZipFile(f"bad CRC-32 of {damaged}")
             arrays = {key: file[key] for key in file.files}
     except Exception as error:  # a flipped bit raises nearly anything, zlib.error for one
@@ -109,7 +109,7 @@ def _as_uint8(images: np.ndarray, what: str) -> np.ndarray:
 
 
 def _check_channels_last(shape: tuple[int, ...], what: str) -> None:
-    """Refuses channels first, and shapes that could be anything. Many channels are few beside height and width."""
+    """Refuses channels first, and ambiguous shapes; many channels are accepted below the height and the width."""
     _, height, width, channels = shape
     usual = channels in (1, 3) or (channels in (2, 4) and height not in (1, 3))
     many = 4 < channels < min(height, width)
@@ -143,14 +143,14 @@ def _notes(images: np.ndarray, where: str) -> Iterator[str]:
     if images.max() <= 1:
         yield f"No pixel of {where} is above 1 of 255, so its images are nearly black: should 1 be white?"
     if images.shape[-1] not in (1, 3):
-        yield f"The images of {where} have {images.shape[-1]} channels, which are taken as they are."
+        yield f"The images of {where} have {images.shape[-1]} channels, which are used as they are."
 
 
 # Labels.
 
 
 def _checked_labels(labels: np.ndarray, count: int, what: str) -> np.ndarray:
-    """Returns labels as integers or text, one an example."""
+    """Returns labels as integers or text, one per example."""
     advice = ""
     if labels.ndim == 2 and labels.shape[1] == 1:
         advice = ": write labels[:, 0]"
@@ -160,7 +160,7 @@ def _checked_labels(labels: np.ndarray, count: int, what: str) -> np.ndarray:
         advice = ": write labels.astype(int) if they are the numbers of classes"
     if labels.shape != (count,) or labels.dtype.kind not in "iuUS":
         raise ValueError(
-            f"{what} must be {count} integers or texts, one for each image; got {labels.dtype} of shape "
+            f"{what} must be {count} integers or strings, one per image; got {labels.dtype} of shape "
             f"{labels.shape}{advice}."
         )
     if labels.dtype.kind == "S":
@@ -176,7 +176,7 @@ def _checked_labels(labels: np.ndarray, count: int, what: str) -> np.ndarray:
 def _classes(
     given: Sequence[np.ndarray], names: np.ndarray | None, where: str
 ) -> tuple[list[np.ndarray], tuple[str, ...], list[str]]:
-    """Numbers classes from 0; returns the labels, the names, and a note if that changed the labels."""
+    """Numbers classes from 0; returns the labels, the class names, and a note if the labels changed."""
     found = [part.tolist() for part in map(np.unique, given)]
     values = sorted(
         {value for part in found for value in part}, key=lambda value: (isinstance(value, str), value)

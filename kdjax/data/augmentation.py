@@ -1,19 +1,19 @@
-"""Augmentation as pure functions of an image and its own key, run inside the jitted step.
+"""Augmentation as pure functions of an image and a random key, inside the jitted step.
 
-Every example has a key made from its index, so a batch is augmented in the same way however it is sharded, and a
-*view* of an image is a number that can be stored: ``example_keys(jax.random.fold_in(key, view), index)`` gives the same
-crop and flip again whenever it is asked. Attribution maps move with their images by passing them the same keys.
+An example's key is made from its index, so the augmentation does not depend on how a batch is sharded, and view number
+``v`` of an image can be made again at any time: ``example_keys(jax.random.fold_in(key, v), index)``. An attribution map
+moves with its image when both are given the same keys.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
 
-_CROP, _FLIP = 1, 2  # what a key is used for is folded in, so that crop and flip stay independent
+_CROP, _FLIP = 1, 2  # folded into a key, so that crop and flip are independent
 
 
 def example_keys(key: Key[Array, ""], index: Int[Array, " batch"]) -> Key[Array, " batch"]:
-    """One key per example that depends on ``key`` and the example's index, not on its place in the batch."""
+    """One random key per example, from ``key`` and the example's index; its place in the batch does not matter."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
@@ -26,7 +26,7 @@ def crop_and_flip(
 ) -> Shaped[Array, "batch height width channels"]:
     """The usual augmentation of small photographs: :func:`random_crop`, then :func:`random_flip` if ``flip``.
 
-    Digits and other writing must not be flipped.
+    Do not flip digits or other writing.
     """
     if padding:
         images = random_crop(images, keys, padding=padding)
@@ -42,10 +42,10 @@ def stored_view(
     padding: int,
     flip: bool,
 ) -> Shaped[Array, "batch height width channels"]:
-    """View number ``view`` of each image, the same whenever it is asked for.
+    """View number ``view`` of each image.
 
-    View 0 is the image itself; the others are crops and flips that depend on nothing but ``seed``, ``view`` and the
-    example's index. So a teacher's answer to a view can be stored, and the student shown that very view later.
+    View 0 is the image itself; the others are crops and flips that depend only on ``seed``, ``view`` and the example's
+    index. So a teacher's answer to a view can be cached, and the student given the same view later.
 
     Args:
       images: a batch.
@@ -53,7 +53,7 @@ def stored_view(
       view: one number for all, or one per image.
       seed: of the family of views.
       padding: pixels, for :func:`random_crop`.
-      flip: whether views may be mirrored.
+      flip: mirror views with probability one half.
     """
     view = jnp.broadcast_to(view, index.shape)
     base = jax.random.key(seed)
@@ -68,12 +68,12 @@ def normalise(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[Array, "*batch height width channels"]:
-    """Images in [0, 255] to float32 of zero mean and unit variance per channel.
+    """Normalises images in [0, 255] to float32 of zero mean and unit variance per channel.
 
     Args:
       images: uint8, or floats on the same scale.
-      mean: per channel, on the scale [0, 1], as :func:`kdjax.data.channel_statistics` returns.
-      std: likewise.
+      mean: per channel, of images scaled to [0, 1], from :func:`kdjax.data.channel_statistics`.
+      std: standard deviation per channel, on the same scale.
     """
     scale = 1 / (255 * jnp.asarray(std, jnp.float32))
     offset = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
@@ -84,9 +84,9 @@ def normalise(
 def random_crop(
     images: Shaped[Array, "batch height width channels"], keys: Key[Array, " batch"], *, padding: int
 ) -> Shaped[Array, "batch height width channels"]:
-    """Shifts each image by up to ``padding`` pixels, zeros moving in at the border.
+    """Shifts each image by up to ``padding`` pixels and fills the border with zeros.
 
-    Zero is the dtype's zero: crop uint8 images before normalising to pad with black, after it to pad with the mean.
+    Zero is black in images before normalisation, and the mean after it.
 
     Raises:
       ValueError: for a negative padding.
@@ -116,16 +116,16 @@ def random_flip(
 def mixup(
     images: Float[Array, "batch height width channels"], key: Key[Array, ""], *, alpha: float
 ) -> tuple[Float[Array, "batch height width channels"], Int[Array, " batch"], Float[Array, ""]]:
-    """Blends each image with another of its batch, both teacher and student seeing the blend.
+    """Blends each image with another one of its batch, for teacher and student alike.
 
     Args:
       images: normalised.
       key: one for the batch.
-      alpha: of the Beta(alpha, alpha) that the share is drawn from; 1 is uniform, small values blend little.
+      alpha: of the distribution Beta(alpha, alpha) of the share; 1 is uniform, small values blend little.
 
     Returns:
-      The blends; the place in the batch of each one's partner; and the share of the first image, in [0, 1]. The hard
-      loss becomes ``share * loss(label) + (1 - share) * loss(label[partner])``.
+      The blends; each partner's place in the batch; and the share of the first image, in [0, 1]. The hard loss becomes
+      ``share * loss(label) + (1 - share) * loss(label[partner])``.
 
     Raises:
       ValueError: if alpha is not positive.

@@ -1,4 +1,4 @@
-"""Which examples form which batch: pure functions of a seed and an epoch, so that a run's position is one number."""
+"""The examples of each batch, as pure functions of seed and epoch: a run's position is one number, its step."""
 
 import functools
 import hashlib
@@ -17,8 +17,8 @@ MAX_SEED = 2**32 - 1  # a run keeps its seed as uint32
 def epoch_index(ids: np.ndarray, *, seed: int, epoch: int, batch_size: int) -> np.ndarray:
     """The batches of one epoch: a seeded permutation of ``ids``, cut into full batches.
 
-    The incomplete last batch is left out; since every epoch has another order, every example still takes part. A set
-    smaller than a batch is repeated to fill one.
+    The incomplete last batch is dropped; every epoch has another order, so no example is always left out. A set smaller
+    than a batch is repeated to fill one.
 
     Args:
       ids: int[n], the examples to draw from.
@@ -30,8 +30,8 @@ def epoch_index(ids: np.ndarray, *, seed: int, epoch: int, batch_size: int) -> n
       int32[n // batch_size, batch_size] (one row at least).
 
     Raises:
-      ValueError: if there are no ids, they are not row numbers, the batch size is not positive, or the seed does not
-        fit into 32 bits.
+      ValueError: if there are no ids, they are not row numbers, the batch size is not positive, or the seed is not a
+        32-bit number.
     """
     ids = _checked_ids("epoch_index", ids, batch_size)
     generator = np.random.Generator(np.random.Philox(key=(check_seed("epoch_index", seed), epoch)))
@@ -43,7 +43,7 @@ def epoch_index(ids: np.ndarray, *, seed: int, epoch: int, batch_size: int) -> n
 
 
 def evaluation_index(ids: np.ndarray, *, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every id once, in order, the last batch filled up with rows that do not count.
+    """Every id once, in order; the last batch is padded with rows that do not count.
 
     Returns:
       int32[batches, batch_size] and the float32 mask of the same shape, 1 where the row counts.
@@ -59,7 +59,7 @@ def evaluation_index(ids: np.ndarray, *, batch_size: int) -> tuple[np.ndarray, n
 
 
 def check_seed(what: str, seed: Any) -> int:
-    """The seed as a number; a ValueError unless it is one of 32 bits, which is what a run keeps of it."""
+    """Returns the seed as an int; a ValueError unless it fits into 32 bits, as a run stores it."""
     try:
         number = operator.index(seed)
     except TypeError:
@@ -84,21 +84,21 @@ def _checked_ids(what: str, ids: Any, batch_size: int) -> np.ndarray:
 
 
 def gather(arrays: Mapping[str, Any], index: Int[Array, " batch"]) -> dict[str, jax.Array]:
-    """Rows ``index`` of every array, and the index itself: a batch with all of its teacher's columns attached."""
+    """Gathers the rows ``index`` of every array, and adds the index itself."""
     return {name: jnp.asarray(array)[index] for name, array in arrays.items()} | {"index": index}
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel on the scale [0, 1]; of the training split, to be honest about it.
+    """Mean and standard deviation per channel of images scaled to [0, 1]; pass the training images alone.
 
     Args:
       images: uint8[n, height, width, channels].
 
     Returns:
-      Two tuples of one float per channel. A channel that never varies gets a deviation of 1.
+      Two tuples of one float per channel. A constant channel gets a standard deviation of 1.
     """
     flat = images.reshape(-1, images.shape[-1])
-    # Counting levels is exact and needs no float copy of the set, which may be large.
+    # Counting levels is exact, and needs no float copy of a large set.
     levels = np.stack([np.bincount(flat[:, c], minlength=256) for c in range(flat.shape[1])]) / len(flat)
     values = np.arange(256) / 255
     mean = levels @ values
@@ -108,10 +108,10 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 
 
 class Feed(NamedTuple):
-    """The arguments of every dispatch of a training run, as a pure function of the step that it starts at.
+    """The arguments of every dispatch of a run, as a pure function of its first step.
 
-    ``identity`` is what decides which examples a step sees, as plain JSON; a run whose feed has another identity is not
-    the same run, and its checkpoints are not taken up.
+    ``identity`` is plain JSON and determines the examples of every step; checkpoints of a run with another identity are
+    not resumed.
     """
 
     steps_per_epoch: int
@@ -128,23 +128,23 @@ def resident_feed(
     steps_per_dispatch: int = 1,
     rows_of: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Feed:
-    """Feeds arrays that stay on the device with the indices of each dispatch.
+    """A feed of the indices of each dispatch, for arrays that stay on the device.
 
     Args:
-      arrays: whatever the batch is made from, on the device: images, labels and teacher columns by index.
-      ids: to draw from: the training split.
+      arrays: on the device, addressed by index: images, labels, the teacher's answers.
+      ids: of the examples to draw, the training split.
       seed: of the order.
       batch_size: examples per step over all devices and hosts.
-      steps_per_dispatch: most steps that one call runs. Fewer are run where that cuts the epoch into equal parts, which
-        saves compiling a second program for the rest.
-      rows_of: this process's part of a global batch, :func:`kdjax.parallel.process_rows` where there are several.
+      steps_per_dispatch: most steps per call. Fewer are run where that divides the epoch into equal parts, so that no
+        second program is compiled for the rest.
+      rows_of: this process's rows of a global batch; with several processes :func:`kdjax.parallel.process_rows`.
 
     Returns:
-      A feed whose arguments are ``(arrays, int32[batch, steps])``. Its identity is seed, batch size, number of examples
-      and a digest of their ids; ``steps_per_dispatch`` is no part of it.
+      A feed whose arguments are ``(arrays, int32[batch, steps])``. Its identity has seed, batch size, number of
+      examples and a digest of their ids, but not ``steps_per_dispatch``.
 
     Raises:
-      ValueError: as of :func:`epoch_index`, or if ``steps_per_dispatch`` is not positive.
+      ValueError: as :func:`epoch_index` does, or if ``steps_per_dispatch`` is not positive.
     """
     ids, seed = _checked_ids("resident_feed", ids, batch_size), check_seed("resident_feed", seed)
     if steps_per_dispatch < 1:

@@ -1,4 +1,4 @@
-"""Labelled images as arrays addressed by index, and splits that a hash of each example's key decides."""
+"""Labelled images as arrays addressed by index, and splits by a hash of each example's id."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kdjax.extras import extra
 from kdjax.types import Normalisation
 
 GROUP_PATTERNS = {"malaria": r"C\d+(?:P\d+)?"}
-"""For :func:`groups_of`: the part of a key that names the patient, of sets whose examples are not independent."""
+"""For :func:`groups_of`: the part of an example id that names the patient, where examples are not independent."""
 
 
 class Dataset(NamedTuple):
@@ -35,7 +35,7 @@ class Dataset(NamedTuple):
     example_ids: np.ndarray  # str[n], stable under reordering, such as "train/000123" or a file name
     official_split: Int8[np.ndarray, " n"]  # 0 train, 1 test; -1 throughout where there is no official split
     class_names: tuple[str, ...]
-    notes: tuple[str, ...] = ()  # what a reader of a result should know about the data
+    notes: tuple[str, ...] = ()  # for the reader of a result: what was left out, odd or decided
     splits: Mapping[str, np.ndarray] = {}  # ids under "train", "validation" and "test"
     normalisation: Normalisation = Normalisation((), ())  # of the training images
     mislabelled: np.ndarray = np.zeros(0, np.int64)  # ids of training examples that were given a wrong label
@@ -53,10 +53,10 @@ class Dataset(NamedTuple):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Everything about the data that decides a run's numbers, as plain JSON: counts, and digests of 64 bits.
+        """Identifies the data and their splits, as plain JSON: counts, and digests of 64 bits.
 
-        It is kept with whatever a run writes and compared before anything is read back, so that a changed label or
-        another split is noticed (:func:`kdjax.files.read_sealed`, :func:`kdjax.checkpoints.restore`).
+        It is stored with everything that a run writes, and compared before anything is read back: a changed label or
+        another split is refused (:func:`kdjax.files.read_sealed`, :func:`kdjax.checkpoints.restore`).
         """
         if not self.splits:
             raise ValueError("a Dataset has a fingerprint once it is split: call kdjax.data.split(dataset).")
@@ -90,23 +90,23 @@ def load(
           without TensorFlow;
         - a path ending in ``.npz`` with ``images`` and ``labels``, optionally ``test_images``,
           ``test_labels`` and ``names``. Images are ``uint8``, or floats in [0, 1], shaped [n, height, width]
-          or [n, height, width, channels]. Labels are integers or text. Text, and integers that leave gaps, are
-          numbered in their order and become the names of the classes, if ``names`` does not give others;
-        - ``"folder:PATH"``: a folder of images per class, or ``train`` and ``test`` (or ``val``) folders of
-          those. Folders inside a class folder belong to the class. Images are read as a viewer shows them:
-          see :mod:`kdjax.data.photos`.
+          or [n, height, width, channels]. Labels are integers or text. Text, and integers with gaps, are
+          numbered in sorted order and become the class names, unless ``names`` gives others;
+        - ``"folder:PATH"``: one folder of images per class, or ``train`` and ``test`` (or ``val``) folders that
+          hold such class folders. Folders inside a class folder belong to the class. :mod:`kdjax.data.photos` says
+          how images are read.
       data_dir: root of the prepared TFDS sets; by default ``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
-      image_size: height and width, for TFDS sets and folders; needed where images differ in size. An image is
-        resized (Lanczos) until it just covers them, and what is left over is cut off evenly. Only ``malaria`` is
-        stretched instead, to 32x32 unless told otherwise, since its published results are of stretched cells.
+      image_size: height and width, for TFDS sets and folders; required where images differ in size. An image is
+        resized (Lanczos) to cover them, and cropped at its centre. Only ``malaria`` is stretched instead, to 32x32 by
+        default, since its published results are of stretched cells.
       skip_broken: for folders: leave out image files that cannot be read, with a note, instead of raising.
 
     Returns:
-      The data set, each example with a stable key, and notes on what was left out or decided.
+      The data set; every example has a stable id. Its notes say what was left out or decided.
 
     Raises:
-      ValueError: the name is unknown, or the data are missing, half-written, damaged or of a wrong kind.
-      ImportError: a package is missing that this data set needs.
+      ValueError: if the name is unknown, or the data are missing, half-written, damaged or of the wrong kind.
+      ImportError: if a package that this data set needs is missing.
     """
     if image_size is not None and (
         len(image_size) != 2
@@ -114,7 +114,7 @@ def load(
     ):
         raise ValueError(f"image_size must be (height, width), two integers above 0; got {image_size}.")
     if skip_broken and not name.startswith("folder:"):
-        raise ValueError(f"skip_broken applies to folders of image files; {name} is none.")
+        raise ValueError(f"skip_broken applies to folders of image files; {name} is not one.")
     with extra("experiments"):
         return _load(name, data_dir, image_size, skip_broken)
 
@@ -142,11 +142,9 @@ def _digits() -> Dataset:
 
     digits: Any = load_digits()
     images = (digits.images.astype(np.int32) * 255 // 16).astype(np.uint8)[..., None]
-    keys = np.array([f"digits/{i:06d}" for i in range(len(images))])
+    ids = np.array([f"digits/{i:06d}" for i in range(len(images))])
     official_split = np.full(len(images), -1, np.int8)
-    return Dataset(
-        "digits", images, digits.target.astype(np.int32), keys, official_split, tuple("0123456789")
-    )
+    return Dataset("digits", images, digits.target.astype(np.int32), ids, official_split, tuple("0123456789"))
 
 
 def from_arrays(
@@ -158,18 +156,18 @@ def from_arrays(
     test_labels: np.ndarray | None = None,
     name: str = "arrays",
 ) -> Dataset:
-    """Makes a data set of arrays in memory.
+    """Makes a data set from arrays in memory.
 
     Args:
       images: uint8, or floats in [0, 1]; [n, height, width] or [n, height, width, channels].
-      labels: integers or text, one per image. Text, and integers with gaps, are numbered in their order.
-      class_names: one per class; the labels' own by default.
+      labels: integers or text, one per image. Text, and integers with gaps, are numbered in sorted order.
+      class_names: one per class; the labels themselves by default.
       test_images: an official test split, if there is one.
       test_labels: its labels.
       name: of the data set, for results.
 
     Raises:
-      ValueError: if the arrays do not fit together or hold something else than images and labels.
+      ValueError: if the arrays do not match each other, or are not images and labels.
     """
     given = {"images": images, "labels": labels, "test_images": test_images, "test_labels": test_labels}
     given |= {"names": None if class_names is None else np.asarray(class_names)}
@@ -183,25 +181,25 @@ def from_arrays(
 
 
 def groups_of(dataset: Dataset, pattern: str) -> np.ndarray:
-    """Returns the part of each key that names its group, for :func:`split_ids`.
+    """Returns the part of each example id that names its group, for :func:`split_ids`.
 
     The patients of the malaria set are ``groups_of(dataset, GROUP_PATTERNS["malaria"])``.
 
     Args:
       dataset: the data set.
-      pattern: a regular expression; its first match in a key is the group.
+      pattern: a regular expression; its first match in an id is the group.
 
     Returns:
-      str[n], one group an example.
+      str[n], one group per example.
 
     Raises:
-      ValueError: a key has no match.
+      ValueError: if an id has no match.
     """
-    found = [re.search(pattern, key) for key in dataset.example_ids]
-    for key, match in zip(dataset.example_ids, found, strict=True):
+    found = [re.search(pattern, name) for name in dataset.example_ids]
+    for name, match in zip(dataset.example_ids, found, strict=True):
         if match is None:
             raise ValueError(
-                f"pattern {pattern!r} matches nothing in the key {str(key)!r}: every example needs a group."
+                f"pattern {pattern!r} matches nothing in the example id {str(name)!r}: every example needs a group."
             )
     return np.array([match.group() for match in found if match is not None])
 
@@ -214,25 +212,25 @@ def split_ids(
     groups: np.ndarray | None = None,
     salt: str = "",
 ) -> dict[str, Int[np.ndarray, " ids"]]:
-    """Splits a data set by a hash of each example's key.
+    """Splits a data set by a hash of each example's id.
 
-    Where an example falls depends on its key alone: not on the order, nor on which other examples are there.
-    Test takes the hashes from 0 and validation those up to 1, so changing one fraction moves no example into
-    or out of the other. The sizes are binomial around the fractions asked for.
+    The split of an example depends on its id alone, not on the order or on the other examples. Hashes are uniform in
+    [0, 1); test takes the lowest and validation the highest, so changing one fraction leaves the other split as it is.
+    Sizes are binomial around the fractions.
 
     Args:
       dataset: the data set.
       validation: expected fraction for validation; of the training split where there is an official test.
       test: expected fraction for test; ignored where there is an official test split, which is used.
-      groups: str[n], for instance patients, whose examples stay together; hashed in place of the keys.
-      salt: another string gives another, independent split.
+      groups: str[n], such as patients, whose examples stay together; hashed in place of the ids.
+      salt: another string gives an independent split.
 
     Returns:
       Sorted ``int64`` ids under "train", "validation" and "test".
 
     Raises:
-      ValueError: the fractions leave nothing for training, a split asked for is empty, or a group lies on
-        both sides of the official split.
+      ValueError: if the fractions leave nothing for training, a split with a fraction above 0 is empty, or a group is
+        in both official splits.
     """
     has_test = bool(np.any(dataset.official_split == 1))
     test = 0.0 if has_test else test
@@ -243,13 +241,13 @@ def split_ids(
     units = dataset.example_ids if groups is None else np.asarray(groups)
     if units.shape != dataset.labels.shape:
         raise ValueError(
-            f"groups must name one group an example, {len(dataset.labels)} in all; got shape {units.shape}."
+            f"groups must have one group per example, {len(dataset.labels)} in all; got shape {units.shape}."
         )
     if groups is not None and has_test:
         shared = np.intersect1d(units[dataset.official_split == 1], units[dataset.official_split != 1])
         if len(shared):
             raise ValueError(
-                f"group {str(shared[0])!r} has examples in the official training and test splits alike."
+                f"group {str(shared[0])!r} has examples in both official splits, training and test."
             )
     position = _hash_positions(units, salt)
     in_test = dataset.official_split == 1 if has_test else position < test
@@ -279,17 +277,17 @@ def _hash_positions(units: np.ndarray, salt: str) -> np.ndarray:
 
 
 def split_notes(dataset: Dataset, split: Mapping[str, Int[np.ndarray, " _"]]) -> tuple[str, ...]:
-    """Says what in a split makes its numbers mean less than they seem, each with counts; nothing if all is well.
+    """Warns of what makes the numbers of a split less meaningful, with counts; nothing if all is well.
 
-    Images are compared byte by byte (by their digests), so that a copy which was compressed anew is not found.
+    Images are compared by digests of their bytes, so a recompressed copy is not found.
 
     Args:
-      dataset: the data set, with its labels as they came, before any noise.
-      split: the ids of each split, as :func:`split_ids` returns them.
+      dataset: the data set, before label noise.
+      split: the ids of each split, from :func:`split_ids`.
 
     Returns:
-      Sentences: classes without an example in a split; images that lie in two splits, that bear two labels, or that
-      are of one colour throughout; class names that differ in case alone.
+      Sentences about: classes without an example in a split; images in two splits, with two labels, or of a single
+      colour; class names that differ only in case.
     """
     return tuple(_split_notes(dataset, split))
 
@@ -299,7 +297,7 @@ def _split_notes(dataset: Dataset, split: Mapping[str, np.ndarray]) -> Iterator[
     for name in dataset.class_names:
         spellings[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
     if alike := [" and ".join(names) for names in spellings.values() if len(names) > 1]:
-        yield f"The names of these classes differ in case, accents or spaces alone: {first_ten(alike)}."
+        yield f"The names of these classes differ only in case, accents or spaces: {first_ten(alike)}."
     for name, ids in split.items():
         counts = np.bincount(dataset.labels[ids], minlength=dataset.num_classes)
         if len(ids) and (missing := np.flatnonzero(counts == 0)).size:
@@ -324,7 +322,7 @@ def _split_notes(dataset: Dataset, split: Mapping[str, np.ndarray]) -> Iterator[
 
 
 def subset(dataset: Dataset, ids: Int[np.ndarray, " ids"]) -> Dataset:
-    """Returns the examples ``ids``, keys included, as a data set of their own: its ``i`` is ``ids[i]``."""
+    """Returns a data set of some examples: example ``i`` of the result is example ``ids[i]`` of the data set."""
     return dataset._replace(
         images=dataset.images[ids],
         labels=dataset.labels[ids],
@@ -337,20 +335,20 @@ def subset(dataset: Dataset, ids: Int[np.ndarray, " ids"]) -> Dataset:
 
 def with_label_noise(
     dataset: Dataset, ids: Int[np.ndarray, " ids"], *, fraction: float, seed: int
-) -> tuple[Dataset, Int[np.ndarray, " perturbed"]]:
+) -> tuple[Dataset, Int[np.ndarray, " mislabelled"]]:
     """Gives exactly ``round(fraction * len(ids))`` examples a wrong label, uniform over the wrong classes.
 
     Args:
-      dataset: the data set; it is left as it is.
-      ids: the examples that may be perturbed, usually the training ids; their order does not matter.
-      fraction: share of ``ids`` to perturb, in [0, 1].
-      seed: which examples and which labels.
+      dataset: the data set; it is not changed.
+      ids: of the examples to choose from, usually the training ids; their order does not matter.
+      fraction: share of ``ids`` to mislabel, in [0, 1].
+      seed: of the choice of examples and labels.
 
     Returns:
-      The data set with the new labels, and the perturbed ids, sorted.
+      The data set with the new labels, and the sorted ids of the mislabelled examples.
 
     Raises:
-      ValueError: ``fraction`` outside [0, 1]; ids repeated or out of range; a single class.
+      ValueError: if ``fraction`` is outside [0, 1], ids are repeated or out of range, or there is a single class.
     """
     ids = np.sort(np.asarray(ids))
     if not 0 <= fraction <= 1:
@@ -364,19 +362,19 @@ def with_label_noise(
     if len(ids) and (ids[0] < 0 or ids[-1] >= len(dataset.labels)):
         raise ValueError(f"ids must be in [0, {len(dataset.labels)}); got {ids[0]} to {ids[-1]}.")
     rng = np.random.default_rng(seed)
-    perturbed = np.sort(rng.choice(ids, round(fraction * len(ids)), replace=False))
-    shift = rng.integers(1, dataset.num_classes, len(perturbed), dtype=np.int32)
+    mislabelled = np.sort(rng.choice(ids, round(fraction * len(ids)), replace=False))
+    shift = rng.integers(1, dataset.num_classes, len(mislabelled), dtype=np.int32)
     labels = dataset.labels.copy()
-    labels[perturbed] = (labels[perturbed] + shift) % dataset.num_classes
-    return dataset._replace(labels=labels, content=""), perturbed.astype(np.int64)
+    labels[mislabelled] = (labels[mislabelled] + shift) % dataset.num_classes
+    return dataset._replace(labels=labels, content=""), mislabelled.astype(np.int64)
 
 
 def digest(dataset: Dataset) -> str:
-    """Returns one SHA-256 over images, labels and keys, with their shapes."""
+    """Returns one SHA-256 over images, labels and example ids, with their shapes."""
     total = hashlib.sha256()
     for name, array in (("images", dataset.images), ("labels", dataset.labels.astype("<i4"))):
         total.update(f"{name}{array.shape}".encode())
         total.update(np.ascontiguousarray(array).data)
-    for key in dataset.example_ids.tolist():
-        tfds_cache.update_digest(total, key.encode())
+    for name in dataset.example_ids.tolist():
+        tfds_cache.update_digest(total, name.encode())
     return total.hexdigest()

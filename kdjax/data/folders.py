@@ -1,4 +1,4 @@
-"""A folder of images for each class, or one for each split that holds those: read, and what is left out counted."""
+"""Reads one folder of images per class, or such folders for each split; counts what is left out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read(
       The data set, in the order of splits, classes and paths.
 
     Raises:
-      ValueError: it holds no two classes, a class has no images, images cannot be read, or their sizes differ.
+      ValueError: if it holds fewer than two classes, a class has no images, images cannot be read, or sizes differ.
     """
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}: give one that holds a folder of images for each class.")
@@ -56,12 +56,12 @@ def read(
             f"{len(broken):,} of the {len(files):,} image files in {root} cannot be read: {_reasons(broken)}. Replace "
             "or remove them, or leave them out with skip_broken=True (--skip_broken on the command line)."
         )
-    files = [file for file in files if _key(root, file.path) not in broken]
+    files = [file for file in files if _example_id(root, file.path) not in broken]
     _check_filled(root, splits, names, files, others)
     return tfds_cache.Arrays(
         pixels,
         np.array([file.label for file in files], np.int32),
-        np.array([_key(root, file.path) for file in files]),
+        np.array([_example_id(root, file.path) for file in files]),
         np.array([file.official_split for file in files], np.int8),
         tuple(map(_printable, names)),
         tuple(_notes(root, splits, files, others, broken, decisions)),
@@ -76,14 +76,16 @@ def _notes(
     broken: dict[str, str],
     decisions: Counter[str],
 ) -> Iterator[str]:
-    """What a reader of the result should know about how the folder was read."""
+    """Sentences for the reader of a result: what was left out, and what was decided."""
     if broken:
         total = len(files) + len(broken)
         yield f"Image files of {root} left out as broken: {len(broken):,} of {total:,}, {_reasons(broken)}."
     if others:
-        left = first_ten(_key(root, path) for path in sorted(others))
+        left = first_ten(_example_id(root, path) for path in sorted(others))
         yield f"Left out of {root}, since their names are not those of images: {len(others):,}, {left}."
-    if nested := sum(_key(root, file.path).count("/") > (2 if len(splits) > 1 else 1) for file in files):
+    if nested := sum(
+        _example_id(root, file.path).count("/") > (2 if len(splits) > 1 else 1) for file in files
+    ):
         yield f"Images in folders inside the class folders of {root}, which belong to those classes: {nested:,}."
     for what, count in decisions.items():
         yield f"Images of {root} with {what}: {count:,}."
@@ -92,20 +94,20 @@ def _notes(
             yield f"{root / split} is used as training data; the validation split is drawn from all training data."
 
 
-def _key(root: Path, path: Path) -> str:
+def _example_id(root: Path, path: Path) -> str:
     return _printable(path.relative_to(root).as_posix())
 
 
 def _printable(name: str) -> str:
-    """A file name that can be written as UTF-8: on Linux it may be any bytes."""
+    """A file name as valid UTF-8; on Linux a file name may be any bytes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _reasons(broken: dict[str, str]) -> str:
-    return first_ten(f"{key} ({reason})" for key, reason in broken.items())
+    return first_ten(f"{name} ({reason})" for name, reason in broken.items())
 
 
-# What there is.
+# Finding files.
 
 
 def _classes(root: Path) -> tuple[dict[str, int], list[str]]:
@@ -134,7 +136,7 @@ def _splits(root: Path, inside: Sequence[str]) -> dict[str, int]:
     training, tests = ([spelled[name] for name in names if name in spelled] for names in (_TRAINING, _TESTS))
     if len(training) == 1 and tests:
         return {training[0]: 0} | {name: int(name == tests[0]) for name in tests}
-    for name in (*training, *tests):  # a class may be called so, but then it holds images
+    for name in (*training, *tests):  # a class may have this name, but then it holds images
         if len(_subfolders(root / name)) > 1 and not _has_images(root / name):
             raise ValueError(
                 f"{root / name} holds folders and looks like one split of several, but {root} has no pair of train and "
@@ -156,14 +158,14 @@ def _is_image(name: str) -> bool:
 
 
 def _beside(root: Path, splits: dict[str, int], names: list[str]) -> list[Path]:
-    """What lies beside the folders of splits and classes."""
+    """Everything beside the folders of splits and classes."""
     taken = {root / split / name for split in splits for name in ("", *names)}
     folders = {root, *(root / split for split in splits)}
     return [path for folder in folders for path in folder.iterdir() if path not in taken]
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images under a folder, at any depth, and what else is there. Links are followed, to each folder once."""
+    """The images under a folder at any depth, and all other files; follows links, to each folder once."""
     found, others = [], []
     seen = {folder.resolve(), *folder.resolve().parents}
     for here, below, files in os.walk(folder, followlinks=True, onerror=_refuse):
@@ -210,14 +212,14 @@ def _check_filled(
 def _read_images(
     root: Path, files: Sequence[_File], image_size: tuple[int, int] | None
 ) -> tuple[np.ndarray, dict[str, str], Counter[str]]:
-    """Images of one size, grey if all of them are; the reasons against those that cannot be read; what was decided."""
-    shown, broken, decisions = [], {}, Counter()
+    """Images of one size, grey if all are; file → reason of those that cannot be read; counts of decisions."""
+    images, broken, decisions = [], {}, Counter()
     first = None
     for file in tfds_cache.progress(files, "Reading images"):
         try:
             image, decided = photos.read(file.path)
         except ValueError as error:
-            broken[_key(root, file.path)] = str(error)
+            broken[_example_id(root, file.path)] = str(error)
             continue
         decisions.update(decided)
         first = first or (file.path, image.size)
@@ -228,9 +230,9 @@ def _read_images(
                 f"images differ in size: {first[0]} is {first[1]}, {file.path} is {image.size} (width, height); pass "
                 "image_size=(height, width) to resize and cut them to one (on the command line --image_size=32,32)."
             )
-        shown.append(image)
-    grey = all(image.mode == "L" for image in shown)
-    if not shown:
+        images.append(image)
+    grey = all(image.mode == "L" for image in images)
+    if not images:
         return np.zeros((0, 0, 0, 1), np.uint8), broken, decisions
-    stacked = np.stack([np.asarray(image if grey else image.convert("RGB")) for image in shown])
+    stacked = np.stack([np.asarray(image if grey else image.convert("RGB")) for image in images])
     return stacked[..., None] if grey else stacked, broken, decisions

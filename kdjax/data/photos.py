@@ -1,11 +1,11 @@
 """Image files as a viewer shows them: upright, opaque, 8 bits a channel, grey or RGB.
 
-Whatever Pillow opens ends in one of two modes, "L" or "RGB", or is refused with the reason. The rules:
+Every file that Pillow opens becomes an image of mode "L" or "RGB", or is refused with the reason. The rules:
 
 - An EXIF (or XMP) orientation is applied.
-- Transparency is laid on white.
-- 16-bit grey is scaled by its full range, 65,535 to 255 (12-bit TIFF: 4,095 to 255), and not stretched to what occurs.
-- Of several frames (GIF, APNG, WebP, TIFF) the first is taken.
+- Transparency is composited on white.
+- 16-bit grey is scaled by its full range, 65,535 to 255 (12-bit TIFF: 4,095 to 255), not by the values that occur.
+- The first of several frames is used (GIF, APNG, WebP, TIFF).
 - 32-bit integers, floats and CIELAB are refused: nothing in the file says which value is white.
 - Embedded colour profiles are not applied.
 """
@@ -21,7 +21,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Formats that Pillow recognises without being able to draw them by itself, and FITS, whose values have no white.
+# Formats that Pillow recognises and cannot decode by itself, and FITS, whose values have no defined white.
 _NO_PICTURES = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF")
 _SHOWN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _GREY = ("1", "L", "LA")
@@ -45,10 +45,10 @@ def read(path: Path) -> tuple[Image, list[str]]:
       path: of the file.
 
     Returns:
-      The image in mode "L" or "RGB", and what had to be decided to show it, for a count: "transparency, laid on white".
+      The image in mode "L" or "RGB", and the rules that were applied, for a count.
 
     Raises:
-      ValueError: the file cannot be read or shown; the message is the reason alone, without the path.
+      ValueError: if the file cannot be read; the message is the reason, without the path.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -59,7 +59,7 @@ def read(path: Path) -> tuple[Image, list[str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Of a path, Pillow maps TIFF into memory, and garbles those that lie on their side (13.0).
+            # Given a path, Pillow maps TIFF into memory and garbles rotated ones (13.0), so it is given a file.
             formats = [form for form in Image.ID if form in readable]
             with path.open("rb") as file, Image.open(file, formats=formats) as image:
                 return as_shown(image), _decisions(image)
@@ -75,7 +75,7 @@ def read(path: Path) -> tuple[Image, list[str]]:
 
 
 def as_shown(image: Image) -> Image:
-    """Returns an opened image in mode "L" or "RGB", as a viewer shows it (the rules stand at the top of this module).
+    """Returns an opened image in mode "L" or "RGB", by the rules at the top of this module.
 
     Raises:
       ValueError: for a mode without a defined white, such as 32-bit floats.
@@ -98,14 +98,14 @@ def as_shown(image: Image) -> Image:
 
 
 def fit(image: Image, size: tuple[int, int]) -> Image:
-    """Resizes an image (Lanczos) so that it just covers ``(height, width)``, and cuts off evenly what is left over."""
+    """Resizes an image (Lanczos) to cover ``(height, width)``, and crops it at its centre."""
     from PIL import Image, ImageOps
 
     return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
 
 
 def stretch(image: Image, size: tuple[int, int]) -> Image:
-    """Resizes an image (Lanczos) to ``(height, width)``, whatever that does to its proportions."""
+    """Resizes an image (Lanczos) to ``(height, width)``, which changes its proportions."""
     from PIL import Image
 
     return image.resize((size[1], size[0]), Image.Resampling.LANCZOS)  # a copy if it has that size
@@ -121,7 +121,7 @@ def _to_eight_bits(image: Image, values: np.ndarray) -> np.ndarray:
     scaled = np.round(values * (255 / white)).astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         scaled = 255 - scaled
-    transparent = image.info.get("transparency")  # one value that is shown as nothing
+    transparent = image.info.get("transparency")  # one value that means transparent
     return scaled if transparent is None else np.where(values == transparent, np.uint8(255), scaled)
 
 
@@ -131,8 +131,8 @@ def _decisions(image: Image) -> list[str]:
     if clear and not sixteen_bits:
         clear = np.asarray(image.convert("RGBA"))[..., 3].min() < 255
     taken = {
-        "several frames, of which the first was taken": frames,
-        "transparency, which was laid on white": clear,
+        "several frames, of which the first was used": frames,
+        "transparency, which was composited on white": clear,
         "16 bits a channel, which were scaled to 8": sixteen_bits,
     }
     return [what for what, so in taken.items() if so]

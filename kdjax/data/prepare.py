@@ -1,8 +1,8 @@
-"""Turns official raw files already on disk into a prepared TFDS data set: no network, no TensorFlow.
+"""Turns official raw files on disk into a prepared TFDS data set, without network and TensorFlow.
 
-The builders, their checksums and the stored format are TFDS's own, so the result is an ordinary TFDS data set
-that any other TFDS program can read. Added beside the records: the key of every example in stored order (TFDS
-shuffles by a hash of the key and then forgets it), and digests of the raw files and of the records.
+The builders, their checksums and the stored format are those of TFDS, so any other TFDS program can read the result.
+Beside the records are written: the id of every example in stored order (TFDS shuffles by a hash of the builder's key,
+and does not store the key), and digests of the raw files and of the records.
 """
 
 from __future__ import annotations
@@ -71,9 +71,8 @@ EXTRACTED = {
 def prepare(name: str, *, raw_dir: str | os.PathLike[str], data_dir: str | os.PathLike[str]) -> Prepared:
     """Prepares a TFDS data set from official raw files on disk.
 
-    Everything is written into a hidden directory, read back, checked and only then renamed into place, so a
-    process killed at any moment leaves nothing that could be read later, and a second call starts over. A set
-    that is already there is left alone.
+    Everything is written into a hidden directory, read back, checked, and then renamed into place: a killed process
+    leaves nothing that could be read later, and a second call starts again. A finished set is not touched.
 
     Args:
       name: one of :data:`kdjax.data.tfds_cache.OFFICIAL`.
@@ -85,9 +84,9 @@ def prepare(name: str, *, raw_dir: str | os.PathLike[str], data_dir: str | os.Pa
       Where the data set is, which kind of raw files it came from, and its size.
 
     Raises:
-      ValueError: unknown name; raw files missing, foreign or damaged; too little room on the disk; another
-        process is at the same work.
-      OSError: the disk is not writable, or fills up on the way.
+      ValueError: if the name is unknown, raw files are missing, damaged or not the official ones, the disk has too
+        little space, or another process prepares the same set.
+      OSError: if the disk is not writable, or fills up.
     """
     if name not in tfds_cache.OFFICIAL:
         raise ValueError(
@@ -109,7 +108,7 @@ def prepare(name: str, *, raw_dir: str | os.PathLike[str], data_dir: str | os.Pa
     staging = tfds_cache.staging_of(name, data_dir)
     with tfds_cache.lock(data_dir / f".{name}.lock", wait=False, task=f"preparing {name} in {data_dir}"):
         if final.exists():
-            raise ValueError(f"{final} holds something, but no finished data set: delete it and start again.")
+            raise ValueError(f"{final} exists, but holds no finished data set: delete it and start again.")
         shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
         try:
             made = _build(builder_class, raw, staging)
@@ -129,7 +128,7 @@ def _describe(path: Path, *, fresh: bool) -> Prepared:
     return Prepared(path, preparation["kind"], examples, fresh)
 
 
-# Raw files: find and check them before TFDS is asked, so that it never turns to the network.
+# Raw files are found and checked first, so that TFDS never downloads.
 
 
 def _find_raw(name: str, raw_dir: Path, url_infos: dict[str, Any]) -> _Raw:
@@ -219,7 +218,7 @@ def _check_batches(name: str, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_cells(folder: Path) -> dict[str, dict[str, Any]]:
-    """Opens every PNG (its chunks carry checksums); one digest a class folder, over names and contents."""
+    """Opens every PNG, whose chunks have checksums; one digest per class folder, over names and contents."""
     from PIL import Image
 
     files = {}
@@ -285,7 +284,7 @@ def _build(builder_class: Any, raw: _Raw, staging: Path) -> Path:
 
 @contextlib.contextmanager
 def _disk_errors(staging: Path) -> Iterator[None]:
-    """Lets a full disk appear as an OSError, which TFDS's extractor and ArrayRecord's writer hide."""
+    """Raises an OSError for a full disk, which TFDS's extractor and ArrayRecord's writer report otherwise."""
     from tensorflow_datasets.core.download import extractor
 
     try:
@@ -299,15 +298,15 @@ def _disk_errors(staging: Path) -> Iterator[None]:
 
 
 class _Noted(NamedTuple):
-    keys: list[str]
+    example_ids: list[str]
     digest: Any
 
 
 def _note_records(builder: Any) -> dict[str, _Noted]:
-    """Makes the builder note, per split and in stored order, each example's key and a digest of its record.
+    """Makes the builder record, per split and in stored order, each example's id and a digest of its record.
 
-    The writer is TFDS's documented hook, and sees the records in the order in which they will be read; it
-    knows only the hash of a key, so the keys are noted as they are generated.
+    The writer is TFDS's documented hook and gets the records in the order in which they will be read. It knows only the
+    hash of a builder's key, so keys are recorded as they are generated.
     """
     from tensorflow_datasets.core import hashing
 
@@ -318,7 +317,7 @@ def _note_records(builder: Any) -> dict[str, _Noted]:
     def note_keys(split: str, examples: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         hasher = hashing.Hasher(split)
         for key, example in examples:
-            names[hasher.hash_key(key)] = (split, _key(builder.name, split, key))
+            names[hasher.hash_key(key)] = (split, _example_id(builder.name, split, key))
             yield key, example
 
     def split_generators(dl_manager: Any) -> dict[str, Iterator[tuple[Any, Any]]]:
@@ -329,9 +328,9 @@ def _note_records(builder: Any) -> dict[str, _Noted]:
 
     def note_records(examples: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
         for hashed, record in examples:
-            split, key = names[hashed]
+            split, example_id = names[hashed]
             entry = noted.setdefault(split, _Noted([], hashlib.sha256()))
-            entry.keys.append(key)
+            entry.example_ids.append(example_id)
             tfds_cache.update_digest(entry.digest, record)
             yield hashed, record
 
@@ -345,7 +344,7 @@ def _note_records(builder: Any) -> dict[str, _Noted]:
     return noted
 
 
-def _key(name: str, split: str, key: Any) -> str:
+def _example_id(name: str, split: str, key: Any) -> str:
     if name == "malaria":  # "Parasitized_C100P61….png": the folder and the official file name
         return str(key).replace("_", "/", 1)
     return f"{split}/{int(key):06d}"
@@ -354,10 +353,10 @@ def _key(name: str, split: str, key: Any) -> str:
 def _write_preparation(made: Path, builder: Any, raw: _Raw, noted: dict[str, _Noted]) -> None:
     from importlib.metadata import version
 
-    keys = {split: entry.keys for split, entry in noted.items()}
-    (made / tfds_cache.KEYS_FILE).write_text(json.dumps(keys, indent=0) + "\n")
+    example_ids = {split: entry.example_ids for split, entry in noted.items()}
+    (made / tfds_cache.KEYS_FILE).write_text(json.dumps(example_ids, indent=0) + "\n")
     splits = {
-        split: {"examples": len(entry.keys), "records_sha256": entry.digest.hexdigest()}
+        split: {"examples": len(entry.example_ids), "records_sha256": entry.digest.hexdigest()}
         for split, entry in noted.items()
     }
     small = sorted(path for path in made.iterdir() if path.suffix in (".json", ".txt"))
@@ -390,9 +389,9 @@ def _encode_png(image: np.ndarray) -> types.SimpleNamespace:
 def _without_tensorflow() -> Iterator[None]:
     """Gives TFDS the file functions and the PNG encoder that its five builders take from TensorFlow.
 
-    Used even where TensorFlow is installed: it saves a 16 s import, and the stored bytes do not depend on
-    what else is on the machine. TFDS holds TensorFlow as one lazily imported module; only that reference is
-    replaced, for the whole process while this lasts, and put back.
+    Used even where TensorFlow is installed: it saves an import of 16 s, and the stored bytes do not depend on what is
+    installed. TFDS holds TensorFlow as one lazily imported module; only that reference is replaced, process-wide, and
+    restored afterwards.
     """
     from tensorflow_datasets.core.utils import lazy_imports_utils
 

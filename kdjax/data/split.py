@@ -1,4 +1,4 @@
-"""From a loaded data set to the one that a run learns from: the examples it uses, their splits, their normalisation."""
+"""Prepares a loaded data set for a run: selects examples, splits them, computes the normalisation."""
 
 import functools
 import sys
@@ -31,18 +31,18 @@ def split(
 ) -> Dataset:
     """Splits a data set by its example ids, and keeps the examples that a run uses.
 
-    What is odd about the data is printed once to stderr, and added to the notes.
+    Warnings about the data are printed once to stderr, and added to the notes.
 
     Args:
       dataset: as loaded.
-      num_train: training examples to keep, 0 for all; a smaller sample is part of a larger one.
+      num_train: training examples to keep, 0 for all; a larger sample contains a smaller one.
       num_validation: validation examples to keep, 0 for all (a tenth of the training split).
-      by_group: keep the images of one patient on one side of every split, where example ids name patients.
+      by_group: keep all images of a patient in one split, where example ids name patients.
       label_noise: share of the training labels to make wrong.
-      clip: take all there are where fewer are there than asked for.
+      clip: take all examples where there are fewer than asked for, instead of raising.
 
     Returns:
-      The data set with ``splits``, ``normalisation`` (of its training images), ``mislabelled`` and ``content``.
+      The data set with ``splits``, ``normalisation`` (from its training images), ``mislabelled`` and ``content``.
 
     Raises:
       ValueError: if a split would be empty, or has fewer examples than asked for.
@@ -70,7 +70,7 @@ def split(
 
 
 def _sample(ids: np.ndarray, count: int, option: str, clip: bool) -> np.ndarray:
-    """``count`` of the ids, the same every time."""
+    """A fixed sample of ``count`` ids."""
     if not count or (clip and count > len(ids)):
         return ids
     if not 1 <= count <= len(ids):

@@ -27,16 +27,16 @@ OFFICIAL = ("mnist", "fashion_mnist", "cifar10", "cifar100", "malaria")
 """Data sets that :func:`kdjax.data.prepare` makes from official raw files."""
 
 DEFAULT_SIZES = {"malaria": (32, 32)}
-"""Image sizes of data sets whose stored images differ in size, used when none is asked for.
+"""Default image sizes of data sets whose stored images differ in size.
 
-Images of these sets are stretched to any size, as those of their published results were; others are cut to it.
+Images of these sets are stretched to the size, as in their published results; images of other sets are cropped to it.
 """
 
 PREPARATION_FILE = "kdjax_preparation.json"
 KEYS_FILE = "kdjax_keys.json"
 _CACHE = "kdjax_decoded"
 _MANIFEST = "manifest.json"
-_ARRAYS = ("images", "labels", "keys", "official_split")
+_ARRAYS = ("images", "labels", "example_ids", "official_split")
 _CHUNK = 512
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
 
@@ -46,7 +46,7 @@ class Arrays(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
-    keys: np.ndarray
+    example_ids: np.ndarray
     official_split: np.ndarray
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ def _version(name: str) -> tuple[int, ...]:
 
 
 def find(name: str, data_dir: Path) -> Path:
-    """Returns where a prepared data set lies, or says in one sentence what is wrong and what to run.
+    """Returns the directory of a prepared data set; the error says what is wrong and which command mends it.
 
     Raises:
       ValueError: ``name`` is unknown, or the data set is missing or half-written.
@@ -160,15 +160,15 @@ def update_digest(digest: Any, record: bytes) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool, task: str) -> Iterator[None]:
-    """Holds a lock file that the system releases when the process ends, however it ends.
+    """Holds a lock on a file; the system releases it however the process ends.
 
     Args:
       path: the lock file; created if missing and left there.
       wait: wait for another holder to finish, instead of raising.
-      task: what is being done, for the message.
+      task: what this process does, for the message.
 
     Raises:
-      ValueError: another process holds the lock and ``wait`` is false.
+      ValueError: if another process holds the lock and ``wait`` is false.
     """
     import fcntl
 
@@ -176,7 +176,7 @@ def lock(path: Path, *, wait: bool, task: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
-            raise ValueError(f"another process is {task} at this moment: wait for it, or stop it.") from error
+            raise ValueError(f"another process is {task}: wait for it, or stop it.") from error
         except OSError as error:
             if error.errno not in (
                 errno.ENOLCK,
@@ -188,7 +188,7 @@ def lock(path: Path, *, wait: bool, task: str) -> Iterator[None]:
 
 
 def check_room(folder: Path, needed: int, task: str) -> None:
-    """Refuses to begin what the disk cannot hold.
+    """Refuses work that needs more disk space than there is.
 
     Raises:
       ValueError: fewer than ``needed`` bytes are free.
@@ -197,7 +197,7 @@ def check_room(folder: Path, needed: int, task: str) -> None:
     if free < needed:
         raise ValueError(
             f"not enough room in {folder}: {task} needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB "
-            "are free; make some or use another data_dir."
+            "are free; free some or use another data_dir."
         )
 
 
@@ -236,10 +236,10 @@ def progress(items: Any, description: str) -> Any:
 
 
 def read_preparation(path: Path) -> dict[str, Any] | None:
-    """Returns what :func:`kdjax.data.prepare` noted beside the records, or None if TFDS alone made them.
+    """Returns what :func:`kdjax.data.prepare` wrote beside the records, or None if TFDS alone made them.
 
     Raises:
-      ValueError: the notes are damaged.
+      ValueError: if that file is damaged.
     """
     advice = f"delete {path} and prepare the data set again."
     try:
@@ -266,7 +266,7 @@ def read(name: str, *, data_dir: Path, image_size: tuple[int, int] | None = None
 
 
 def read_back(path: Path, name: str) -> None:
-    """Decodes a data set that was just written, checks it against the digests noted then, fills the cache."""
+    """Decodes and caches a data set that was just written, and checks it against its digests."""
     _read(path, name, None)
 
 
@@ -292,12 +292,12 @@ def _read(path: Path, name: str, image_size: tuple[int, int] | None) -> Arrays:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        warnings.warn(f"{path} cannot be written, so {name} is decoded anew on every load.", stacklevel=2)
+        warnings.warn(f"{path} cannot be written, so {name} is decoded on every load.", stacklevel=2)
         return _decode(path, size, resize, None)
 
 
 def _read_cache(cache: Path, path: Path) -> Arrays | None:
-    advice = f"delete {cache} and load again; it is then decoded anew from the records."
+    advice = f"delete {cache} and load again; it is then decoded from the records."
     try:
         manifest = read_checked(cache / _MANIFEST)
     except ValueError as error:
@@ -305,7 +305,7 @@ def _read_cache(cache: Path, path: Path) -> Arrays | None:
     if manifest is None or manifest["dataset_info"] != file_sha256(path / "dataset_info.json"):
         return None  # never decoded, or decoded from records that have since been replaced
     if set(manifest["files"]) != set(_ARRAYS):
-        return None  # by another version of kdjax
+        return None  # written by another version of kdjax
     arrays = {}
     for array in _ARRAYS:
         file = cache / f"{array}.npy"
@@ -318,7 +318,7 @@ def _read_cache(cache: Path, path: Path) -> Arrays | None:
 
 
 def _write_cache(cache: Path, path: Path, arrays: Arrays) -> None:
-    """Writes the arrays, then the manifest, then renames: a cache is either whole or not there."""
+    """Writes the arrays, then the manifest, then renames the directory: a cache is whole or absent."""
     growing = cache.with_suffix(".incomplete")
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir()
@@ -374,12 +374,12 @@ def _decode(
     if cache is not None:
         check_room(cache, images.nbytes, f"keeping {builder.info.name} decoded")
     labels = np.empty(total, np.int32)
-    keys, official_split, start = [], np.empty(total, np.int8), 0
+    ids, official_split, start = [], np.empty(total, np.int8), 0
     names = json.loads((path / KEYS_FILE).read_text()) if KEYS_FILE in preparation["files"] else {}
     for split, flag in splits.items():
         stop = start + builder.info.splits[split].num_examples
         official_split[start:stop] = flag
-        keys += names[split] if names else [f"{split}/{i:06d}" for i in range(stop - start)]
+        ids += names[split] if names else [f"{split}/{i:06d}" for i in range(stop - start)]
         for row, example in enumerate(_examples(builder, split, path), start):
             encoded = example.features.feature[image_key].bytes_list.value[0]
             images[row] = _pixels(encoded, (height, width), shape[2], resize)
@@ -390,7 +390,7 @@ def _decode(
             f"{builder.info.name} has examples without a label (-1), so it cannot be used as it is."
         )
     return Arrays(
-        images, labels, np.array(keys), official_split, tuple(builder.info.features[label_key].names)
+        images, labels, np.array(ids), official_split, tuple(builder.info.features[label_key].names)
     )
 
 
@@ -404,7 +404,7 @@ def _supervised(info: Any) -> tuple[str, str]:
     if len(keys) != 2 or keys[0] not in images or keys[1] not in labels or not _is_plain(features[keys[0]]):
         found = ", ".join(f"{key}: {type(feature).__name__}" for key, feature in features.items())
         raise ValueError(
-            f"{info.name} is no image classification: one uint8 Image and one ClassLabel are needed, "
+            f"{info.name} is not an image classification data set, which has one uint8 Image and one ClassLabel: "
             f"it has {found}."
         )
     return keys[0], keys[1]
@@ -467,6 +467,6 @@ def _pixels(encoded: bytes, size: tuple[int, int], channels: int, resize: Callab
 
     mode = _MODES[channels]
     with Image.open(io.BytesIO(encoded)) as image:
-        # A data set with an alpha channel keeps it; of any other, images are as a viewer shows them.
+        # A data set with an alpha channel keeps it; images of others are read as a viewer shows them.
         upright = ImageOps.exif_transpose(image) if mode == "RGBA" else photos.as_shown(image)
         return np.asarray(resize(upright.convert(mode), size)).reshape(*size, channels)

@@ -24,7 +24,9 @@ class EscapeOptions:
 
     period: int = option(100, "Steps between two searches for an escape.", least=1)
     escape_radius: float = option(0.3, "Longest escape, relative to the norm of the parameters.", least=0.0)
-    perturbation_radius: float = option(0.01, "Perturbation before a search, likewise.", least=0.0)
+    perturbation_radius: float = option(
+        0.01, "Perturbation before a search, relative to that norm.", least=0.0
+    )
     negative_curvature_ratio: float = option(0.1, "|λ_min| / λ_max of a saddle that is left.", least=0.0)
     budget: int = option(20, "Most escapes of a run.", least=0)
 

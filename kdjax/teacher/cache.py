@@ -1,16 +1,17 @@
-"""The teacher as columns of the data set: what it says of every example, computed once and addressed by index.
+"""A teacher's answers for every example: computed once, stored by example index, verified when they are read.
 
-A column is a function of the unaugmented image, or of one of a few stored views of it. Row ``i`` belongs to image
-``i``, in order, the tail included:
+Answers are functions of the unaugmented image, or of a few stored views of it. Row ``i`` belongs to image ``i``, in
+order, the last incomplete batch included:
 
-    columns = precompute(directory, fn, variables, images, settings={"teacher": "resnet20"})
-    arrays = jax.device_put(columns.arrays)
+    cached = precompute(directory, fn, variables, images, settings={"teacher": "resnet20"})
+    arrays = jax.device_put(cached.arrays)
     batch |= gather(arrays, batch["index"])  # in a jitted step: adds "teacher_logits"
 
-The directory holds ``header.json``, with digests of the teacher and the images, and chunks of rows. A chunk's SHA-256
-covers the header, its number and its bytes and stands in its file name, so that one rename writes and seals it: a
-changed byte, a chunk of another teacher and a chunk in another place are all refused. A killed ``precompute`` starts
-again at the chunks that are missing or damaged.
+The directory holds ``header.json``, with digests of the teacher and the images, and chunks of rows. A chunk's file name
+holds the SHA-256 of the header, the chunk's number and its bytes, so one rename writes and seals it: a changed byte, a
+chunk of another teacher and a chunk in another place are all refused. A killed ``precompute`` continues with the chunks
+that are missing or damaged. It is no checkpoint of :mod:`kdjax.checkpoints`, since chunks are written, resumed and
+sealed one by one, by several processes, while a checkpoint is saved and restored as a whole.
 """
 
 import hashlib
@@ -36,25 +37,23 @@ _FORMAT = 1
 
 
 class TeacherCache(NamedTuple):
-    """A teacher's stored outputs; ``arrays[name]`` has shape ``[examples, views, ...]``."""
+    """Cached answers; ``arrays[name]`` has shape ``[examples, views, ...]``."""
 
     header: dict[str, Any]
     arrays: dict[str, np.ndarray]
 
 
 def describe(variables: PyTree, images: np.ndarray, *, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a column depends on: digests of the teacher and the images, and the settings.
+    """Returns what cached answers depend on: digests of the teacher and the images, and the settings.
 
     Args:
       variables: the teacher's parameters and statistics.
       images: all images, by index.
-      settings: whatever else decides the rows and cannot be hashed: names, normalisation, how views are made.
+      settings: what else determines the rows: names, normalisation, how views are made.
     """
-    taken = {"teacher", "images"} & settings.keys()
-    if taken:
-        raise ValueError(
-            f"settings may not use the names {sorted(taken)}, which describe fills in: rename them."
-        )
+    reserved = {"teacher", "images"} & settings.keys()
+    if reserved:
+        raise ValueError(f"settings may not use the reserved names {sorted(reserved)}: rename them.")
     pixels = hashlib.sha256(f"{images.dtype}{list(images.shape)}".encode())
     for start in range(0, len(images), 4096):  # in pieces, so that a memory map is not read whole
         pixels.update(np.ascontiguousarray(images[start : start + 4096]).reshape(-1).view(np.uint8).data)
@@ -77,31 +76,31 @@ def precompute(
     devices: Sequence[jax.Device] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TeacherCache:
-    """Computes the columns that are not there yet and returns all of them, verified.
+    """Computes the chunks that are missing, and returns the answers for all examples.
 
-    Nothing is computed or compiled if all are there. With several processes each computes every so-many-th chunk into
-    a directory they all see, and all return together.
+    Nothing is computed or compiled if all chunks exist. Several processes share the chunks, write to one directory that
+    all of them see, and return together.
 
     Args:
-      directory: where to keep these columns and no others.
-      fn: ``fn(variables, images) -> {name: rows}``, pure; it sees what ``view_fn`` returns. Rows in a dict within get
-        joined names: ``{"features": {"block1": rows}}`` is the column ``features/block1``.
+      directory: of this cache alone.
+      fn: ``fn(variables, images) -> {name: rows}``, pure; its images are what ``view_fn`` returns. Nested names are
+        joined: ``{"features": {"block1": rows}}`` is stored as ``features/block1``.
       variables: the teacher's parameters and statistics, passed to ``fn`` and hashed.
       images: all images by index, ``[examples, height, width, channels]``.
-      settings: what else decides the rows, as in :func:`describe`.
+      settings: what else determines the rows, as in :func:`describe`.
       views: how many views of each image to store.
       view_fn: ``view_fn(images, index, view) -> inputs``, pure in the example's index and the view's number (an int32
         scalar), traced; by default the images as they are. Inputs may be a pytree with rows, such as images and labels.
-      dtype: how floating columns are stored.
+      dtype: of stored floating-point answers.
       batch_size: rows per call of the teacher, rounded up to a multiple of the devices. By default 64 on a CPU, where
         larger buffers are mapped anew on every call, and 512 elsewhere.
-      chunk_size: rows per file. What a directory was begun with stays.
+      chunk_size: rows per file. A directory keeps the size that it was begun with.
       devices: this process's devices to use; by default all of them.
       progress: called as ``progress(rows_done, rows)`` after every chunk.
 
     Raises:
-      ValueError: if the directory holds other columns, or the teacher returns a NaN or an infinity. Logits may be -inf
-        for masked classes, but not for all of an example.
+      ValueError: if the directory holds another cache, or the teacher returns NaN or infinity. Logits may be -inf for
+        masked classes, but not for all classes of an example.
       OSError: if a chunk could not be written.
     """
     batch_size = (64 if jax.default_backend() == "cpu" else 512) if batch_size is None else batch_size
@@ -112,7 +111,7 @@ def precompute(
     process, processes = jax.process_index(), jax.process_count()
     error, chunks, header = None, {}, {}
     try:
-        header = _begin(path, wanted, layout, lambda: _column_specs(fn, view_fn, variables, images, dtype))
+        header = _begin(path, wanted, layout, lambda: _specs(fn, view_fn, variables, images, dtype))
         mine = _numbers(header["layout"], process=process, processes=processes)
         chunks = _read_chunks(path, header, mine, refuse=False)
         missing = [number for number in mine if number not in chunks]
@@ -128,27 +127,27 @@ def precompute(
                 rows += len(_rows_of(chunks[number]))
                 if progress is not None:
                     progress(rows, total)
-    except Exception as problem:  # kept, not swallowed: the other processes must hear of it first
+    except Exception as problem:  # raised below, after the other processes have been told
         error = problem
-    checkpoints.raise_together(error, doing="filling the teacher's columns")
+    checkpoints.raise_together(error, doing="computing the teacher's answers")
     if processes > 1:
         chunks = _read_chunks(path, header, _numbers(header["layout"]), refuse=True)
     return TeacherCache(header, _join(header, chunks))
 
 
 def load(directory: str | os.PathLike, *, header: Mapping[str, Any]) -> TeacherCache:
-    """Reads columns that :func:`precompute` completed, every byte verified.
+    """Reads a cache that :func:`precompute` completed, every byte verified.
 
     Args:
-      directory: where they are.
-      header: what they must have been made from, as :func:`describe` returns it; a part of it checks that part.
+      directory: of the cache.
+      header: what it must have been computed from, as :func:`describe` returns it; a part of it checks that part.
 
     Raises:
-      ValueError: if they are damaged, incomplete, absent, or made from something else.
+      ValueError: if it is damaged, incomplete, absent, or was computed from something else.
     """
     path = files.as_path(directory)
     if not (path / _HEADER).exists():
-        raise ValueError(f"there are no teacher columns in {directory}: run teacher.precompute on it first.")
+        raise ValueError(f"there are no cached answers in {directory}: run teacher.precompute first.")
     stored = files.read_sealed(path / _HEADER)
     header = files.json_ready(dict(header))
     _compare(path, {name: stored["made_from"].get(name) for name in header}, header)
@@ -165,8 +164,8 @@ def gather(
     """Gathers the rows of a batch, to be merged into it.
 
     Args:
-      arrays: ``columns.arrays``, best on the device.
-      index: which examples; must be within range, which traced code cannot check.
+      arrays: ``cached.arrays``, best on the device.
+      index: of the examples; must be in range, which traced code cannot check.
       view: which stored view, one for all or one for each.
 
     Returns:
@@ -176,7 +175,7 @@ def gather(
 
 
 def verify(
-    columns: TeacherCache,
+    cached: TeacherCache,
     fn: TeacherFn,
     variables: PyTree,
     images: np.ndarray,
@@ -187,16 +186,15 @@ def verify(
     min_cosine: float = 0.999,
     max_error: float = 0.05,
 ) -> float:
-    """Recomputes a random sample of rows and refuses columns that belong to other images or another order.
+    """Recomputes a random sample of rows, and refuses answers for other images or in another order.
 
-    The cosine of a row with its recomputation alone would pass rows that share a large offset, and images of one class
-    under a confident teacher. So the distance between the two is also measured against the spread between rows, for
-    every row, and for the median row down to a spread of a thousandth of the rows' size. Rounding on another device
-    passes all three. A few rows swapped among many are found only if ``num_samples`` reaches them; on disk, the digests
-    guard those.
+    The cosine of a row with its recomputation is not enough: it would pass rows with a large common offset, and images
+    of one class under a confident teacher. So their distance is also compared with the spread between rows, for every
+    row, and for the median row down to a spread of a thousandth of the rows' size. Rounding on another device passes.
+    A few swapped rows are found only if they are sampled; on disk, the digests find them.
 
     Args:
-      columns: as :func:`precompute` or :func:`load` returned them.
+      cached: from :func:`precompute` or :func:`load`.
       fn: as for :func:`precompute`; also ``variables``, ``images`` and ``view_fn``.
       variables: the teacher's parameters and statistics.
       images: all images by index.
@@ -209,19 +207,19 @@ def verify(
     Returns:
       The smallest cosine found.
     """
-    layout = columns.header["layout"]
+    layout = cached.header["layout"]
     if layout["examples"] != len(images):
-        raise ValueError(f"these columns have {layout['examples']} rows and there are {len(images)} images.")
+        raise ValueError(f"the cache has {layout['examples']} rows and there are {len(images)} images.")
     index, view = _sample(len(images), layout["views"], num_samples, seed)
     recomputed = jax.jit(lambda *args: _apply_each(fn, view_fn, *args))(
         variables, np.asarray(images[index]), index.astype(np.int32), view.astype(np.int32)
     )
     worst = 1.0
-    for name, stored in columns.arrays.items():
+    for name, stored in cached.arrays.items():
         rows = [
             np.asarray(x, np.float64).reshape(len(index), -1) for x in (stored[index, view], recomputed[name])
         ]
-        # A class that both mask agrees; one that only one of them masks is far off.
+        # A class that both mask agrees; a class that only one masks is far off.
         masked = np.isneginf(rows).all(axis=0)
         rows = [np.where(masked, 0, np.maximum(x, -1e30)) for x in rows]
         problem, cosine = _disagreement(*rows, min_cosine=min_cosine, max_error=max_error)
@@ -230,8 +228,8 @@ def verify(
             row, reason = problem
             raise ValueError(
                 f"teacher_{name} is not this teacher's output on these images: at index {index[row]}, view "
-                f"{view[row]}, {reason} (cosine {cosine[row]:.4f}). The columns belong to other images or to "
-                "another order: delete their directory and fill them again."
+                f"{view[row]}, {reason} (cosine {cosine[row]:.4f}). The answers belong to other images or to "
+                "another order: delete their directory and compute them again."
             )
     return worst
 
@@ -240,14 +238,14 @@ def verify(
 
 
 class _Teacher:
-    """Rows of one chunk at a time, by all of this process's devices and one compilation."""
+    """Computes one chunk at a time on all of this process's devices, with one compilation."""
 
     def __init__(self, fn, view_fn, variables, batch_size, layout, devices):
         self.layout = layout
         devices = list(devices or jax.local_devices())
         rows = min(batch_size, layout["chunk_size"], layout["examples"])
         self.shape = (len(devices), math.ceil(rows / len(devices)))
-        # Once to every device: an uncommitted tree would travel again with each batch.
+        # Replicated once: an uncommitted tree would be copied again with each batch.
         replicated = jax.sharding.NamedSharding(
             jax.sharding.Mesh(np.array(devices), ("devices",)), jax.sharding.PartitionSpec()
         )
@@ -257,7 +255,7 @@ class _Teacher:
         )
 
     def rows(self, images: np.ndarray, number: int) -> dict[str, np.ndarray]:
-        """All views of one chunk, checked and as they will be stored."""
+        """All views of one chunk, checked and in their stored type."""
         start, stop = _bounds(self.layout, number)
         pieces = [self._view(images, start, stop, view) for view in range(self.layout["views"])]
         chunk = {}
@@ -275,7 +273,7 @@ class _Teacher:
             batch = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
             sharded = (x.reshape(self.shape + x.shape[1:]) for x in (batch, index))
             parts.append(self.step(self.variables, *sharded, np.int32(view)))
-        host = jax.device_get(parts)  # once per chunk: the devices are never waiting for the host
+        host = jax.device_get(parts)  # once per chunk, so that the devices never wait for the host
         return {
             name: np.concatenate([part[name].reshape(size, *part[name].shape[2:]) for part in host])[
                 : stop - start
@@ -293,7 +291,7 @@ def _apply(
 def _apply_each(
     fn: TeacherFn, view_fn: ViewFn | None, variables: PyTree, images: Array, index: Array, view: Array
 ):
-    """As `_apply`, with a view for every image."""
+    """As `_apply`, with one view number per image."""
     if view_fn is not None:
         one = jax.vmap(lambda image, i, v: jax.tree.map(lambda x: x[0], view_fn(image[None], i[None], v)))
         images = one(images, index, view)
@@ -301,7 +299,7 @@ def _apply_each(
 
 
 def named(rows: Any) -> dict[str, Any]:
-    """The arrays of a dict, and of what it nests, by their paths."""
+    """The arrays of a nested dict, named by their paths."""
     if not isinstance(rows, Mapping):
         raise ValueError(
             f"the teacher's fn must return a dict of arrays, {{'logits': logits}}, got {type(rows).__name__}."
@@ -316,7 +314,7 @@ def named(rows: Any) -> dict[str, Any]:
 
 
 def _stored(array: np.ndarray, name: str, start: int, dtype: str) -> np.ndarray:
-    """The rows in their stored type; refuses what is not a finite number there, but for classes masked by -inf."""
+    """Rows in their stored type; refuses numbers that are not finite there, except -inf for masked classes."""
     stored = array
     if jnp.issubdtype(array.dtype, jnp.floating):
         with np.errstate(over="ignore"):
@@ -338,7 +336,7 @@ def _stored(array: np.ndarray, name: str, start: int, dtype: str) -> np.ndarray:
     return stored
 
 
-def _column_specs(fn, view_fn, variables, images, dtype) -> dict[str, Any]:
+def _specs(fn, view_fn, variables, images, dtype) -> dict[str, Any]:
     """Names, row shapes and stored types, without computing anything."""
     batch = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     index, view = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
@@ -357,7 +355,7 @@ def _column_specs(fn, view_fn, variables, images, dtype) -> dict[str, Any]:
 
 
 def _sample(examples: int, views: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct indices in order, as a memory map likes them, and a view for each."""
+    """Distinct sorted indices, fast to read from a memory map, and a view for each."""
     random = np.random.default_rng(seed)
     index = np.sort(random.choice(examples, size=min(count, examples), replace=False))
     return index, random.integers(views, size=len(index))
@@ -366,7 +364,7 @@ def _sample(examples: int, views: int, count: int, seed: int) -> tuple[np.ndarra
 def _disagreement(
     stored: np.ndarray, recomputed: np.ndarray, *, min_cosine: float, max_error: float
 ) -> tuple[tuple[int, str] | None, np.ndarray]:
-    """The worst row and why it fails, or None; and the cosine of every row."""
+    """The worst row and why it fails, or None; and the cosines of all rows."""
 
     def norm(rows):
         return np.linalg.norm(rows, axis=-1)
@@ -397,33 +395,33 @@ def _disagreement(
 def _begin(
     path: Any, wanted: dict[str, Any], layout: dict[str, Any], specs: Callable[[], dict]
 ) -> dict[str, Any]:
-    """The directory's header: the one there if it fits, else a new one by process 0."""
+    """Returns the directory's header: the existing one if it matches, else a new one, written by process 0."""
     header = None
     if (path / _HEADER).exists():
         try:
             header = files.read_sealed(path / _HEADER)
         except ValueError as error:
             warnings.warn(
-                f"{error} It is written anew, and chunks that do not fit it are recomputed.", stacklevel=3
+                f"{error} It is written again, and chunks that do not match it are recomputed.", stacklevel=3
             )
     if header is not None:
         layout = layout | {"chunk_size": header["layout"]["chunk_size"]}
         _compare(path, header["made_from"] | header["layout"], wanted | layout)
         return header
-    # The same on every process, so none needs to wait for the file.
+    # Equal on every process, so none waits for the file.
     header = {"format": _FORMAT, "made_from": wanted, "layout": layout, "columns": specs()}
     if jax.process_index() == 0:
-        with files.explained(f"begin the teacher's columns in {path}", 4096):
+        with files.explained(f"begin a cache of answers in {path}", 4096):
             path.mkdir(parents=True, exist_ok=True)
             files.write_sealed(path / _HEADER, header)
     return header
 
 
 def _compare(path: Any, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuses columns that were made from something else."""
+    """Refuses a cache that was computed from something else."""
     if different := files.differences(stored, wanted):
         raise files.Mismatch(
-            f"the teacher's columns in {path} were made from something else ({different}): delete that directory to "
+            f"the cached answers in {path} were computed from something else ({different}): delete that directory to "
             "compute them again, or choose another one."
         )
 
@@ -438,24 +436,24 @@ def _bounds(layout: Mapping[str, Any], number: int) -> tuple[int, int]:
 
 
 def _numbers(layout: Mapping[str, Any], *, process: int = 0, processes: int = 1) -> range:
-    """Which chunks there are, or which of them are one process's."""
+    """The numbers of all chunks, or of one process's."""
     return range(process, math.ceil(layout["examples"] / layout["chunk_size"]), processes)
 
 
 def _seal(header: Mapping[str, Any], number: int, data: bytes) -> str:
-    """What ties a chunk to its header and its place; part of its file name."""
+    """Digest that ties a chunk to its header and its number; part of its file name."""
     return hashlib.sha256(f"{files.digest_json(header)} {number} ".encode() + data).hexdigest()
 
 
 def _files(path: Any, number: int) -> list[Any]:
-    """All files that begin as this chunk's do: whole, left over, or of other columns."""
+    """All files of this chunk's number: whole, left over, or of another cache."""
     return sorted(path.glob(f"chunk_{number:05d}-*"))
 
 
 def _read_chunks(
     path: Any, header: dict[str, Any], numbers: range, *, refuse: bool
 ) -> dict[int, dict[str, np.ndarray]]:
-    """The good chunks among those asked for; others are refused, or named and left out."""
+    """Reads the chunks that match the header; others are refused, or named in a warning and left out."""
     chunks, bad = {}, []
     for number in numbers:
         for file in _files(path, number):
@@ -468,14 +466,14 @@ def _read_chunks(
     bad = [file for file in bad if int(file.name[6:11]) not in chunks]
     if bad and not refuse:
         warnings.warn(
-            f"damaged, or of other columns, and computed again: {[str(f) for f in bad]}", stacklevel=3
+            f"damaged, or of another cache, and computed again: {[str(f) for f in bad]}", stacklevel=3
         )
     if refuse and len(chunks) < len(numbers):
         there = sum(stop - start for start, stop in (_bounds(header["layout"], number) for number in chunks))
-        damage = f", {[file.name for file in bad]} damaged or of other columns" if bad else ""
+        damage = f", {[file.name for file in bad]} damaged or of another cache" if bad else ""
         raise ValueError(
-            f"only {there} of {header['layout']['examples']} rows of the teacher's columns are in {path}{damage}: "
-            "run the same fill again, which computes what is missing."
+            f"only {there} of {header['layout']['examples']} rows of cached answers are in {path}{damage}: "
+            "run the same precompute again, which computes the missing ones."
         )
     return chunks
 
@@ -487,11 +485,13 @@ def _write_chunk(path: Any, header: dict[str, Any], number: int, chunk: dict[str
     data = buffer.getvalue()
     name = f"chunk_{number:05d}-{_seal(header, number, data)}.npz"
     stale = [file for file in _files(path, number) if file.name != name]
-    with files.explained(f"write rows of the teacher's columns to {path}", len(data)):
+    with files.explained(f"write cached answers to {path}", len(data)):
         path.mkdir(parents=True, exist_ok=True)
         files.write_bytes(path / name, data)
     for file in stale:
-        file.unlink(missing_ok=True)  # a killed process's half of this very file was just written over
+        file.unlink(
+            missing_ok=True
+        )  # missing if a killed process had left a half of this very file, which was just replaced
 
 
 def _join(header: dict[str, Any], chunks: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -512,7 +512,7 @@ def _check_arguments(images, views, view_fn, dtype, batch_size, chunk_size) -> N
         )
     if views > 1 and view_fn is None:
         raise ValueError(
-            f"{views} views need a view_fn that makes them; without one all would be the same image."
+            f"{views} views need a view_fn that makes them; otherwise all would be the same image."
         )
     if dtype not in ("float32", "float16"):
         raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}.")

@@ -1,5 +1,6 @@
 """How a teacher reaches the student: by cached answers, or by running in the step on the student's own images."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -82,8 +83,8 @@ def answers(
     Args:
       teacher: a trained network.
       dataset: after :func:`kdjax.data.split`.
-      mode: ``centre``, the unaugmented image, cached once; ``views``, cached augmentations, of which the student is
-        shown one; or ``online``, in the step, the student's own augmented image.
+      mode: ``centre``, the unaugmented image, cached once; ``views``, cached augmentations, of which the student gets
+        one; or ``online``, in the step, the student's own augmented image.
       features: of the teacher to return beside its logits. Caches with features are float16.
       directory: of the cache; not needed online.
       move: ``padding`` and ``flip`` of the stored views.
@@ -119,14 +120,10 @@ def answers(
     settings: dict[str, Any] = {"normalisation": [list(values) for values in teacher.normalisation]}
     if features:
         settings["features"] = list(features)
-    view_fn: cache.ViewFn | None = None
+    view_fn = None
     if mode == "views":
         settings["stored_view"] = moved = {**(move or {"padding": 0, "flip": False}), "seed": VIEW_SEED}
-
-        def stored_view(images, index, view):
-            return data.stored_view(images, index, view, **moved)
-
-        view_fn = stored_view
+        view_fn = functools.partial(data.stored_view, **moved)
 
     options = {"view_fn": view_fn, "views": views if view_fn else 1, "settings": settings, **options}
     options["dtype"] = "float16" if features else "float32"
@@ -139,9 +136,9 @@ def from_file(path: str | os.PathLike[str], dataset: data.Dataset, *, loaded: da
     """Reads the answers of a teacher in any framework from an ``.npz``.
 
     The file holds ``logits [n, classes]``; further arrays ``[n, ...]`` are features by name, such as ``embedding`` or
-    ``stage2 [n, height, width, channels]``. So that no row can belong to another image, it also holds either
-    ``example_ids``, as ``dataset.example_ids`` has them, or ``images_sha256``, the SHA-256 of the bytes of the uint8
-    images ``[n, height, width, channels]``, in the order in which they were loaded and the rows stand.
+    ``stage2 [n, height, width, channels]``. To prove which image each row belongs to, it also holds either
+    ``example_ids``, those of the data set in any order, or ``images_sha256``, the SHA-256 of the bytes of the uint8
+    images ``[n, height, width, channels]`` in the order in which they were loaded.
 
     Args:
       path: of the file.
