@@ -37,9 +37,7 @@ from kdjax.recipe import Recipe
 from kdjax.types import Normalisation, Weights
 
 DATA = cli.define(cli.Data(dataset="mnist"), only=("dataset", "data_dir", "image_size", "skip_broken"))
-TEMPERATURE = flags.DEFINE_float("temperature", 20.0, "Softening of both logits.", lower_bound=1e-3)
-HARD_WEIGHT = flags.DEFINE_float("hard_weight", 0.1, "Weight of the labels in kd.", lower_bound=0.0)
-SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.9, "Weight of the teacher in kd.", lower_bound=0.0)
+KD = cli.define(methods.KdOptions(temperature=20.0))
 HELD_OUT_CLASS = flags.DEFINE_string(
     "held_out_class", "3", "The class that some students never see, by name."
 )
@@ -61,7 +59,7 @@ NOTES = [
 
 def arms(dataset: data.Dataset, digit: int) -> Mapping[str, tuple[methods.Method, data.Dataset]]:
     """What each student learns from: a method, and a data set with or without the digit."""
-    kd = methods.kd(TEMPERATURE.value, hard_weight=HARD_WEIGHT.value, soft_weight=SOFT_WEIGHT.value)
+    kd = methods.kd(**vars(KD.value))
     fewer, never = without(dataset, digit), f"no {HELD_OUT_CLASS.value}"
     return {
         "scratch": (methods.labels(), dataset),
@@ -116,8 +114,8 @@ def about(dataset: data.Dataset, scale: str) -> study.Study:
     """The question, and how far this is from the paper."""
     return study.Study(
         "hinton_mnist",
-        f"Does a small network learn MNIST better from a teacher's soft targets at T = {TEMPERATURE.value:g}, even a "
-        f"{HELD_OUT_CLASS.value} that it never saw?",
+        f"Does a small network learn MNIST better from a teacher's soft targets at T = {KD.value.temperature:g}, even "
+        f"a {HELD_OUT_CLASS.value} that it never saw?",
         baseline="scratch",
         metrics=("errors", "errors_on_omitted", "bias_shift", "accuracy", "loss", "ece"),
         scaled_down=f"{scale}; {len(dataset.splits['train']):,} training images"
@@ -140,7 +138,7 @@ def logits(network: Network, normalisation: Normalisation, weights: Weights, ima
 
 def corrected(dataset: data.Dataset, student: run.Trained, digit: int) -> run.Trained:
     """A student whose bias for the digit is raised by what makes the fewest errors in validation."""
-    splits = dataset.splits or {}
+    splits = dataset.splits
 
     def logits_and_labels(weights: Weights, split: str) -> tuple[np.ndarray, np.ndarray]:
         parts = np.array_split(splits[split], -(-len(splits[split]) // 1000))

@@ -30,7 +30,8 @@ from experiments import cli
 from kdjax import data, files, losses, methods, parallel, run, study, vmapped
 from kdjax import teacher as teachers
 from kdjax.callbacks import ProgressBar
-from kdjax.recipe import Machine, Recipe, option
+from kdjax.options import option
+from kdjax.recipe import Machine, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ TEACHER = cli.define_teacher(
     Recipe(epochs=30, batch_size=64, learning_rate=2e-3, schedule="cosine", evaluate_every=5),
     only=("epochs", "batch_size", "learning_rate"),
     defaults=cli.Teacher(teacher_num_train=0),
-    omit=("teacher_seeds",),
+    omit=("teacher_answers", "teacher_seeds"),
 )
 SWEEP = cli.define(Sweep())
 SEEDS = cli.define_seeds()
@@ -89,7 +90,7 @@ def main() -> dict[str, Any]:
     parallel.check_batch_size(recipe.batch_size, devices)
     options = {"launch": launch, "settings": cli.settings(__name__), "machine": machine}
     source = cli.teachers(wanted, DATA.value, few, **options)
-    cache_bytes = 4 * few.num_classes * len(few.images)
+    cache_bytes = source.cache_bytes(len(few.images))
     cli.check_disk(launch.workdir, {student: count} | source.to_train, cache_bytes=cache_bytes)
     workdir = cli.claim_workdir(launch.workdir, source.made_from)
     (teacher,) = source.train(workdir, [ProgressBar()])
@@ -114,7 +115,6 @@ def report(
 ) -> dict[str, Any]:
     """Chooses a weight, tests it, and writes the result with the sweep over all weights."""
     (best, found), (height, width, _) = choose(runs), few.image_shape
-    assert few.splits is not None
     about = study.Study(
         "mixing_weight",
         f"How should a student of {few.name} weight its labels and its teacher?",

@@ -75,8 +75,8 @@ def main() -> dict[str, Any]:
     train_teacher = run.make_trainer(large, methods.labels(), everything, recipes[0])
     teacher = train_teacher(0, workdir / "teacher" / "0", arm="teacher", **watch)
     answers = teachers.answers(teacher, few, directory=workdir / "teacher_answers")
-    maps = teachers.explain(teacher, few, directory=workdir / "maps").answers["map"]
-    with_maps = answers._replace(answers={**(answers.answers or {}), "map": maps}, maps=("map",))
+    maps = teachers.explain(teacher, few, directory=workdir / "maps")
+    with_maps = teachers.with_maps(answers, maps)
     region = saddles.select_weights(teacher.weights.params, small.init(0)[0])
 
     students: dict[str, list[run.Trained]] = {}
@@ -87,9 +87,8 @@ def main() -> dict[str, Any]:
             train_student(seed, workdir / arm / str(seed), arm=arm, settings=settings, **watch)
             for seed in range(3 if launch.smoke else 5)
         ]
-    return report(
-        workdir, few, {"teacher": [teacher], **students}, settings, start, overlays=study.pictures(few, maps)
-    )
+    overlays = study.pictures(few, maps.answers["map"])
+    return report(workdir, few, {"teacher": [teacher], **students}, settings, start, overlays=overlays)
 
 
 def report(

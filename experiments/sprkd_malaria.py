@@ -30,7 +30,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from absl import flags
 
@@ -79,16 +79,22 @@ COMPARED = (  # KD with sprkd or alone, its region, saddles or not, its escapes,
 DRAWN = ("scratch", "sprkd_paper", "sprkd")  # arms whose spectrum and surface are drawn
 
 
-class Arm(NamedTuple):
-    """One arm: a method of its region's shapes, whose answers it is given, and its region; None as the flags say."""
+class Region(NamedTuple):
+    """What a student's region is made of; where nothing is named, what the flags say."""
 
-    method: Callable[[Params], Method]
-    answers: str = ""  # of its weak or strong teacher
-    region: str | None = ""  # what it is made of; "" for none
-    rule: str | None = None
-    resize: str | None = None
+    of: str = ""  # a strong teacher, or the saddle, last, random or average snapshot of weak ones
+    rule: str = ""
+    resize: str = ""
     teachers: int = 1
-    starts_there: bool = False  # instead of approaching it
+    start: bool = False  # start there, instead of approaching it
+
+
+class Arm(NamedTuple):
+    """What a student minimises, whose answers it is given, and its region."""
+
+    method: Method
+    answers: str = ""  # of its weak or strong teacher
+    region: Region | None = None
 
 
 def kd() -> Method:
@@ -96,55 +102,46 @@ def kd() -> Method:
     return methods.kd(**vars(KD.value))
 
 
-def escapes(region: Params | None, **changes: float) -> Method:
-    """SPRKD's optimizer, as the flags set it."""
-    return methods.sprkd(region, **vars(ESCAPE.value) | changes)
+def escapes(shapes: Params | None, **changes: float) -> Method:
+    """SPRKD's approach and escapes, as the flags set them."""
+    return methods.sprkd(shapes, **vars(ESCAPE.value) | changes)
 
 
-def sprkd(region: Params) -> Method:
-    """SPRKD as recommended, on the labels."""
-    return methods.labels() + escapes(region)
-
-
-def no_eigenstep(region: Params) -> Method:
+def noise(shapes: Params) -> Method:
     """Perturbations in place of escapes."""
-    own = ESCAPE.value
-    return methods.labels() + methods.perturbations(region, period=own.period, radius=own.perturbation_radius)
+    return methods.perturbations(shapes, period=ESCAPE.value.period, radius=ESCAPE.value.perturbation_radius)
 
 
-PAPER = Arm(lambda region: methods.labels() + methods.sprkd_paper(region), "", "saddle", "extreme", "crop")
-ARMS = {
-    "scratch": Arm(lambda region: methods.labels()),
+labels, paper = methods.labels, Region("saddle", "extreme", "crop")
+ARMS: Mapping[str, Callable[[Params], Arm]] = {  # s: parameters in the shapes of the student
+    "scratch": lambda s: Arm(labels()),
     # The published baseline, which can only copy its teacher.
-    "response_kd": Arm(lambda region: methods.kd(1.0, hard_weight=0.0, soft_weight=1.0), "weak"),
-    "kd_weak": Arm(lambda region: kd(), "weak"),
-    "kd_strong": Arm(lambda region: kd(), "strong"),
-    "sprkd_paper": PAPER,
-    "sprkd_paper_3": PAPER._replace(teachers=3),
-    "sprkd": Arm(sprkd, region=None),
-    "sprkd+kd": Arm(lambda region: kd() + escapes(region), "strong", region=None),
-    "init_only": Arm(lambda region: methods.labels(), region=None, starts_there=True),
-    "init_only+kd": Arm(lambda region: kd(), "strong", region=None, starts_there=True),
-    "no_region": Arm(lambda region: methods.labels() + escapes(None)),
-    "no_eigenstep": Arm(no_eigenstep, region=None),
-    "no_perturbation": Arm(
-        lambda region: methods.labels() + escapes(region, perturbation_radius=0.0), region=None
-    ),
-    "init_strong": Arm(sprkd, region="strong"),
-    "init_saddle": Arm(sprkd, region="saddle"),
-    "init_saddle_3": Arm(sprkd, region="saddle", teachers=3),
-    "init_last": Arm(sprkd, region="last"),
-    "init_random": Arm(sprkd, region="random"),
-    "init_average": Arm(sprkd, region="average"),
+    "response_kd": lambda s: Arm(methods.kd(1.0, hard_weight=0.0, soft_weight=1.0), "weak"),
+    "kd_weak": lambda s: Arm(kd(), "weak"),
+    "kd_strong": lambda s: Arm(kd(), "strong"),
+    "sprkd_paper": lambda s: Arm(labels() + methods.sprkd_paper(s), "", paper),
+    "sprkd_paper_3": lambda s: Arm(labels() + methods.sprkd_paper(s), "", paper._replace(teachers=3)),
+    "sprkd": lambda s: Arm(labels() + escapes(s), "", Region()),
+    "sprkd+kd": lambda s: Arm(kd() + escapes(s), "strong", Region()),
+    "init_only": lambda s: Arm(labels(), "", Region(start=True)),
+    "init_only+kd": lambda s: Arm(kd(), "strong", Region(start=True)),
+    "no_region": lambda s: Arm(labels() + escapes(None)),
+    "no_eigenstep": lambda s: Arm(labels() + noise(s), "", Region()),
+    "no_perturbation": lambda s: Arm(labels() + escapes(s, perturbation_radius=0.0), "", Region()),
+    "init_strong": lambda s: Arm(labels() + escapes(s), "", Region("strong")),
+    "init_saddle": lambda s: Arm(labels() + escapes(s), "", Region("saddle")),
+    "init_saddle_3": lambda s: Arm(labels() + escapes(s), "", Region("saddle", teachers=3)),
+    "init_last": lambda s: Arm(labels() + escapes(s), "", Region("last")),
+    "init_random": lambda s: Arm(labels() + escapes(s), "", Region("random")),
+    "init_average": lambda s: Arm(labels() + escapes(s), "", Region("average")),
 }
-ARM_NAMES = cli.define_arms(list(ARMS), baseline="scratch")
+WANTED = cli.define_arms(list(ARMS), baseline="scratch")
 
 
 def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
-    """Checks the flags, then weak and strong teachers, all arms, report."""
+    """Weak and strong teachers, all arms, report; returns the result, or None in a worker of --jobs."""
     start, launch, settings = time.monotonic(), LAUNCH.value, cli.settings(__name__)
-    share, watch = cli.my_task("experiments.sprkd_malaria"), [ProgressBar(), *callbacks]
-    at_most = 256 if launch.smoke else None
+    at_most, seeds = 256 if launch.smoke else None, SEEDS.value[: 3 if launch.smoke else None]
     wide = DATA.value.load(num_train=TEACHER_NUM_TRAIN.value, at_most=at_most)
     # One normalisation for both, so that a teacher's weights mean the same to a student.
     dataset = DATA.value.load(at_most=at_most)._replace(normalisation=wide.normalisation)
@@ -154,69 +151,85 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
     saddles.select_weights(
         teacher.init(0)[0], shapes
     )  # raises unless the student can take the teacher's place
-    arms = {name: ARMS[name].method(shapes) + methods.Method(record=methods.cost) for name in arms_to_run()}
-    made_from = settings | {"data": dataset.fingerprint, "teacher_data": wide.fingerprint}
-    workdir = Path(launch.workdir) if share else cli.claim_workdir(launch.workdir, made_from)
+    # By default without the arm that is sprkd itself.
+    same = "" if flags.FLAGS["arms"].value else f"init_{REGION_FROM.value}"
+    arms = {name: ARMS[name](shapes) for name in WANTED.value if name != same}
+    worker, workdir = cli.my_task("experiments.sprkd_malaria"), Path(launch.workdir)
+    if worker is None:
+        made_from = settings | {"data": dataset.fingerprint, "teacher_data": wide.fingerprint}
+        cli.claim_workdir(launch.workdir, made_from)
     options: dict[str, Any] = {"machine": MACHINE.value, "split": launch.split}
-    recipes = (recipe(epochs=WEAK_EPOCHS.value), recipe(epochs=STRONG_EPOCHS.value))
-    source = recruit.make_teachers(teacher, wide, dataset, recipes, workdir, callbacks=watch, **options)
-    if not share and launch.jobs > 1:
-        tasks = [{"first": k, "step": launch.jobs} for k in range(launch.jobs)]
-        cli.in_children("experiments.sprkd_malaria", tasks)
+    constant = dataclasses.replace(RECIPE.value, schedule="constant")
+    weak, strong, own = (
+        dataclasses.replace(r, epochs=min(n, 2) if launch.smoke else n)
+        for r, n in (
+            (constant, WEAK_EPOCHS.value),
+            (constant, STRONG_EPOCHS.value),
+            (RECIPE.value, RECIPE.value.epochs),
+        )
+    )
+    more: dict[str, Any] = {"callbacks": [ProgressBar(), *callbacks]}
+    source = recruit.make_teachers(teacher, wide, dataset, (weak, strong), workdir, **options, **more)
+    if worker is None and launch.jobs > 1:
+        cli.in_children("experiments.sprkd_malaria", range(launch.jobs))
     runs: dict[str, list[run.Trained]] = {name: [] for name in arms}
     fallbacks, trainers = dict.fromkeys(arms, 0), {}
-    for seed in seeds()[share["first"] :: share["step"]] if share else seeds():
-        for name, method in arms.items():
-            arm, more = ARMS[name], {"settings": settings, "callbacks": watch}
-            if arm.region != "":
-                region = region_of(arm, source, shapes, seed)
+    for seed in seeds if worker is None else seeds[worker :: launch.jobs]:
+        for name, arm in arms.items():
+            more |= {"settings": settings, "init": None}
+            if arm.region is not None:
+                region = region_of(arm.region, source, shapes, seed)
                 fallbacks[name] += not region.strong
-                more["init"] = (methods.start_at if arm.starts_there else methods.towards)(region.params)
+                more["init"] = (methods.start_at if arm.region.start else methods.towards)(region.params)
                 more["settings"] = settings | {"region": checkpoints.digest_tree(region.params)}
             if arm.answers or name not in trainers:  # answers belong to one seed
                 number = seed % STRONG_TEACHERS.value if arm.answers == "strong" else seed
                 signal = source.answers(arm.answers, number) if arm.answers else None
-                own = recipe(schedule=RECIPE.value.schedule, epochs=RECIPE.value.epochs)
+                method = arm.method + methods.Method(record=methods.cost)
                 trainers[name] = run.make_trainer(student, method, dataset, own, teacher=signal, **options)
             runs[name].append(trainers[name](seed, workdir / name / str(seed), arm=name, **more))
-    if share:
+    if worker is not None:
         return None
-    return report(workdir, dataset, runs, source, fallbacks, time.monotonic() - start)
+    uses = {
+        part
+        for arm in arms.values()
+        for part in (arm.answers, arm.region and (arm.region.of or REGION_FROM.value))
+    }
+    count = min(STRONG_TEACHERS.value, len(seeds)) if "strong" in uses else 0
+    teachers = {
+        # A teacher is reported under the seed of the student that it teaches.
+        "weak_teacher": [source.weak(seed, 0).trained._replace(seed=seed) for seed in seeds],
+        **({"strong_teacher": [source.strong(k) for k in range(count)]} if count else {}),
+    }
+    return report(dataset, runs, teachers, fallbacks, (own.epochs, strong.epochs), time.monotonic() - start)
 
 
-def region_of(arm: Arm, source: recruit.Teachers, shapes: Params, seed: int) -> recruit.Region:
-    """What a student of an arm approaches: weights of its strong teacher, or snapshots of its weak ones."""
-    which, resize = arm.region or REGION_FROM.value, arm.resize or RESIZE.value
+def region_of(region: Region, source: recruit.Teachers, shapes: Params, seed: int) -> recruit.Region:
+    """The region of a student: weights of its strong teacher, or snapshots of its weak ones."""
+    which, resize = region.of or REGION_FROM.value, region.resize or RESIZE.value
     if which == "strong":
-        params = source.strong(seed % STRONG_TEACHERS.value).weights.params
-        form: Any = resize
+        params, form = source.strong(seed % STRONG_TEACHERS.value).weights.params, cast(Any, resize)
         return recruit.Region(saddles.select_weights(params, shapes, form=form), [], strong=True)
-    own = [source.weak(seed, number) for number in range(arm.teachers)]
-    rule = arm.rule or SADDLE_RULE.value
+    own = [source.weak(seed, number) for number in range(region.teachers)]
+    rule = region.rule or SADDLE_RULE.value
     return recruit.region_of(own, shapes, which=which, rule=rule, resize=resize, seed=seed)
 
 
 def report(
-    workdir: Path,
     dataset: data.Dataset,
-    students: Mapping[str, Sequence[run.Trained]],
-    source: recruit.Teachers,
+    students: study.Arms,
+    teachers: study.Arms,
     fallbacks: Mapping[str, int],
+    epochs: tuple[int, int],
     seconds: float,
 ) -> dict[str, Any]:
     """Everything that is measured of the finished students, and the result."""
-    launch, name, count = LAUNCH.value, DATA.value.dataset, len(seeds())
-    cost = {
-        "targets": TARGETS.get(name, (0.5, 0.3)),
-        "steps_per_epoch": max(len(dataset.splits["train"]) // RECIPE.value.batch_size, 1),
-    }
+    launch, name, workdir = LAUNCH.value, DATA.value.dataset, Path(LAUNCH.value.workdir)
+    num_train, count = len(dataset.splits["train"]), len(students["scratch"])
+    cost: dict[str, Any] = {"targets": TARGETS.get(name, (0.5, 0.3))}
+    cost["steps_per_epoch"] = max(num_train // RECIPE.value.batch_size, 1)
     runs = {arm: [study.with_costs(one, **cost) for one in own] for arm, own in students.items()}
-    # A teacher is reported under the seed of the student that it teaches.
-    every = runs | {"weak_teacher": [source.weak(s, 0).trained._replace(seed=s) for s in seeds()]}
-    if "strong" in {
-        part for arm in runs for part in (ARMS[arm].answers, ARMS[arm].region or REGION_FROM.value)
-    }:
-        every["strong_teacher"] = [source.strong(k) for k in range(min(STRONG_TEACHERS.value, count))]
+    every, drawn = {**runs, **teachers}, {arm: runs[arm] for arm in DRAWN if arm in runs}
     notes = [
         "steps_to and paid_to (in gradients) tell when the validation loss, measured after each epoch, first came "
         "below a target; where it never did, they are those of the whole run, and reached is 0.",
@@ -226,52 +239,32 @@ def report(
             for arm, n in fallbacks.items()
             if n
         ),
+        *study.comparison_notes(runs, pairs=COMPARED, factors={}),
+        *([study.tost_note(runs, baseline="scratch")] if count >= 3 else []),
+        study.mcnemar_note(dataset, runs, baseline="scratch", split=launch.split),
     ]
-    if count >= 3:
-        notes += [study.welch_note(a, b, runs) for a, b in COMPARED if a in runs and b in runs]
-        notes.append(study.tost_note(runs, baseline="scratch"))
-    notes.append(study.mcnemar_note(dataset, runs, baseline="scratch", split=launch.split))
     about = study.Study(
         "sprkd_malaria" if name == "malaria" else "sprkd",
         f"Does a student of {name} gain from the saddles that its teachers passed?",
         baseline="scratch",
         metrics=("accuracy", "loss", "events", "hvps", "gradient_equivalents"),
-        scaled_down=f"{len(dataset.splits['train'])} training images"
-        f"{', where the study had 20,668' if name == 'malaria' else ''}; {recipe(epochs=RECIPE.value.epochs).epochs} "
-        f"epochs, where it had 500; strong teachers of {recipe(epochs=STRONG_EPOCHS.value).epochs} epochs, likewise",
+        scaled_down=f"{num_train} training images{', where the study had 20,668' if name == 'malaria' else ''}; "
+        f"{epochs[0]} epochs, where it had 500; strong teachers of {epochs[1]} epochs, likewise",
         # What is recommended comes first, since that is what a reader is told first.
         tested=sorted((arm for arm in runs if arm != "scratch"), key=lambda arm: arm != "sprkd+kd"),
         drawn=(*DRAWN, "kd_strong", "sprkd+kd"),
     )
-    drawn = {arm: runs[arm] for arm in DRAWN if arm in runs}
-    noise: dict[str, Any] = {"corruptions": {"gaussian_noise": robustness.CORRUPTIONS["gaussian_noise"]}}
-    noise |= {"severities": (1, 3, 5), "weight_noise": (0.1,), "draws": 3, "epsilons": ()}
+    noisy: dict[str, Any] = {"corruptions": {"gaussian_noise": robustness.CORRUPTIONS["gaussian_noise"]}}
+    noisy |= {"severities": (1, 3, 5), "weight_noise": (0.1,), "draws": 3, "epsilons": ()}
     return study.conclude(
         *(about, workdir, dataset, every),
         **{"settings": cli.settings(__name__), "seconds": seconds, "notes": notes, "output": launch.output},
         flatness=study.flatness_of(dataset, runs, workdir / "flatness", num_images=256),
         densities=study.densities_of(dataset, drawn, workdir / "densities"),
         surfaces=study.surfaces_of(dataset, drawn, workdir / "surfaces"),
-        robustness=study.robustness_of(dataset, every, workdir / "robustness", split=launch.split, **noise),
+        robustness=study.robustness_of(dataset, every, workdir / "robustness", split=launch.split, **noisy),
         costs=study.costs_of(every),
     )
-
-
-def recipe(**changes: Any) -> Recipe:
-    """The recipe of a teacher, or with its own schedule of a student; two epochs at most in a smoke run."""
-    changes["epochs"] = min(changes["epochs"], 2) if LAUNCH.value.smoke else changes["epochs"]
-    return dataclasses.replace(RECIPE.value, **{"schedule": "constant"} | changes)
-
-
-def arms_to_run() -> list[str]:
-    """The arms in the table's order; unless named, without the one that is sprkd itself."""
-    same = f"init_{REGION_FROM.value}"
-    return [name for name in ARM_NAMES.value if flags.FLAGS["arms"].value or name != same]
-
-
-def seeds() -> list[int]:
-    """Seeds of the students."""
-    return SEEDS.value[: 3 if LAUNCH.value.smoke else None]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import checkpoints, data, evaluate, files, flatness, report, results, robustness, significance
+from kdjax import (
+    checkpoints,
+    data,
+    evaluate,
+    files,
+    flatness,
+    report,
+    results,
+    robustness,
+    saliency,
+    significance,
+)
 from kdjax.callbacks import bar
 from kdjax.models import Network
 from kdjax.run import Trained, evaluation_batch_size
@@ -151,7 +162,7 @@ def _of_trainings(arms: Arms) -> list[str]:
     return [f"{'; '.join(names)}: {note}" for note, names in whose.items()]
 
 
-def _total(sums: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def _total(sums: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: np.sum([np.asarray(run[name]) for run in sums], axis=0) for name in sums[0]}
 
 
@@ -215,6 +226,28 @@ def surfaces_of(dataset: data.Dataset, arms: Arms, directory: Path, **options: A
     """:func:`kdjax.flatness.make_surface` of the first run of each arm."""
     measure = flatness.make_surface(dataset, **options)
     return _of_first_run(arms, directory, [dataset.fingerprint, options], measure)
+
+
+def saliency_of(
+    dataset: data.Dataset, arms: Arms, directory: Path, *, teacher: Trained, **options: Any
+) -> dict[str, dict[str, list[float]]]:
+    """:func:`kdjax.saliency.make_measure` of every run: arm → measure → one per run."""
+    measure = saliency.make_measure(dataset, teacher, **options)
+    decides = [dataset.fingerprint, checkpoints.digest_tree(teacher.weights), options]
+    return of_every_run(arms, directory, decides, measure, label="saliency")
+
+
+def with_metrics(
+    arms: Arms, measured: Mapping[str, Mapping[str, Sequence[float]]]
+) -> dict[str, list[Trained]]:
+    """Adds numbers of :func:`of_every_run` to the metrics of the runs."""
+    return {
+        arm: [
+            run._replace(metrics=run.metrics | {name: values[i] for name, values in measured[arm].items()})
+            for i, run in enumerate(runs)
+        ]
+        for arm, runs in arms.items()
+    }
 
 
 def costs_of(arms: Arms) -> dict[str, dict[str, Any]]:
@@ -384,6 +417,27 @@ def main_effect_note(factor: str, pairs: Sequence[tuple[str, str]], arms: Arms) 
         f"Main effect of {factor} over {len(pairs)} pairs of arms: {found.estimate:+.2f} points of accuracy (95 % "
         f"interval {found.low:+.2f} to {found.high:+.2f} over {len(each)} seeds)."
     )
+
+
+def comparison_notes(
+    arms: Arms, *, pairs: Sequence[tuple[str, str]], factors: Mapping[str, Sequence[tuple[str, str]]]
+) -> list[str]:
+    """Welch's test of each pair of arms, and the main effect of each factor.
+
+    Args:
+      arms: arm → one finished run per seed; tests of an arm that is not there, or has fewer than three, are left out.
+      pairs: of arms, as in :func:`welch_note`.
+      factors: factor → pairs of arms, as in :func:`main_effect_note`.
+    """
+
+    def there(*names: str) -> bool:
+        return all(len(arms.get(name, ())) >= 3 for name in names)
+
+    return [welch_note(a, b, arms) for a, b in pairs if there(a, b)] + [
+        main_effect_note(factor, among, arms)
+        for factor, among in factors.items()
+        if there(*(name for pair in among for name in pair))
+    ]
 
 
 def _accuracies(runs: Sequence[Trained]) -> list[float]:

@@ -67,3 +67,20 @@ def _alone(name, keep=()):
 def alone():
     """Lends an experiment while the flags of others are away: no two flags of one name can be in one process."""
     return _alone
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Runs a study in this process as its command line would: ``start(study, *arguments, **of_main) -> result``."""
+    return _start
+
+
+def _start(study, *arguments, **of_main):
+    from experiments import cli
+
+    flags.FLAGS.unparse_flags()
+    for flag in flags.FLAGS.flags_by_module_dict()[study.__name__]:
+        flag.unparse()
+    flags.FLAGS([study.__name__, *map(str, arguments)])
+    with cli.released():
+        return study.main(**of_main)

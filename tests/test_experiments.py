@@ -9,170 +9,229 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import optax
 import pytest
 from absl import flags
 
-from experiments import common, distill
-from experiments.common import launching
-from kdjax import data, files, models, results, train
+from experiments import cli, distill
+from experiments.cli import launching
+from kdjax import data, methods, models, results, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(*arguments, **options):
+def launch(*arguments, **options):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-m", *map(str, arguments)], env=environment, **pipes, **options)
 
 
-def run(*arguments, **options):
-    process = start(*arguments, **options)
+def outcome(process):
     output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
-
-
-def flags_set(*arguments):
-    flags.FLAGS.unparse_flags()
-    for name in flags.FLAGS.flags_by_module_dict()["experiments.distill"]:
-        name.unparse()
-    flags.FLAGS(["distill", *map(str, arguments)])
 
 
 def small_run(workdir, *more):
     return ("experiments.distill", "--smoke", "--batch_size=16", f"--workdir={workdir}", *more)
 
 
-METHODS = "--method=scratch,kd,crd+hint"  # with maps, learnt heads and a memory
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """The workdir of a distillation with feature maps, learnt heads and a memory; its result; what it printed."""
+    workdir = tmp_path_factory.mktemp("distilled") / "run"
+    options = ("--arms=scratch,kd,crd+hint", "--ema=0.9", "--padding=1", "--teacher_mode=views", "--views=2")
+    code, output, errors = outcome(launch(*small_run(workdir, *options)))
+    assert code == 0, errors
+    return workdir, results.read(workdir / "results.json"), output
 
 
 class TestDistill:
-    def test_leaves_everything_and_is_read_back(self, tmp_path):
-        code, output, errors = run(
-            *small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views", METHODS)
-        )
-        assert code == 0, errors
-        found = results.read(tmp_path / "run" / "results.json")
+    def test_leaves_everything(self, distilled):
+        workdir, found, output = distilled
         assert set(found["arms"]) == {"teacher", "scratch", "kd", "crd+hint"}
         assert {"accuracy", "best_accuracy", "f1", "ece", "agreement"} <= found["arms"]["kd"].keys()
-        assert found["seeds"] == [0, 1]
-        assert found["flags"]["ema"] == 0.9
+        assert (found["seeds"], found["flags"]["ema"]) == ([0, 1], 0.9)
         for name in (
             "report.html",
             "figure.png",
             "teacher/0/network.json",
             "kd/1/summary_test.json",
-            "columns/0/header.json",
+            "teacher_answers/0/header.json",
         ):
-            assert (tmp_path / "run" / name).stat().st_size > 0
+            assert (workdir / name).stat().st_size > 0
         assert "kd" in output.splitlines()[-2]
-        stored = np.load(next((tmp_path / "run" / "columns" / "0").glob("*.npz")))
+        stored = np.load(next((workdir / "teacher_answers" / "0").glob("*.npz")))
         assert {"teacher_logits", "teacher_stage2", "teacher_embedding"} == set(stored.files)
-        summary = tmp_path / "run" / "kd" / "1" / "summary_test.json"
-        summary.write_text(summary.read_text().replace('"accuracy": 0.', '"accuracy": 0.9', 1))
-        code, _, errors = run(
-            *small_run(tmp_path / "run", "--ema=0.9", "--padding=1", "--teacher_mode=views", METHODS)
-        )
-        assert code == 0, errors
-        assert f"{summary} is damaged" in errors
-        assert results.read(tmp_path / "run" / "results.json")["arms"] == found["arms"]
-        assert "robustness" not in found
 
-        # Another command takes up the teacher; its answers are the same, so online kd sees the same teacher.
-        teacher_dir = tmp_path / "run" / "teacher" / "0"
-        online = ("--teacher_mode=online", "--mixup=0.5", "--method=kd", f"--teacher_dir={teacher_dir}")
-        online += (
-            "--robustness",
-            "--dtype=bfloat16",
-            "--optimizer=sgd",
-            "--schedule=step",
-            "--accumulate=2",
-            "--flip",
+    def test_takes_up_a_teacher_and_asks_it_online(self, distilled, start, tmp_path):
+        workdir, found, _ = distilled
+        online = (
+            "--teacher_mode=online",
+            "--mixup=0.5",
+            "--arms=kd",
+            f"--teacher_dir={workdir / 'teacher/0'}",
         )
-        code, _, errors = run(*small_run(tmp_path / "online", *online))
-        assert code == 0, errors
-        again = results.read(tmp_path / "online" / "results.json")
-        there, here = (r["arms"]["teacher"]["accuracy"] for r in (found, again))
+        online += ("--robustness", "--dtype=bfloat16", "--optimizer=sgd", "--schedule=step", "--accumulate=2")
+        again = start(distill, *small_run(tmp_path / "online", *online, "--flip", "--seeds=0")[1:])
+        there, here = (result["arms"]["teacher"]["accuracy"] for result in (found, again))
         assert here == pytest.approx(there, abs=0.02)  # bfloat16 here
         assert again["flags"]["teacher"] == "digits_teacher"  # as it was loaded
         assert again["flags"]["teacher_epochs"] is None
-        assert again["robustness"]["teacher"]["clean"] == [pytest.approx(h) for h in here]
+        assert again["robustness"]["teacher"]["clean"] == [pytest.approx(accuracy) for accuracy in here]
+        assert not (tmp_path / "online" / "teacher_answers").exists()
 
     @pytest.mark.once
     def test_killed_at_a_random_moment_it_ends_bitwise_equal(self, tmp_path):
-        code, _, errors = run(*small_run(tmp_path / "whole", "--save_every_s=0"))
+        one = ("--save_every_s=0", "--seeds=0")
+        code, _, errors = outcome(launch(*small_run(tmp_path / "whole", *one)))
         assert code == 0, errors
         rng, began = np.random.default_rng(), time.monotonic()
         for _ in range(2):
-            process = start(*small_run(tmp_path / "killed", "--save_every_s=0"))
+            process = launch(*small_run(tmp_path / "killed", *one))
             time.sleep(rng.uniform(1, 8))
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.communicate()
-        code, _, errors = run(*small_run(tmp_path / "killed", "--save_every_s=0"))
+        code, _, errors = outcome(launch(*small_run(tmp_path / "killed", *one)))
         assert code == 0, errors
         for summary in sorted((tmp_path / "whole").rglob("summary_*.json")):
             other = tmp_path / "killed" / summary.relative_to(tmp_path / "whole")
             assert json.loads(other.read_text()) == json.loads(summary.read_text()), time.monotonic() - began
 
     def test_one_sentence_and_exit_code_2(self, tmp_path):
-        code, output, errors = run("experiments.distill", "--dataset=digitz", f"--workdir={tmp_path / 'x'}")
-        assert code == 2
-        assert output == ""
-        assert errors.count("\n") == 1
+        command = ("experiments.distill", "--dataset=digitz", f"--workdir={tmp_path / 'x'}")
+        code, output, errors = outcome(launch(*command))
+        assert (code, output, errors.count("\n")) == (2, "", 1)
         assert errors.startswith("error: ")
         assert "digits" in errors
         assert not (tmp_path / "x").exists()
 
-
-@pytest.mark.once
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_in_training_it_says_what_is_kept_and_goes_on(tmp_path, number):
-    command = small_run(tmp_path / "run", "--save_every_s=0", "--method=kd")
-    process = start(*command[:1], *command[2:], "--epochs=5000")  # without --smoke
-    end = time.monotonic() + 120
-    while not [*(tmp_path / "run").rglob("checkpoints/*")]:
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=120)
-    assert (process.returncode, output) == (128 + number, "")
-    assert errors.startswith("stopped by ")
-    assert errors.endswith(" the same command continues.\n")
-    assert errors.count("\n") == 1
-
-
-def test_hinton_smoke_omits_the_digit_and_corrects_its_bias(tmp_path):
-    digits = data.load("digits")
-    words = np.array(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
-    np.savez(tmp_path / "words.npz", images=digits.images, labels=words[digits.labels])
-    command = ("experiments.hinton_mnist", "--smoke", f"--dataset={tmp_path / 'words.npz'}")
-    command += (f"--workdir={tmp_path / 'run'}",)
-    code, output, errors = run(*command, "--omitted=3")
-    assert (code, errors.split(",")[0]) == (2, "error: --omitted=3 is none of the classes eight")
-    code, output, errors = run(*command, "--omitted=three")
-    assert code == 0, errors
-    found = results.read(tmp_path / "run" / "results.json")
-    assert found["class_names"] == sorted(words)
-    assert [arm for arm in found["arms"] if "no three" in arm] == [
-        "scratch, no three",
-        "kd, no three",
-        "scratch, no three, bias corrected",
-        "kd, no three, bias corrected",
-    ]
-    threes = sum(found["confusion"]["teacher"][sorted(words).index("three")])
-    assert found["arms"]["scratch, no three"]["errors_on_omitted"] == [threes]  # labels alone cannot teach it
-    for arm, (shift,) in ((a, m["bias_shift"]) for a, m in found["arms"].items() if "bias_shift" in m):
-        matrix = np.array(found["confusion"][arm])
-        assert found["arms"][arm]["errors"] == [matrix.sum() - np.trace(matrix)]
-        assert np.isfinite(shift)
-    assert "errors" in output
+    @pytest.mark.once
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_stopped_in_training_it_says_what_is_kept_and_goes_on(self, tmp_path, number):
+        command = small_run(tmp_path / "run", "--save_every_s=0", "--arms=kd")
+        process = launch(*command[:1], *command[2:], "--epochs=5000")  # without --smoke
+        end = time.monotonic() + 120
+        while not [*(tmp_path / "run").rglob("checkpoints/*")]:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        process.send_signal(number)
+        code, output, errors = outcome(process)
+        assert (code, output) == (128 + number, "")
+        assert errors.startswith("stopped by ")
+        assert errors.endswith(" the same command continues.\n")
+        assert errors.count("\n") == 1
 
 
-def bad_npz(path, classes):
-    images = np.zeros((60, 8, 8, 1), np.uint8)
-    np.savez(path, images=images, labels=np.arange(60) % classes)
-    return path
+MINE = """
+import flax.linen as nn
+from kdjax.types import Outputs
+
+
+class Net(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        hidden = nn.relu(nn.Dense(12)(x.reshape((len(x), -1))))
+        return Outputs(nn.Dense(self.num_classes)(hidden), {"embedding": hidden})
+
+
+def build(num_classes):
+    return Net(num_classes)
+"""
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    """A directory with a network, images, and a teacher's answers of the user's."""
+    home = tmp_path_factory.mktemp("mine")
+    (home / "mine.py").write_text(MINE)
+    labels = np.arange(96) % 3
+    rng = np.random.default_rng(0)
+    images = (rng.integers(0, 120, (96, 4, 4, 1)) + 60 * labels[:, None, None, None]).astype(np.uint8)
+    np.savez(home / "images.npz", images=images, labels=labels)
+    ids = data.load(str(home / "images.npz")).example_ids
+    logits = 4 * np.eye(3, dtype=np.float32)[labels] + rng.normal(size=(96, 3)).astype(np.float32)
+    embedding = rng.normal(size=(96, 12)).astype(np.float32)
+    np.savez(home / "answers.npz", logits=logits, embedding=embedding, example_ids=ids)
+    return home
+
+
+class TestOnesOwn:
+    """A data set, a network and a teacher's answers that kdjax does not have."""
+
+    @pytest.fixture(scope="class")
+    def own_run(self, mine, start):
+        """``own_run(workdir, *flags)`` in ``mine``; two epochs of one seed."""
+
+        def run(workdir, *more):
+            network = ("--student=mine.py:build", f"--dataset={mine / 'images.npz'}", f"--workdir={workdir}")
+            small = ("--epochs=2", "--batch_size=16", "--seeds=0")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(mine)
+                return start(distill, *network, *small, *more)
+
+        return run
+
+    @pytest.fixture(scope="class")
+    def taught(self, own_run, mine):
+        """A run with given answers, and its result."""
+        options = ("--teacher_answers=answers.npz", "--arms=scratch,kd,hint", "--weights=hint=2")
+        return mine / "run", own_run(mine / "run", *options)
+
+    def test_answers_stand_in_for_a_teacher(self, taught):
+        workdir, found = taught
+        assert list(found["arms"]) == ["scratch", "kd", "hint"]
+        assert (
+            found["question"]
+            == f"Does mine.py:build learn more of {found['flags']['dataset']} from answers.npz "
+            "than from labels alone?"
+        )
+        assert {"soft", "hint"} <= {term for arm in found["curves"].values() for term in arm} | {
+            "soft",
+            "hint",
+        }
+        assert found["flags"]["teacher"] is None
+        assert "agreement" in found["arms"]["kd"]
+        assert not (workdir / "teacher").exists()
+
+    def test_other_answers_are_another_run(self, taught, own_run, mine):
+        with np.load(mine / "answers.npz") as file:
+            other = dict(file) | {"logits": -file["logits"]}
+        np.savez(mine / "other.npz", **other)
+        (mine / "answers.npz").rename(mine / "kept.npz")
+        (mine / "other.npz").rename(mine / "answers.npz")
+        options = ("--teacher_answers=answers.npz", "--arms=scratch,kd,hint", "--weights=hint=2")
+        try:
+            with pytest.raises(ValueError, match=r"holds another run \(answers\.answers"):
+                own_run(mine / "run", *options)
+        finally:
+            (mine / "kept.npz").replace(mine / "answers.npz")
+
+    def test_students_start_at_a_finished_run(self, taught, own_run, tmp_path):
+        workdir, found = taught
+        first, still = f"--init_from={workdir / 'kd' / '0'}", ("--learning_rate=1e-9", "--optimizer=sgd")
+        options = ("--teacher_answers=answers.npz", "--arms=scratch,crd", first, *still)
+        again = own_run(tmp_path / "run", *options)
+        for arm in ("scratch", "crd"):  # with heads too
+            for name, (value,) in again["arms"][arm].items():
+                assert value == pytest.approx(found["arms"]["kd"][name][0], abs=1e-6), name
+        with pytest.raises(ValueError, match="init_from"):
+            own_run(tmp_path / "run", *options[:2], f"--init_from={workdir / 'hint' / '0'}", *still)
+
+
+def test_a_start_takes_the_statistics_of_the_student_and_leaves_the_heads():
+    weights = train.Weights({"w": np.ones(2)}, {"mean": np.full(2, 3.0)})
+    parts = (
+        {"student": {"w": np.zeros(2)}, "heads": {"h": np.zeros(1)}},
+        {"student": {"mean": np.zeros(2)}, "heads": {}},
+    )
+    state = train.TrainState(np.int32(0), *parts, (), np.uint32(0))
+    found = methods.start_at(*weights)(0, state)
+    assert jax.tree.map(np.sum, found.params) == {"student": {"w": 2}, "heads": {"h": 0}}
+    assert jax.tree.map(np.sum, found.model_state) == {"student": {"mean": 6}, "heads": {}}
 
 
 @pytest.mark.parametrize(
@@ -181,162 +240,101 @@ def bad_npz(path, classes):
         (["--dataset=digitz"], "digitz.*digits"),
         (["--student=resnet9"], "resnet9.*[Dd]id you mean"),
         (["--teacher=kears_teacher"], "kears_teacher.*keras_teacher"),
+        (["--student={tmp}/mine.py:build"], r"there is no file .*/mine\.py"),
         (["--dataset=mnist", "--data_dir={tmp}/nowhere"], r"nowhere.*prepare_data"),
         (["--dataset={tmp}/missing.npz"], r"missing\.npz"),
+        (["--dataset=folder:{tmp}/none"], "none"),
         (["--batch_size=65"], "65 does not divide over 2 devices; use 64 or 66"),
-        (["--temperature=0"], "--temperature=0.0 must be above 0"),
-        (["--method=scratch,kdd"], "--method=kdd: there is no arm kdd; did you mean kd"),
-        (["--method=kd,kd"], "--method=kd,kd must name one or more different arms"),
-        (["--method="], "--method= must name one or more"),
+        (["--temperature=0"], r"temperature=0\.0 must be above 0"),
         (["--hard_weight=0", "--soft_weight=0"], "leave kd nothing to learn"),
-        (["--ema=1"], "--ema=1 would keep the first weights"),
-        (
-            ["--smoke", "--accumulate=9"],
-            "than the students' whole training has, which is 4; use --accumulate=4",
-        ),
+        (["--arms=kd,kd"], "--arms=kd,kd must name one or more different arms"),
+        (["--arms="], "--arms= must name one or more"),
+        (["--arms=scratch,kdd"], "kdd: there is no method 'kdd'; did you mean kd"),
+        (["--arms=contrastive+kd"], "there is no method 'contrastive'; did you mean .*crd"),
+        (["--arms=kd,scratch+hint"], "scratch.hint: there is no method 'scratch'"),
+        (["--arms=hint", "--weights=hint=big"], "--weights=hint=big: hint=big must be NAME=NUMBER"),
+        (["--arms=hint", "--weights=hint=nan"], "must be NAME=NUMBER"),
+        (["--arms=hint", "--weights=hint=-1"], "with a number from 0 on"),
+        (["--arms=hint", "--weights=hint=1,hint=2"], "hint has two weights"),
+        (["--arms=kd,rkd", "--weights=hint=3"], "hint is no method of an arm"),
+        (["--arms=kd", "--weights=kd=3"], "kd has --soft_weight"),
+        (["--smoke", "--accumulate=9"], "the students' whole training has, which is 4; use 4 or less"),
         (
             ["--epochs=3", "--teacher_num_train=64", "--accumulate=9"],
-            "than the teacher's whole training has, which is 3",
+            "the teacher's whole training has, which is 3",
         ),
-        (["--teacher_num_train=5000"], "--num_train=5000 is not between 1 and the"),
-        (["--views=4"], "--views=4 would change nothing: --teacher_mode=centre stores no"),
+        (["--teacher_num_train=5000"], "num_train=5000 is not between 1 and the"),
+        (["--num_train=5000"], "num_train=5000 is not between 1 and the"),
+        (["--devices=3"], "3 devices were asked for, this process has 2"),
+        (["--views=4"], "--views=4 would change nothing: --teacher_mode=centre caches no"),
+        (["--mixup=0.2"], "--mixup=0.2 blends images.*--teacher_mode=online"),
+        (["--arms=dkd", "--mixup=0.2", "--teacher_mode=online"], "this method reads one label per image"),
+        (["--arms=attention_transfer", "--padding=1"], "compares the map .*online or for views"),
+        (["--arms=hint", "--student=mlp"], "hint compares middle stage .*the student has none"),
+        (["--arms=hint", "--student=keras_student"], "hint cannot compare these networks"),
+        (["--teacher_dir={tmp}"], "holds no finished network"),
         (
             ["--teacher_dir={tmp}", "--teacher=resnet56", "--teacher_epochs=50"],
             "--teacher=resnet56 and --teacher_epochs=50 would change nothing: --teacher_dir takes up",
         ),
-        (["--seeds=0,one"], "--seeds=0,one must be whole numbers"),
-        (["--seeds=1,1"], "must be different numbers"),
-        (["--seeds="], "--seeds= must be different numbers"),
-        (["--seeds=-1"], "must be different numbers from 0"),
-        (["--seeds=4294967296"], "must be different numbers from 0 to 4294967295"),
-        (["--num_train=5000"], "--num_train=5000 is not between 1 and the"),
-        (["--devices=3"], "3 devices were asked for, this process has 2"),
-        (["--mixup=0.2"], "--teacher_mode=online"),
-        (["--method=kd,scratch+hint"], "--method=scratch.hint: there is no arm scratch"),
-        (["--method=hint", "--weights=hint=big"], "--weights=hint=big must be NAME=NUMBER"),
-        (["--method=hint", "--weights=hint=nan"], "--weights=hint=nan must be NAME=NUMBER"),
-        (["--method=hint", "--weights=hint=-1"], "with a number from 0 on"),
-        (["--method=hint", "--weights=hint=1,hint=2"], "--weights=hint=1,hint=2 has two weights of hint"),
-        (["--method=hint", "--weights=hnit=3"], "there is no method hnit"),
-        (["--method=kd,rkd", "--weights=hint=3"], "--weights=hint=3: no arm of --method=kd,rkd has hint"),
+        (["--teacher_answers={tmp}/none.npz"], "none.npz is no readable .npz.*write it with numpy.savez"),
         (
-            ["--method=attention_transfer", "--padding=1"],
-            "--method=attention_transfer compares maps.*online or views",
+            ["--teacher_answers=a.npz", "--teacher_dir=b", "--teacher_seeds=2"],
+            "--teacher_dir=b and --teacher_seeds=2 would change nothing: --teacher_answers brings",
         ),
-        (["--method=hint", "--student=mlp"], "--method=hint compares middle of both.*the student has none"),
-        (["--method=hint", "--student=keras_student"], "--method=hint cannot compare these networks"),
-        (
-            ["--method=dkd", "--mixup=0.2", "--teacher_mode=online"],
-            "--method=dkd reads one label per image",
-        ),
-        (["--teacher_dir={tmp}"], "holds no finished network"),
-        (["--student=keras_student", "--dataset=folder:{tmp}/none"], "none"),
+        (["--teacher_answers=a.npz", "--teacher_mode=online"], "--teacher_mode=online would change nothing"),
+        (["--init_from={tmp}"], "holds no finished network"),
+        (["--tensorboard"], "pip install 'kdjax.tensorboard.'"),
     ],
 )
-def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch, arguments, said):
+def test_bad_input_is_refused_before_any_work(start, tmp_path, monkeypatch, arguments, said):
     def work(*_, **__):
         raise AssertionError("training began")
 
     monkeypatch.setattr(train, "fit", work)
-    flags_set(f"--workdir={tmp_path / 'run'}", *(a.format(tmp=tmp_path) for a in arguments))
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # is not installed
     with pytest.raises(ValueError, match=said):
-        distill.main()
+        start(distill, f"--workdir={tmp_path / 'run'}", *(a.format(tmp=tmp_path) for a in arguments))
     assert not (tmp_path / "run").exists()  # so the corrected command finds an empty place
 
 
 def test_the_largest_seed_is_a_seed():
-    (seed,) = common.seeds_of(["4294967295"])
-    params, model_state = models.init(models.build("digits_student", num_classes=10), (8, 8, 1), seed=seed)
-    assert int(train.init_state(params, model_state, optax.sgd(0.1), seed=seed).seed) == 2**32 - 1
+    (seed,) = cli.parse_seeds(["4294967295"])
+    network = models.from_linen(models.build("digits_student", num_classes=10), (8, 8, 1))
+    state = train.init_state(*network.init(seed), optax.sgd(0.1), seed=seed)
+    assert int(state.seed) == 2**32 - 1
     feed = data.resident_feed((), np.arange(64), seed=seed, batch_size=8, steps_per_dispatch=8)
     assert sorted(feed.at(0)[1].ravel()) == list(range(64))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_numbers_that_are_none_are_refused(tmp_path, value):
-    flags_set(f"--workdir={tmp_path}", f"--learning_rate={value}")
+def test_numbers_that_are_none_are_refused(start, tmp_path, monkeypatch, value):
+    monkeypatch.setattr(distill, "main", lambda: launching.check_finite(flags.FLAGS))
     with pytest.raises(ValueError, match=f"--learning_rate={value} must be a finite number"):
-        launching.check_finite(flags.FLAGS)
+        start(distill, f"--workdir={tmp_path}", f"--learning_rate={value}")
 
 
 @pytest.mark.parametrize(
-    "argument",
-    ["--hard_weight=-0.1", "--soft_weight=-1", "--epochs=0", "--tempreture=3", "--learning_rate=0"],
+    "argument", ["--hard_weight=-0.1", "--soft_weight=-1", "--tempreture=3", "--learning_rate=0"]
 )
-def test_absl_refuses_values_out_of_range_and_unknown_flags(tmp_path, argument):
+def test_absl_refuses_values_out_of_range_and_unknown_flags(start, tmp_path, argument):
     with pytest.raises(flags.Error, match=argument.split("=")[0].strip("-")):
-        flags_set(f"--workdir={tmp_path}", argument)
+        start(distill, f"--workdir={tmp_path}", argument)
 
 
-def test_a_teacher_of_other_classes_or_images_is_refused(tmp_path):
-    task = common.make_task("digits", data_dir=None)
-    names = list(task.source.class_names)
-    description = {"class_names": names, "image_shape": [8, 8, 1], "mean": [0.3], "std": [0.4]}
-    description["network"] = models.describe(models.build("digits_teacher", num_classes=10))
-    for change, said in (
-        ({"class_names": [*names, "ten"]}, "11 classes apart, digits has 10"),
-        ({"image_shape": [28, 28, 1]}, "28"),
-        ({"network": {"class": "Transformer"}}, "Transformer, which is not one of kdjax.models"),
-    ):
-        files.write_sealed(tmp_path / "network.json", description | change)
-        with pytest.raises(ValueError, match=said):
-            common.load_teacher(task, str(tmp_path))
-
-
-class TestWorkdir:
-    def test_is_taken_up_again_by_the_same_run_only(self, tmp_path):
-        settings = {"temperature": 3.0, "method": ("scratch", "kd")}
-        workdir = common.claim_workdir(str(tmp_path / "run"), settings)
-        launching._locks.pop().close()
-        assert common.claim_workdir(str(tmp_path / "run"), settings) == workdir
-        launching._locks.pop().close()
-        (workdir / "kd").mkdir()
-        (workdir / "kd" / "summary_test.json").write_text(
-            "{}"
-        )  # work, which another run must not mix with its own
-        with pytest.raises(ValueError, match=r"holds another run \(temperature 3.0 there and 4.0 here\)"):
-            common.claim_workdir(str(workdir), settings | {"temperature": 4.0})
-
-    def test_in_use_by_another_process_is_refused(self, tmp_path):
-        holder = "import sys, time; from experiments import common; "
-        holder += f"common.claim_workdir({str(tmp_path / 'run')!r}, {{}}); print('held', flush=True); time.sleep(60)"
-        process = subprocess.Popen(
-            [sys.executable, "-c", holder],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert process.stdout.readline() == "held\n"
-            with pytest.raises(ValueError, match="in use by another process"):
-                common.claim_workdir(str(tmp_path / "run"), {})
-        finally:
-            process.kill()
-            process.communicate()
-        common.claim_workdir(str(tmp_path / "run"), {})  # the lock goes with the process
-        launching._locks.pop().close()
-
-    def test_of_something_else_is_left_alone(self, tmp_path):
-        (tmp_path / "thesis.tex").write_text("draft")
-        with pytest.raises(ValueError, match="files of something else"):
-            common.claim_workdir(str(tmp_path), {})
-        with pytest.raises(ValueError, match="is a file"):
-            common.claim_workdir(str(tmp_path / "thesis.tex"), {})
-        assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-
-    def test_a_disk_too_small_is_refused_before_any_work(self, tmp_path, monkeypatch):
-        task = common.make_task("digits", data_dir=None)
-        network = common.build("digits_teacher", task)
+class TestDisk:
+    def test_too_small_is_refused_before_any_work(self, start, tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 10**5))
-        with pytest.raises(ValueError, match=r"needs about \d+ MiB .*has 0 MiB left"):
-            common.check_disk(task, tmp_path, {network: 3}, column_bytes=10**6)
+        with pytest.raises(ValueError, match=r"needs about \d+ MiB .*has 0 MiB left; free some space"):
+            start(distill, f"--workdir={tmp_path / 'run'}")
+        assert not (tmp_path / "run").exists()
 
     @pytest.mark.once
-    def test_a_disk_that_fills_up_ends_in_a_sentence_and_can_go_on(self, tmp_path):
+    def test_that_fills_up_ends_in_a_sentence_and_can_go_on(self, tmp_path):
         # No file may grow beyond 3,000 bytes: the operating system's error in the middle of a write is real.
         limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
         limited += "sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__')"
-        module, *arguments = small_run(tmp_path / "run")
+        module, *arguments = small_run(tmp_path / "run", "--arms=scratch", "--seeds=0")
         done = subprocess.run(
             [sys.executable, "-c", limited, module, *arguments],
             env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"},
@@ -347,12 +345,52 @@ class TestWorkdir:
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
         assert done.stderr.splitlines()[-1].startswith("error: ")
-        code, _, errors = run(module, *arguments)
+        code, _, errors = outcome(launch(module, *arguments))
         assert code == 0, errors
 
 
+class TestSprkdMalaria:
+    NETWORKS = ("--dataset=digits", "--teacher=digits_teacher", "--student=digits_student")
+
+    @pytest.fixture(scope="class")
+    def sprkd_malaria(self, alone):
+        with alone("experiments.sprkd_malaria") as study:
+            yield study
+
+    @pytest.mark.once
+    def test_counts_what_each_arm_costs(self, sprkd_malaria, start, tmp_path):
+        small = ("--smoke", "--num_train=128", "--num_validation=64", "--weak_epochs=1", "--period=2")
+        arms = ("scratch", "kd_strong", "sprkd", "init_saddle")
+        options = (f"--arms={','.join(arms)}", "--split=validation", f"--workdir={tmp_path / 'run'}")
+        start(sprkd_malaria, *self.NETWORKS, *small, *options)
+        found = results.read(tmp_path / "run" / "results.json")
+        assert set(found["arms"]) == {*arms, "weak_teacher", "strong_teacher"}
+        runs, steps = found["arms"]["sprkd"], 2 * (128 // 64)
+        assert all(products % 16 in (0, 1) for products in runs["hvps"])  # and one to certify with
+        spent = zip(runs["gradient_equivalents"], runs["hvps"], runs["evaluations"], strict=True)
+        for paid, products, losses in spent:
+            assert paid == pytest.approx(steps + 1.5 * products + losses / 3)
+        assert found["arms"]["scratch"]["gradient_equivalents"] == [steps] * len(found["seeds"])
+        assert set(found["flatness"]) == set(arms)
+        assert any("McNemar" in note for note in found["notes"])
+
+    @pytest.mark.parametrize(
+        ("argument", "said"),
+        [
+            ("--arms=scratch,sprkdd", "no arm 'sprkdd'"),
+            ("--arms=sprkd", "must include scratch, with which the others are compared"),
+            ("--student=mlp", "layers"),
+        ],
+    )
+    def test_bad_input_is_refused_before_any_work(self, sprkd_malaria, start, tmp_path, argument, said):
+        with pytest.raises(ValueError, match=said):
+            start(sprkd_malaria, *self.NETWORKS, f"--workdir={tmp_path / 'run'}", argument)
+        assert not (tmp_path / "run").exists()
+
+
 def test_escape_smoke_leaves_the_saddle(tmp_path):
-    code, _, errors = run("experiments.benchmarks.escape", "--smoke", f"--output={tmp_path / 'escape.json'}")
+    command = ("experiments.benchmarks.escape", "--smoke", f"--output={tmp_path / 'escape.json'}")
+    code, _, errors = outcome(launch(*command))
     assert code == 0, errors
     found = results.read(tmp_path / "escape.json")["arms"]
     assert found["SGD"]["strict_saddle_reached"] == [0, 0]
@@ -368,7 +406,8 @@ def test_escape_smoke_leaves_the_saddle(tmp_path):
 
 
 def test_quickstart_smoke_in_a_relative_path_with_spaces(tmp_path):
-    code, output, errors = run("experiments.quickstart", "--smoke", "--workdir=a run", cwd=tmp_path)
+    command = ("experiments.quickstart", "--smoke", "--workdir=a run")
+    code, output, errors = outcome(launch(*command, cwd=tmp_path))
     assert code == 0, errors
     assert "kd" in output
     assert (tmp_path / "a run" / "report.html").exists()

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import cli
 from experiments.cli import compilation_cache, launching
-from kdjax import results, run, study
+from kdjax import results
 from kdjax.interrupts import Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,16 +258,3 @@ def test_a_process_that_is_no_worker_has_no_task(monkeypatch):
     assert cli.my_task("experiments.sweep") is None
     monkeypatch.setenv("KDJAX_TASK", '{"experiments.sweep": [0]}')
     assert cli.my_task("experiments.distill") is None  # which a worker of a sweep runs
-
-
-@pytest.mark.parametrize(
-    ("accuracy", "said"), [(0.8, ["The arm teacher is less accurate than scratch: 80.00%"]), (0.9, [])]
-)
-def test_a_teacher_worse_than_the_labels_alone_is_noted(accuracy, said):
-    def trained(accuracy):
-        return run.Trained("", 0, None, None, None, {"accuracy": accuracy}, {})
-
-    arms = {"teacher": [trained(accuracy)], "scratch": [trained(0.8), trained(0.9)]}
-    notes = study.weak_teachers(arms, "scratch")
-    assert [note[: len(start)] for note, start in zip(notes, said, strict=True)] == said
-    assert all("(n = 1) against 85.00% (n = 2)" in note for note in notes)

@@ -1,25 +1,18 @@
 """Many trainings in one program against the same trainings one by one."""
 
 import functools
-import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from absl import flags
 
-from experiments import common
-from kdjax import data, evaluate, models, parallel, results, train, vmapped
+from kdjax import data, evaluate, models, parallel, train, vmapped
 from kdjax.types import Outputs
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS, WEIGHTS = (3, 4, 3), (1.0, 1.0, 0.25)
 NOISE = 0.3
 
@@ -86,13 +79,13 @@ def validate(params, model_state):
 
 
 @functools.cache
-def compiled(form):
-    run = one_run() if form == "alone" else vmapped.make_run(one_run(), form=form)
+def compiled(mapping):
+    run = one_run() if mapping == "alone" else vmapped.make_run(one_run(), mapping=mapping)
     return jax.jit(run, donate_argnums=0)
 
 
-def fitting(directory=None, *, form="vmap", epochs=4, stop_after=None, weights=WEIGHTS, **options):
-    run, calls = compiled(form), []
+def fitting(directory=None, *, mapping="vmap", epochs=4, stop_after=None, weights=WEIGHTS, **options):
+    run, calls = compiled(mapping), []
 
     def progress(steps, record):
         calls.append(steps)
@@ -126,12 +119,12 @@ def assert_same(a, b):
 
 
 class TestEachIsAsAlone:
-    @pytest.mark.parametrize("form", ["map", "vmap"])
-    def test_a_whole_fit(self, form):
-        together, _ = fitting(form=form)
+    @pytest.mark.parametrize("mapping", ["map", "vmap"])
+    def test_a_whole_fit(self, mapping):
+        together, _ = fitting(mapping=mapping)
         for k, fitted in enumerate(together):
             want = alone(k)
-            if form == "map":  # bitwise, from noise to best epoch
+            if mapping == "map":  # bitwise, from noise to best epoch
                 assert_same(fitted, want)
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
@@ -140,8 +133,8 @@ class TestEachIsAsAlone:
             )
             assert fitted.last.model_state["calls"] == 16
 
-    @pytest.mark.parametrize("form", ["map", "vmap"])
-    def test_a_network_with_convolutions(self, form):
+    @pytest.mark.parametrize("mapping", ["map", "vmap"])
+    def test_a_network_with_convolutions(self, mapping):
         module, tx, shape = models.build("digits_student", num_classes=3), optax.sgd(0.1), (8, 8, 1)
         rng = np.random.default_rng(0)
         image = rng.normal(size=(12, *shape)).astype(np.float32)
@@ -151,17 +144,17 @@ class TestEachIsAsAlone:
         states = [train.init_state(*models.init(module, shape, seed=s), tx, seed=s) for s in SEEDS]
         index = rng.integers(0, 12, (6, 2, 3)).astype(np.int32)
         arrays = {"data": stored, "settings": {"hard_weight": jnp.asarray(WEIGHTS)}}
-        after, metrics = jax.jit(vmapped.make_run(run, form=form))(vmapped.stack(states), arrays, index)
+        after, metrics = jax.jit(vmapped.make_run(run, mapping=mapping))(vmapped.stack(states), arrays, index)
         assert metrics["loss"].shape == (2, 3)
         for k, state in enumerate(vmapped.unstack(after)):
             own = {"data": stored, "settings": {"hard_weight": jnp.float32(WEIGHTS[k])}}
             want, losses = jax.jit(run)(states[k], own, index[:, :, k])
-            tolerance = {"rtol": 0, "atol": 0} if form == "map" else {"rtol": 1e-4, "atol": 1e-6}
+            tolerance = {"rtol": 0, "atol": 0} if mapping == "map" else {"rtol": 1e-4, "atol": 1e-6}
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), state, want)  # noqa: B023
             np.testing.assert_allclose(metrics["loss"][:, k], losses["loss"], **tolerance)
 
-    @pytest.mark.parametrize("form", ["map", "vmap"])
-    def test_on_two_devices(self, form):
+    @pytest.mark.parametrize("mapping", ["map", "vmap"])
+    def test_on_two_devices(self, mapping):
         devices = parallel.local_devices()
         assert len(devices) == 2, "the test needs two (simulated) devices"
 
@@ -172,7 +165,7 @@ class TestEachIsAsAlone:
 
         def built(axis_name):
             step = train.make_train_step(still, weighted, TX, axis_name=axis_name)
-            return vmapped.make_run(train.make_run(step, make_batch), form=form)
+            return vmapped.make_run(train.make_run(step, make_batch), mapping=mapping)
 
         spread = parallel.data_parallel(built(parallel.AXIS), replicated=2, devices=devices)
         halves = spread(*parallel.replicate((begin(), arrays), devices), index)
@@ -198,8 +191,8 @@ class TestEachIsAsAlone:
         assert metrics["loss"][0, 0] != metrics["loss"][0, 1]
 
 
-@pytest.mark.parametrize("form", ["map", "vmap"])
-def test_evaluating_at_once_counts_what_each_alone_counts(form):
+@pytest.mark.parametrize("mapping", ["map", "vmap"])
+def test_evaluating_at_once_counts_what_each_alone_counts(mapping):
     arrays, ids = the_arrays(), np.arange(29)
     options = {"batch_size": 16, "devices": parallel.local_devices()}
     apart = evaluate.make_evaluator(noisy_linear, make_batch, arrays, ids, **options)
@@ -208,7 +201,7 @@ def test_evaluating_at_once_counts_what_each_alone_counts(form):
         make_batch,
         arrays,
         ids,
-        transform=lambda f: vmapped.over_weights(f, form=form),
+        transform=lambda f: vmapped.over_weights(f, mapping=mapping),
         **options,
     )
     states = begin()
@@ -223,11 +216,11 @@ def test_evaluating_at_once_counts_what_each_alone_counts(form):
 
 
 class TestDivergence:
-    @pytest.mark.parametrize("form", ["map", "vmap"])
-    def test_one_is_named_and_the_others_are_not_touched(self, form):
-        healthy, _ = fitting(form=form)
+    @pytest.mark.parametrize("mapping", ["map", "vmap"])
+    def test_one_is_named_and_the_others_are_not_touched(self, mapping):
+        healthy, _ = fitting(mapping=mapping)
         with pytest.warns(UserWarning, match=r"1 of 3 trainings diverged.*: 1 in epoch 1\."):
-            found, _ = fitting(form=form, weights=(1.0, float("nan"), 0.25))
+            found, _ = fitting(mapping=mapping, weights=(1.0, float("nan"), 0.25))
         assert [vmapped.diverged_at(fitted) for fitted in found] == [None, 1, None]
         for k in (0, 2):
             assert_same(found[k], healthy[k])
@@ -332,10 +325,10 @@ class TestResuming:
 
 
 class TestRefusals:
-    def test_an_unknown_form(self):
+    def test_an_unknown_mapping(self):
         for build in (vmapped.make_run, vmapped.over_weights):
-            with pytest.raises(ValueError, match="forms vmap, map, got 'pmap'"):
-                build(one_run(), form="pmap")
+            with pytest.raises(ValueError, match="one of vmap, map, got 'pmap'"):
+                build(one_run(), mapping="pmap")
 
     def test_settings_of_another_number(self):
         with pytest.raises(
@@ -357,90 +350,3 @@ class TestRefusals:
     def test_nothing_to_stack(self):
         with pytest.raises(ValueError, match="at least one tree"):
             vmapped.stack([])
-
-
-@pytest.fixture(scope="class")
-def mixing_weight(alone):
-    with alone("experiments.mixing_weight") as experiment:
-        yield experiment
-
-
-class TestMixingWeight:
-    def test_leaves_everything_and_is_read_back(self, tmp_path):
-        command = [sys.executable, "-m", "experiments.mixing_weight", "--smoke", "--hard_weights=0,0.5,1"]
-        command += [
-            f"--workdir={tmp_path / 'run'}",
-            "--label_noise=0.1",
-            f"--output={tmp_path / 'kept.json'}",
-        ]
-        done = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        found = results.read(tmp_path / "kept.json")
-        assert set(found["arms"]) == {"teacher", "a = 0", "a = 0.5", "a = 1"}
-        assert found["seeds"] == [0, 1, 2]
-        (swept,) = found["swept"]
-        assert (swept["name"], swept["values"]) == ("hard_weight", [0, 0.5, 1])
-        accuracy = swept["arms"]["student"]["accuracy"]
-        assert accuracy == [found["arms"][f"a = {a}"]["accuracy"] for a in ("0", "0.5", "1")]
-        assert "validation split chooses a = " in found["notes"][0]
-        assert found["notes"][0] in done.stdout
-        assert len(json.loads((tmp_path / "run" / "perturbed.json").read_text())) == 10
-        for name in ("report.html", "figure.png", "students/0/network.json", "teacher/0/network.json"):
-            assert (tmp_path / "run" / name).stat().st_size > 0
-        assert len([*(tmp_path / "run" / "students").glob("*/network.json")]) == 9
-
-    def test_the_weight_is_chosen_on_validation_and_ties_go_to_the_smaller_loss(self, mixing_weight):
-        def trained(test, validation, loss):
-            history = [
-                {"epoch": 1.0, "loss": 1.0, "validation_accuracy": validation, "validation_loss": loss}
-            ]
-            return common.Trained(None, train.Fitted(None, None, 1, history), {"accuracy": test}, {}, 0.0)
-
-        best, said = mixing_weight.choose(
-            {0.0: [trained(0.9, 0.7, 1.0)], 0.5: [trained(0.6, 0.8, 0.4)], 1.0: [trained(0.8, 0.8, 0.5)]}
-        )
-        assert best == 0.5
-        assert "a = 0.5 (accuracy 80.00% there)" in said
-        assert "60.00% on average, that of a = 1 80.00%" in said
-
-    def test_a_diverged_student_is_left_out_and_said(self, mixing_weight):
-        def trained(loss):
-            return common.Trained(
-                None, train.Fitted(None, None, 1, [{"epoch": 1.0, "loss": loss}]), {}, {}, 0.0
-            )
-
-        kept, notes = mixing_weight.finite(
-            {0.0: [trained(1.0), trained(float("nan"))], 1.0: [trained(float("inf"))] * 2}, [5, 6]
-        )
-        assert {a: list(runs) for a, runs in kept.items()} == {0.0: [5]}
-        assert [note.split(" diverged")[0] for note in notes] == [
-            "a = 0, seed 6",
-            "a = 1, seed 5",
-            "a = 1, seed 6",
-        ]
-
-    @pytest.mark.parametrize(
-        ("argument", "said"),
-        [
-            ("--hard_weights=0.5,0.1", "must rise from 0 or more"),
-            ("--hard_weights=0,1.5", "must rise from 0 or more"),
-            ("--hard_weights=0,half", "must be numbers"),
-            ("--hard_weights=0,0", "different numbers"),
-            ("--seeds=0,1.5", "must be whole numbers"),
-            ("--seeds=-1,0", "from 0 to"),
-            ("--batch_size=21", "21 does not divide over 2 devices"),
-        ],
-    )
-    def test_bad_input_is_refused_before_any_work(self, mixing_weight, tmp_path, monkeypatch, argument, said):
-        def work(*_, **__):
-            raise AssertionError("training began")
-
-        monkeypatch.setattr(train, "fit", work)
-        flags.FLAGS.unparse_flags()
-        for flag in flags.FLAGS.flags_by_module_dict()["experiments.mixing_weight"]:
-            flag.unparse()
-        flags.FLAGS(["mixing_weight", f"--workdir={tmp_path / 'run'}", argument])
-        with pytest.raises(ValueError, match=said):
-            mixing_weight.main()

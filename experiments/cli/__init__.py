@@ -22,6 +22,7 @@ from experiments.cli.options import refuse_given as refuse_given
 from experiments.cli.options import settings as settings
 from experiments.cli.teachers import Teacher as Teacher
 from experiments.cli.teachers import Teachers as Teachers
+from experiments.cli.teachers import ask as ask
 from experiments.cli.teachers import define_teacher as define_teacher
 from experiments.cli.teachers import teachers as teachers
 from experiments.cli.workdirs import check_disk as check_disk

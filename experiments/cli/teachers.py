@@ -1,6 +1,7 @@
-"""The teacher that a command line names: trained in the workdir, or taken up from an earlier run."""
+"""The teacher that a command line names: trained in the workdir, taken up from an earlier run, or a file of answers."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,17 +13,20 @@ from experiments.cli.options import Flags, Launch, define, refuse_given
 from experiments.cli.workdirs import shared_cache
 from kdjax import checkpoints, data, methods, parallel, run
 from kdjax import recipe as recipes
-from kdjax.callbacks import Callback
+from kdjax import teacher as signals
+from kdjax.callbacks import Callback, bar
 from kdjax.models import Network
 from kdjax.options import option
 from kdjax.recipe import Machine, Recipe
+from kdjax.teacher import TeacherSignal
+from kdjax.types import Outputs
 
 flags.disclaim_key_flags()  # so that --help lists what is defined here as the experiment's own
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """Which teacher, and how it is trained unless it is taken up.
+    """Which teacher, and how it is trained unless it is there already.
 
     Attributes:
       recipe: of its training.
@@ -31,6 +35,9 @@ class Teacher:
 
     teacher: str = option("digits_teacher", "A name in kdjax.models.MODELS, or path/mine.py:build.")
     teacher_dir: str | None = option(None, "Take up this trained teacher, such as runs/one/teacher/0.")
+    teacher_answers: str | None = option(
+        None, "An .npz with a teacher's logits, and features by name; see kdjax.teacher.from_file."
+    )
     teacher_num_train: int | None = option(
         None, "Training images of teachers; 0 for all, those of the students by default.", least=0
     )
@@ -46,7 +53,7 @@ def define_teacher(
     defaults: Teacher | None = None,
     omit: Collection[str] = (),
 ) -> Flags[Teacher]:
-    """Defines ``--teacher``, ``--teacher_dir`` and the flags of a teacher's training.
+    """Defines ``--teacher``, ``--teacher_dir``, ``--teacher_answers`` and the flags of a teacher's training.
 
     Args:
       recipe: of the teacher, or the flags of the students' recipe; as in :func:`define`.
@@ -56,7 +63,7 @@ def define_teacher(
     """
     omit = {*omit, "recipe", "training_flags"}
     which, how = define(defaults or Teacher(), omit=omit), define(recipe, prefix="teacher_", only=only)
-    names = {field.name for field in dataclasses.fields(Teacher)} - omit - {"teacher_dir"}
+    names = {field.name for field in dataclasses.fields(Teacher)} - omit - {"teacher_dir", "teacher_answers"}
     names |= {f"teacher_{name}" for name in only or (field.name for field in dataclasses.fields(Recipe))}
     return Flags(
         Teacher,
@@ -68,18 +75,30 @@ class Teachers(NamedTuple):
     """The teachers of a study before they are trained.
 
     Attributes:
-      network: of each.
+      name: of their network, or of the file of answers.
+      shapes: of what each returns for a batch.
       to_train: how many networks will be trained, for :func:`check_disk`.
-      settings: those of the study; with --teacher_dir, None for what decides the training of a teacher.
+      settings: those of the study, with None for what decides the training of a teacher that is there already.
       made_from: for :func:`claim_workdir`.
       train: ``(workdir, callbacks=()) -> [Trained]``, one per seed; it reads back those that are trained already.
+      answers: of --teacher_answers; nothing is trained then.
     """
 
-    network: Network
+    name: str
+    shapes: Outputs
     to_train: dict[Network, int]
     settings: dict[str, Any]
     made_from: dict[str, Any]
     train: Callable[..., list[run.Trained]]
+    answers: Sequence[TeacherSignal] = ()
+
+    def cache_bytes(self, num_images: int, features: Sequence[str] = ()) -> int:
+        """What the teachers' answers about so many images take on disk: logits, and features by name."""
+        if self.answers:
+            return 0
+        numbers = self.shapes.logits.shape[-1]
+        numbers += sum(math.prod(self.shapes.features[name].shape[1:]) for name in features)
+        return (2 if features else 4) * numbers * num_images * max(1, sum(self.to_train.values()))
 
 
 def teachers(
@@ -92,7 +111,7 @@ def teachers(
     machine: Machine,
     **fields: Any,
 ) -> Teachers:
-    """Loads the teacher of ``--teacher_dir``, or prepares to train; writes nothing, so that it can refuse.
+    """Loads the teacher or the answers that are given, or prepares to train; writes nothing, so that it can refuse.
 
     Args:
       teacher: value of :func:`define_teacher`.
@@ -104,14 +123,22 @@ def teachers(
       **fields: of the teacher's network, such as ``dtype``.
 
     Raises:
-      ValueError: if there is no such teacher, it does not fit the data, or flags decide nothing beside --teacher_dir.
+      ValueError: if there is no such teacher, it does not fit the data, or flags decide nothing beside those given.
     """
     made_from = {**settings, "data": dataset.fingerprint}
+    if (path := teacher.teacher_answers) is not None:
+        refuse_given(("teacher_dir", *teacher.training_flags), "--teacher_answers brings its own teacher")
+        signal = signals.from_file(path, dataset, loaded=source.read())
+        settings = {**settings, **dict.fromkeys(teacher.training_flags)}
+        made_from |= {**settings, "answers": signal.identity}
+        return Teachers(
+            path, signal.shapes, {}, settings, made_from, lambda workdir, callbacks=(): [], [signal]
+        )
     if teacher.teacher_dir is not None:
         found = _taken_up(teacher, dataset, split=launch.split, machine=machine, **fields)
         settings = {**settings, **dict.fromkeys(teacher.training_flags), "teacher": found.network.name}
         made_from |= {**settings, "teacher_weights": checkpoints.digest_tree(found.weights)}
-        return Teachers(found.network, {}, settings, made_from, lambda workdir, callbacks=(): [found])
+        return _of(found.network, {}, settings, made_from, lambda workdir, callbacks=(): [found])
     own, recipe = dataset, teacher.recipe
     if teacher.teacher_num_train is not None:
         own = source.load(at_most=256 if launch.smoke else None, num_train=teacher.teacher_num_train)
@@ -130,7 +157,11 @@ def teachers(
             ]
 
     to_train = {net: teacher.teacher_seeds}
-    return Teachers(net, to_train, dict(settings), made_from | {"teacher_data": own.fingerprint}, train)
+    return _of(net, to_train, dict(settings), made_from | {"teacher_data": own.fingerprint}, train)
+
+
+def _of(network: Network, *fields: Any) -> Teachers:
+    return Teachers(network.name, network.output_shapes, *fields)
 
 
 def _taken_up(
@@ -144,3 +175,22 @@ def _taken_up(
     if theirs:
         fields = {"network": network(teacher.teacher, dataset)}
     return run.load(teacher.teacher_dir, dataset, split=split, machine=machine, **fields)
+
+
+def ask(
+    teacher: run.Trained, dataset: data.Dataset, own: Path, *, launch: Launch, machine: Machine, **asked: Any
+) -> TeacherSignal:
+    """What a teacher says about every image, cached in the directory ``own`` or in --shared_cache.
+
+    ``asked`` are arguments of :func:`kdjax.teacher.answers`, such as ``mode`` and ``features``.
+    """
+    decides = {"weights": checkpoints.digest_tree(teacher.weights), **asked}
+    devices = parallel.local_devices(machine.devices)
+    with (
+        shared_cache(launch.shared_cache, own, dataset.fingerprint, **decides) as home,
+        bar("teacher's answers", total=len(dataset.images), unit="image") as meter,
+    ):
+        where = {"directory": home, "devices": devices}
+        return signals.answers(
+            teacher, dataset, **asked, **where, progress=lambda done, total: meter.update(done - meter.n)
+        )

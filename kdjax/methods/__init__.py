@@ -1,16 +1,16 @@
-"""Methods of distillation, ready to train with: losses with their published weights, and their heads.
+"""Distillation methods, ready to train with: losses with their published weights and their heads.
 
 Methods add up::
 
     method = methods.labels() + methods.kd(soft_weight=1.0) + methods.crd()
     student = run.train(network, method, dataset, recipe, teacher=teacher)
 
-Each function is one paper and takes its weight first. Where sources disagree, the default is of the CRD benchmark
-(Tian et al., 2020, RepDistiller), 240 epochs on CIFAR-100; stages that are given there in epochs are the same share of
-a run here. Methods that compare features find them by the names that kdjax's networks give them ("stage1",
-"preactivation1", "embedding"). For a network of your own, name them:
-``hint(student=("block2",), teacher=("layer2",))``. A method of your own is :func:`objective`, a function
-``(outputs, batch) -> {name: scalar}``.
+Each function is one paper and takes its weight first. Where sources disagree, the default is that of the CRD benchmark
+(Tian et al., 2020, RepDistiller), which trains for 240 epochs on CIFAR-100; a stage of so many epochs there takes the
+same share of a run here. Methods on features look for the names that kdjax's networks use ("stage1",
+"preactivation1", "embedding"). For your own network, name the features:
+``hint(student=("block2",), teacher=("layer2",))``. For your own loss, write a function
+``(outputs, batch) -> {name: scalar}`` and pass it to :func:`objective`.
 """
 
 import dataclasses
@@ -19,13 +19,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from kdjax import losses, train
 from kdjax.methods import learned
+from kdjax.methods.images import attention_matching as attention_matching
+from kdjax.methods.images import common_stages as common_stages
 from kdjax.methods.images import ig_overlay as ig_overlay
 from kdjax.methods.images import map_matching as map_matching
 from kdjax.methods.images import saliency_crop as saliency_crop
@@ -52,7 +56,7 @@ from kdjax.options import option
 from kdjax.parallel import AXIS
 from kdjax.types import Batch
 
-# Which features a method compares.
+# Selections of features.
 
 
 def stages(features: Features) -> tuple[str, ...]:
@@ -72,7 +76,7 @@ def middle_stage(features: Features) -> tuple[str, ...]:
 
 
 def stem_and_stages(features: Features) -> tuple[str, ...]:
-    """The maps between which FSP looks at the flow: after the stem, if it is a feature, and after the stages."""
+    """The maps that FSP compares in pairs: after the stem, if the network has it as a feature, and after the stages."""
     return ("stage0",) * ("stage0" in features) + stages(features)
 
 
@@ -82,7 +86,7 @@ def preactivations(features: Features) -> tuple[str, ...]:
 
 
 def embedding(features: Features) -> tuple[str, ...]:
-    """The vector that the last layer maps to the logits."""
+    """The input of the last layer, which maps it to the logits."""
     return ("embedding",) * ("embedding" in features)
 
 
@@ -101,7 +105,7 @@ def _maps(features: Features, prefix: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name != "stage0"))
 
 
-# How a method's term is made from a loss.
+# From losses to methods.
 
 
 def _logits(loss: Callable[..., Array], **options: Any) -> TermFn:
@@ -133,14 +137,18 @@ def _on_logits(name: str, weight: float, loss: TermFn, hard_weight: float = 0.1,
 
 
 def _on_features(
-    name: str,
-    weight: float,
-    loss: TermFn | None,
-    student: Select,
-    teacher: Select | None = None,
-    **more: Any,
+    name: str, weight: float, loss: TermFn | None, student: Select, teacher: Select | None, **more: Any
 ) -> Method:
     return Method(1.0, (Term(name, weight, loss, features=student, teacher_features=teacher, **more),))
+
+
+def _with_head(
+    name: str, weight: float, head: type[nn.Module], student: Select, teacher: Select | None, **more: Any
+) -> Method:
+    def make(name: str, labels: np.ndarray) -> nn.Module:
+        return head(name=name)
+
+    return _on_features(name, weight, None, student, teacher, head=make, **more)
 
 
 # Labels, and the teacher's logits.
@@ -229,7 +237,7 @@ def jensen_shannon(weight: float = 0.9) -> Method:
 
 
 def top_k_kl(weight: float = 0.9, *, k: int = 5, temperature: float = 4.0) -> Method:
-    """KD as if only the teacher's k largest probabilities had been stored. No published weight: as kd."""
+    """KD from the teacher's k largest probabilities alone. No published weight: as kd."""
 
     def term(student: View, teacher: View, batch: Batch) -> Array:
         chances = jax.nn.softmax(teacher.logits.astype(jnp.float32) / temperature)
@@ -260,9 +268,8 @@ def correlation_distance(weight: float = 1.0) -> Method:
 
 def noisy_teacher(weight: float = 0.9) -> Method:
     """KD from logits with Gaussian noise of .1 on half of the examples (Sau, 2016). No published weight: as kd."""
-    return Method(
-        0.1, (Term("noisy_teacher", weight, head=lambda name, labels: learned.NoisyTeacher(name=name)),)
-    )
+    method = _with_head("noisy_teacher", weight, learned.NoisyTeacher, (), None)
+    return dataclasses.replace(method, hard_weight=0.1)
 
 
 def privileged(weight: float = 1.0) -> Method:
@@ -281,9 +288,7 @@ def privileged(weight: float = 1.0) -> Method:
 
 def hint(weight: float = 100.0, *, student: Select = middle_stage, teacher: Select | None = None) -> Method:
     """FitNets' hint through a regressor (Romero et al., 2015). CRD benchmark: 100, second stage."""
-    return _on_features(
-        "hint", weight, None, student, teacher, head=lambda name, labels: learned.Hints(name=name)
-    )
+    return _with_head("hint", weight, learned.Hints, student, teacher)
 
 
 def attention_transfer(
@@ -297,14 +302,7 @@ def factor_transfer(
     weight: float = 200.0, *, student: Select = last_stage, teacher: Select | None = None
 ) -> Method:
     """Factor transfer, FT (Kim et al., 2018). CRD benchmark: 200."""
-    return _on_features(
-        "factor_transfer",
-        weight,
-        None,
-        student,
-        teacher,
-        head=lambda name, labels: learned.FactorTransfer(name=name),
-    )
+    return _with_head("factor_transfer", weight, learned.FactorTransfer, student, teacher)
 
 
 def nst(weight: float = 50.0, *, student: Select = stages, teacher: Select | None = None) -> Method:
@@ -327,22 +325,14 @@ def activation_boundary(
     weight: float = 1.0, *, student: Select = preactivations, teacher: Select | None = None
 ) -> Method:
     """Activation boundaries, AB (Heo et al., 2019). CRD benchmark: Heo's weights, in a first stage of its own."""
-    return _on_features(
-        "activation_boundary",
-        weight,
-        None,
-        student,
-        teacher,
-        head=lambda name, labels: learned.Boundaries(name=name),
-        schedule=FIRST_STAGE,
+    return _with_head(
+        "activation_boundary", weight, learned.Boundaries, student, teacher, schedule=FIRST_STAGE
     )
 
 
 def ofd(weight: float = 1.0, *, student: Select = preactivations, teacher: Select | None = None) -> Method:
     """Overhaul of feature distillation, OFD (Heo et al., 2019), with the weights of the authors' CIFAR-100 code."""
-    return _on_features(
-        "ofd", weight, None, student, teacher, head=lambda name, labels: learned.Overhaul(name=name)
-    )
+    return _with_head("ofd", weight, learned.Overhaul, student, teacher)
 
 
 def reviewkd(
@@ -352,34 +342,17 @@ def reviewkd(
     teacher: Select | None = preactivations_and_embedding,
 ) -> Method:
     """Knowledge review, ReviewKD, with warm-up (Chen et al., 2021, for resnet32x4 and resnet8x4: 5)."""
-    return _on_features(
-        "reviewkd",
-        weight,
-        None,
-        student,
-        teacher,
-        head=lambda name, labels: learned.Review(name=name),
-        schedule=WARM_UP,
-    )
+    return _with_head("reviewkd", weight, learned.Review, student, teacher, schedule=WARM_UP)
 
 
 def vid(weight: float = 1.0, *, student: Select = stages, teacher: Select | None = None) -> Method:
     """Variational information distillation, VID (Ahn et al., 2019). CRD benchmark: 1."""
-    return _on_features(
-        "vid",
-        weight,
-        None,
-        student,
-        teacher,
-        head=lambda name, labels: learned.VariationalInformation(name=name),
-    )
+    return _with_head("vid", weight, learned.VariationalInformation, student, teacher)
 
 
 def mgd(weight: float = 7e-5, *, student: Select = last_stage, teacher: Select | None = None) -> Method:
     """Masked generative distillation, MGD, with masked channels (Yang et al., 2022, on ImageNet: 7e-5)."""
-    return _on_features(
-        "mgd", weight, None, student, teacher, head=lambda name, labels: learned.MaskedGeneration(name=name)
-    )
+    return _with_head("mgd", weight, learned.MaskedGeneration, student, teacher)
 
 
 # Relations between the examples of a batch.
@@ -425,21 +398,12 @@ def correlation_congruence(
     weight: float = 0.02, *, student: Select = embedding, teacher: Select | None = None
 ) -> Method:
     """Correlation congruence, CC (Peng et al., 2019). CRD benchmark: .02."""
-    return _on_features(
-        "correlation_congruence",
-        weight,
-        None,
-        student,
-        teacher,
-        head=lambda name, labels: learned.Congruence(name=name),
-    )
+    return _with_head("correlation_congruence", weight, learned.Congruence, student, teacher)
 
 
 def info_nce(weight: float = 1.0, *, student: Select = embedding, teacher: Select | None = None) -> Method:
     """InfoNCE between student and teacher embeddings. No published weight."""
-    return _on_features(
-        "info_nce", weight, None, student, teacher, head=lambda name, labels: learned.InfoNce(name=name)
-    )
+    return _with_head("info_nce", weight, learned.InfoNce, student, teacher)
 
 
 def cka(weight: float = 1.0, *, student: Select = last_stage, teacher: Select | None = None) -> Method:
@@ -449,65 +413,35 @@ def cka(weight: float = 1.0, *, student: Select = last_stage, teacher: Select | 
 
 def crd(weight: float = 0.8, *, student: Select = embedding, teacher: Select | None = None) -> Method:
     """Contrastive representation distillation, CRD, with a memory of all examples (Tian et al., 2020: .8)."""
-    return _on_features(
-        "crd",
-        weight,
-        None,
-        student,
-        teacher,
-        head=lambda name, labels: learned.ContrastiveMemory(labels=labels, name=name),
-    )
+
+    def make(name: str, labels: np.ndarray) -> nn.Module:
+        return learned.ContrastiveMemory(labels=labels, name=name)
+
+    return _on_features("crd", weight, None, student, teacher, head=make)
 
 
 METHODS: dict[str, Callable[..., Method]] = {
     function.__name__: function
     for function in (
-        soft_target_cross_entropy,
-        squared_logits,
-        dkd,
-        dist,
-        logit_standardised_kl,
-        confidence_penalty,
-        teacher_free_kl,
-        jensen_shannon,
-        top_k_kl,
-        label_smoothing_cross_entropy,
-        correlation_distance,
-        noisy_teacher,
-        privileged,
-        hint,
-        attention_transfer,
-        factor_transfer,
-        nst,
-        fsp,
-        activation_boundary,
-        ofd,
-        reviewkd,
-        vid,
-        mgd,
-        rkd,
-        rkd_distance,
-        rkd_angle,
-        pkt,
-        similarity_preserving,
-        correlation_congruence,
-        info_nce,
-        cka,
-        crd,
+        *(soft_target_cross_entropy, squared_logits, dkd, dist, logit_standardised_kl, confidence_penalty),
+        *(teacher_free_kl, jensen_shannon, top_k_kl, label_smoothing_cross_entropy, correlation_distance),
+        *(noisy_teacher, privileged, hint, attention_transfer, factor_transfer, nst, fsp),
+        *(activation_boundary, ofd, reviewkd, vid, mgd, rkd, rkd_distance, rkd_angle, pkt),
+        *(similarity_preserving, correlation_congruence, info_nce, cka, crd),
     )
 }
-"""The methods that take a weight alone, by name; beside them :func:`labels` and :func:`kd`."""
+"""Methods whose first argument is their weight, by name. Beside them: :func:`labels` and :func:`kd`."""
 
 
-# Of your own, and on images.
+# Your own loss, your own optimizer, and methods by name.
 
 
 def objective(function: train.Objective, *, teacher_features: Sequence[str] = ()) -> Method:
-    """A method of your own.
+    """A method from your own loss.
 
     Args:
-      function: ``(outputs, batch) -> {name: scalar}``, weights included. With a teacher ``batch["teacher_logits"]``
-        is there, and ``batch["teacher_NAME"]`` for each of ``teacher_features``.
+      function: ``(outputs, batch) -> {name: scalar}``, weights included. With a teacher, the batch holds
+        ``teacher_logits``, and ``teacher_NAME`` for each of ``teacher_features``.
       teacher_features: names of the teacher's features that it reads.
     """
     named = getattr(function, "__qualname__", type(function).__qualname__)
@@ -527,15 +461,15 @@ _DEFAULT_KD = kd()
 def named(name: str, *, kd: Method | None = None, weights: Mapping[str, float] | None = None) -> Method:
     """A method by name, for a command line: ``scratch``, ``kd``, a name of :data:`METHODS`, or several joined by ``+``.
 
-    In a sum the labels and kd have weight 1 and the others their own, as in the CRD benchmark.
+    In a sum, the labels and kd have weight 1 and the other methods their own weight, as in the CRD benchmark.
 
     Args:
       name: such as ``crd+kd``.
-      kd: the method that ``kd`` stands for; its weights become 1 in a sum.
-      weights: of methods, in place of the published ones.
+      kd: the method that ``kd`` stands for; in a sum its weights become 1.
+      weights: method → weight, in place of the published one.
 
     Raises:
-      ValueError: if there is no such method; it suggests what was probably meant.
+      ValueError: if there is no such method; the message suggests the likely one.
     """
     parts, weights = name.split("+"), weights or {}
     for part in parts:
@@ -554,7 +488,7 @@ def named(name: str, *, kd: Method | None = None, weights: Mapping[str, float] |
 
 
 def _suggestion(name: str) -> str:
-    """The methods whose name or description has this word; else the nearest spelling."""
+    """The methods whose docstring contains this word; otherwise those of the nearest spelling."""
     word = re.compile(rf"\b{re.escape(name.replace('_', ' '))}\b", re.IGNORECASE)
     described = [known for known, function in METHODS.items() if word.search(function.__doc__ or "")]
     close = described or difflib.get_close_matches(name, ("kd", "scratch", *METHODS), 3)

@@ -1,6 +1,6 @@
-"""Terms with parameters or a memory of their own: linen modules that are trained beside the student, then dropped.
+"""Terms with parameters or a memory: linen modules that are trained beside the student and then dropped.
 
-Each is called with what the term sees of the student and of the teacher, and the batch.
+Each is called with the term's :class:`~kdjax.methods.method.View` of the student and of the teacher, and the batch.
 """
 
 from collections.abc import Sequence
@@ -128,7 +128,7 @@ class VariationalInformation(nn.Module):
 
 
 class MaskedGeneration(nn.Module):
-    """The last map, with positions masked, from which a generator restores the teacher's."""
+    """The last map, with channels masked, from which a generator restores the teacher's."""
 
     @nn.compact
     def __call__(self, student: View, teacher: View, batch: Batch, *, train: bool) -> Array:

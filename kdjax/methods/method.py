@@ -23,7 +23,7 @@ Select = Callable[[Features], tuple[str, ...]] | Sequence[str]
 class View(NamedTuple):
     """What a term sees of one network: its logits, and the features it selected, in order."""
 
-    logits: Any  # float[batch, classes]; None of a teacher that there is not
+    logits: Any  # float[batch, classes]; None without a teacher
     features: tuple[Array, ...]
 
 
@@ -40,7 +40,7 @@ class Schedule(NamedTuple):
 
 
 _WARM_UP = 20 / 240  # of a run, as the authors of DKD and ReviewKD use for 240 epochs
-_FIRST_STAGE = 30 / 240  # likewise of FSP and AB in the CRD benchmark
+_FIRST_STAGE = 30 / 240  # of a run, as of FSP and AB in the CRD benchmark
 
 ALWAYS = Schedule(lambda step, steps: 1.0)
 WARM_UP = Schedule(lambda step, steps: jnp.minimum((step + 1) / max(_WARM_UP * steps, 1), 1.0))
@@ -64,7 +64,7 @@ class Term(NamedTuple):
       schedule: of its weight.
       reads_labels: whether it needs one label per image, so that images may not be blended.
       teacher_free: whether it does without a teacher.
-      settings: what else decides it, such as a temperature; part of a run's identity.
+      settings: other values that decide its numbers, such as a temperature; part of a run's identity.
     """
 
     name: str
@@ -101,17 +101,17 @@ class Method:
 
     Attributes:
       hard_weight: weight of the cross-entropy with the labels.
-      terms: further terms of the loss.
+      terms: the other terms of the loss.
       objectives: a user's own functions ``(outputs, batch) -> {name: scalar}``, weights included.
-      teacher_features: names of teacher features that these read as ``batch["teacher_NAME"]``.
+      teacher_features: names of teacher features that the objectives read as ``batch["teacher_NAME"]``.
       optimizer: wraps the recipe's optimizer.
-      init: ``(seed, state) -> state`` that a run starts from.
+      init: ``(seed, state) -> state``; changes the state that a run starts from.
       record: further metrics from the optimizer's state before and after a step.
       second_batch: whether the optimizer needs a second batch, ``certify_fn``.
-      student: makes the network that is trained from the student, such as one with further features.
+      student: wraps the student for training, for example to return more features.
       crop: ``(batch, keys, move) -> keys``: chooses each image's crop.
       blend: ``(batch, keys) -> images``: changes the cropped images, in [0, 255].
-      settings: what else decides it, as JSON; part of a run's identity.
+      settings: other values that decide its numbers, as JSON; part of a run's identity.
     """
 
     hard_weight: float = 0.0
@@ -155,7 +155,7 @@ class Method:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What decides it, as JSON; a run of another method is another run."""
+        """Everything that decides its numbers, as JSON: part of the identity of a run."""
         terms = {term.name: {"weight": term.weight, **term.settings} for term in self.terms}
         return {"hard_weight": self.hard_weight, **terms, **self.settings}
 
@@ -236,8 +236,8 @@ def bind(
     Args:
       method: what to minimise.
       student: shapes of what the student returns for a batch.
-      teacher: likewise the teacher; None without one.
-      steps: of the whole run, for terms whose weight changes.
+      teacher: the same of the teacher; None without one.
+      steps: batches of the whole run, for terms whose weight changes.
       labels: of the training examples, in the order of ``batch["position"]``.
 
     Raises:

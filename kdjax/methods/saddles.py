@@ -13,7 +13,7 @@ from jaxtyping import Array
 from kdjax import parallel, train, transforms
 from kdjax.methods.method import Method
 from kdjax.options import option
-from kdjax.types import Params
+from kdjax.types import ModelState, Params
 
 NUM_MATVECS = 16  # Hessian-vector products of every look at a spectrum
 
@@ -24,7 +24,9 @@ class EscapeOptions:
 
     period: int = option(100, "Steps between two searches for an escape.", least=1)
     escape_radius: float = option(0.3, "Longest escape, relative to the norm of the parameters.", least=0.0)
-    perturbation_radius: float = option(0.01, "Perturbation before a search, likewise.", least=0.0)
+    perturbation_radius: float = option(
+        0.01, "Perturbation before a search, relative to that norm.", least=0.0
+    )
     negative_curvature_ratio: float = option(0.1, "|λ_min| / λ_max of a saddle that is left.", least=0.0)
     budget: int = option(20, "Most escapes of a run.", least=0)
 
@@ -86,15 +88,24 @@ def sprkd_paper(region: Params) -> Method:
     return Method(optimizer=wrap, record=cost, settings={"sprkd_paper": True})
 
 
-def start_at(params: Params) -> Callable[[int, train.TrainState], train.TrainState]:
-    """A run's ``init`` that starts the student at these parameters; heads start as they would."""
+def start_at(
+    params: Params, model_state: ModelState | None = None
+) -> Callable[[int, train.TrainState], train.TrainState]:
+    """A run's ``init`` that starts the student at these weights; heads start as they would.
+
+    Without ``model_state`` its statistics, such as those of batch normalisation, start as they would too.
+    """
 
     def init(seed: int, state: train.TrainState) -> train.TrainState:
         del seed
-        copied = jax.tree.map(jnp.array, params)
-        if isinstance(state.params, Mapping) and state.params.keys() == {"student", "heads"}:
-            copied = {**state.params, "student": copied}
-        return state._replace(params=copied)
+        heads = isinstance(state.params, Mapping) and state.params.keys() == {"student", "heads"}
+
+        def replaced(old: Any, new: Any) -> Any:
+            copied = jax.tree.map(jnp.array, new)
+            return {**old, "student": copied} if heads else copied
+
+        kept = state.model_state if model_state is None else replaced(state.model_state, model_state)
+        return state._replace(params=replaced(state.params, params), model_state=kept)
 
     return init
 

@@ -3,7 +3,8 @@
 * :func:`precompute`, :func:`load`, :func:`gather`, :func:`verify`: the cache, on disk and in a batch.
 * :func:`answers`: a teacher as a :class:`TeacherSignal`, cached or online, for :mod:`kdjax.run`;
   :func:`from_file`: the same of a teacher in any framework, from an ``.npz`` of its answers.
-* :func:`explain`: cached integrated-gradients maps of the training images.
+* :func:`explain`: cached integrated-gradients maps of the training images; :func:`with_maps` adds them to a signal;
+  :func:`perturb` makes it a control.
 """
 
 from kdjax.teacher.cache import TeacherCache as TeacherCache
@@ -15,6 +16,7 @@ from kdjax.teacher.cache import precompute as precompute
 from kdjax.teacher.cache import verify as verify
 from kdjax.teacher.maps import Explanations as Explanations
 from kdjax.teacher.maps import explain as explain
+from kdjax.teacher.maps import with_maps as with_maps
 from kdjax.teacher.signal import MODES as MODES
 from kdjax.teacher.signal import VIEW_SEED as VIEW_SEED
 from kdjax.teacher.signal import TeacherSignal as TeacherSignal

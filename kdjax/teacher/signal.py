@@ -214,7 +214,6 @@ def attach_online(signal: TeacherSignal, weights: Any, batch: Batch) -> dict[str
 
 
 PERTURBATIONS: dict[str, Callable[[np.random.Generator, np.ndarray], np.ndarray]] = {
-    "aligned": lambda random, rows: rows,
     "misaligned": lambda random, rows: rows[random.permutation(len(rows))],
     "noise": lambda random, rows: random.permuted(rows.reshape(*rows.shape[:2], -1), axis=-1).reshape(
         rows.shape
@@ -222,20 +221,28 @@ PERTURBATIONS: dict[str, Callable[[np.random.Generator, np.ndarray], np.ndarray]
 }
 
 
-def perturb(rows: np.ndarray, ids: np.ndarray, *, how: str, seed: int) -> np.ndarray:
-    """Cached answers as a control: is it what they say that helps?
+def perturb(signal: TeacherSignal, dataset: data.Dataset, how: Mapping[str, str]) -> TeacherSignal:
+    """Makes a signal a control, which shows whether the content of cached answers helps or their presence.
 
     Args:
-      rows: one answer, ``[examples, views, ...]``.
-      ids: the examples to change.
-      how: ``aligned`` changes nothing; ``misaligned`` gives each example the row of another one; ``noise`` keeps the
-        values of each row and puts them in random places.
-      seed: of the permutations.
+      signal: cached.
+      dataset: whose training examples are given perturbed answers.
+      how: name of an answer → ``misaligned``, each example is given the row of another one, or ``noise``, the values of
+        each row are put in random places. The rows of all maps are exchanged alike. A perturbed map stays where it is
+        while its image is cropped and mirrored.
+
+    Raises:
+      ValueError: if there is no such perturbation.
     """
-    if how not in PERTURBATIONS:
-        raise ValueError(f"answers can be {', '.join(PERTURBATIONS)}, got {how!r}.")
-    if how == "aligned":
-        return rows
-    changed = rows.copy()
-    changed[ids] = PERTURBATIONS[how](np.random.default_rng(seed), rows[ids])
-    return changed
+    assert dataset.splits is not None
+    answers, ids = dict(signal.answers or {}), dataset.splits["train"]
+    for name, kind in how.items():
+        if kind not in PERTURBATIONS:
+            raise ValueError(f"answers can be perturbed as {', '.join(PERTURBATIONS)}, got {kind!r}.")
+        random, answers[name] = np.random.default_rng(int(name in signal.maps)), answers[name].copy()
+        answers[name][ids] = PERTURBATIONS[kind](random, answers[name][ids])
+    return signal._replace(
+        answers=answers,
+        maps=tuple(name for name in signal.maps if name not in how),
+        identity={**signal.identity, "perturbed": dict(how)},
+    )

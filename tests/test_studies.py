@@ -1,0 +1,156 @@
+"""The small studies, in this process: what they leave, and what their own functions decide."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import cli
+from kdjax import data, results, run, train
+
+
+@pytest.fixture(scope="module")
+def hinton_mnist(alone):
+    with alone("experiments.hinton_mnist") as study:
+        yield study
+
+
+@pytest.fixture(scope="module")
+def mixing_weight(alone):
+    with alone("experiments.mixing_weight") as study:
+        yield study
+
+
+class TestHinton:
+    def test_holds_the_digit_out_and_corrects_its_bias(
+        self, hinton_mnist, start, tmp_path, monkeypatch, capsys
+    ):
+        network = cli.network
+        monkeypatch.setattr(cli, "network", lambda spec, dataset: network(spec, dataset, widths=(24, 20)))
+        digits = data.load("digits")
+        words = np.array(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
+        np.savez(tmp_path / "words.npz", images=digits.images, labels=words[digits.labels])
+        command = ("--smoke", f"--dataset={tmp_path / 'words.npz'}", f"--workdir={tmp_path / 'run'}")
+        with pytest.raises(ValueError, match="--held_out_class=3 is none of the classes eight, five"):
+            start(hinton_mnist, *command, "--held_out_class=3")
+        start(hinton_mnist, *command, "--held_out_class=three", "--seeds=4,5")
+        found = results.read(tmp_path / "run" / "results.json")
+        assert found["class_names"] == sorted(words)
+        assert list(found["arms"]) == [
+            "teacher",
+            "scratch",
+            "kd",
+            "scratch, no three",
+            "kd, no three",
+            "scratch, no three, bias corrected",
+            "kd, no three, bias corrected",
+        ]
+        assert found["seeds"] == [4]
+        threes = sum(found["confusion"]["teacher"][sorted(words).index("three")])
+        assert found["arms"]["scratch, no three"]["errors_on_omitted"] == [
+            threes
+        ]  # labels alone cannot teach it
+        for arm, (shift,) in ((a, m["bias_shift"]) for a, m in found["arms"].items() if "bias_shift" in m):
+            matrix = np.array(found["confusion"][arm])
+            assert found["arms"][arm]["errors"] == [matrix.sum() - np.trace(matrix)]
+            assert np.isfinite(shift)
+        assert (tmp_path / "run" / "scratch_no_three" / "4" / "network.json").exists()
+        assert "errors" in capsys.readouterr().out
+
+
+class TestMixingWeight:
+    SMALL = ("--smoke", "--hard_weights=0,0.5,1", "--label_noise=0.1", "--seeds=0,1,2")
+
+    def test_leaves_everything_and_takes_up_its_teacher(self, mixing_weight, start, tmp_path, capsys):
+        output = tmp_path / "kept.json"
+        start(mixing_weight, *self.SMALL, f"--workdir={tmp_path / 'run'}", f"--output={output}")
+        found, printed = results.read(output), capsys.readouterr().out
+        assert set(found["arms"]) == {"teacher", "a = 0", "a = 0.5", "a = 1"}
+        assert found["seeds"] == [0, 1, 2]
+        (swept,) = found["swept"]
+        assert (swept["name"], swept["values"]) == ("hard_weight", [0, 0.5, 1])
+        accuracy = swept["arms"]["student"]["accuracy"]
+        assert accuracy == [found["arms"][f"a = {a}"]["accuracy"] for a in ("0", "0.5", "1")]
+        assert "validation split chooses a = " in found["notes"][0]
+        assert found["notes"][0] in printed
+        assert len(json.loads((tmp_path / "run" / "mislabelled.json").read_text())) == 10
+        for name in ("report.html", "figure.png", "students/0/network.json", "teacher/0/network.json"):
+            assert (tmp_path / "run" / name).stat().st_size > 0
+        assert len([*(tmp_path / "run" / "students").glob("*/network.json")]) == 9
+
+        taken_up = f"--teacher_dir={tmp_path / 'run' / 'teacher' / '0'}"
+        start(mixing_weight, *self.SMALL, f"--workdir={tmp_path / 'next'}", f"--output={output}", taken_up)
+        again = results.read(output)
+        for arm in found["arms"].keys() - {"teacher"}:
+            assert again["arms"][arm]["accuracy"] == found["arms"][arm]["accuracy"]
+        assert (again["flags"]["teacher"], again["flags"]["teacher_epochs"]) == ("digits_teacher", None)
+        with pytest.raises(ValueError, match=r"holds another run \(.*label_noise 0.1 there and 0.2 here"):
+            start(mixing_weight, "--smoke", taken_up, "--label_noise=0.2", f"--workdir={tmp_path / 'next'}")
+
+    def test_the_weight_is_chosen_on_validation_and_ties_go_to_the_smaller_loss(self, mixing_weight):
+        def trained(test, validation, loss):
+            record = {"epoch": 1.0, "loss": 1.0, "validation_accuracy": validation, "validation_loss": loss}
+            return student(test=test, **record)
+
+        best, said = mixing_weight.choose(
+            {0.0: [trained(0.9, 0.7, 1.0)], 0.5: [trained(0.6, 0.8, 0.4)], 1.0: [trained(0.8, 0.8, 0.5)]}
+        )
+        assert best == 0.5
+        assert "a = 0.5 (accuracy 80.00% there)" in said
+        assert "60.00% on average, that of a = 1 80.00%" in said
+
+    def test_a_diverged_student_is_left_out_and_said(self, mixing_weight):
+        def trained(loss, seed):
+            return student(seed=seed, epoch=1.0, loss=loss)
+
+        nan, inf = float("nan"), float("inf")
+        runs = {0.0: [trained(1.0, 5), trained(nan, 6)], 1.0: [trained(inf, 5), trained(inf, 6)]}
+        kept, notes = mixing_weight.finite(runs)
+        assert {a: [run.seed for run in own] for a, own in kept.items()} == {0.0: [5]}
+        assert [note.split(" diverged")[0] for note in notes] == [
+            "a = 0, seed 6",
+            "a = 1, seed 5",
+            "a = 1, seed 6",
+        ]
+
+    @pytest.mark.parametrize(
+        ("argument", "said"),
+        [
+            ("--hard_weights=0.5,0.1", "must rise from 0 or more"),
+            ("--hard_weights=0,1.5", "must rise from 0 or more"),
+            ("--hard_weights=0,half", "must be numbers"),
+            ("--hard_weights=0,0", "must rise from 0 or more"),
+            ("--seeds=0,1.5", "must be whole numbers"),
+            ("--seeds=-1,0", "from 0 to"),
+            ("--batch_size=21", "21 does not divide over 2 devices"),
+            ("--teacher_batch_size=21", "21 does not divide over 2 devices"),
+            ("--teacher_dir=nowhere", "nowhere holds no finished network"),
+        ],
+    )
+    def test_bad_input_is_refused_before_any_work(
+        self, mixing_weight, start, tmp_path, monkeypatch, argument, said
+    ):
+        def work(*_, **__):
+            raise AssertionError("training began")
+
+        monkeypatch.setattr(train, "fit", work)
+        with pytest.raises(ValueError, match=said):
+            start(mixing_weight, f"--workdir={tmp_path / 'run'}", argument)
+        assert not (tmp_path / "run").exists()
+
+    def test_flags_that_decide_nothing_beside_a_trained_teacher_are_refused(
+        self, mixing_weight, start, tmp_path
+    ):
+        said = "--teacher=resnet8 and --teacher_epochs=50 would change nothing: --teacher_dir takes up"
+        with pytest.raises(ValueError, match=said):
+            start(
+                mixing_weight,
+                *("--teacher_dir=nowhere", "--teacher=resnet8", "--teacher_epochs=50"),
+                f"--workdir={tmp_path / 'run'}",
+            )
+
+
+def student(test=0.0, seed=0, **record):
+    """A finished run of one epoch."""
+    fitted = train.Fitted(None, None, 1, [record])
+    return run.Trained("student", seed, None, None, fitted, {"accuracy": test, "loss": 1.0}, {})
