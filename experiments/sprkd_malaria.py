@@ -35,7 +35,7 @@ from typing import Any, NamedTuple, cast
 from absl import flags
 
 from experiments import cli
-from kdjax import checkpoints, data, methods, parallel, recruit, robustness, run, saddles, study
+from kdjax import checkpoints, data, methods, models, parallel, recruit, robustness, run, saddles, study
 from kdjax.callbacks import Callback, ProgressBar
 from kdjax.methods import Method
 from kdjax.recipe import Machine, Recipe
@@ -148,9 +148,7 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
     parallel.check_batch_size(RECIPE.value.batch_size, parallel.local_devices())
     student, teacher = (cli.network(name, dataset) for name in (STUDENT.value, TEACHER.value))
     shapes = student.init(0)[0]
-    saddles.select_weights(
-        teacher.init(0)[0], shapes
-    )  # raises unless the student can take the teacher's place
+    saddles.select_weights(teacher.init(0)[0], shapes)  # raises if the student cannot take its place
     # By default without the arm that is sprkd itself.
     same = "" if flags.FLAGS["arms"].value else f"init_{REGION_FROM.value}"
     arms = {name: ARMS[name](shapes) for name in WANTED.value if name != same}
@@ -158,25 +156,53 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
     if worker is None:
         made_from = settings | {"data": dataset.fingerprint, "teacher_data": wide.fingerprint}
         cli.claim_workdir(launch.workdir, made_from)
-    options: dict[str, Any] = {"machine": MACHINE.value, "split": launch.split}
-    constant = dataclasses.replace(RECIPE.value, schedule="constant")
-    weak, strong, own = (
-        dataclasses.replace(r, epochs=min(n, 2) if launch.smoke else n)
-        for r, n in (
-            (constant, WEAK_EPOCHS.value),
-            (constant, STRONG_EPOCHS.value),
-            (RECIPE.value, RECIPE.value.epochs),
-        )
+    watch = [ProgressBar(), *callbacks]
+    weak, strong = (shorter(schedule="constant", epochs=flag.value) for flag in (WEAK_EPOCHS, STRONG_EPOCHS))
+    source = recruit.make_teachers(
+        *(teacher, wide, dataset, (weak, strong), workdir), callbacks=watch, **measured_on()
     )
-    more: dict[str, Any] = {"callbacks": [ProgressBar(), *callbacks]}
-    source = recruit.make_teachers(teacher, wide, dataset, (weak, strong), workdir, **options, **more)
     if worker is None and launch.jobs > 1:
         cli.in_children("experiments.sprkd_malaria", range(launch.jobs))
+    own = seeds if worker is None else seeds[worker :: launch.jobs]
+    runs, fallbacks = train(student, dataset, arms, source, own, watch)
+    if worker is not None:
+        return None
+    # A teacher is reported under the seed of the student that it teaches.
+    teachers = {"weak_teacher": [source.weak(seed, 0).trained._replace(seed=seed) for seed in seeds]}
+    uses = {arm.answers for arm in arms.values()}
+    uses |= {arm.region.of or REGION_FROM.value for arm in arms.values() if arm.region}
+    if "strong" in uses:
+        count = min(STRONG_TEACHERS.value, len(seeds))
+        teachers["strong_teacher"] = [source.strong(number) for number in range(count)]
+    return report(dataset, runs, teachers, fallbacks, time.monotonic() - start)
+
+
+def measured_on() -> dict[str, Any]:
+    """The machine, and the split of the final numbers, of every training."""
+    return {"machine": MACHINE.value, "split": LAUNCH.value.split}
+
+
+def shorter(**changes: Any) -> Recipe:
+    """The recipe with these changes; two epochs at most in a smoke run."""
+    recipe = dataclasses.replace(RECIPE.value, **changes)
+    return LAUNCH.value.shorten(recipe, epochs=min(recipe.epochs, 2))
+
+
+def train(
+    student: models.Network,
+    dataset: data.Dataset,
+    arms: Mapping[str, Arm],
+    source: recruit.Teachers,
+    seeds: Sequence[int],
+    callbacks: Sequence[Callback],
+) -> tuple[dict[str, list[run.Trained]], dict[str, int]]:
+    """The students of every arm; and of how many seeds of an arm a teacher had no strong saddle."""
     runs: dict[str, list[run.Trained]] = {name: [] for name in arms}
     fallbacks, trainers = dict.fromkeys(arms, 0), {}
-    for seed in seeds if worker is None else seeds[worker :: launch.jobs]:
+    shapes, settings, workdir = student.init(0)[0], cli.settings(__name__), Path(LAUNCH.value.workdir)
+    for seed in seeds:
         for name, arm in arms.items():
-            more |= {"settings": settings, "init": None}
+            more: dict[str, Any] = {"settings": settings, "callbacks": callbacks}
             if arm.region is not None:
                 region = region_of(arm.region, source, shapes, seed)
                 fallbacks[name] += not region.strong
@@ -186,22 +212,10 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
                 number = seed % STRONG_TEACHERS.value if arm.answers == "strong" else seed
                 signal = source.answers(arm.answers, number) if arm.answers else None
                 method = arm.method + methods.Method(record=methods.cost)
-                trainers[name] = run.make_trainer(student, method, dataset, own, teacher=signal, **options)
+                options = {"teacher": signal, **measured_on()}
+                trainers[name] = run.make_trainer(student, method, dataset, shorter(), **options)
             runs[name].append(trainers[name](seed, workdir / name / str(seed), arm=name, **more))
-    if worker is not None:
-        return None
-    uses = {
-        part
-        for arm in arms.values()
-        for part in (arm.answers, arm.region and (arm.region.of or REGION_FROM.value))
-    }
-    count = min(STRONG_TEACHERS.value, len(seeds)) if "strong" in uses else 0
-    teachers = {
-        # A teacher is reported under the seed of the student that it teaches.
-        "weak_teacher": [source.weak(seed, 0).trained._replace(seed=seed) for seed in seeds],
-        **({"strong_teacher": [source.strong(k) for k in range(count)]} if count else {}),
-    }
-    return report(dataset, runs, teachers, fallbacks, (own.epochs, strong.epochs), time.monotonic() - start)
+    return runs, fallbacks
 
 
 def region_of(region: Region, source: recruit.Teachers, shapes: Params, seed: int) -> recruit.Region:
@@ -220,7 +234,6 @@ def report(
     students: study.Arms,
     teachers: study.Arms,
     fallbacks: Mapping[str, int],
-    epochs: tuple[int, int],
     seconds: float,
 ) -> dict[str, Any]:
     """Everything that is measured of the finished students, and the result."""
@@ -249,7 +262,8 @@ def report(
         baseline="scratch",
         metrics=("accuracy", "loss", "events", "hvps", "gradient_equivalents"),
         scaled_down=f"{num_train} training images{', where the study had 20,668' if name == 'malaria' else ''}; "
-        f"{epochs[0]} epochs, where it had 500; strong teachers of {epochs[1]} epochs, likewise",
+        f"{shorter().epochs} epochs, where it had 500; strong teachers of {shorter(epochs=STRONG_EPOCHS.value).epochs} "
+        "epochs, likewise",
         # What is recommended comes first, since that is what a reader is told first.
         tested=sorted((arm for arm in runs if arm != "scratch"), key=lambda arm: arm != "sprkd+kd"),
         drawn=(*DRAWN, "kd_strong", "sprkd+kd"),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from kdjax import data, methods, models, results, run, significance, study
+from kdjax import data, flatness, methods, models, results, run, significance, study
+from kdjax.study import measures
 from kdjax.recipe import Machine, Recipe
 from kdjax.train import Fitted
 from kdjax.types import Weights
@@ -158,16 +159,16 @@ class TestMeasures:
     ):
         own = {"scratch": arms["scratch"][:2]}
         found = study.flatness_of(dataset, own, tmp_path / "flatness", num_images=16, num_matvecs=6)
-        measure = study.flatness.make_measure(dataset, num_images=16, num_matvecs=6)
+        measure = flatness.make_measure(dataset, num_images=16, num_matvecs=6)
         assert found["scratch"]["lambda_max"] == [measure(one)["lambda_max"] for one in own["scratch"]]
         surface = study.surfaces_of(dataset, own, tmp_path / "surfaces", num_images=16, points=3)["scratch"]
-        assert surface == study.flatness.make_surface(dataset, num_images=16, points=3)(own["scratch"][0])
+        assert surface == flatness.make_surface(dataset, num_images=16, points=3)(own["scratch"][0])
 
     def test_of_costs_count_parameters_and_time_every_network_once(self, arms, network, monkeypatch):
         timed = []
-        monkeypatch.setattr(study, "REPEATS", 3)
-        latency = study._latency
-        monkeypatch.setattr(study, "_latency", lambda one: timed.append(one) or latency(one))
+        monkeypatch.setattr(measures, "REPEATS", 3)
+        latency = measures._latency
+        monkeypatch.setattr(measures, "_latency", lambda one: timed.append(one) or latency(one))
         found = study.costs_of(arms)
         assert set(found) == set(arms)
         assert found["scratch"]["parameters"] == network.num_parameters == 16 * 6 + 6 + 6 * 3 + 3

@@ -1,0 +1,23 @@
+"""A study: finished arms, what else is measured of them, and their result as JSON, figure, report and table."""
+
+from kdjax.study.conclusion import TABLE as TABLE
+from kdjax.study.conclusion import Study as Study
+from kdjax.study.conclusion import conclude as conclude
+from kdjax.study.conclusion import publish as publish
+from kdjax.study.conclusion import weak_teachers as weak_teachers
+from kdjax.study.measures import costs_of as costs_of
+from kdjax.study.measures import densities_of as densities_of
+from kdjax.study.measures import flatness_of as flatness_of
+from kdjax.study.measures import of_every_run as of_every_run
+from kdjax.study.measures import pictures as pictures
+from kdjax.study.measures import robustness_of as robustness_of
+from kdjax.study.measures import saliency_of as saliency_of
+from kdjax.study.measures import surfaces_of as surfaces_of
+from kdjax.study.measures import with_costs as with_costs
+from kdjax.study.measures import with_metrics as with_metrics
+from kdjax.study.notes import Arms as Arms
+from kdjax.study.notes import comparison_notes as comparison_notes
+from kdjax.study.notes import main_effect_note as main_effect_note
+from kdjax.study.notes import mcnemar_note as mcnemar_note
+from kdjax.study.notes import tost_note as tost_note
+from kdjax.study.notes import welch_note as welch_note

@@ -1,0 +1,191 @@
+"""What else is measured of finished runs; kept beside them, and not measured again for equal weights and options."""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax import checkpoints, data, files, flatness, robustness, saliency
+from kdjax.callbacks import bar
+from kdjax.models import Network
+from kdjax.run import Trained, evaluation_batch_size
+from kdjax.study.notes import Arms
+from kdjax.types import Normalisation
+
+REPEATS, CALLS = 15, 20  # of a latency: repeats that are reported, each the mean of calls
+
+
+def robustness_of(
+    dataset: data.Dataset, arms: Arms, directory: Path, *, split: str = "test", **options: Any
+) -> dict[str, dict[str, list[float]]]:
+    """Accuracy of every run under corruptions, weight noise and attacks: arm → perturbation → one per run.
+
+    ``options`` are those of :func:`kdjax.robustness.make_evaluator`, such as ``epsilons``.
+    """
+    ids, devices = dataset.splits[split], options.pop("devices", None) or jax.local_devices()
+    size = evaluation_batch_size(len(ids), len(devices) * jax.process_count())
+
+    @functools.cache  # by network; none is built where all numbers are there
+    def evaluator(network: Network, normalisation: Normalisation) -> Callable[..., dict[str, float]]:
+        return robustness.make_evaluator(
+            network.apply,
+            dataset.images[ids],
+            dataset.labels[ids],
+            **normalisation._asdict(),
+            batch_size=size,
+            devices=devices,
+            **options,
+        )
+
+    def measure(run: Trained) -> dict[str, float]:
+        return evaluator(run.network, run.normalisation)(*run.weights, jax.random.key(0))
+
+    decides = {"data": dataset.fingerprint, "split": split}
+    # Of named functions, such as corruptions, the names.
+    decides |= {name: sorted(o) if isinstance(o, Mapping) else o for name, o in options.items()}
+    return of_every_run(arms, directory, decides, measure, label="robustness")
+
+
+def flatness_of(dataset: data.Dataset, arms: Arms, directory: Path, **options: Any) -> dict[str, Any]:
+    """:func:`kdjax.flatness.make_measure` of every run: arm → measure → one per run."""
+    measure = flatness.make_measure(dataset, **options)
+    return of_every_run(arms, directory, [dataset.fingerprint, options], measure, label="flatness")
+
+
+def densities_of(dataset: data.Dataset, arms: Arms, directory: Path, **options: Any) -> dict[str, Any]:
+    """:func:`kdjax.flatness.make_density` of the first run of each arm."""
+    measure = flatness.make_density(dataset, **options)
+    return _of_first_run(arms, directory, [dataset.fingerprint, options], measure)
+
+
+def surfaces_of(dataset: data.Dataset, arms: Arms, directory: Path, **options: Any) -> dict[str, Any]:
+    """:func:`kdjax.flatness.make_surface` of the first run of each arm."""
+    measure = flatness.make_surface(dataset, **options)
+    return _of_first_run(arms, directory, [dataset.fingerprint, options], measure)
+
+
+def saliency_of(
+    dataset: data.Dataset, arms: Arms, directory: Path, *, teacher: Trained, **options: Any
+) -> dict[str, dict[str, list[float]]]:
+    """:func:`kdjax.saliency.make_measure` of every run: arm → measure → one per run."""
+    measure = saliency.make_measure(dataset, teacher, **options)
+    decides = [dataset.fingerprint, checkpoints.digest_tree(teacher.weights), options]
+    return of_every_run(arms, directory, decides, measure, label="saliency")
+
+
+def with_metrics(
+    arms: Arms, measured: Mapping[str, Mapping[str, Sequence[float]]]
+) -> dict[str, list[Trained]]:
+    """Adds numbers of :func:`of_every_run` to the metrics of the runs."""
+    return {
+        arm: [
+            run._replace(metrics=run.metrics | {name: values[i] for name, values in measured[arm].items()})
+            for i, run in enumerate(runs)
+        ]
+        for arm, runs in arms.items()
+    }
+
+
+def costs_of(arms: Arms) -> dict[str, dict[str, Any]]:
+    """Parameters of each arm's network, and milliseconds per image, compiled and warm, on one device."""
+    found, known = {}, {}
+    for arm, (run, *_) in arms.items():
+        if run.network not in known:
+            known[run.network] = {"parameters": run.network.num_parameters, "latency_ms": _latency(run)}
+        found[arm] = known[run.network]
+    return found
+
+
+def of_every_run(
+    arms: Arms, directory: Path, options: Any, measure: Callable[[Any], dict[str, float]], *, label: str
+) -> dict[str, dict[str, list[float]]]:
+    """Numbers about every run, as arm → name → one per run.
+
+    Args:
+      arms: arm → finished runs.
+      directory: where each run's numbers are kept.
+      options: what decides the numbers beside the weights, the data among it, as JSON.
+      measure: run → its numbers by name.
+      label: of the progress bar.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    with bar(label, total=sum(map(len, arms.values())), unit="network") as meter:
+        for arm, runs in arms.items():
+            scores = []
+            for number, run in enumerate(runs):
+                scores.append(_cached(directory / arm / f"{number}.json", run, options, measure))
+                meter.update()
+            found[arm] = {name: [score[name] for score in scores] for name in scores[0]}
+    return found
+
+
+def _of_first_run(arms: Arms, directory: Path, options: Any, measure: Callable[[Any], Any]) -> dict[str, Any]:
+    return {arm: _cached(directory / arm / "0.json", runs[0], options, measure) for arm, runs in arms.items()}
+
+
+def _cached(path: Path, run: Trained, options: Any, measure: Callable[[Any], Any]) -> Any:
+    """The measurement of these weights with these options: read back, or made now."""
+    identity = {"weights": checkpoints.digest_tree(run.weights), "options": options}
+    return files.cached(path, lambda: measure(run), identity=identity, writes=jax.process_index() == 0)
+
+
+def _latency(run: Trained) -> list[float]:
+    image = jnp.zeros((1, *run.network.image_shape), jnp.float32)
+    answer = jax.jit(lambda w, x: run.network.apply(w.params, w.model_state, x, train=False)[0].logits)
+    weights = jax.device_put(jax.device_get(run.weights), jax.local_devices()[0])
+    jax.block_until_ready(answer(weights, image))
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            answer(weights, image).block_until_ready()
+        times.append(round(1000 * (time.perf_counter() - start) / CALLS, 5))
+    return times
+
+
+def pictures(dataset: data.Dataset, maps: np.ndarray, *, count: int = 4) -> list[dict[str, Any]]:
+    """The first training images and their maps ``[examples, 1, height, width, 1]``: ``overlays`` of a result."""
+    return [
+        {
+            "title": f"{dataset.class_names[dataset.labels[i]]}: integrated gradients of the teacher's score",
+            "image": dataset.images[i].tolist(),
+            "map": (maps[i, 0, :, :, 0] / 255).round(3).tolist(),
+        }
+        for i in dataset.splits["train"][:count]
+    ]
+
+
+# A Hessian-vector product and a loss, in gradients: experiments/results/benchmarks/escape.json
+HVP, EVALUATION = 1.5, 1 / 3
+
+
+def with_costs(run: Trained, *, targets: Sequence[float], steps_per_epoch: int) -> Trained:
+    """Adds what a run cost in gradients, and when its validation loss first came below each target, to its metrics.
+
+    A run that never reaches a target has ``reached`` 0, and ``steps_to`` and ``paid_to`` of the whole run. Its method
+    must record :func:`kdjax.methods.cost`.
+
+    Args:
+      run: a finished run.
+      targets: of the validation loss.
+      steps_per_epoch: batches of an epoch.
+    """
+    metrics = dict(run.metrics)
+    for name in ("events", "hvps", "evaluations"):
+        metrics[name] = round(steps_per_epoch * sum(record[name] for record in run.history))
+    paid = np.cumsum(
+        [steps_per_epoch * (1 + HVP * r["hvps"] + EVALUATION * r["evaluations"]) for r in run.history]
+    )
+    metrics["gradient_equivalents"] = float(paid[-1])
+    for target in targets:
+        reached = [i for i, record in enumerate(run.history) if record["validation_loss"] <= target]
+        at = reached[0] if reached else len(run.history) - 1
+        metrics[f"reached_{target:g}"] = float(bool(reached))
+        metrics[f"steps_to_{target:g}"] = float(steps_per_epoch * (at + 1))
+        metrics[f"paid_to_{target:g}"] = float(paid[at])
+    return run._replace(metrics=metrics)
