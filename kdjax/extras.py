@@ -9,13 +9,13 @@ def extra(name: str) -> Iterator[None]:
     """Says which extra brings what an import within does not find.
 
     Args:
-      name: of the extra, as in ``pip install 'kdjax[experiments]'``.
+      name: of the extra, as in ``pip install 'kdjax[report]'``.
 
     Raises:
       ModuleNotFoundError: with that command.
 
     Examples:
-      >>> with extra("experiments"):
+      >>> with extra("report"):
       ...     from scipy import stats
     """
     try:

@@ -105,7 +105,7 @@ def t_interval(values: Values, *, confidence: float = 0.95) -> Interval:
     References:
       Student, The probable error of a mean, 1908.
     """
-    with extra("experiments"):
+    with extra("report"):
         from scipy import stats
 
     _fraction("confidence", confidence)
@@ -141,7 +141,7 @@ def welch(a: Values, b: Values, *, confidence: float = 0.95) -> Comparison:
     difference = float(np.mean(a) - np.mean(b))
     if np.ptp(a) == 0 and np.ptp(b) == 0:
         return Comparison(difference, difference, difference, float(difference == 0), (len(a), len(b)))
-    with extra("experiments"):
+    with extra("report"):
         from scipy import stats
 
     with warnings.catch_warnings():
@@ -176,7 +176,7 @@ def mcnemar(correct_a: Any, correct_b: Any, *, ids_a: Any, ids_b: Any) -> McNema
       Fagerland, Lydersen and Laake, The McNemar test for binary matched-pairs data: mid-p and asymptotic are better
       than exact conditional, 2013, for the mid-p.
     """
-    with extra("experiments"):
+    with extra("report"):
         from scipy import stats
         from statsmodels.stats import contingency_tables
 
@@ -220,7 +220,7 @@ def equivalence(a: Values, b: Values, *, delta: float, alpha: float = 0.05) -> M
       Schuirmann, A comparison of the two one-sided tests procedure and the power approach for assessing the
       equivalence of average bioavailability, 1987.
     """
-    with extra("experiments"):
+    with extra("report"):
         from statsmodels.stats import weightstats
 
     _fraction("alpha", alpha, below=0.5)
@@ -284,7 +284,7 @@ def seeds_needed(sd: float, delta: float, *, power: float = 0.8, alpha: float = 
     References:
       Cohen, Statistical power analysis for the behavioral sciences, 1988, chapter 2.
     """
-    with extra("experiments"):
+    with extra("report"):
         from statsmodels.stats import power as power_analysis
 
     _fraction("power", power)

@@ -10,8 +10,8 @@ import pytest
 import scipy.stats
 
 from kdjax import data, flatness, methods, models, results, run, significance, study
-from kdjax.study import measures
 from kdjax.recipe import Machine, Recipe
+from kdjax.study import measures
 from kdjax.train import Fitted
 from kdjax.types import Weights
 

@@ -115,7 +115,7 @@ def load(
         raise ValueError(f"image_size must be (height, width), two integers above 0; got {image_size}.")
     if skip_broken and not name.startswith("folder:"):
         raise ValueError(f"skip_broken applies to folders of image files; {name} is not one.")
-    with extra("experiments"):
+    with extra("data"):
         return _load(name, data_dir, image_size, skip_broken)
 
 

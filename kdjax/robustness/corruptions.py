@@ -83,7 +83,7 @@ def jpeg(
     Raises:
       ValueError: for another number of channels.
     """
-    with extra("experiments"):
+    with extra("data"):
         from PIL import Image
 
     del keys

@@ -42,7 +42,7 @@ def save_figure(path: str | os.PathLike[str], result: Result) -> None:
     Raises:
       ValueError: if the result has nothing to draw, or the suffix is not an image format.
     """
-    with extra("experiments"):
+    with extra("report"):
         import matplotlib
         from matplotlib.figure import Figure
 

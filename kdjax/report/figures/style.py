@@ -72,7 +72,7 @@ class Panel(NamedTuple):
 
 def svg(panel: Panel) -> bytes:
     """Draws one panel, 4.2 inches wide, as an SVG file."""
-    with extra("experiments"):
+    with extra("report"):
         import matplotlib
         from matplotlib.figure import Figure
 
@@ -223,7 +223,7 @@ def short(name: str, width: int = 24) -> str:
 
 def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % t-interval of the mean of at least two values."""
-    with extra("experiments"):
+    with extra("report"):
         from scipy import stats
 
     mean, sd, n = significance.summarise(values.tolist())
