@@ -187,3 +187,12 @@ def student(test=0.0, seed=0, **record):
     """A finished run of one epoch."""
     fitted = train.Fitted(None, None, 1, [record])
     return run.Trained("student", seed, None, None, fitted, {"accuracy": test, "loss": 1.0}, {})
+
+
+def test_the_example_study_compares_its_three_arms(alone, start, tmp_path):
+    with alone("experiments.label_smoothing") as study:
+        command = ("--smoke", "--num_train=64", "--evaluate_every=2", f"--workdir={tmp_path / 'run'}")
+        found = start(study, *command)
+    assert list(found["arms"]) == ["teacher", "scratch", "label_smoothing", "kd"]
+    assert found["seeds"] == [0, 1, 2]
+    assert any(note.startswith("kd against label_smoothing: ") for note in found["notes"])
