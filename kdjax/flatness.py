@@ -19,7 +19,7 @@ import optax
 from kdjax import curvature, data, landscape, methods
 from kdjax.models import Network
 from kdjax.teacher import TrainedNetwork
-from kdjax.types import Batch, ModelState, Params
+from kdjax.types import Batch, ModelState, Params, Scalar
 
 NORMALISED = "/filter_normalised"  # appended to the name of a measure
 STEPS = 5  # of the search for the largest loss within a radius, from either end of the eigenvector
@@ -220,7 +220,7 @@ def _slope(loss: Any, params: Params, *arguments: Any) -> tuple[jax.Array, Param
 
 @functools.partial(jax.jit, static_argnums=0)
 def _ahead(
-    loss: Any, params: Params, scales: Params, radius: float, direction: Params, *arguments: Any
+    loss: Any, params: Params, scales: Params, radius: Scalar, direction: Params, *arguments: Any
 ) -> tuple[jax.Array, Params]:
     """Loss at a distance along a direction of the scaled coordinates, and its gradient in them."""
     length = radius / jnp.maximum(optax.tree.norm(direction), jnp.finfo(jnp.float32).tiny)
@@ -229,7 +229,7 @@ def _ahead(
     return value, jax.tree.map(jnp.multiply, scales, slope)
 
 
-def _highest(loss: Any, params: Params, scales: Params, radius: float, top: Params, *arguments: Any) -> float:
+def _highest(loss: Any, params: Params, scales: Params, radius: Scalar, top: Params, *arguments: Any) -> float:
     """The highest loss met on the sphere around the parameters; for a convex loss every step goes up."""
     heights = []
     for sign in (1, -1):
