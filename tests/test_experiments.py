@@ -363,7 +363,14 @@ class TestSprkdMalaria:
 
     @pytest.mark.once
     def test_counts_what_each_arm_costs(self, sprkd_malaria, start, tmp_path):
-        small = ("--smoke", "--num_train=128", "--num_validation=64", "--weak_epochs=1", "--period=2")
+        small = (
+            "--smoke",
+            "--num_train=128",
+            "--num_validation=64",
+            "--weak_epochs=1",
+            "--period=2",
+            "--seeds=4,5",
+        )
         arms = ("scratch", "kd_strong", "sprkd", "init_saddle")
         options = (f"--arms={','.join(arms)}", "--split=validation", f"--workdir={tmp_path / 'run'}")
         start(sprkd_malaria, *self.NETWORKS, *small, *options)

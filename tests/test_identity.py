@@ -1,7 +1,6 @@
 """What a run reads back is whole and its own; anything else is named, and refused or computed again."""
 
 import functools
-import json
 import os
 import shutil
 import signal
@@ -9,10 +8,9 @@ import warnings
 
 import numpy as np
 import pytest
-from absl import flags
 
-from experiments import common, distill
-from kdjax import checkpoints, files, models, report, results, train
+from experiments import cli, distill
+from kdjax import checkpoints, files, interrupts, models, report, results, train
 from kdjax.models.mlp import Mlp
 
 pytestmark = pytest.mark.once
@@ -21,36 +19,38 @@ pytestmark = pytest.mark.once
 def write_npz(path, *, seed=0, examples=90):
     rng = np.random.default_rng(seed)
     labels = np.arange(examples) % 3
-    images = rng.integers(0, 120, (examples, 8, 8, 1)) + (60 * labels)[:, None, None, None]
+    images = rng.integers(0, 120, (examples, 4, 4, 1)) + (60 * labels)[:, None, None, None]
     np.savez(path, images=images.astype(np.uint8), labels=labels)
     return path
 
 
-def distilled(workdir, npz, *more):
-    """The arms' numbers of a small distillation in this process, and what was warned of."""
-    flags.FLAGS.unparse_flags()
-    for flag in flags.FLAGS.flags_by_module_dict()["experiments.distill"]:
-        flag.unparse()
-    arguments = [f"--dataset={npz}", f"--workdir={workdir}", "--student=narrow"]
-    if not any("--teacher_dir" in str(argument) for argument in more):
-        arguments.append("--teacher=wide")
-    flags.FLAGS(["distill", *arguments, "--seeds=0,1", "--epochs=1", "--batch_size=16", *map(str, more)])
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
-        for name, width in (("wide", 16), ("narrow", 8)):
-            patch.setitem(models.MODELS, name, functools.partial(Mlp, widths=(width,)))
-        for name in ("page", "save_figure"):  # what is drawn is not read back, and takes half of the time
-            patch.setattr(report, name, lambda *_, **__: None)
-        warnings.simplefilter("always")
-        with common.released():
-            arms = distill.main()["arms"]
-    return arms, [str(warning.message) for warning in caught]
+@pytest.fixture(scope="module")
+def distilled(start):
+    """``distilled(workdir, npz, *flags)``: the arms' numbers of a small distillation, and what was warned of."""
 
+    def distilled(workdir, npz, *more):
+        small = (
+            f"--dataset={npz}",
+            f"--workdir={workdir}",
+            "--student=narrow",
+            "--epochs=1",
+            "--batch_size=16",
+        )
+        teacher = () if any("--teacher_dir" in str(flag) for flag in more) else ("--teacher=wide",)
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+            for name, width in (("wide", 16), ("narrow", 8)):
+                patch.setitem(models.MODELS, name, functools.partial(Mlp, widths=(width,)))
+            for name in ("page", "save_figure"):  # what is drawn is not read back, and takes half of the time
+                patch.setattr(report, name, lambda *_, **__: None)
+            warnings.simplefilter("always")
+            arms = start(distill, *small, *teacher, "--seeds=0,1", *more)["arms"]
+        return arms, [str(warning.message) for warning in caught]
 
-NARROW = Mlp(num_classes=3, widths=(8,))
+    return distilled
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(distilled, tmp_path_factory):
     """A finished run with everything that is read back, its data, and its numbers."""
     home = tmp_path_factory.mktemp("finished")
     npz = write_npz(home / "data.npz")
@@ -65,32 +65,47 @@ def copied(finished, tmp_path):
     return tmp_path / "run", npz, arms
 
 
-class TestData:
-    @pytest.mark.parametrize("mode", ["centre", "online"])
-    def test_changed_data_are_refused_and_the_advice_leads_to_their_own_numbers(self, tmp_path, mode):
+class TestWorkdir:
+    def test_changed_data_are_refused_and_the_advice_leads_to_their_own_numbers(self, distilled, tmp_path):
         npz, run = write_npz(tmp_path / "data.npz"), tmp_path / "run"
-        asked = (f"--teacher_mode={mode}", "--method=kd")
-        first, _ = distilled(run, npz, *asked)
+        first, _ = distilled(run, npz, "--arms=kd")
         write_npz(npz, seed=1, examples=96)
-        with pytest.raises(
-            ValueError, match=r"data\.content '.*data\.train \d+ there and \d+ here"
-        ) as refused:
-            distilled(run, npz, *asked)
-        assert "name another directory, or delete that one" in str(refused.value)
-        elsewhere, _ = distilled(tmp_path / "another", npz, *asked)
+        said = r"data\.content '.*data\.train \d+ there and \d+ here.*; name another directory, or delete that one"
+        with pytest.raises(ValueError, match=said):
+            distilled(run, npz, "--arms=kd")
+        elsewhere, _ = distilled(tmp_path / "another", npz, "--arms=kd")
         shutil.rmtree(run)
-        again, _ = distilled(run, npz, *asked)
+        again, _ = distilled(run, npz, "--arms=kd")
         assert again == elsewhere != first
 
-    def test_a_teacher_with_other_weights_is_another_run(self, finished, tmp_path):
+    def test_a_teacher_with_other_weights_is_another_run(self, finished, distilled, tmp_path):
         workdir, npz, _ = finished
         shutil.copytree(workdir / "teacher" / "0", tmp_path / "teacher")
-        asked = (f"--teacher_dir={tmp_path / 'teacher'}", "--method=kd", "--teacher_mode=online")
+        asked = (f"--teacher_dir={tmp_path / 'teacher'}", "--arms=kd", "--teacher_mode=online")
         distilled(tmp_path / "run", npz, *asked)
         shutil.rmtree(tmp_path / "teacher")
         shutil.copytree(workdir / "kd" / "0", tmp_path / "teacher")  # a student can be a teacher too
         with pytest.raises(ValueError, match="teacher_weights"):
             distilled(tmp_path / "run", npz, *asked)
+
+    def test_one_that_holds_no_work_gives_way_to_the_corrected_command(self, finished, distilled, tmp_path):
+        _, npz, arms = finished
+        run = tmp_path / "run"
+        with pytest.raises(train.NonFiniteLoss, match=r"not finite"):
+            distilled(run, npz, "--learning_rate=1e30", "--optimizer=sgd")
+        assert (run / "run.json").exists()
+        assert distilled(run, npz)[0] == arms
+        said = r"holds another run \(learning_rate 0\.001 there and 0\.002 here\)"
+        with pytest.raises(ValueError, match=said):
+            distilled(run, npz, "--learning_rate=0.002")
+
+    def test_a_kill_while_the_record_is_written_leaves_one_that_can_be_claimed(self, tmp_path):
+        with cli.released():
+            workdir = cli.claim_workdir(str(tmp_path / "run"), {"a": 1})
+        (workdir / "run.json").rename(workdir / "run.json.tmp")
+        with cli.released():
+            cli.claim_workdir(str(workdir), {"a": 1})
+        assert files.read_sealed(workdir / "run.json") == {"a": 1}
 
 
 def flipped(path):
@@ -131,7 +146,9 @@ class TestFiles:
             (of_another, ["kd/1/summary_test.json", "kd/0/network.json", "scratch/0/weights"]),
         ],
     )
-    def test_what_is_damaged_missing_or_of_another_run_is_made_again(self, finished, copied, harm, names):
+    def test_what_is_damaged_missing_or_of_another_run_is_made_again(
+        self, finished, copied, distilled, harm, names
+    ):
         whole, (workdir, npz, arms) = finished[0], copied
         for name in names:
             harm(workdir / name)
@@ -143,15 +160,15 @@ class TestFiles:
         for name in names:
             if name.endswith(".json"):
                 assert (workdir / name).read_bytes() == (whole / name).read_bytes()
-        like = train.Weights(*models.init(NARROW, (8, 8, 1), seed=0))
+        network = models.from_linen(Mlp(num_classes=3, widths=(8,)), (4, 4, 1))
+        like = train.Weights(*network.init(0))
         found = (checkpoints.restore(home / "scratch/0/weights", like) for home in (workdir, whole))
         assert len({checkpoints.digest_tree(one.tree) for one in found}) == 1
 
-    def test_a_robustness_file_of_the_same_name_is_computed_again(self, copied):
+    def test_a_robustness_file_of_the_same_name_is_computed_again(self, copied, distilled):
         workdir, npz, arms = copied
+        before = results.read(workdir / "results.json")["robustness"]
         shutil.copy(workdir / "robustness/kd/0.json", workdir / "robustness/kd/1.json")
-        with open(workdir / "results.json") as file:
-            before = json.load(file)["robustness"]
         again, said = distilled(workdir, npz, "--robustness")
         assert again == arms
         assert results.read(workdir / "results.json")["robustness"] == before
@@ -161,46 +178,24 @@ class TestFiles:
         ("target", "source"),
         [
             ("kd/1", "kd/0"),  # another seed
-            ("kd/0/checkpoints", "scratch/0/checkpoints"),  # another arm
-            ("teacher/0/checkpoints", "kd/0/checkpoints"),
+            ("teacher/0/checkpoints", "kd/0/checkpoints"),  # another arm
         ],
     )
-    def test_a_folder_of_another_run_is_refused_and_the_advice_works(self, copied, target, source):
+    def test_a_folder_of_another_run_is_refused_and_the_advice_works(self, copied, distilled, target, source):
         workdir, npz, arms = copied
         shutil.rmtree(workdir / target)
         shutil.copytree(workdir / source, workdir / target)
-        with pytest.raises(
-            ValueError, match=r"checkpoints.*was written by another run \(.* there and .* here"
-        ):
+        said = r"checkpoints.*was written by another run \(.* there and .* here"
+        with pytest.raises(ValueError, match=said):
             distilled(workdir, npz, "--robustness")
         folder = workdir / target
         shutil.rmtree(folder if folder.name == "checkpoints" else folder / "checkpoints")
         assert distilled(workdir, npz, "--robustness")[0] == arms
 
-    def test_a_run_of_other_settings_is_refused(self, copied, tmp_path):
-        workdir, npz, arms = copied
-        distilled(tmp_path / "other", npz, "--learning_rate=0.002", "--method=kd")
-        shutil.rmtree(workdir / "kd")
-        shutil.copytree(tmp_path / "other" / "kd", workdir / "kd")
-        with pytest.raises(ValueError, match=r"learning_rate 0\.002 there and 0\.001 here"):
-            distilled(workdir, npz, "--robustness")
-        shutil.rmtree(workdir / "kd" / "0")
-        shutil.rmtree(workdir / "kd" / "1")
-        assert distilled(workdir, npz, "--robustness")[0] == arms
 
-    def test_a_teacher_whose_weights_are_not_the_described_ones_is_refused(self, copied, tmp_path):
-        workdir, npz, arms = copied
-        shutil.rmtree(workdir / "kd/0/weights")
-        shutil.copytree(workdir / "kd/1/weights", workdir / "kd/0/weights")
-        with pytest.raises(ValueError, match=r"kd/0/weights does not hold the weights.*which repairs them"):
-            distilled(tmp_path / "next", npz, f"--teacher_dir={workdir / 'kd/0'}")
-        assert distilled(workdir, npz, "--robustness")[0] == arms  # as the message advises
-        distilled(tmp_path / "next", npz, f"--teacher_dir={workdir / 'kd/0'}", "--method=kd")
-
-
-def test_a_run_that_goes_on_on_other_devices_says_so_in_its_result(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_on_other_devices_says_so_in_its_result(distilled, tmp_path, monkeypatch):
     npz, run = write_npz(tmp_path / "data.npz"), tmp_path / "run"
-    asked = ("--method=scratch", "--epochs=4", "--save_every_s=0")
+    asked = ("--arms=scratch", "--epochs=4", "--save_every_s=0")
     save = checkpoints.save
 
     def save_and_be_told_to_stop(*args, **options):
@@ -208,32 +203,10 @@ def test_a_run_that_goes_on_on_other_devices_says_so_in_its_result(tmp_path, mon
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(checkpoints, "save", save_and_be_told_to_stop)
-    with pytest.raises(train.Stopped, match="143"):
+    with pytest.raises(interrupts.Stopped, match="143"):
         distilled(run, npz, *asked, "--devices=2")
     monkeypatch.undo()
     distilled(run, npz, *asked, "--devices=1")
     notes = results.read(run / "results.json")["notes"]
     (note,) = (note for note in notes if "not bitwise" in note)
     assert note.startswith("teacher, seed 0: the run was resumed by other means (devices 2 there and 1 here)")
-
-
-class TestClaim:
-    def test_a_run_that_has_left_no_work_gives_way_to_the_corrected_command(self, tmp_path):
-        npz, run = write_npz(tmp_path / "data.npz"), tmp_path / "run"
-        with pytest.raises(train.NonFiniteLoss, match=r"not finite"):
-            distilled(run, npz, "--learning_rate=1e30", "--optimizer=sgd")
-        assert (run / "run.json").exists()
-        arms, _ = distilled(run, npz)
-        assert arms == distilled(tmp_path / "other", npz)[0]
-        with pytest.raises(
-            ValueError, match=r"holds another run \(learning_rate 0\.001 there and 0\.002 here\)"
-        ):
-            distilled(run, npz, "--learning_rate=0.002")
-
-    def test_a_kill_while_the_record_is_written_leaves_a_workdir_that_can_be_claimed(self, tmp_path):
-        with common.released():
-            workdir = common.claim_workdir(str(tmp_path / "run"), {"a": 1})
-        (workdir / "run.json").rename(workdir / "run.json.tmp")
-        with common.released():
-            common.claim_workdir(str(workdir), {"a": 1})
-        assert files.read_sealed(workdir / "run.json") == {"a": 1}
