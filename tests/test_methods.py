@@ -14,6 +14,7 @@ from kdjax import losses, methods, models, parallel
 from kdjax.types import Outputs
 
 ROWS, CLASSES, STEPS = 8, 5, 240
+LABELS = np.arange(24) % CLASSES
 
 # Why the other public functions of kdjax.losses are no methods.
 NOT_METHODS = {
