@@ -14,10 +14,10 @@ from kdjax import losses, methods, models, parallel
 from kdjax.types import Outputs
 
 ROWS, CLASSES, STEPS = 8, 5, 240
+LABELS = np.arange(24) % CLASSES
 
 # Why the other public functions of kdjax.losses are no methods.
 NOT_METHODS = {
-    "attention_map": "part of attention_transfer",
     "average_logits": "for several teachers; here each student has one",
     "average_probabilities": "for several teachers",
     "best_hard_weight": "for regression",
