@@ -1,7 +1,6 @@
 """A study: finished arms, what else is measured of them, and their result as JSON, figure, report and table.
 
-Arms are ``{name: [one finished run per seed]}``. What takes long is kept beside the runs and not measured again for
-equal weights and options.
+Arms are ``{name: [one finished run per seed]}``. Slow measurements are cached beside the runs, by weights and options.
 """
 
 import functools
@@ -288,7 +287,7 @@ def _of_first_run(arms: Arms, directory: Path, options: Any, measure: Callable[[
 
 
 def _cached(path: Path, run: Trained, options: Any, measure: Callable[[Any], Any]) -> Any:
-    """What was measured before of these weights with these options, or what is measured now."""
+    """The measurement of these weights with these options: read back, or made now."""
     identity = {"weights": checkpoints.digest_tree(run.weights), "options": options}
     return files.cached(path, lambda: measure(run), identity=identity, writes=jax.process_index() == 0)
 
@@ -319,10 +318,8 @@ def pictures(dataset: data.Dataset, maps: np.ndarray, *, count: int = 4) -> list
     ]
 
 
-HVP, EVALUATION = (
-    1.5,
-    1 / 3,
-)  # of a Hessian-vector product and of a loss, in gradients: benchmarks/escape.json
+# A Hessian-vector product and a loss, in gradients: experiments/results/benchmarks/escape.json
+HVP, EVALUATION = 1.5, 1 / 3
 
 
 def with_costs(run: Trained, *, targets: Sequence[float], steps_per_epoch: int) -> Trained:

@@ -747,8 +747,8 @@ def test_a_flipped_byte_in_the_cache_is_refused_every_time(cached):
     folder = cached / "mnist" / "3.0.1" / "kdjax_decoded" / "native"
     files = sorted(folder.iterdir())
     assert [file.name for file in files] == [
-        "images.npy",
         "example_ids.npy",
+        "images.npy",
         "labels.npy",
         "manifest.json",
         "official_split.npy",

@@ -19,7 +19,8 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(CLASSES)(nn.relu(nn.Dense(6)(x.reshape(len(x), -1))))
+        hidden = nn.relu(nn.Dense(6)(x.reshape(len(x), -1)))
+        return nn.Dense(CLASSES)(hidden)
 
 
 NETWORK = models.from_linen(Net(), SHAPE)

@@ -1,6 +1,5 @@
 """Methods: what they minimise, how they add up, what they refuse, and how a command line names them."""
 
-import functools
 import inspect
 import re
 from pathlib import Path
@@ -15,9 +14,6 @@ from kdjax import losses, methods, models, parallel
 from kdjax.types import Outputs
 
 ROWS, CLASSES, STEPS = 8, 5, 240
-# Most of a test's time would be compiling what runs once.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-LABELS = np.arange(24) % CLASSES
 
 # Why the other public functions of kdjax.losses are no methods.
 NOT_METHODS = {
@@ -41,20 +37,30 @@ NOT_METHODS = {
 
 
 def outputs(seed, channels, *, rows=ROWS):
-    """What a small network of three stages might return."""
+    """What a small network of two stages might return."""
     rng = np.random.default_rng(seed)
     features = {}
-    for stage, (size, width) in enumerate(zip((8, 8, 4, 2), channels, strict=True)):
+    for stage, (size, width) in enumerate(zip((8, 4, 2), channels, strict=True)):
         x = jnp.asarray(rng.normal(size=(rows, size, size, width)), jnp.float32)
         features[f"stage{stage}"] = jax.nn.relu(x)
         if stage:
             features[f"preactivation{stage}"] = x
-    features["embedding"] = features["stage3"].mean((1, 2))
+    features["embedding"] = features["stage2"].mean((1, 2))
     return Outputs(jnp.asarray(2 * rng.normal(size=(rows, CLASSES)), jnp.float32), features)
 
 
-STUDENT, TEACHER = outputs(0, (4, 4, 6, 8)), outputs(1, (4, 6, 6, 10))
-FLOW = methods.fsp(student=("stage0", "stage2"), teacher=("stage0", "stage2"))  # where channels are equal
+STUDENT, TEACHER = outputs(0, (4, 4, 8)), outputs(1, (4, 4, 10))
+FLOW = methods.fsp(student=("stage0", "stage1"), teacher=("stage0", "stage1"))  # where channels are equal
+
+
+def on_one_device(function):
+    """Compiled, under the name of the devices' axis; quickly, since it runs a few times."""
+    mapped = jax.vmap(function, axis_name=parallel.AXIS)
+
+    def run(*arguments):
+        return jax.tree.map(lambda x: x[0], mapped(*jax.tree.map(lambda x: x[None], arguments)))
+
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def bind(method, teacher=TEACHER, student=STUDENT):
@@ -69,10 +75,17 @@ def batch_for(bound, teacher=TEACHER):
     return batch | {"teacher_logits": teacher.logits} | asked
 
 
-def new_heads(bound):
+def head_initialiser(bound):
+    return methods.head_initialiser(bound.heads, STUDENT, batch_for(bound) | {"step": jnp.int32(0)})
+
+
+def some_heads(bound):
+    """Parameters and state of all heads; random, since compiling their initialisers takes longer than all else."""
     if bound.heads is None:
         return {}, {}
-    return methods.head_initialiser(bound.heads, STUDENT, batch_for(bound) | {"step": jnp.int32(0)})(0)
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: head_initialiser(bound)(0))
+    params, state = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes)
+    return params, jax.tree.map(jnp.abs, state)  # variances among it
 
 
 def evaluate(bound, student, params, state, batch):
@@ -89,13 +102,11 @@ def terms_of(method, teacher=TEACHER):
     """The weighted terms of a method without heads on one device, as a function of the step."""
     bound = bind(method, teacher)
 
-    @jit
+    @on_one_device
     def found(student, step):
-        batch = batch_for(bound, teacher) | {"step": step}
-        mapped = jax.vmap(lambda s: evaluate(bound, s, None, None, batch)[0], axis_name=parallel.AXIS)
-        return mapped(jax.tree.map(lambda x: x[None], student))
+        return evaluate(bound, student, None, None, batch_for(bound, teacher) | {"step": step})[0]
 
-    return lambda step: {name: float(value[0]) for name, value in found(STUDENT, jnp.int32(step)).items()}
+    return lambda step: {name: float(value) for name, value in found(STUDENT, jnp.int32(step)).items()}
 
 
 def terms(method, teacher=TEACHER):
@@ -112,25 +123,19 @@ def gradients():
     """``(term, step) -> values, gradient in the student, gradient in the heads``; one program for all methods."""
     method = sum((f() for name, f in methods.METHODS.items() if name != "fsp"), start=FLOW)
     bound = bind(method)
-    params, state = new_heads(bound)
+    params, state = some_heads(bound)
     batch = batch_for(bound)
 
-    def values(student, params, step):
-        run = functools.partial(evaluate, bound, state=state, batch=batch | {"step": step})
-        mapped = jax.vmap(lambda s: run(s, params)[0], axis_name=parallel.AXIS)
-        return jax.tree.map(lambda x: x[0], mapped(jax.tree.map(lambda x: x[None], student)))
-
-    @jit
+    @on_one_device
     def pulled(weights, step):
-        found, pull = jax.vjp(lambda s, p: values(s, p, step), STUDENT, params)
-        return found, *pull(weights)
+        def values(student, params):
+            return evaluate(bound, student, params, state, batch | {"step": step})[0]
 
-    names = list(jax.eval_shape(values, STUDENT, params, jnp.int32(0)))
+        found, pull = jax.vjp(values, STUDENT, params)
+        return found, *pull({name: weights.get(name, jnp.float32(0)) for name in found})
 
-    def of(term, step):
-        return pulled({name: jnp.float32(name == term) for name in names}, jnp.int32(step))
-
-    return of
+    names = [*methods.METHODS, "factor_transfer_head"]
+    return lambda term, step: pulled({name: jnp.float32(name == term) for name in names}, jnp.int32(step))
 
 
 class TestEveryMethod:
@@ -179,7 +184,7 @@ class TestTerms:
             }
 
     def test_a_weight_multiplies_the_sum_over_the_compared_maps(self):
-        pairs = [(STUDENT.features[f"stage{i}"], TEACHER.features[f"stage{i}"]) for i in (1, 2, 3)]
+        pairs = [(STUDENT.features[f"stage{i}"], TEACHER.features[f"stage{i}"]) for i in (1, 2)]
         want = float(sum(losses.attention_transfer(s, t).mean() for s, t in pairs))
         for method, weight in ((methods.attention_transfer(), 1000), (methods.attention_transfer(10.0), 10)):
             found = terms(method)
@@ -219,27 +224,25 @@ class TestTerms:
 
 
 class TestHeads:
-    def test_crd_remembers_the_examples_it_saw(self):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def crd(cls):
         bound = bind(methods.crd())
-        params, state = new_heads(bound)
+        return bound, head_initialiser(bound)
+
+    def test_crd_remembers_the_examples_it_saw(self, crd):
+        bound, new = crd
+        params, state = new(0)
         batch = batch_for(bound) | {"step": jnp.int32(0)}
-        mapped = jax.vmap(
-            lambda student: evaluate(bound, student, params, state, batch)[1], axis_name=parallel.AXIS
-        )
-        after = jit(mapped)(jax.tree.map(lambda x: x[None], STUDENT))
-        before, now = (
-            state["memory"]["crd"]["crd"],
-            jax.tree.map(lambda x: x[0], after)["memory"]["crd"]["crd"],
-        )
+        after = on_one_device(lambda student: evaluate(bound, student, params, state, batch)[1])(STUDENT)
+        before, now = (s["memory"]["crd"]["crd"] for s in (state, after))
         moved = np.flatnonzero(np.any(np.asarray(before.student != now.student), axis=1))
         np.testing.assert_array_equal(moved, np.arange(ROWS) * 2)
         assert float(before.student_z) == 0 < float(now.student_z)
         assert before.student.shape == (len(LABELS), 128)
 
-    def test_start_differently_for_each_seed(self):
-        bound = bind(methods.hint())
-        new = methods.head_initialiser(bound.heads, STUDENT, batch_for(bound) | {"step": jnp.int32(0)})
-        first, again, other = (jax.tree.leaves(new(seed)[0]) for seed in (0, 0, 1))
+    def test_start_differently_for_each_seed(self, crd):
+        first, again, other = (jax.tree.leaves(crd[1](seed)[0]) for seed in (0, 0, 1))
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
         assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
@@ -247,22 +250,19 @@ class TestHeads:
     def test_two_devices_see_the_whole_batch(self):
         names = ("rkd", "dist", "similarity_preserving", "ofd", "hint")
         bound = bind(sum((methods.METHODS[name]() for name in names), start=methods.labels()))
-        params, state = new_heads(bound)
+        params, state = some_heads(bound)
 
         def run(student, batch):
             found, _ = evaluate(bound, student, params, state, batch | {"step": jnp.int32(100)})
             return jax.lax.pmean(found, parallel.AXIS)
 
-        def over(devices):
-            parts = jax.tree.map(
-                lambda x: x.reshape(devices, ROWS // devices, *x.shape[1:]), (STUDENT, batch_for(bound))
-            )
-            return jax.pmap(run, axis_name=parallel.AXIS, devices=jax.devices()[:devices])(*parts)
-
-        whole, halves = over(1), over(2)
+        inputs = STUDENT, batch_for(bound)
+        whole = on_one_device(run)(*inputs)
+        halves = jax.tree.map(lambda x: x.reshape(2, ROWS // 2, *x.shape[1:]), inputs)
+        halves = jax.pmap(run, axis_name=parallel.AXIS, devices=jax.devices()[:2])(*halves)
         assert set(whole) == {"hard", *names}
         for term, value in whole.items():
-            np.testing.assert_allclose(halves[term][0], value[0], rtol=2e-4, atol=1e-5)
+            np.testing.assert_allclose(halves[term][0], value, rtol=2e-4, atol=1e-5)
 
 
 class TestSum:
@@ -315,11 +315,11 @@ class TestSum:
 
     def test_keeps_your_own_losses_and_what_they_read(self):
         def narrow(outputs, batch):
-            return {"narrow": jnp.mean(batch["teacher_stage3"]) + jnp.mean(outputs.logits)}
+            return {"narrow": jnp.mean(batch["teacher_stage2"]) + jnp.mean(outputs.logits)}
 
-        method = methods.labels() + methods.objective(narrow, teacher_features=("stage3",))
-        assert bind(method).teacher_features == ("stage3",)
-        want = float(TEACHER.features["stage3"].mean() + STUDENT.logits.mean())
+        method = methods.labels() + methods.objective(narrow, teacher_features=("stage2",))
+        assert bind(method).teacher_features == ("stage2",)
+        want = float(TEACHER.features["stage2"].mean() + STUDENT.logits.mean())
         assert terms(method)["narrow"] == pytest.approx(want, rel=1e-5)
 
 
@@ -335,14 +335,14 @@ class TestFeatures:
         np.testing.assert_allclose(found, want, rtol=1e-6)
 
     def test_that_do_not_match_are_named(self):
-        two = Outputs(TEACHER.logits, {k: v for k, v in TEACHER.features.items() if not k.endswith("3")})
-        with pytest.raises(ValueError, match=r"attention_transfer compares stages.*teacher stage1, stage2\."):
+        two = Outputs(TEACHER.logits, {k: v for k, v in TEACHER.features.items() if not k.endswith("2")})
+        with pytest.raises(ValueError, match=r"attention_transfer compares stages.*teacher stage1\."):
             bind(methods.attention_transfer(), two)
         with pytest.raises(ValueError, match="the teacher has no block9"):
             bind(methods.hint(student=("stage1",), teacher=("block9",)))
         with pytest.raises(ValueError, match="compares last stage of both networks: the student has none"):
             bind(methods.cka(), TEACHER, Outputs(STUDENT.logits, {}))
-        with pytest.raises(ValueError, match=r"fsp cannot compare these networks .*'stage1': \(8, 8, 6\)"):
+        with pytest.raises(ValueError, match=r"fsp cannot compare these networks .*'stage2': \(2, 2, 10\)"):
             bind(methods.fsp())
 
     def test_a_method_needs_something_to_minimise(self):

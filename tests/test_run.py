@@ -383,6 +383,15 @@ class TestLoad:
             run.load(tmp_path / "2", dataset, network=network)
 
 
+def assert_trained_alike(a, b):
+    """Bitwise the same weights; their metrics to rounding, since many networks are evaluated by another program."""
+    jax.tree.map(
+        np.testing.assert_array_equal, (a.fitted.last, a.fitted.best), (b.fitted.last, b.fitted.best)
+    )
+    for got, want in zip((*a.history, a.metrics), (*b.history, b.metrics), strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+
+
 class TestTrainMany:
     @pytest.fixture
     def options(self, tmp_path):
@@ -393,11 +402,12 @@ class TestTrainMany:
     def test_each_is_bitwise_the_run_of_its_seed(self, trainer, network, dataset, teacher, options):
         found = run.train_many(network, LABELS, dataset, RECIPE, **options)
         for trained, alone in zip(found, (teacher[1], trainer(2)), strict=False):
-            assert_same(trained, alone)
+            assert_trained_alike(trained, alone)
             assert trained.seed == alone.seed
         assert found[2].history[0]["loss"] < 0.6 * found[0].history[0]["loss"]  # by its weight
         second = run.load(options["directory"] / "1", dataset, network=network)
-        assert (second.seed, second.metrics.items() <= found[1].metrics.items()) == (2, True)
+        assert second.seed == 2
+        jax.tree.map(np.testing.assert_array_equal, second.weights, found[1].weights)
         count = len(TRACED)
         for again, before in zip(
             run.train_many(network, LABELS, dataset, RECIPE, **options), found, strict=True
@@ -410,7 +420,7 @@ class TestTrainMany:
     def test_methods_with_heads_and_averages(self, network, dataset, signal, student):
         many = run.Many(mapping="map")
         (trained,) = run.train_many(network, KD, dataset, AVERAGED, teacher=signal, seeds=[0], many=many)
-        assert_same(trained, student[1])
+        assert_trained_alike(trained, student[1])
 
     def test_as_many_settings_as_seeds(self, network, dataset):
         many = run.Many(settings={"weight": [1.0, 0.5]})

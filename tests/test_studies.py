@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from experiments import cli
-from kdjax import data, results, run, train
+from kdjax import checkpoints, data, methods, results, run, train
+from kdjax.recipe import Machine, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,38 @@ class TestMixingWeight:
                 *("--teacher_dir=nowhere", "--teacher=resnet8", "--teacher_epochs=50"),
                 f"--workdir={tmp_path / 'run'}",
             )
+
+
+MINE = """
+import flax.linen as nn
+
+
+class Mine(nn.Module):
+    classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.classes)(x.reshape(len(x), -1))
+
+
+def build(num_classes):
+    return Mine(num_classes)
+"""
+
+
+def test_a_teacher_of_a_users_own_network_is_taken_up(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    spec, digits = f"{tmp_path / 'mine.py'}:build", data.split(data.load("digits"), num_train=32)
+    recipe, home = Recipe(epochs=1, batch_size=16), tmp_path / "run"
+    trained = run.train(cli.network(spec, digits), methods.labels(), digits, recipe, directory=home)
+    options = {"launch": cli.Launch(workdir="unused"), "settings": {"a": 1}, "machine": Machine()}
+    teacher = cli.Teacher(teacher=spec, teacher_dir=str(home))
+    found = cli.teachers(teacher, cli.Data(), digits, **options)
+    assert (found.to_train, found.settings["teacher"]) == ({}, "Mine")
+    assert found.made_from["teacher_weights"] == checkpoints.digest_tree(trained.weights)
+    assert found.train(tmp_path)[0].metrics.items() <= trained.metrics.items()
+    with pytest.raises(ValueError, match=r"not one of kdjax\.models"):
+        cli.teachers(cli.Teacher(teacher_dir=str(home)), cli.Data(), digits, **options)
 
 
 def student(test=0.0, seed=0, **record):

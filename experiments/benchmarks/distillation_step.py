@@ -186,6 +186,7 @@ def main() -> None:
                         f"{name_of(worker)} cannot be measured: {worker.absent}. Install the peers with pip install "
                         "'kdjax[bench]', or name those that are installed in --peers."
                     )
+            for worker in workers:
                 losses[name_of(worker)] = worker.ask("losses")
                 settled[name_of(worker)] = worker.ask("settle") | {"import_s": worker.import_s}
                 cli.say(f"{name_of(worker)}: {settled[name_of(worker)]}")
