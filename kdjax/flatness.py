@@ -229,7 +229,7 @@ def _ahead(
     return value, jax.tree.map(jnp.multiply, scales, slope)
 
 
-def _highest(loss: Any, params: Params, scales: Params, radius: Scalar, top: Params, *arguments: Any) -> float:
+def _highest(loss: Any, params: Params, scales: Params, radius: float, top: Params, *arguments: Any) -> float:
     """The highest loss met on the sphere around the parameters; for a convex loss every step goes up."""
     heights = []
     for sign in (1, -1):

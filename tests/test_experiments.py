@@ -1,5 +1,6 @@
 """Experiments as their users start them: from the command line, with good input and with bad."""
 
+import functools
 import json
 import os
 import shutil
@@ -73,14 +74,13 @@ class TestDistill:
             "--arms=kd",
             f"--teacher_dir={workdir / 'teacher/0'}",
         )
-        online += ("--robustness", "--dtype=bfloat16", "--optimizer=sgd", "--schedule=step", "--accumulate=2")
+        online += ("--dtype=bfloat16", "--optimizer=sgd", "--schedule=step", "--accumulate=2")
         again = start(distill, *small_run(tmp_path / "online", *online, "--flip", "--seeds=0")[1:])
         there, here = (result["arms"]["teacher"]["accuracy"] for result in (found, again))
         assert here == pytest.approx(there, abs=0.02)  # bfloat16 here
         assert again["flags"]["teacher"] == "digits_teacher"  # as it was loaded
         assert again["flags"]["teacher_epochs"] is None
-        assert again["robustness"]["teacher"]["clean"] == [pytest.approx(accuracy) for accuracy in here]
-        assert not (tmp_path / "online" / "teacher_answers").exists()
+        assert not [*(tmp_path / "online" / "teacher_answers").rglob("*.npz")]
 
     @pytest.mark.once
     def test_killed_at_a_random_moment_it_ends_bitwise_equal(self, tmp_path):
@@ -229,6 +229,9 @@ def test_a_start_takes_the_statistics_of_the_student_and_leaves_the_heads():
     assert jax.tree.map(np.sum, found.model_state) == {"student": {"mean": 6}, "heads": {}}
 
 
+LOADED = functools.cache(data.load)  # the digits once for all cases
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -287,6 +290,7 @@ def test_bad_input_is_refused_before_any_work(start, tmp_path, monkeypatch, argu
         raise AssertionError("training began")
 
     monkeypatch.setattr(train, "fit", work)
+    monkeypatch.setattr(data, "load", LOADED)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)  # is not installed
     with pytest.raises(ValueError, match=said):
         start(distill, f"--workdir={tmp_path / 'run'}", *(a.format(tmp=tmp_path) for a in arguments))

@@ -61,11 +61,11 @@ def test_more_students_are_of_three_arms(study):
     dataset = data.split(data.from_arrays(images, np.arange(60) % 3))
     teacher = models.from_linen(models.build("resnet8", num_classes=3), (8, 8, 1))
     with flagsaver.flagsaver(arms=["kd", "scratch"], more_students=["mlp"]):
-        found = study.students_of(dataset, teacher)
+        found = study.students_of(dataset, teacher.output_shapes)
     assert list(found) == ["scratch", "kd", "scratch (mlp)", "kd (mlp)", "kd+ig (mlp)"]
     assert len({network for network, _ in found.values()}) == 2
     with flagsaver.flagsaver(arms=["at"], student="mlp"), pytest.raises(ValueError, match="no stage"):
-        study.students_of(dataset, teacher)
+        study.students_of(dataset, teacher.output_shapes)
 
 
 def test_a_run_knows_how_its_teacher_is_trained(study):
