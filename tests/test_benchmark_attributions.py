@@ -207,7 +207,7 @@ def test_smoke_names_what_is_missing_and_measures_the_rest(tmp_path):
         env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     found = results.read(output)

@@ -30,7 +30,7 @@ def launch(*arguments, **options):
 
 
 def outcome(process):
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=900)
     return process.returncode, output, errors
 
 
@@ -346,7 +346,7 @@ class TestDisk:
             env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr

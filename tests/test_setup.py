@@ -41,7 +41,7 @@ def make(clone: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     """Runs make; what it printed on stderr but for make's own last line."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON", "MAKE", "MFLAGS"))}
     done = subprocess.run(
-        ["make", *arguments], cwd=clone, env=clean | environment, capture_output=True, text=True, timeout=300
+        ["make", *arguments], cwd=clone, env=clean | environment, capture_output=True, text=True, timeout=900
     )
     said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     return done.returncode, "\n".join(said)
