@@ -16,10 +16,11 @@ from kdjax import data
 from kdjax.extras import extra
 from kdjax.types import Scalar
 
+Images = Float[Array, "batch height width channels"]  # in [0, 1]
+Keys = Key[Array, " batch"]  # one per image
 
-def gaussian_noise(
-    images: Float[Array, "batch height width channels"], sigma: Scalar, keys: Key[Array, " batch"]
-) -> Float[Array, "batch height width channels"]:
+
+def gaussian_noise(images: Images, sigma: Scalar, keys: Keys) -> Images:
     """Adds independent normal noise to every pixel and channel, and clips to [0, 1].
 
     Args:
@@ -31,11 +32,7 @@ def gaussian_noise(
     return jnp.clip(images + sigma * noise, 0, 1)
 
 
-def gaussian_blur(
-    images: Float[Array, "batch height width channels"],
-    sigma: Scalar,
-    keys: Key[Array, " batch"] | None = None,
-) -> Float[Array, "batch height width channels"]:
+def gaussian_blur(images: Images, sigma: Scalar, keys: Keys | None = None) -> Images:
     """Blurs with a Gaussian truncated at four standard deviations; the border's pixels continue beyond it.
 
     Equal to ``scipy.ndimage.gaussian_filter`` with ``mode="nearest"``, which made CIFAR-10-C.
@@ -51,11 +48,7 @@ def gaussian_blur(
     return jnp.clip(jnp.einsum("jw,biwc->bijc", columns, blurred, precision="highest"), 0, 1)
 
 
-def contrast(
-    images: Float[Array, "batch height width channels"],
-    factor: Scalar,
-    keys: Key[Array, " batch"] | None = None,
-) -> Float[Array, "batch height width channels"]:
+def contrast(images: Images, factor: Scalar, keys: Keys | None = None) -> Images:
     """Moves the pixels of each image towards its mean per channel.
 
     Args:
@@ -68,11 +61,7 @@ def contrast(
     return jnp.clip((images - mean) * factor + mean, 0, 1)
 
 
-def jpeg(
-    images: Float[Array, "batch height width channels"],
-    quality: int | float,
-    keys: Key[Array, " batch"] | None = None,
-) -> Float[Array, "batch height width channels"]:
+def jpeg(images: Images, quality: int | float, keys: Keys | None = None) -> Images:
     """Compresses and decompresses each image as a JPEG, with Pillow on the host: not for use under ``jit``.
 
     Args:
@@ -103,13 +92,7 @@ def jpeg(
     return jnp.asarray(np.stack([compressed(picture) for picture in pictures]), jnp.float32) / 255
 
 
-def occlusion(
-    images: Float[Array, "batch height width channels"],
-    fraction: Scalar,
-    keys: Key[Array, " batch"],
-    *,
-    grey: float = 0.5,
-) -> Float[Array, "batch height width channels"]:
+def occlusion(images: Images, fraction: Scalar, keys: Keys, *, grey: float = 0.5) -> Images:
     """Covers a square inside the image, uniformly placed. With one key, a larger square contains a smaller one.
 
     Args:
@@ -135,13 +118,7 @@ def occlusion(
     return jnp.where(square[..., None], jnp.asarray(grey, images.dtype), images)
 
 
-def translation(
-    images: Float[Array, "batch height width channels"],
-    pixels: Scalar,
-    keys: Key[Array, " batch"],
-    *,
-    fill: float = 0.0,
-) -> Float[Array, "batch height width channels"]:
+def translation(images: Images, pixels: Scalar, keys: Keys, *, fill: float = 0.0) -> Images:
     """Shifts each image up, down, left or right.
 
     Args:
@@ -192,22 +169,8 @@ class Corruption:
     strengths: tuple[float, ...]
     on_host: bool = False
 
-    def __call__(
-        self,
-        images: Float[Array, "batch height width channels"],
-        severity: int | Int[Array, ""],
-        key: Key[Array, ""],
-    ) -> Float[Array, "batch height width channels"]:
-        """Corrupts images at a severity.
-
-        Args:
-          images: in [0, 1], the first examples of a data set.
-          severity: from 1; may be traced unless the corruption runs on the host.
-          key: of the data set.
-
-        Raises:
-          ValueError: if a severity that is not traced has no strength.
-        """
+    def __call__(self, images: Images, severity: int | Int[Array, ""], key: Key[Array, ""]) -> Images:
+        """Corrupts the first examples of a data set; a severity without strength is a ValueError unless traced."""
         if isinstance(severity, int):  # not traced
             check_severities([severity], {"this corruption": self})
         if self.on_host:

@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdjax.report import text
-from kdjax.report.figures.style import (
-    GREEN,
-    INK,
-    MUTED,
-    ORANGE,
-    Panel,
-    beside,
-    colours_of,
-    interval,
-    label_ends,
-    value_axis,
-)
+from kdjax.report.figures import style
+from kdjax.report.figures.style import Panel
 from kdjax.report.text import Result
 
 if TYPE_CHECKING:
@@ -46,7 +36,7 @@ def dot_panel(result: Result, *, metric: str) -> Panel:
     from matplotlib.ticker import LogLocator
 
     arms = [arm for arm, metrics in result["arms"].items() if metric in metrics]
-    kind, colours = text.metric_of(metric), colours_of(result)
+    kind, colours = text.metric_of(metric), style.colours_of(result)
     values = [kind.scale * np.asarray(result["arms"][arm][metric], np.float64) for arm in arms]
     flat = np.concatenate(values)
 
@@ -56,9 +46,9 @@ def dot_panel(result: Result, *, metric: str) -> Panel:
             if len(runs) > 1:
                 below = y + 0.27 + np.linspace(-0.08, 0.08, len(runs))
                 ax.scatter(runs, below, s=22, color=colour, alpha=0.5, linewidths=0)
-                ax.plot(interval(runs), (y, y), color=colour, lw=2)
+                ax.plot(style.interval(runs), (y, y), color=colour, lw=2)
             ax.plot(mean, y, "o", color=colour, markersize=6)
-            beside(ax, y, text.mean_text(result, arm, metric), colour)
+            style.beside(ax, y, text.mean_text(result, arm, metric), colour)
         if kind.unit != "%" and flat.min() > 0 and flat.max() > 10 * flat.min():
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if flat.max() < 50 * flat.min() else (1,)))
@@ -81,7 +71,7 @@ def curve_panel(result: Result, *, metric: str) -> Panel:
     """A metric over the epochs: mean over seeds as a line, lowest to highest seed as a band."""
     from matplotlib.ticker import MaxNLocator
 
-    kind, colours = text.metric_of(metric), colours_of(result)
+    kind, colours = text.metric_of(metric), style.colours_of(result)
     curves = {arm: _stack(c[metric]) for arm, c in result["curves"].items() if metric in c}
     curves = {arm: (epochs, kind.scale * runs) for arm, (epochs, runs) in curves.items() if epochs.size}
     ends = {arm: float(runs[:, -1].mean()) for arm, (_, runs) in curves.items()}
@@ -94,10 +84,10 @@ def curve_panel(result: Result, *, metric: str) -> Panel:
             ax.plot(epochs, runs.mean(0), color=colours[arm], lw=1.8, marker=marker, markersize=4)
         if curves:
             _limit(ax, curves)
-            label_ends(ax, ends, colours)
+            style.label_ends(ax, ends, colours)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         ax.set_xlabel("epoch")
-        value_axis(ax, text.axis_title(kind))
+        style.value_axis(ax, text.axis_title(kind))
 
     several = any(len(runs) > 1 for _, runs in curves.values())
     caption = f"{text.capital(kind.title)} over training. " + (
@@ -117,12 +107,12 @@ def ratio_panel(result: Result) -> Panel:
     def draw(ax: "Axes") -> None:
         ax.set_xscale("log")
         for y, r in enumerate(ratios.values()):
-            colour = GREEN if r["low"] > 1 else ORANGE if r["high"] < 1 else MUTED
+            colour = style.GREEN if r["low"] > 1 else style.ORANGE if r["high"] < 1 else style.MUTED
             ax.plot((1, r["median"]), (y, y), color=colour, lw=1, alpha=0.5)
             ax.plot((r["low"], r["high"]), (y, y), color=colour, lw=4, alpha=0.45, solid_capstyle="butt")
             ax.plot(r["median"], y, "o", color=colour, markersize=7)
-            beside(ax, y, text.times(r["median"]), colour)
-        ax.axvline(1, color=INK, lw=1)
+            style.beside(ax, y, text.times(r["median"]), colour)
+        ax.axvline(1, color=style.INK, lw=1)
         margin = (high / low) ** 0.07
         ax.set_xlim(low / margin, high * margin)
         ticks = _ratio_ticks(low, high)
