@@ -27,10 +27,7 @@ PGD_STEPS, PGD_STEP_SIZE = 20, 0.25
 def perturb_weights(params: Params, sigma: Scalar, key: Key[Array, ""]) -> Params:
     """Multiplies every parameter by ``1 + sigma * normal``, a model of analogue hardware.
 
-    Args:
-      params: the parameters, without BatchNorm's statistics.
-      sigma: relative standard deviation.
-      key: the same key gives the same directions at every ``sigma``.
+    The same key gives the same directions at every ``sigma``. BatchNorm's statistics are no parameters.
     """
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:

@@ -1,6 +1,6 @@
 """Corruptions of images, each with five strengths.
 
-A corruption is a pure function ``(images, strength, keys) -> images`` with one key per image.
+A corruption is a pure function ``(images, strength, keys) -> images`` of images in [0, 1], with one key per image.
 """
 
 import dataclasses
@@ -21,13 +21,7 @@ Keys = Key[Array, " batch"]  # one per image
 
 
 def gaussian_noise(images: Images, sigma: Scalar, keys: Keys) -> Images:
-    """Adds independent normal noise to every pixel and channel, and clips to [0, 1].
-
-    Args:
-      images: in [0, 1].
-      sigma: standard deviation, on the scale [0, 1].
-      keys: one per image.
-    """
+    """Adds normal noise of standard deviation ``sigma`` (of 1 for white) to every pixel and channel, and clips."""
     noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
     return jnp.clip(images + sigma * noise, 0, 1)
 
@@ -35,12 +29,8 @@ def gaussian_noise(images: Images, sigma: Scalar, keys: Keys) -> Images:
 def gaussian_blur(images: Images, sigma: Scalar, keys: Keys | None = None) -> Images:
     """Blurs with a Gaussian truncated at four standard deviations; the border's pixels continue beyond it.
 
-    Equal to ``scipy.ndimage.gaussian_filter`` with ``mode="nearest"``, which made CIFAR-10-C.
-
-    Args:
-      images: in [0, 1]; they may be smaller than the Gaussian.
-      sigma: standard deviation in pixels, at most the shorter side.
-      keys: not used.
+    Equal to ``scipy.ndimage.gaussian_filter`` with ``mode="nearest"``, which made CIFAR-10-C. ``sigma`` is the standard
+    deviation in pixels, at most the shorter side.
     """
     del keys
     rows, columns = (_blur_matrix(size, sigma) for size in images.shape[1:3])
@@ -49,13 +39,7 @@ def gaussian_blur(images: Images, sigma: Scalar, keys: Keys | None = None) -> Im
 
 
 def contrast(images: Images, factor: Scalar, keys: Keys | None = None) -> Images:
-    """Moves the pixels of each image towards its mean per channel.
-
-    Args:
-      images: in [0, 1].
-      factor: of the differences from the mean: 1 changes nothing, 0 leaves a uniform image.
-      keys: not used.
-    """
+    """Scales the differences from each image's mean per channel: 1 changes nothing, 0 leaves a uniform image."""
     del keys
     mean = jnp.mean(images, axis=(1, 2), keepdims=True)
     return jnp.clip((images - mean) * factor + mean, 0, 1)
@@ -65,12 +49,12 @@ def jpeg(images: Images, quality: int | float, keys: Keys | None = None) -> Imag
     """Compresses and decompresses each image as a JPEG, with Pillow on the host: not for use under ``jit``.
 
     Args:
-      images: in [0, 1], of one channel or three; rounded to 8 bits.
+      images: rounded to 8 bits.
       quality: Pillow's, 1 to 95.
       keys: not used.
 
     Raises:
-      ValueError: for another number of channels.
+      ValueError: for images of neither one channel nor three.
     """
     with extra("data"):
         from PIL import Image
@@ -92,14 +76,13 @@ def jpeg(images: Images, quality: int | float, keys: Keys | None = None) -> Imag
     return jnp.asarray(np.stack([compressed(picture) for picture in pictures]), jnp.float32) / 255
 
 
-def occlusion(images: Images, fraction: Scalar, keys: Keys, *, grey: float = 0.5) -> Images:
-    """Covers a square inside the image, uniformly placed. With one key, a larger square contains a smaller one.
+def occlusion(images: Images, fraction: Scalar, keys: Keys) -> Images:
+    """Covers a uniformly placed square of the image with grey. With one key, a larger square contains a smaller one.
 
     Args:
       images: in [0, 1].
       fraction: side of the square, as a part of the image's shorter side; rounded to whole pixels.
       keys: one per image.
-      grey: value of the covered pixels.
 
     References:
       Zeiler and Fergus, `Visualizing and Understanding Convolutional Networks <https://arxiv.org/abs/1311.2901>`_,
@@ -115,17 +98,13 @@ def occlusion(images: Images, fraction: Scalar, keys: Keys, *, grey: float = 0.5
         return (pixels >= first) & (pixels < first + side)
 
     square = covered(height, place[:, 0])[:, :, None] & covered(width, place[:, 1])[:, None, :]
-    return jnp.where(square[..., None], jnp.asarray(grey, images.dtype), images)
+    return jnp.where(square[..., None], jnp.asarray(0.5, images.dtype), images)
 
 
 def translation(images: Images, pixels: Scalar, keys: Keys, *, fill: float = 0.0) -> Images:
-    """Shifts each image up, down, left or right.
+    """Shifts each image up, down, left or right, as its key chooses, by a whole number of pixels.
 
-    Args:
-      images: in [0, 1].
-      pixels: distance, a whole number.
-      keys: one per image, which chooses the direction.
-      fill: value of the pixels that move in; black, as at the border of :func:`kdjax.data.random_crop`.
+    ``fill`` is the value of the pixels that move in; black, as at the border of :func:`kdjax.data.random_crop`.
     """
     height, width = images.shape[1:3]
     direction = jax.vmap(lambda key: jax.random.randint(key, (), 0, 4))(keys)

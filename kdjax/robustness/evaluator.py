@@ -64,7 +64,11 @@ def make_evaluator(
         function: if there is no such metric.
     """
     _check_data(images, labels, mean, std)
-    _check_settings(severities, corruptions, weight_noise, draws, epsilons)
+    check_severities(severities, corruptions)
+    if any(not 0 <= epsilon <= 255 for epsilon in epsilons):
+        raise ValueError(
+            f"epsilons are grey levels between 0 and 255, got {tuple(epsilons)}; 8 is the usual one for CIFAR-10."
+        )
     resident = {"image": images, "label": np.asarray(labels, np.int32), "key": jax.random.key(0)}
     resident = parallel.replicate(resident, devices)
     size = {"ids": np.arange(len(images)), "batch_size": batch_size, "devices": devices}
@@ -198,24 +202,4 @@ def _check_data(images: np.ndarray, labels: np.ndarray, mean: Sequence[float], s
     if not len(mean) == len(std) == images.shape[-1]:
         raise ValueError(
             f"mean and std need one number for each of the {images.shape[-1]} channels, got {mean} and {std}."
-        )
-
-
-def _check_settings(
-    severities: Sequence[int],
-    corruptions: Mapping[str, Corruption],
-    weight_noise: Sequence[float],
-    draws: int,
-    epsilons: Sequence[float],
-) -> None:
-    check_severities(severities, corruptions)
-    if corruptions and not severities:
-        raise ValueError("severities must name at least one; for no corruption pass corruptions={}.")
-    if any(sigma < 0 for sigma in weight_noise):
-        raise ValueError(f"weight_noise takes deviations of 0 or more, got {tuple(weight_noise)}.")
-    if draws < 1:
-        raise ValueError(f"draws must be 1 or more, got {draws}; for no weight noise pass weight_noise=().")
-    if any(not 0 <= epsilon <= 255 for epsilon in epsilons):
-        raise ValueError(
-            f"epsilons are grey levels between 0 and 255, got {tuple(epsilons)}; 8 is the usual one for CIFAR-10."
         )

@@ -2,17 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kdjax.report import text
 from kdjax.report.figures import style
-from kdjax.report.figures.style import Panel
+from kdjax.report.figures.style import Axes, Panel
 from kdjax.report.text import Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _LEVELS = 9  # most contour lines of a surface
 
@@ -36,7 +33,7 @@ def density_panel(result: Result, arms: Sequence[str]) -> Panel:
     floor = 1e-6 * max(float(runs.max()) for _, runs in found.values())
     labels = {arm: style.short(arm) for arm in arms}
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         ax.set_yscale("log")
         for arm, (grid, runs) in found.items():
             runs = np.maximum(runs, floor)
@@ -49,8 +46,7 @@ def density_panel(result: Result, arms: Sequence[str]) -> Panel:
         ax.yaxis.set_major_formatter(lambda value, _: _power(value))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.tick_params(axis="y", which="both", length=0)
-        ax.set_xlabel("eigenvalue of the Hessian")
-        style.value_axis(ax, "density")
+        style.value_axis(ax, "eigenvalue of the Hessian", "density")
         style.legend_below(ax, result, labels)
 
     several = any(len(runs) > 1 for _, runs in found.values())
@@ -93,7 +89,7 @@ def surface_panel(result: Result) -> Panel:
     pitch = side + 0.52
     bottom = math.ceil(len(surfaces) / columns) * pitch
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         for i, (arm, surface) in enumerate(surfaces.items()):
             left, top = i % columns * (side + gap), i // columns * pitch + 0.24
             _draw_square(ax, surface, levels, (left, top, side), (first, last))
@@ -118,7 +114,7 @@ def surface_panel(result: Result) -> Panel:
 
 
 def _draw_square(
-    ax: "Axes",
+    ax: Axes,
     surface: Sequence[np.ndarray],
     levels: Sequence[float],
     place: tuple[float, float, float],
@@ -139,7 +135,7 @@ def _draw_square(
     ax.plot(left - scale * first, top + scale * last, "o", color=style.INK, markersize=3.5)
 
 
-def _draw_scale(ax: "Axes", levels: Sequence[float], bottom: float, width: float) -> None:
+def _draw_scale(ax: Axes, levels: Sequence[float], bottom: float, width: float) -> None:
     """Draws the colours between the levels as a scale under the squares."""
     from matplotlib.patches import Rectangle
 

@@ -2,17 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kdjax.report import text
 from kdjax.report.figures import style
-from kdjax.report.figures.style import Panel, Table
+from kdjax.report.figures.style import Axes, Panel, Table
 from kdjax.report.text import Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _MATRICES = 3  # arms that get a confusion matrix
 _NUMBERED = 12  # classes up to which its cells hold numbers
@@ -49,7 +46,7 @@ def robustness_panel(result: Result) -> Panel:
     labels = {arm: style.short(arm) for arm in arms}
     step = min(0.2, 0.72 / max(1, len(arms) - 1))  # between the marks of a row
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         for row, found in enumerate(means.values()):
             if row:
                 ax.axhline(row - 0.5, color=style.GRID, lw=0.8, zorder=0)
@@ -117,7 +114,7 @@ def reliability_panel(result: Result, arms: Sequence[str]) -> Panel:
     }
     labels = {arm: f"{style.short(arm)}, ECE {error}" for arm, error in errors.items()}
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         ax.plot((0, 100), (0, 100), color=style.MUTED, lw=1, dashes=(4, 3))
         for arm, (confidence, accuracy, count) in bins.items():
             colour, share = colours[arm], count / count.sum()
@@ -127,8 +124,7 @@ def reliability_panel(result: Result, arms: Sequence[str]) -> Panel:
             ax.plot(100 * confidence[seen], 100 * accuracy[seen], color=colour, lw=1, alpha=0.5)
         ax.set_xlim(0, 104)
         ax.set_ylim(-3, 104)
-        ax.set_xlabel("confidence, %")
-        style.value_axis(ax, text.axis_title(_ACCURACY))
+        style.value_axis(ax, "confidence, %", text.axis_title(_ACCURACY))
         ax.grid(axis="x")
         style.legend_below(ax, result, labels)
 
@@ -156,7 +152,7 @@ def confusion_panel(result: Result, arm: str) -> Panel:
     names = list(result.get("class_names") or map(str, range(n)))
     numbered = n <= _NUMBERED
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         _draw_matrix(ax, share, numbered=numbered)
         ticks = range(0, n, math.ceil(n / 25))
         labels = [style.short(names[i], 12) for i in ticks]
@@ -178,7 +174,7 @@ def confusion_panel(result: Result, arm: str) -> Panel:
     return Panel(draw, caption.rstrip(), alt.rstrip(), 4.3)
 
 
-def _draw_matrix(ax: "Axes", share: np.ndarray, *, numbered: bool) -> None:
+def _draw_matrix(ax: Axes, share: np.ndarray, *, numbered: bool) -> None:
     """Cells coloured by their share, blue on the diagonal and orange beside it; with a number if there is room."""
     diagonal = np.eye(len(share), dtype=bool)[..., None]
     colours = np.where(diagonal, (0.2, 0.48, 0.82), (0.85, 0.42, 0.15))
@@ -210,7 +206,7 @@ def compression_panel(result: Result) -> Panel:
     values = {arm: 100 * np.asarray(result["arms"][arm]["accuracy"], np.float64) for arm in costs}
     labels = {arm: f"{style.short(arm)}, {latency[arm]} ms" for arm in costs}
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         ratios = np.unique(list(times.values()))
         style.value_ticks(ax, ratios, log=True, label="{:.3g}×")
         for i, (arm, runs) in enumerate(values.items()):
@@ -219,8 +215,7 @@ def compression_panel(result: Result) -> Panel:
             if len(runs) > 1:
                 ax.plot((x, x), style.interval(runs), color=colours[arm], lw=1.8, alpha=0.6)
             ax.plot(x, float(runs.mean()), markers[arm], color=colours[arm], markersize=6)
-        ax.set_xlabel("times fewer parameters")
-        style.value_axis(ax, text.axis_title(_ACCURACY))
+        style.value_axis(ax, "times fewer parameters", text.axis_title(_ACCURACY))
         style.legend_below(ax, result, labels)
 
     caption = (
@@ -250,7 +245,7 @@ def overlay_panel(result: Result) -> Panel:
     signed = any(np.min(overlay["map"]) < 0 for overlay in chosen)
     row_height = 1.24
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         for row, overlay in enumerate(chosen):
             image, tinted = np.asarray(overlay["image"], np.uint8), _tinted(overlay["map"])
             grey = np.repeat(image.mean(-1, keepdims=True).astype(np.uint8), 3, axis=-1)
@@ -285,7 +280,7 @@ def _tinted(values: Any) -> np.ndarray:
     return pixels
 
 
-def _place(ax: "Axes", pixels: np.ndarray, left: float, top: float) -> None:
+def _place(ax: Axes, pixels: np.ndarray, left: float, top: float) -> None:
     """Draws an image into the unit square at a corner, with a thin frame."""
     from matplotlib.patches import Rectangle
 

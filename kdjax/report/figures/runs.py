@@ -3,17 +3,13 @@
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdjax.report import text
 from kdjax.report.figures import style
-from kdjax.report.figures.style import Panel
+from kdjax.report.figures.style import Axes, Panel
 from kdjax.report.text import Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def arm_panels(result: Result) -> list[Panel]:
@@ -40,7 +36,7 @@ def dot_panel(result: Result, *, metric: str) -> Panel:
     values = [kind.scale * np.asarray(result["arms"][arm][metric], np.float64) for arm in arms]
     flat = np.concatenate(values)
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         for y, (arm, runs) in enumerate(zip(arms, values, strict=True)):
             colour, mean = colours[arm], float(runs.mean())
             if len(runs) > 1:
@@ -76,7 +72,7 @@ def curve_panel(result: Result, *, metric: str) -> Panel:
     curves = {arm: (epochs, kind.scale * runs) for arm, (epochs, runs) in curves.items() if epochs.size}
     ends = {arm: float(runs[:, -1].mean()) for arm, (_, runs) in curves.items()}
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         for arm, (epochs, runs) in curves.items():
             if len(runs) > 1:
                 ax.fill_between(epochs, runs.min(0), runs.max(0), color=colours[arm], alpha=0.18, linewidth=0)
@@ -86,14 +82,13 @@ def curve_panel(result: Result, *, metric: str) -> Panel:
             _limit(ax, curves)
             style.label_ends(ax, ends, colours)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        ax.set_xlabel("epoch")
-        style.value_axis(ax, text.axis_title(kind))
+        style.value_axis(ax, "epoch", text.axis_title(kind))
 
     several = any(len(runs) > 1 for _, runs in curves.values())
     caption = f"{text.capital(kind.title)} over training. " + (
         "Line: mean over seeds; band: lowest to highest seed." if several else "One seed."
     )
-    printed = [f"{arm} {text.number(end, kind.decimals)} {kind.unit}".rstrip() for arm, end in ends.items()]
+    printed = [f"{arm} {text.with_unit(end, kind)}" for arm, end in ends.items()]
     alt = f"Curves of {kind.title} by epoch, at the end: {text.listing(printed or ['no values'])}."
     return Panel(draw, caption, alt, 2.7)
 
@@ -104,7 +99,7 @@ def ratio_panel(result: Result) -> Panel:
     low = min(1.0, *(r["low"] for r in ratios.values()))
     high = max(1.0, *(r["high"] for r in ratios.values()))
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         ax.set_xscale("log")
         for y, r in enumerate(ratios.values()):
             colour = style.GREEN if r["low"] > 1 else style.ORANGE if r["high"] < 1 else style.MUTED
@@ -139,7 +134,7 @@ def _stack(runs: Sequence[Sequence[float | None]]) -> tuple[np.ndarray, np.ndarr
     return 1 + np.flatnonzero(kept), values[:, kept]
 
 
-def _limit(ax: "Axes", curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def _limit(ax: Axes, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Fits the vertical range to the last four fifths of a long training: its start would flatten the rest."""
     late = [r[:, r.shape[1] // 5 if r.shape[1] >= 10 else 0 :] for _, r in curves.values()]
     low, high = min(float(r.min()) for r in late), max(float(r.max()) for r in late)

@@ -1,22 +1,14 @@
 """Figures of sweeps over one setting, and of the trials of a hyperparameter search."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kdjax.report import text
 from kdjax.report.figures import style
-from kdjax.report.figures.style import Panel, Table
+from kdjax.report.figures.style import Axes, Panel, Table
 from kdjax.report.text import Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
-def panels(result: Result) -> list[Panel]:
-    """The figures of all sweeps and trials."""
-    return [*swept_panels(result), *trial_panels(result)]
 
 
 def swept_panels(result: Result) -> list[Panel]:
@@ -40,7 +32,7 @@ def swept_panel(result: Result, sweep: Mapping[str, Any], *, metric: str) -> Pan
     means = {arm: [float(runs.mean()) for runs in found] for arm, found in arms.items()}
     log = style.is_wide(sweep["values"])
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         style.value_ticks(ax, values, log=log)
         for i, (arm, found) in enumerate(arms.items()):
             x = style.shifted(values, 0.014 * (i - (len(arms) - 1) / 2), log=log)
@@ -49,8 +41,7 @@ def swept_panel(result: Result, sweep: Mapping[str, Any], *, metric: str) -> Pan
                 if len(runs) > 1:
                     ax.plot((at, at), style.interval(runs), color=colours[arm], lw=1.5, alpha=0.55)
         style.label_ends(ax, {arm: mean[-1] for arm, mean in means.items()}, colours)
-        ax.set_xlabel(sweep["name"])
-        style.value_axis(ax, text.axis_title(kind))
+        style.value_axis(ax, sweep["name"], text.axis_title(kind))
 
     several = any(len(runs) > 1 for found in arms.values() for runs in found)
     caption = f"{text.capital(kind.title)} against {sweep['name']}" + " on a logarithmic axis" * log + ". "
@@ -58,7 +49,7 @@ def swept_panel(result: Result, sweep: Mapping[str, Any], *, metric: str) -> Pan
     ends = []
     for arm, mean in means.items():
         best = int(np.argmax(mean) if kind.higher is not False else np.argmin(mean))
-        ends.append(f"{arm} {_with_unit(kind, mean[best])} at {values[best]:g}")
+        ends.append(f"{arm} {text.with_unit(mean[best], kind)} at {values[best]:g}")
     which = "lowest" if kind.higher is False else "highest"
     alt = f"Lines of {kind.title} against {sweep['name']}, {which}: {text.listing(ends)}."
     title = f"Numbers: {text.axis_title(kind)}" + ", mean ± standard deviation" * several
@@ -90,7 +81,7 @@ def trial_panel(result: Result, *, flag: str) -> Panel:
     positions = settings if numeric else [names.index(_setting(s)) for s in settings]
     log = bool(numeric and settings and style.is_wide(settings))
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         for trial, x in zip(trials, positions, strict=True):
             colour = style.ORANGE if trial is best else style.BLUE
             face = colour if trial["outcome"] == "finished" else "none"
@@ -107,8 +98,7 @@ def trial_panel(result: Result, *, flag: str) -> Panel:
             ax.set_xlim(-0.5, len(names) - 0.5)
             if len(names) > 4:
                 ax.tick_params(axis="x", rotation=90)
-        ax.set_xlabel(flag)
-        style.value_axis(ax, text.axis_title(metric))
+        style.value_axis(ax, flag, text.axis_title(metric))
 
     left = len(result["trials"]) - len(trials)
     caption = f"{text.capital(metric.title)} of every trial, against {flag}"
@@ -118,7 +108,7 @@ def trial_panel(result: Result, *, flag: str) -> Panel:
     alt = f"Scatter plot of {metric.title} against {flag}, {len(trials)} trials"
     if best is not None:
         setting = _setting(best["settings"].get(flag))
-        at = f"{_with_unit(metric, metric.scale * best['value'])}, {flag} {setting}"
+        at = f"{text.with_unit(metric.scale * best['value'], metric)}, {flag} {setting}"
         caption += f" The best, in orange, is trial {best['number']}: {at}."
         alt += f", the best is trial {best['number']} with {at}"
     if left:
@@ -154,7 +144,3 @@ def _best_trial(result: Result) -> Mapping[str, Any] | None:
 
 def _setting(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _with_unit(metric: text.Metric, value: float) -> str:
-    return f"{text.number(value, metric.decimals)} {metric.unit}".rstrip()
