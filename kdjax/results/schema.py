@@ -22,8 +22,8 @@ REQUIRED = {
 OUTCOMES = ("finished", "pruned", "failed")
 _INFINITE = 1e100  # larger than any measurement, and its square is still a float
 
-# A check of a value takes its path in the file and the number of seeds of its arm, and raises a ValueError.
-Check = Callable[..., None]
+# Takes a value, its path in the file and perhaps the number of seeds of its arm; raises a ValueError.
+Check = Callable[..., object]
 
 
 def upgrade(content: Any) -> dict[str, Any]:
