@@ -80,10 +80,8 @@ def _section(result: Result, link: str, metrics: str | None) -> str:
     in_words = len(ratios) <= text.RATIOS_IN_WORDS if ratios else bool(result.get("comparisons"))
     parts = [text.finding(result)] if in_words else []
     if ratios:
-        ratio_rows = [
-            [peer, *(f"{r[k]:#.3g}" for k in ("median", "low", "high"))] for peer, r in ratios.items()
-        ]
-        rows = [list(map(tables.Cell, row)) for row in ratio_rows]
+        printed = [(peer, *(f"{r[k]:#.3g}" for k in ("median", "low", "high"))) for peer, r in ratios.items()]
+        rows = [list(map(tables.Cell, row)) for row in printed]
         parts.append(tables.markdown(["compared with", "times", "low", "high"], rows).rstrip())
     if columns or not ratios:
         parts.append(tables.markdown_table(result, metrics=columns).rstrip())

@@ -21,7 +21,7 @@ Keys = Key[Array, " batch"]  # one per image
 
 
 def gaussian_noise(images: Images, sigma: Scalar, keys: Keys) -> Images:
-    """Adds normal noise of standard deviation ``sigma`` (of 1 for white) to every pixel and channel, and clips."""
+    """Adds normal noise of standard deviation ``sigma``, on the scale [0, 1], to every channel, and clips."""
     noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
     return jnp.clip(images + sigma * noise, 0, 1)
 
