@@ -34,7 +34,7 @@ def metric_sums(
       logits: scores before the softmax.
       label: true classes.
       valid: 1 for examples, 0 for padding.
-      teacher_logits: of the teacher on the same examples, to measure agreement with it.
+      teacher_logits: on the same examples, to measure agreement with the teacher.
 
     Returns:
       ``count``, ``nll`` (nats), ``confusion`` (true class by predicted class), and per bin of confidence ``bin_count``,
@@ -66,9 +66,6 @@ def metric_sums(
 def summarise(sums: Mapping[str, Any]) -> dict[str, float]:
     """Metrics from the totals of :func:`metric_sums`.
 
-    Args:
-      sums: added up over all batches.
-
     Returns:
       ``accuracy``, ``loss`` (mean negative log-likelihood, nats), ``precision``, ``recall`` and ``f1`` (means over the
       classes that occur; a class never predicted has precision 0), ``worst_class_accuracy``, ``ece`` (expected
@@ -96,10 +93,8 @@ def summarise(sums: Mapping[str, Any]) -> dict[str, float]:
         "ece": float(np.abs(total["bin_confidence"] - total["bin_correct"]).sum()) / count,
     }
     if "agree" in total:
-        metrics |= {
-            "agreement": float(total["agree"]) / count,
-            "teacher_kl": float(total["teacher_kl"]) / count,
-        }
+        metrics["agreement"] = float(total["agree"]) / count
+        metrics["teacher_kl"] = float(total["teacher_kl"]) / count
     return metrics
 
 
@@ -118,18 +113,12 @@ def reliability(sums: Mapping[str, Any]) -> dict[str, list[float]]:
     Returns:
       Per bin, from the lowest confidence: ``confidence`` and ``accuracy``, the means over its examples (0 if it has
       none), and ``count``.
-
-    References:
-      Guo et al., `On Calibration of Modern Neural Networks <https://arxiv.org/abs/1706.04599>`_, 2017, section 2.
     """
-    count = np.asarray(sums["bin_count"], np.float64)
-    confidence, correct = (np.asarray(sums[name], np.float64) for name in ("bin_confidence", "bin_correct"))
+    names = ("bin_confidence", "bin_correct", "bin_count")
+    confidence, correct, count = (np.asarray(sums[name], np.float64) for name in names)
     filled = np.maximum(count, 1)
-    return {
-        "confidence": (confidence / filled).tolist(),
-        "accuracy": (correct / filled).tolist(),
-        "count": count.tolist(),
-    }
+    bins = {"confidence": confidence / filled, "accuracy": correct / filled, "count": count}
+    return {name: values.tolist() for name, values in bins.items()}
 
 
 def best_shift(
@@ -137,9 +126,8 @@ def best_shift(
 ) -> float:
     """The constant that minimises the errors when it is added to one class's logit, which training saw too rarely.
 
-    The prediction of an example becomes the class as soon as the shift exceeds the lead of the best other class. That
-    gains an example of the class, and loses one that was right before. The number of right predictions is therefore a
-    step function of the shift with steps at the leads, and its maximum is found exactly.
+    The prediction of an example becomes the class as soon as the shift exceeds the lead of the best other class. So
+    the number of right predictions is a step function of the shift, and its maximum is found exactly.
 
     Args:
       logits: of a validation split, not of the split that is reported.

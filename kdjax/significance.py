@@ -1,6 +1,6 @@
 """Statistics for a handful of seeds: confidence intervals, and tests of the difference between two arms.
 
-The tests are those of scipy and statsmodels; this module checks that a test suits the data, and refuses otherwise.
+The tests are those of scipy and statsmodels; data that do not suit a test are refused.
 
 * :func:`summarise`, :func:`t_interval`: the mean of one arm.
 * :func:`welch`: two arms, each trained with several seeds.
@@ -88,16 +88,8 @@ def summarise(values: Values) -> Summary:
     return Summary(float(array.mean()), sd, array.size)
 
 
-def t_interval(values: Values, *, confidence: float = 0.95) -> Interval:
-    """Student's t-interval of the mean, for repeats that are roughly normally distributed.
-
-    Args:
-      values: one number per repeat.
-      confidence: how often such intervals contain the true mean.
-
-    Returns:
-      The mean and its interval in the unit of the values. The interval of equal values has no width; they do not show
-      how far the next repeat may be.
+def t_interval(values: Values) -> Interval:
+    """Student's 95 % t-interval of the mean, for roughly normal repeats; equal ones give no width.
 
     Raises:
       ValueError: with fewer than three values, or one that is not finite.
@@ -108,13 +100,12 @@ def t_interval(values: Values, *, confidence: float = 0.95) -> Interval:
     with extra("report"):
         from scipy import stats
 
-    _fraction("confidence", confidence)
     (array,) = _arms("t_interval", values)
     mean = float(array.mean())
     if _constant(array):
         return Interval(mean, mean, mean, array.size)
     test: Any = stats.ttest_1samp(array, 0)
-    low, high = map(float, test.confidence_interval(confidence))
+    low, high = map(float, test.confidence_interval(0.95))
     return Interval(mean, low, high, array.size)
 
 
@@ -124,11 +115,8 @@ def welch(a: Values, b: Values, *, confidence: float = 0.95) -> Comparison:
     Args:
       a: one number per repeat of the first arm.
       b: one number per repeat of the second arm; the lengths may differ.
-      confidence: of the interval around the difference.
-
-    Returns:
-      The difference, its interval, and the two-sided p. If neither arm varies, the interval has no width, and p is 1
-      where the means agree and 0 where they do not.
+      confidence: of the interval around the difference. If neither arm varies, it has no width, and p is 1 where the
+        means agree and 0 where they do not.
 
     Raises:
       ValueError: with fewer than three repeats in an arm, or values that are not finite.
@@ -168,8 +156,7 @@ def mcnemar(correct_a: Any, correct_b: Any, *, ids_a: Any, ids_b: Any) -> McNema
       the observed table. Both are 1 where the students never disagree.
 
     Raises:
-      ValueError: if the students were tested on different examples, an example is listed twice, or a flag is neither
-        True nor False.
+      ValueError: if the examples differ, one is listed twice, or a flag is neither True nor False.
 
     References:
       McNemar, Note on the sampling error of the difference between correlated proportions or percentages, 1947.
@@ -209,12 +196,10 @@ def equivalence(a: Values, b: Values, *, delta: float, alpha: float = 0.05) -> M
 
     Returns:
       The difference mean(a) - mean(b), its 1 - 2 ``alpha`` interval, and p. The arms are equivalent where p is at most
-      ``alpha``, which is where the interval lies within ``delta`` of zero. A larger p means that these runs do not
-      show equivalence; it does not mean that the arms differ.
+      ``alpha``, which is where the interval lies within ``delta`` of zero. A larger p does not mean that they differ.
 
     Raises:
-      ValueError: with fewer than three repeats in an arm, or values that are not finite; if neither arm varies; or if
-        ``delta`` is not positive.
+      ValueError: with fewer than three repeats in an arm, one that is not finite, or no spread, or a ``delta`` ≤ 0.
 
     References:
       Schuirmann, A comparison of the two one-sided tests procedure and the power approach for assessing the
@@ -241,11 +226,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's adjusted p of each arm: at most alpha of all tables then call any arm different by chance.
 
     Args:
-      p_values: arm → p of its comparison with the baseline on one metric. Pass every arm that was tested, also those
-        without a difference.
-
-    Returns:
-      Arm → adjusted p, in the same order; compare it with alpha directly.
+      p_values: arm → p of its comparison with the baseline on one metric, of every arm that was tested.
 
     Raises:
       ValueError: if a p is not between 0 and 1.
@@ -265,18 +246,14 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def seeds_needed(sd: float, delta: float, *, power: float = 0.8, alpha: float = 0.05) -> int:
-    """How many seeds each of two arms needs to find a true difference of ``delta``.
+    """How many seeds each of two arms needs to find a true difference of ``delta``; at least three.
 
     Args:
-      sd: standard deviation of one arm over seeds, in the metric's unit; the root mean square if the arms differ. An
-        sd from five seeds is uncertain: the true one may be .6 to 2.9 times as large (95 % interval), and the number
-        of seeds grows with its square.
+      sd: standard deviation of one arm over seeds, in the metric's unit; the root mean square if the arms differ.
+        From five seeds it is uncertain: the true one may be .6 to 2.9 times as large (95 % interval).
       delta: the smallest true difference that should not be missed, in the same unit.
       power: probability of finding it.
       alpha: two-sided level of the test; for the first step of :func:`holm` over k arms, alpha / k.
-
-    Returns:
-      Seeds per arm, rounded up, at least three.
 
     Raises:
       ValueError: if ``sd`` or ``delta`` is not positive, or ``power`` is not above ``alpha``.
@@ -304,11 +281,10 @@ def seeds_needed(sd: float, delta: float, *, power: float = 0.8, alpha: float = 
 def _arms(test: str, *arms: Values) -> list[np.ndarray]:
     """The repeats of each arm as float64, checked."""
     arrays = [np.asarray(arm, np.float64) for arm in arms]
+    shapes, sizes = (" and ".join(str(of(array)) for array in arrays) for of in (np.shape, np.size))
     if any(array.ndim != 1 for array in arrays):
-        shapes = " and ".join(str(array.shape) for array in arrays)
         raise ValueError(f"{test} needs a flat list of one number per repeat, got shape {shapes}.")
     if min(array.size for array in arrays) < FEWEST:
-        sizes = " and ".join(str(array.size) for array in arrays)
         raise ValueError(f"{test} needs three repeats or more in each arm, got {sizes}; run more seeds.")
     lost = sum(int(np.sum(~np.isfinite(array))) for array in arrays)
     if lost:

@@ -192,7 +192,7 @@ NAN = float("nan")
             "calibration/a/count needs counts of at least one example",
         ),
         (["calibration", "a", "count"], [1.0], "calibration/a needs as many bins in each list"),
-        (["calibration", "a", "accuracy"], [0.0, 1.2], "calibration/a needs fractions"),
+        (["calibration", "a", "accuracy"], [0.0, 1.2], "calibration/a/accuracy needs fractions"),
         (["calibration", "a", "confidence"], [], "calibration/a/confidence needs a non-empty list"),
         (["confusion", "a"], [[1, 2]], "confusion/a needs a square matrix"),
         (["confusion", "a"], [[1, -2], [0, 1]], "confusion/a needs counts"),

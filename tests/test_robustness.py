@@ -218,16 +218,23 @@ def scores(params, images):
     return np.asarray(logits[:, 1] - logits[:, 0], np.float64)
 
 
+def fgsm(apply_fn, params, state, images, label, *, epsilon):
+    how = {"epsilon": epsilon, "steps": 1, "step_size": epsilon, "mean": MEAN, "std": STD}
+    return robustness.attack(apply_fn, params, state, images, label, images, **how)
+
+
+def pgd(apply_fn, params, state, images, label, key, *, epsilon, steps):
+    how = {"epsilon": epsilon, "steps": steps, "step_size": epsilon / 4, "mean": MEAN, "std": STD}
+    start = images + epsilon * robustness.offset(data.example_keys(key, jnp.arange(len(images))), images)
+    return robustness.attack(apply_fn, params, state, images, label, start, **how)
+
+
 @pytest.mark.parametrize("attack", ["fgsm", "pgd"])
 def test_attack_on_a_plane_has_its_closed_form(attack):
     images = 0.3 + 0.4 * unit(pictures(8))  # far enough from 0 and 1
     label, w, epsilon = jnp.arange(8) % 2, plane(), 0.05
-    how = {"epsilon": epsilon, "mean": MEAN, "std": STD}
-    if attack == "fgsm":
-        run = functools.partial(robustness.fgsm, linear, **how)
-    else:
-        run = functools.partial(robustness.pgd, linear, keys=keys(8), steps=9, step_size=epsilon / 4, **how)
-    found = jax.jit(run)(w, {}, images, label)
+    run = fgsm if attack == "fgsm" else functools.partial(pgd, key=KEY, steps=9)
+    found = jax.jit(functools.partial(run, linear, epsilon=epsilon))(w, {}, images, label)
     sign = 1 - 2 * np.asarray(label)[:, None, None, None]  # class 0 is pushed up, class 1 down
     np.testing.assert_allclose(found - images, epsilon * sign * np.sign(w)[None], atol=1e-6)
     # the margin falls by epsilon times the 1-norm of the weights in pixels, 2 w / std
@@ -240,7 +247,7 @@ def test_attack_finds_its_way_where_the_loss_rounds_to_zero():
     label = jnp.asarray(scores(w, images) > 0).astype(jnp.int32)
     loss = lambda s: np.log1p(np.exp(-np.abs(s)))  # noqa: E731
     assert loss(scores(w, images).astype(np.float32)).max() == 0
-    found = robustness.fgsm(linear, w, {}, images, label, epsilon=0.01, mean=MEAN, std=STD)
+    found = fgsm(linear, w, {}, images, label, epsilon=0.01)
     np.testing.assert_allclose(np.abs(found - images), 0.01, atol=1e-6)
 
 
@@ -284,49 +291,33 @@ def loss_of(apply_fn, params, state, images, label):
 
 @functools.cache
 def compiled_attacks():
-    how = {"mean": MEAN, "std": STD}
-    return [
-        jax.jit(functools.partial(attack, small_net()[0], **how))
-        for attack in (robustness.fgsm, robustness.pgd)
-    ]
+    return [jax.jit(functools.partial(attack, small_net()[0])) for attack in (fgsm, pgd)]
 
 
-def attacked(epsilon, *, steps, step_size, key):
+def attacked(epsilon, *, steps, key):
     """The small network's images after both attacks."""
     _, params, state, images, label = small_net()
-    fgsm, pgd = compiled_attacks()
-    example_keys = data.example_keys(key, jnp.arange(len(label)))
-    return (
-        fgsm(params, state, unit(images), label, epsilon=epsilon),
-        pgd(
-            params,
-            state,
-            unit(images),
-            label,
-            example_keys,
-            epsilon=epsilon,
-            steps=steps,
-            step_size=step_size,
-        ),
-    )
+    once, often = compiled_attacks()
+    given = (params, state, unit(images), label)
+    return once(*given, epsilon=epsilon), often(*given, key, epsilon=epsilon, steps=steps)
 
 
 def test_attacks_on_a_network_stay_in_bounds_and_pgd_is_the_stronger():
     apply_fn, params, state, images, label = small_net()
     x = unit(images)
-    fgsm, pgd = attacked(0.03, steps=10, step_size=0.0075, key=KEY)
-    for found in (fgsm, pgd):
+    weak, strong = attacked(0.03, steps=10, key=KEY)
+    for found in (weak, strong):
         assert np.abs(found - x).max() <= 0.03 + 1e-6
         assert found.min() >= 0
         assert found.max() <= 1
-    clean, once, often = (loss_of(apply_fn, params, state, z, label).mean() for z in (x, fgsm, pgd))
+    clean, once, often = (loss_of(apply_fn, params, state, z, label).mean() for z in (x, weak, strong))
     assert clean < once < often
 
 
 def test_attack_is_stopped_at_black_and_white():
     images = jnp.concatenate([jnp.zeros((2, 12, 9, 3)), jnp.ones((2, 12, 9, 3))])
     label = jnp.asarray([0, 1, 0, 1])
-    found = robustness.fgsm(linear, plane(), {}, images, label, epsilon=0.1, mean=MEAN, std=STD)
+    found = fgsm(linear, plane(), {}, images, label, epsilon=0.1)
     values = [np.unique(np.asarray(x)) for x in (found[:2], found[2:])]
     np.testing.assert_allclose(values, [[0, 0.1], [0.9, 1]], atol=1e-6)
 
@@ -385,9 +376,9 @@ def test_values_are_those_of_their_parts():
     for name in ("gaussian_noise", "jpeg"):
         corrupted = np.asarray(robustness.CORRUPTIONS[name](unit(images), 5, image_key))
         check(f"{name}/5", jnp.floor(255 * corrupted + 1e-3) / 255)
-    fgsm, pgd = attacked(8 / 255, steps=20, step_size=2 / 255, key=image_key)
-    check("fgsm/8", fgsm)
-    check("pgd/8", pgd)
+    weak, strong = attacked(8 / 255, steps=20, key=image_key)
+    check("fgsm/8", weak)
+    check("pgd/8", strong)
     assert found["weight_noise/0/loss"] == found["clean/loss"]
     assert found["weight_noise/0.3/loss"] != found["clean/loss"]
     mean = np.mean([found[f"{name}/{severity}"] for name in NAMES for severity in (1, 3, 5)])
@@ -420,9 +411,6 @@ def test_neither_batches_nor_devices_change_the_answer():
     ("change", "message"),
     [
         ({"severities": (0,)}, "gaussian_noise has the severities 1 to 5, got 0"),
-        ({"severities": ()}, "must name at least one"),
-        ({"weight_noise": (-0.1,)}, "deviations of 0 or more"),
-        ({"draws": 0}, "draws must be 1 or more"),
         ({"epsilons": (300.0,)}, "grey levels between 0 and 255"),
         ({"batch_size": 0}, "does not divide"),
     ],

@@ -10,7 +10,6 @@
 from kdjax.report.documents import fill_tables as fill_tables
 from kdjax.report.figures import panels as panels
 from kdjax.report.figures import save_figure as save_figure
-from kdjax.report.figures.style import Panel as Panel
 from kdjax.report.pages import page as page
 from kdjax.report.tables import markdown_flatness as markdown_flatness
 from kdjax.report.tables import markdown_table as markdown_table

@@ -34,8 +34,7 @@ def fill_tables(document: str | os.PathLike[str], folder: str | os.PathLike[str]
       folder: of the result files. The mark ``benchmarks/layers`` stands for ``benchmarks/layers.json`` in it.
 
     Returns:
-      The text. After each mark come the finding, the ratios or the table, and how the numbers were made, with a link to
-      the result file that is relative to the document.
+      The text. After each mark come the finding, the ratios or the table, and how the numbers were made, with a link.
 
     Raises:
       ValueError: if a result file is damaged or has no such metric.
@@ -81,21 +80,14 @@ def _section(result: Result, link: str, metrics: str | None) -> str:
     in_words = len(ratios) <= text.RATIOS_IN_WORDS if ratios else bool(result.get("comparisons"))
     parts = [text.finding(result)] if in_words else []
     if ratios:
-        parts.append(_ratio_table(result))
+        printed = [(peer, *(f"{r[k]:#.3g}" for k in ("median", "low", "high"))) for peer, r in ratios.items()]
+        rows = [list(map(tables.Cell, row)) for row in printed]
+        parts.append(tables.markdown(["compared with", "times", "low", "high"], rows).rstrip())
     if columns or not ratios:
         parts.append(tables.markdown_table(result, metrics=columns).rstrip())
         legend = tables.legend(result, tables.table(result, columns)[1])
         parts += [f"<sub>{legend}</sub>"] if legend else []
     return "\n" + "\n\n".join([*parts, _provenance(result, link)]) + "\n"
-
-
-def _ratio_table(result: Result) -> str:
-    """How many times faster or smaller kdjax is than each peer."""
-    lines = ["| compared with | times | low | high |", "| :-- | --: | --: | --: |"]
-    for peer, ratio in result["ratios"].items():
-        values = " | ".join(f"{ratio[k]:#.3g}" for k in ("median", "low", "high"))
-        lines.append(f"| {peer} | {values} |")
-    return "\n".join(lines)
 
 
 def _provenance(result: Result, link: str) -> str:

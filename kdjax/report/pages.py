@@ -27,7 +27,7 @@ def page(
 
     Args:
       results: heading → result, as read by :func:`kdjax.results.read`.
-      path: of the file, which is written atomically.
+      path: of the file.
       title: of the page; the heading of a single result when None.
       problems: sentences about results that could not be read.
       progress: called after each result with how many are done; one with many figures takes seconds.

@@ -56,10 +56,11 @@ def markdown_table(result: Result, *, metrics: Sequence[str] | None = None) -> s
     Raises:
       ValueError: if the result has no such metric.
     """
-    return _markdown(*table(result, metrics))
+    return markdown(*table(result, metrics))
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """Headings and rows of cells as a Markdown table."""
     lines = [[*head], [":--"] + ["--:"] * (len(head) - 1)]
     lines += [[_markdown_cell(cell) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(_markdown_escape(c) for c in line) + " |" for line in lines) + "\n"
@@ -98,7 +99,7 @@ def _cell(result: Result, arm: str, name: str, p: float | None) -> Cell:
 def markdown_flatness(result: Result) -> str:
     """Arms by measures of flatness as a Markdown table like :func:`markdown_table`, and what they mean."""
     head, rows = flatness_table(result)
-    return f"{_markdown(head, rows)}\n<sub>{flatness_legend(result, rows)}</sub>\n"
+    return f"{markdown(head, rows)}\n<sub>{flatness_legend(result, rows)}</sub>\n"
 
 
 def flatness_table(result: Result) -> tuple[list[str], list[list[Cell]]]:
@@ -127,11 +128,14 @@ def legend(result: Result, rows: Sequence[Sequence[Cell]]) -> str:
 
 def flatness_legend(result: Result, rows: Sequence[Sequence[Cell]]) -> str:
     """What the numbers of a flatness table do and do not show."""
-    exact = [
-        f"the {what} within {max(0.1, error):,.1f} %"
-        for what, name, of in _ERRORS
-        if (error := _largest_error(result, name, of)) is not None
-    ]
+    exact = []
+    for what, error, of in _ERRORS:
+        shares = [
+            100 * float(np.mean(np.abs(measures[error])) / np.mean(np.abs(measures[of])))
+            for measures in result["flatness"].values()
+            if error in measures and np.any(measures.get(of, 0))
+        ]
+        exact += [f"the {what} within {max(0.1, *shares):,.1f} %"] if shares else []
     sentences = (
         "All on the same images. Curvature shrinks with the loss by itself (Granziol, Flatness is a False Friend, "
         "2020), so compare only arms whose loss is about equal.",
@@ -142,16 +146,6 @@ def flatness_legend(result: Result, rows: Sequence[Sequence[Cell]]) -> str:
         legend({**result, "arms": result["flatness"]}, rows),
     )
     return " ".join(filter(None, sentences))
-
-
-def _largest_error(result: Result, error: str, of: str) -> float | None:
-    """The largest error of a measure in percent of it, over the arms; None where it is not known."""
-    shares = [
-        100 * float(np.mean(np.abs(measures[error])) / np.mean(np.abs(measures[of])))
-        for measures in result["flatness"].values()
-        if error in measures and np.any(measures.get(of, 0))
-    ]
-    return max(shares, default=None)
 
 
 def _heading(name: str) -> str:

@@ -33,7 +33,6 @@ class Metric(NamedTuple):
 
 METRICS = {
     "accuracy": Metric("accuracy", "%", 1, True),
-    "top5_accuracy": Metric("top-5 accuracy", "%", 1, True),
     "error": Metric("error", "%", 1, False),
     "errors": Metric("test errors", "", 0, False),
     "errors_on_omitted": Metric("errors on the omitted class", "", 0, False),
@@ -44,8 +43,6 @@ METRICS = {
     "ece": Metric("calibration error", "%", 1, False),
     "agreement": Metric("agreement with the teacher", "%", 1, True),
     "loss": Metric("loss", "", 3, False),
-    "nll": Metric("negative log-likelihood", "", 3, False),
-    "brier": Metric("Brier score", "", 3, False),
     "teacher_kl": Metric("KL from the teacher", "", 3, False),
     "exact": Metric("exact", "", 0),
     "refused": Metric("refused", "", 0),
@@ -56,11 +53,8 @@ METRICS = {
     "bytes": Metric("bytes", "", 0, False),
     "seconds": Metric("time", "s", higher=False),
     "ms": Metric("time", "ms", higher=False),
-    "us": Metric("time", "µs", higher=False),
     "epochs_per_second": Metric("epochs per second", higher=True),
-    "steps_per_second": Metric("steps per second", higher=True),
     "images_per_second": Metric("images per second", higher=True),
-    "examples_per_second": Metric("examples per second", higher=True),
 }
 # Arms that are not tested against the baseline and never bold.
 REFERENCES = ("teacher",)
@@ -112,29 +106,23 @@ def comparison_sentence(result: Result, comparison: Mapping[str, Any]) -> str:
 
 
 def _ratio_sentence(ratios: Mapping[str, Mapping[str, float]]) -> str:
-    sides: dict[str, list[str]] = {"ahead of": [], "behind": [], "level with": []}
+    """Names each peer with its ratio; of many it counts those on each side of one, with the range of their medians."""
+    sides: dict[str, list[tuple[str, float]]] = {"ahead of": [], "behind": [], "level with": []}
     for peer, ratio in ratios.items():
         median, low, high = ratio["median"], ratio["low"], ratio["high"]
         side = "ahead of" if low > 1 else "behind" if high < 1 else "level with"
         if side == "behind":
             median, low, high = 1 / median, 1 / high, 1 / low
-        sides[side].append(f"{peer} ({times(median)}, {times(low)} to {times(high)})")
-    if len(ratios) > RATIOS_IN_WORDS:
-        return _counted_sentence(ratios)
-    return "kdjax is " + "; ".join(f"{side} {listing(peers)}" for side, peers in sides.items() if peers) + "."
-
-
-def _counted_sentence(ratios: Mapping[str, Mapping[str, float]]) -> str:
-    """Counts the ratios on each side of one, with the range of their medians."""
-    ahead = [r["median"] for r in ratios.values() if r["low"] > 1]
-    behind = [1 / r["median"] for r in ratios.values() if r["high"] < 1]
-    level = len(ratios) - len(ahead) - len(behind)
-    parts = [
-        f"{side} in {len(medians)} ({times(min(medians))} to {times(max(medians))})"
-        for side, medians in {"ahead": ahead, "behind": behind}.items()
-        if medians
-    ]
-    parts += [f"level in {level}"] if level else []
+        sides[side].append((f"{peer} ({times(median)}, {times(low)} to {times(high)})", median))
+    sides = {side: found for side, found in sides.items() if found}
+    if len(ratios) <= RATIOS_IN_WORDS:
+        parts = [f"{side} {listing([peer for peer, _ in found])}" for side, found in sides.items()]
+        return f"kdjax is {'; '.join(parts)}."
+    parts = []
+    for side, found in sides.items():
+        medians = [median for _, median in found]
+        span = "" if side == "level with" else f" ({times(min(medians))} to {times(max(medians))})"
+        parts.append(f"{side.split()[0]} in {len(found)}{span}")
     return f"Of {len(ratios)} comparisons kdjax is {listing(parts)}."
 
 
@@ -152,12 +140,15 @@ def comparisons(result: Result) -> list[Mapping[str, Any]]:
     """The result's own comparisons, else Welch's test of every arm against the baseline on the first metric."""
     if result.get("comparisons"):
         return list(result["comparisons"])
-    baseline, metric = baseline_of(result), primary_of(result)
+    b, metric = baseline_of(result), primary_of(result)
+    return [{"metric": metric, "a": a, "b": b} | t._asdict() for a, t in _tests(result, metric, b).items()]
+
+
+def _tests(result: Result, metric: str | None, baseline: str | None) -> dict[str, significance.Comparison]:
+    """Welch's test of every arm against the baseline, where there is one."""
     arms = [arm for arm in _competitors(result, metric) if arm != baseline]
     tests = {arm: welch(result, metric, arm, baseline) for arm in arms}
-    return [
-        {"metric": metric, "a": a, "b": baseline} | t._asdict() for a, t in tests.items() if t is not None
-    ]
+    return {arm: test for arm, test in tests.items() if test is not None}
 
 
 def welch(result: Result, metric: str | None, a: str, b: str | None) -> significance.Comparison | None:
@@ -170,9 +161,7 @@ def welch(result: Result, metric: str | None, a: str, b: str | None) -> signific
 
 def adjusted_p(result: Result, metric: str, baseline: str | None) -> dict[str, float]:
     """Welch's p of every arm against the baseline on a metric, with Holm's correction for their number."""
-    arms = [arm for arm in _competitors(result, metric) if arm != baseline]
-    tests = {arm: welch(result, metric, arm, baseline) for arm in arms}
-    return significance.holm({arm: test.p for arm, test in tests.items() if test is not None})
+    return significance.holm({arm: test.p for arm, test in _tests(result, metric, baseline).items()})
 
 
 def measured(result: Result) -> list[str]:
@@ -252,13 +241,7 @@ def listing(texts: Sequence[str]) -> str:
 
 
 def mean_sd(values: Sequence[float] | np.ndarray, metric: Metric, decimals: int | None = None) -> str:
-    """Prints the mean and standard deviation of stored values, such as "97.3 ± 0.4".
-
-    Args:
-      values: one per run, not yet scaled.
-      metric: how they are printed.
-      decimals: instead of the metric's own.
-    """
+    """Prints the mean and standard deviation of stored values, such as "97.3 ± 0.4"."""
     scaled = metric.scale * np.asarray(values, np.float64)
     mean, sd, n = significance.summarise(scaled.tolist())
     decimals = metric.decimals if decimals is None else decimals
@@ -271,7 +254,12 @@ def mean_text(result: Result, arm: str, name: str) -> str:
     """An arm's mean with its unit, such as "97.3 %"."""
     metric = metric_of(name)
     mean = metric.scale * significance.summarise(result["arms"][arm][name]).mean
-    return f"{number(mean, decimals_of(result, name))} {metric.unit}".rstrip()
+    return with_unit(mean, metric._replace(decimals=decimals_of(result, name)))
+
+
+def with_unit(value: float, metric: Metric) -> str:
+    """Prints a scaled value with its unit."""
+    return f"{number(value, metric.decimals)} {metric.unit}".rstrip()
 
 
 def capital(words: str) -> str:

@@ -1,5 +1,6 @@
 """Makes results from the numbers and the environment of this process, and writes and reads their files."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -25,13 +26,17 @@ def environment() -> dict[str, Any]:
     """
     import jax  # here: reading results must not start an accelerator
 
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    commit = _git("rev-parse", "HEAD")
     return {
-        "commit": commit or "unknown",
-        "dirty": bool(commit)
-        and bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results")),
-        "versions": {"python": platform.python_version()} | _versions(PACKAGES),
+        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "dirty": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results")
+        ),
+        "versions": versions,
         "hardware": {
             "backend": jax.default_backend(),
             "device": jax.devices()[0].device_kind,
@@ -57,15 +62,7 @@ def make(
 ) -> dict[str, Any]:
     """Makes and checks one experiment's result, with the command line and the environment of this process.
 
-    Args:
-      name: of the experiment, also the stem of its file.
-      question: that the experiment answers, in one sentence.
-      flags: every setting that influenced the numbers.
-      seeds: one integer per repeat.
-      arms: arm → metric → one number per seed.
-      wall_clock_s: duration of the whole run, in seconds.
-      scaled_down: what is smaller than in the paper that it follows (data, epochs, width); empty if nothing is.
-      **optional: further fields of the schema, such as ``curves``, ``comparisons``, ``ratios`` or ``notes``.
+    The arguments are fields of the schema in :mod:`kdjax.results`; ``optional`` are its optional ones.
 
     Raises:
       ValueError: if a metric does not have one finite value per seed, or another field breaks the schema.
@@ -108,9 +105,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         schema, or does not match its digest, which older results do not have.
     """
     text = Path(path).read_bytes()
-    if not text.strip():
-        raise ValueError(f"{path} is not a result file: it is empty. Run its experiment again.")
     try:
+        if not text.strip():
+            raise ValueError("it is empty")
         content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a result file: {error}. Run its experiment again.") from error
@@ -128,24 +125,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def command_line() -> str:
     """The command that started this process, as ``python -m`` for a module, without this machine's paths."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    program = (
-        f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {Path(sys.argv[0]).name}"
-    )
+    program = f"-m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
     arguments = [argument.replace(os.getcwd() + os.sep, "") for argument in sys.argv[1:]]
     home = os.path.expanduser("~").rstrip(os.sep)  # empty if home is "/"
     if home:
         arguments = [argument.replace(home, "~") for argument in arguments]
-    return f"{program} {shlex.join(arguments)}".rstrip()
-
-
-def _versions(packages: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return f"python {program} {shlex.join(arguments)}".rstrip()
 
 
 def _git(*arguments: str) -> str:

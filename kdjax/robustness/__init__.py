@@ -24,9 +24,9 @@ References:
 
 from kdjax.robustness.attacks import EPSILONS as EPSILONS
 from kdjax.robustness.attacks import WEIGHT_NOISE as WEIGHT_NOISE
-from kdjax.robustness.attacks import fgsm as fgsm
+from kdjax.robustness.attacks import attack as attack
+from kdjax.robustness.attacks import offset as offset
 from kdjax.robustness.attacks import perturb_weights as perturb_weights
-from kdjax.robustness.attacks import pgd as pgd
 from kdjax.robustness.corruptions import CORRUPTIONS as CORRUPTIONS
 from kdjax.robustness.corruptions import Corruption as Corruption
 from kdjax.robustness.corruptions import contrast as contrast

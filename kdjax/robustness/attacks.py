@@ -5,12 +5,11 @@ forward mode. Where that gradient is uninformative, they overestimate the robust
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from kdjax import data
 from kdjax.types import ApplyFn, ModelState, Params, Scalar
@@ -22,16 +21,13 @@ EPSILONS = (2.0, 4.0, 8.0, 16.0)
 """Sizes of attacks in grey levels of 255; 8 is usual for CIFAR-10 (Madry et al. 2018, section 5)."""
 
 PGD_STEPS, PGD_STEP_SIZE = 20, 0.25
-"""Steps of :func:`pgd`, and the size of each as a part of epsilon: Madry et al. 2018, section 5."""
+"""Steps of PGD, and the size of each as a part of epsilon: Madry et al. 2018, section 5."""
 
 
 def perturb_weights(params: Params, sigma: Scalar, key: Key[Array, ""]) -> Params:
     """Multiplies every parameter by ``1 + sigma * normal``, a model of analogue hardware.
 
-    Args:
-      params: the parameters, without BatchNorm's statistics.
-      sigma: relative standard deviation.
-      key: the same key gives the same directions at every ``sigma``.
+    The same key gives the same directions at every ``sigma``. BatchNorm's statistics are no parameters.
     """
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
@@ -46,92 +42,47 @@ def perturb_weights(params: Params, sigma: Scalar, key: Key[Array, ""]) -> Param
     return jax.tree.unflatten(treedef, noisy)
 
 
-def fgsm(
+def attack(
     apply_fn: ApplyFn,
     params: Params,
     model_state: ModelState,
-    images: Float[Array, "batch height width channels"],
-    label: Int[Array, " batch"],
-    *,
-    epsilon: Scalar,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Float[Array, "batch height width channels"]:
-    """Fast gradient sign method: one step of ``epsilon`` along the sign of the loss's gradient, clipped to [0, 1].
-
-    Args:
-      apply_fn: the network; called with ``train=False``, so BatchNorm uses its stored statistics.
-      params: its parameters.
-      model_state: its statistics.
-      images: in [0, 1].
-      label: true classes, which the attack moves away from.
-      epsilon: largest change of a pixel, on the scale [0, 1].
-      mean: of the normalisation that the network expects, through which the gradient is taken.
-      std: of the normalisation.
-
-    References:
-      Goodfellow et al., `Explaining and Harnessing Adversarial Examples <https://arxiv.org/abs/1412.6572>`_, 2015,
-      section 4.
-    """
-    loss = functools.partial(margin, apply_fn, params, model_state, label=label, mean=mean, std=std)
-    return ascend(loss, images, images, epsilon=epsilon, steps=1, step_size=epsilon)
-
-
-def pgd(
-    apply_fn: ApplyFn,
-    params: Params,
-    model_state: ModelState,
-    images: Float[Array, "batch height width channels"],
-    label: Int[Array, " batch"],
-    keys: Key[Array, " batch"],
+    images: Array,
+    label: Array,
+    start: Array,
     *,
     epsilon: Scalar,
     steps: int | Int[Array, ""],
     step_size: Scalar,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> Float[Array, "batch height width channels"]:
-    """Projected gradient descent: steps along the sign of the loss's gradient from a random start, each projected back.
+) -> Array:
+    """Projected gradient descent: steps along the sign of the loss's gradient, each projected back.
 
-    Returns the last step, within ``epsilon`` of the image in every pixel, and in [0, 1].
+    From the images, one step of ``epsilon`` is the fast gradient sign method (FGSM); from ``images + epsilon *
+    offset(keys, images)`` it is PGD.
 
     Args:
       apply_fn: the network; called with ``train=False``, so BatchNorm uses its stored statistics.
       params: its parameters.
       model_state: its statistics.
-      images: in [0, 1].
+      images: [batch, height, width, channels] in [0, 1].
       label: true classes, which the attack moves away from.
-      keys: one per image, for its start, uniform within ``epsilon``.
+      start: the images of the first step.
       epsilon: largest change of a pixel, on the scale [0, 1].
       steps: number of steps.
       step_size: of each step, on the scale [0, 1].
       mean: of the normalisation that the network expects, through which the gradient is taken.
       std: of the normalisation.
 
+    Returns:
+      The images of the last step, within ``epsilon`` of the given ones in every pixel, and in [0, 1].
+
     References:
-      Madry et al., `Towards Deep Learning Models Resistant to Adversarial Attacks
+      Goodfellow et al., `Explaining and Harnessing Adversarial Examples <https://arxiv.org/abs/1412.6572>`_, 2015,
+      section 4. Madry et al., `Towards Deep Learning Models Resistant to Adversarial Attacks
       <https://arxiv.org/abs/1706.06083>`_, 2018, section 2.1; 20 steps of epsilon / 4 in section 5.
     """
-    loss = functools.partial(margin, apply_fn, params, model_state, label=label, mean=mean, std=std)
-    start = images + epsilon * offset(keys, images)
-    return ascend(loss, images, start, epsilon=epsilon, steps=steps, step_size=step_size)
-
-
-def offset(keys: Key[Array, " batch"], images: Array) -> Array:
-    """The random start of an attack: uniform in [-1, 1] per pixel, in units of epsilon."""
-    return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], minval=-1, maxval=1))(keys)
-
-
-def ascend(
-    loss: Callable[[Array], Array],
-    images: Array,
-    start: Array,
-    *,
-    epsilon: Scalar,
-    steps: int | Array,
-    step_size: Scalar,
-) -> Array:
-    """Increases ``loss`` by signed gradient steps from ``start``, within ``epsilon`` of ``images`` and in [0, 1]."""
+    loss = functools.partial(_margin, apply_fn, params, model_state, label=label, mean=mean, std=std)
     lowest, highest = jnp.clip(images - epsilon, 0, 1), jnp.clip(images + epsilon, 0, 1)
 
     def step(_, x):
@@ -140,7 +91,12 @@ def ascend(
     return jax.lax.fori_loop(0, steps, step, jnp.clip(start, lowest, highest))
 
 
-def margin(
+def offset(keys: Key[Array, " batch"], images: Array) -> Array:
+    """The random start of PGD: uniform in [-1, 1] per pixel, in units of epsilon."""
+    return jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], minval=-1, maxval=1))(keys)
+
+
+def _margin(
     apply_fn: ApplyFn,
     params: Params,
     model_state: ModelState,

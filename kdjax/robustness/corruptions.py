@@ -1,6 +1,6 @@
 """Corruptions of images, each with five strengths.
 
-A corruption is a pure function ``(images, strength, keys) -> images`` with one key per image.
+A corruption is a pure function ``(images, strength, keys) -> images`` of images in [0, 1], with one key per image.
 """
 
 import dataclasses
@@ -16,34 +16,21 @@ from kdjax import data
 from kdjax.extras import extra
 from kdjax.types import Scalar
 
+Images = Float[Array, "batch height width channels"]  # in [0, 1]
+Keys = Key[Array, " batch"]  # one per image
 
-def gaussian_noise(
-    images: Float[Array, "batch height width channels"], sigma: Scalar, keys: Key[Array, " batch"]
-) -> Float[Array, "batch height width channels"]:
-    """Adds independent normal noise to every pixel and channel, and clips to [0, 1].
 
-    Args:
-      images: in [0, 1].
-      sigma: standard deviation, on the scale [0, 1].
-      keys: one per image.
-    """
+def gaussian_noise(images: Images, sigma: Scalar, keys: Keys) -> Images:
+    """Adds normal noise of standard deviation ``sigma``, on the scale [0, 1], to every channel, and clips."""
     noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
     return jnp.clip(images + sigma * noise, 0, 1)
 
 
-def gaussian_blur(
-    images: Float[Array, "batch height width channels"],
-    sigma: Scalar,
-    keys: Key[Array, " batch"] | None = None,
-) -> Float[Array, "batch height width channels"]:
+def gaussian_blur(images: Images, sigma: Scalar, keys: Keys | None = None) -> Images:
     """Blurs with a Gaussian truncated at four standard deviations; the border's pixels continue beyond it.
 
-    Equal to ``scipy.ndimage.gaussian_filter`` with ``mode="nearest"``, which made CIFAR-10-C.
-
-    Args:
-      images: in [0, 1]; they may be smaller than the Gaussian.
-      sigma: standard deviation in pixels, at most the shorter side.
-      keys: not used.
+    Equal to ``scipy.ndimage.gaussian_filter`` with ``mode="nearest"``, which made CIFAR-10-C. ``sigma`` is the standard
+    deviation in pixels, at most the shorter side.
     """
     del keys
     rows, columns = (_blur_matrix(size, sigma) for size in images.shape[1:3])
@@ -51,37 +38,23 @@ def gaussian_blur(
     return jnp.clip(jnp.einsum("jw,biwc->bijc", columns, blurred, precision="highest"), 0, 1)
 
 
-def contrast(
-    images: Float[Array, "batch height width channels"],
-    factor: Scalar,
-    keys: Key[Array, " batch"] | None = None,
-) -> Float[Array, "batch height width channels"]:
-    """Moves the pixels of each image towards its mean per channel.
-
-    Args:
-      images: in [0, 1].
-      factor: of the differences from the mean: 1 changes nothing, 0 leaves a uniform image.
-      keys: not used.
-    """
+def contrast(images: Images, factor: Scalar, keys: Keys | None = None) -> Images:
+    """Scales the differences from each image's mean per channel: 1 changes nothing, 0 leaves a uniform image."""
     del keys
     mean = jnp.mean(images, axis=(1, 2), keepdims=True)
     return jnp.clip((images - mean) * factor + mean, 0, 1)
 
 
-def jpeg(
-    images: Float[Array, "batch height width channels"],
-    quality: int | float,
-    keys: Key[Array, " batch"] | None = None,
-) -> Float[Array, "batch height width channels"]:
+def jpeg(images: Images, quality: int | float, keys: Keys | None = None) -> Images:
     """Compresses and decompresses each image as a JPEG, with Pillow on the host: not for use under ``jit``.
 
     Args:
-      images: in [0, 1], of one channel or three; rounded to 8 bits.
+      images: rounded to 8 bits.
       quality: Pillow's, 1 to 95.
       keys: not used.
 
     Raises:
-      ValueError: for another number of channels.
+      ValueError: for images of neither one channel nor three.
     """
     with extra("data"):
         from PIL import Image
@@ -103,20 +76,13 @@ def jpeg(
     return jnp.asarray(np.stack([compressed(picture) for picture in pictures]), jnp.float32) / 255
 
 
-def occlusion(
-    images: Float[Array, "batch height width channels"],
-    fraction: Scalar,
-    keys: Key[Array, " batch"],
-    *,
-    grey: float = 0.5,
-) -> Float[Array, "batch height width channels"]:
-    """Covers a square inside the image, uniformly placed. With one key, a larger square contains a smaller one.
+def occlusion(images: Images, fraction: Scalar, keys: Keys) -> Images:
+    """Covers a uniformly placed square of the image with grey. With one key, a larger square contains a smaller one.
 
     Args:
       images: in [0, 1].
       fraction: side of the square, as a part of the image's shorter side; rounded to whole pixels.
       keys: one per image.
-      grey: value of the covered pixels.
 
     References:
       Zeiler and Fergus, `Visualizing and Understanding Convolutional Networks <https://arxiv.org/abs/1311.2901>`_,
@@ -132,23 +98,13 @@ def occlusion(
         return (pixels >= first) & (pixels < first + side)
 
     square = covered(height, place[:, 0])[:, :, None] & covered(width, place[:, 1])[:, None, :]
-    return jnp.where(square[..., None], jnp.asarray(grey, images.dtype), images)
+    return jnp.where(square[..., None], jnp.asarray(0.5, images.dtype), images)
 
 
-def translation(
-    images: Float[Array, "batch height width channels"],
-    pixels: Scalar,
-    keys: Key[Array, " batch"],
-    *,
-    fill: float = 0.0,
-) -> Float[Array, "batch height width channels"]:
-    """Shifts each image up, down, left or right.
+def translation(images: Images, pixels: Scalar, keys: Keys, *, fill: float = 0.0) -> Images:
+    """Shifts each image up, down, left or right, as its key chooses, by a whole number of pixels.
 
-    Args:
-      images: in [0, 1].
-      pixels: distance, a whole number.
-      keys: one per image, which chooses the direction.
-      fill: value of the pixels that move in; black, as at the border of :func:`kdjax.data.random_crop`.
+    ``fill`` is the value of the pixels that move in; black, as at the border of :func:`kdjax.data.random_crop`.
     """
     height, width = images.shape[1:3]
     direction = jax.vmap(lambda key: jax.random.randint(key, (), 0, 4))(keys)
@@ -192,22 +148,8 @@ class Corruption:
     strengths: tuple[float, ...]
     on_host: bool = False
 
-    def __call__(
-        self,
-        images: Float[Array, "batch height width channels"],
-        severity: int | Int[Array, ""],
-        key: Key[Array, ""],
-    ) -> Float[Array, "batch height width channels"]:
-        """Corrupts images at a severity.
-
-        Args:
-          images: in [0, 1], the first examples of a data set.
-          severity: from 1; may be traced unless the corruption runs on the host.
-          key: of the data set.
-
-        Raises:
-          ValueError: if a severity that is not traced has no strength.
-        """
+    def __call__(self, images: Images, severity: int | Int[Array, ""], key: Key[Array, ""]) -> Images:
+        """Corrupts the first examples of a data set; a severity without strength is a ValueError unless traced."""
         if isinstance(severity, int):  # not traced
             check_severities([severity], {"this corruption": self})
         if self.on_host:

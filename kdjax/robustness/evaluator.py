@@ -1,6 +1,5 @@
 """All perturbations of one network, in two compiled programs."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,16 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from kdjax import data, evaluate, parallel
-from kdjax.robustness.attacks import (
-    EPSILONS,
-    PGD_STEP_SIZE,
-    PGD_STEPS,
-    WEIGHT_NOISE,
-    ascend,
-    margin,
-    offset,
-    perturb_weights,
-)
+from kdjax.robustness import attacks
 from kdjax.robustness.corruptions import CORRUPTIONS, Corruption, check_severities
 from kdjax.types import ApplyFn, ModelState, Params
 
@@ -37,9 +27,9 @@ def make_evaluator(
     devices: Sequence[jax.Device],
     corruptions: Mapping[str, Corruption] = CORRUPTIONS,
     severities: Sequence[int] = (1, 2, 3, 4, 5),
-    weight_noise: Sequence[float] = WEIGHT_NOISE,
+    weight_noise: Sequence[float] = attacks.WEIGHT_NOISE,
     draws: int = 5,
-    epsilons: Sequence[float] = EPSILONS,
+    epsilons: Sequence[float] = attacks.EPSILONS,
     metrics: Sequence[str] = ("accuracy",),
 ) -> Callable[[Params, ModelState, Array], dict[str, float]]:
     """Builds a function of the weights that returns a network's metrics under each perturbation.
@@ -74,20 +64,24 @@ def make_evaluator(
         function: if there is no such metric.
     """
     _check_data(images, labels, mean, std)
-    _check_settings(severities, corruptions, weight_noise, draws, epsilons)
+    check_severities(severities, corruptions)
+    if any(not 0 <= epsilon <= 255 for epsilon in epsilons):
+        raise ValueError(
+            f"epsilons are grey levels between 0 and 255, got {tuple(epsilons)}; 8 is the usual one for CIFAR-10."
+        )
     resident = {"image": images, "label": np.asarray(labels, np.int32), "key": jax.random.key(0)}
     resident = parallel.replicate(resident, devices)
     size = {"ids": np.arange(len(images)), "batch_size": batch_size, "devices": devices}
     scale = {"mean": mean, "std": std}
     corrupted = {
-        (name, severity): changes
+        (name, severity): _changes(corruption, images, severity)
         for name, corruption in corruptions.items()
-        for severity, changes in _corrupted(corruption, images, severities)
+        for severity in severities
     }
     corrupted_sums = _corruption_evaluator(apply_fn, resident, corruptions, scale, size)
     attacked_sums = _attack_evaluator(apply_fn, resident, scale, size)
-    perturb = jax.jit(perturb_weights)
-    attacks = (("fgsm", 1, 1.0, False), ("pgd", PGD_STEPS, PGD_STEP_SIZE, True))
+    perturb = jax.jit(attacks.perturb_weights)
+    kinds = (("fgsm", 1, 1.0, False), ("pgd", attacks.PGD_STEPS, attacks.PGD_STEP_SIZE, True))
 
     def passes(params, model_state, key) -> Iterator[tuple[str, dict[str, Any]]]:
         image_key, weight_key = jax.random.split(key)
@@ -98,7 +92,7 @@ def make_evaluator(
         for sigma, draw in itertools.product(weight_noise, range(draws)):
             noisy = perturb(params, np.float32(sigma), jax.random.fold_in(weight_key, draw))
             yield f"weight_noise/{sigma:g}", corrupted_sums(noisy, model_state, arrays)
-        for (name, steps, part, start), epsilon in itertools.product(attacks, epsilons):
+        for (name, steps, part, start), epsilon in itertools.product(kinds, epsilons):
             attack = _attack(epsilon / 255, steps, part * epsilon / 255, start)
             yield f"{name}/{epsilon:g}", attacked_sums(params, model_state, arrays | attack)
 
@@ -127,7 +121,7 @@ def _corruption_evaluator(
 ) -> Callable[..., dict[str, Any]]:
     """Builds ``(params, model_state, arrays, name, changes) -> sums``, one program for all corruptions and none."""
     names = [name for name, corruption in corruptions.items() if not corruption.on_host]
-    functions = [_unchanged, *(corruptions[name].function for name in names)]
+    functions = [lambda x, strength, keys: x, *(corruptions[name].function for name in names)]
     number = {name: np.int32(i) for i, name in enumerate(names, 1)}
     plain = {"function": np.int32(0), "strength": np.float32(0)}
 
@@ -158,10 +152,10 @@ def _attack_evaluator(
         return {"image": {"x": x, "keys": keys, "label": label, **arrays["attack"]}, "label": label}
 
     def attacked(params, model_state, inputs, *, train, key=None):
-        x, epsilon = inputs["x"], inputs["epsilon"]
-        loss = functools.partial(margin, apply_fn, params, model_state, label=inputs["label"], **scale)
-        first = x + inputs["start"] * epsilon * offset(inputs["keys"], x)
-        x = ascend(loss, x, first, epsilon=epsilon, steps=inputs["steps"], step_size=inputs["step_size"])
+        x, label, epsilon = inputs["x"], inputs["label"], inputs["epsilon"]
+        start = x + inputs["start"] * epsilon * attacks.offset(inputs["keys"], x)
+        how = {"epsilon": epsilon, "steps": inputs["steps"], "step_size": inputs["step_size"]}
+        x = attacks.attack(apply_fn, params, model_state, x, label, start, **how, **scale)
         return apply_fn(params, model_state, data.normalise(255 * x, **scale), train=train)
 
     return evaluate.make_evaluator(attacked, make_batch, resident | _attack(0.0, 1, 0.0, False), **size)
@@ -173,27 +167,18 @@ def _attack(epsilon: float, steps: int, step_size: float, start: bool) -> dict[s
     return {"attack": numbers | {"steps": np.int32(steps)}}
 
 
-def _corrupted(
-    corruption: Corruption, images: np.ndarray, severities: Sequence[int]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields each severity with its strength, or with the corrupted images if the host computes them."""
-    for severity in severities:
-        strength = corruption.strengths[severity - 1]
-        if corruption.on_host:
-            corrupted = corruption.function(jnp.asarray(images, jnp.float32) / 255, strength, None)
-            yield severity, {"image": np.asarray(_levels(corrupted)).astype(np.uint8)}
-        else:
-            yield severity, {"strength": np.float32(strength)}
+def _changes(corruption: Corruption, images: np.ndarray, severity: int) -> dict[str, Any]:
+    """The strength of a severity, or the corrupted images if the host computes them."""
+    strength = corruption.strengths[severity - 1]
+    if not corruption.on_host:
+        return {"strength": np.float32(strength)}
+    corrupted = corruption.function(jnp.asarray(images, jnp.float32) / 255, strength, None)
+    return {"image": np.asarray(_levels(corrupted)).astype(np.uint8)}
 
 
 def _pixels(arrays: Mapping[str, Any], index: Array) -> tuple[Array, Array]:
     """Images in [0, 1] and a key for each, which depends on its index alone."""
     return arrays["image"][index].astype(jnp.float32) / 255, data.example_keys(arrays["key"], index)
-
-
-def _unchanged(images: Array, strength: Array, keys: Array) -> Array:
-    del strength, keys
-    return images
 
 
 def _levels(images: Array) -> Array:
@@ -202,15 +187,12 @@ def _levels(images: Array) -> Array:
 
 
 def _chosen(scores: Mapping[str, float], metrics: Sequence[str]) -> dict[str, float]:
-    for metric in metrics:
-        if metric not in scores:
-            raise ValueError(f"there is no metric {metric!r}; there are {', '.join(scores)}.")
+    if unknown := [metric for metric in metrics if metric not in scores]:
+        raise ValueError(f"there is no metric {unknown[0]!r}; there are {', '.join(scores)}.")
     return {metric: scores[metric] for metric in metrics}
 
 
-def _check_data(
-    images: np.ndarray, labels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
+def _check_data(images: np.ndarray, labels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> None:
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(
             f"images must be uint8 of shape [n, height, width, channels], got {images.dtype} of shape {images.shape}."
@@ -220,24 +202,4 @@ def _check_data(
     if not len(mean) == len(std) == images.shape[-1]:
         raise ValueError(
             f"mean and std need one number for each of the {images.shape[-1]} channels, got {mean} and {std}."
-        )
-
-
-def _check_settings(
-    severities: Sequence[int],
-    corruptions: Mapping[str, Corruption],
-    weight_noise: Sequence[float],
-    draws: int,
-    epsilons: Sequence[float],
-) -> None:
-    check_severities(severities, corruptions)
-    if corruptions and not severities:
-        raise ValueError("severities must name at least one; for no corruption pass corruptions={}.")
-    if any(sigma < 0 for sigma in weight_noise):
-        raise ValueError(f"weight_noise takes deviations of 0 or more, got {tuple(weight_noise)}.")
-    if draws < 1:
-        raise ValueError(f"draws must be 1 or more, got {draws}; for no weight noise pass weight_noise=().")
-    if any(not 0 <= epsilon <= 255 for epsilon in epsilons):
-        raise ValueError(
-            f"epsilons are grey levels between 0 and 255, got {tuple(epsilons)}; 8 is the usual one for CIFAR-10."
         )

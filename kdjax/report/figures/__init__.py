@@ -25,7 +25,8 @@ def panels(result: Result) -> list[Panel]:
     """All figures of a result: first what answers its question, then what explains the answer."""
     return [
         *runs.arm_panels(result),
-        *searches.panels(result),
+        *searches.swept_panels(result),
+        *searches.trial_panels(result),
         *networks.panels(result),
         *runs.curve_panels(result),
         *curvature.panels(result),
@@ -35,9 +36,7 @@ def panels(result: Result) -> list[Panel]:
 def save_figure(path: str | os.PathLike[str], result: Result) -> None:
     """Writes the result's main figure as an image: its arms and, on the right, its first sweep or curves.
 
-    Args:
-      path: of the image; the suffix decides the format (``.png``, ``.svg``, ``.pdf``).
-      result: as read by :func:`kdjax.results.read`.
+    The suffix of the path decides the format: ``.png``, ``.svg``, ``.pdf``.
 
     Raises:
       ValueError: if the result has nothing to draw, or the suffix is not an image format.

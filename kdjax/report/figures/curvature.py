@@ -2,34 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kdjax.report import text
-from kdjax.report.figures.style import (
-    BLUE,
-    INK,
-    MUTED,
-    Panel,
-    colours_of,
-    groups,
-    legend_below,
-    legend_height,
-    short,
-    value_axis,
-)
+from kdjax.report.figures import style
+from kdjax.report.figures.style import Axes, Panel
 from kdjax.report.text import Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _LEVELS = 9  # most contour lines of a surface
 
 
 def panels(result: Result) -> list[Panel]:
     """Densities, a few arms to a figure, then all surfaces in one figure."""
-    found = [density_panel(result, arms) for arms in groups(list(result.get("densities", {})))]
+    found = [density_panel(result, arms) for arms in style.groups(list(result.get("densities", {})))]
     return found + ([surface_panel(result)] if result.get("surfaces") else [])
 
 
@@ -37,31 +24,30 @@ def density_panel(result: Result, arms: Sequence[str]) -> Panel:
     """Density of the Hessian's eigenvalues on a logarithmic axis: mean as a line, lowest to highest as a band."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    colours = colours_of(result)
+    colours = style.colours_of(result)
     densities = {arm: result["densities"][arm] for arm in arms}
     found = {
         arm: (np.asarray(d["grid"], float), np.asarray(d["density"], float)) for arm, d in densities.items()
     }
     # A logarithmic axis has no zero, and below this the density is rounding error.
     floor = 1e-6 * max(float(runs.max()) for _, runs in found.values())
-    labels = {arm: short(arm) for arm in arms}
+    labels = {arm: style.short(arm) for arm in arms}
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         ax.set_yscale("log")
         for arm, (grid, runs) in found.items():
             runs = np.maximum(runs, floor)
             if len(runs) > 1:
                 ax.fill_between(grid, runs.min(0), runs.max(0), color=colours[arm], alpha=0.18, linewidth=0)
             ax.plot(grid, runs.mean(0), color=colours[arm], lw=1.5)
-        ax.axvline(0, color=MUTED, lw=0.8, dashes=(4, 3))
+        ax.axvline(0, color=style.MUTED, lw=0.8, dashes=(4, 3))
         ax.set_ylim(bottom=floor)
         ax.yaxis.set_major_locator(LogLocator(numticks=7))
         ax.yaxis.set_major_formatter(lambda value, _: _power(value))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.tick_params(axis="y", which="both", length=0)
-        ax.set_xlabel("eigenvalue of the Hessian")
-        value_axis(ax, "density")
-        legend_below(ax, result, labels)
+        style.value_axis(ax, "eigenvalue of the Hessian", "density")
+        style.legend_below(ax, result, labels)
 
     several = any(len(runs) > 1 for _, runs in found.values())
     caption = (
@@ -74,7 +60,7 @@ def density_panel(result: Result, arms: Sequence[str]) -> Panel:
         for arm, (grid, runs) in found.items()
     ]
     alt = f"Densities of the Hessian's eigenvalues: {text.listing(ends)}."
-    return Panel(draw, caption, alt, 2.7 + legend_height(labels))
+    return Panel(draw, caption, alt, 2.7 + style.legend_height(labels))
 
 
 def _power(value: float) -> str:
@@ -103,12 +89,12 @@ def surface_panel(result: Result) -> Panel:
     pitch = side + 0.52
     bottom = math.ceil(len(surfaces) / columns) * pitch
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         for i, (arm, surface) in enumerate(surfaces.items()):
             left, top = i % columns * (side + gap), i // columns * pitch + 0.24
             _draw_square(ax, surface, levels, (left, top, side), (first, last))
-            ax.text(left, top - 0.05, short(arm, 16 if columns == 3 else 24), va="bottom", fontsize=9)
-            ax.text(left, top + side + 0.05, f"dot: {centre[arm]}", va="top", fontsize=8, color=MUTED)
+            ax.text(left, top - 0.05, style.short(arm, 16 if columns == 3 else 24), va="bottom", fontsize=9)
+            ax.text(left, top + side + 0.05, f"dot: {centre[arm]}", va="top", fontsize=8, color=style.MUTED)
         _draw_scale(ax, levels, bottom, width)
         ax.set(xlim=(-0.02, width + 0.02), ylim=(bottom + 0.58, 0), aspect="equal", anchor="NW")
         ax.axis("off")
@@ -128,7 +114,7 @@ def surface_panel(result: Result) -> Panel:
 
 
 def _draw_square(
-    ax: "Axes",
+    ax: Axes,
     surface: Sequence[np.ndarray],
     levels: Sequence[float],
     place: tuple[float, float, float],
@@ -144,12 +130,12 @@ def _draw_square(
     ax.contourf(across, down, loss.T, levels=edges, colors=_shades(levels))
     crossed = [level for level in levels if loss.min() < level < loss.max()]
     if crossed:
-        ax.contour(across, down, loss.T, levels=crossed, colors=INK, linewidths=0.5)
-    ax.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=MUTED, lw=0.6))
-    ax.plot(left - scale * first, top + scale * last, "o", color=INK, markersize=3.5)
+        ax.contour(across, down, loss.T, levels=crossed, colors=style.INK, linewidths=0.5)
+    ax.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=style.MUTED, lw=0.6))
+    ax.plot(left - scale * first, top + scale * last, "o", color=style.INK, markersize=3.5)
 
 
-def _draw_scale(ax: "Axes", levels: Sequence[float], bottom: float, width: float) -> None:
+def _draw_scale(ax: Axes, levels: Sequence[float], bottom: float, width: float) -> None:
     """Draws the colours between the levels as a scale under the squares."""
     from matplotlib.patches import Rectangle
 
@@ -158,8 +144,8 @@ def _draw_scale(ax: "Axes", levels: Sequence[float], bottom: float, width: float
     for i, shade in enumerate(_shades(levels)):
         ax.add_patch(Rectangle((i * step, bottom + 0.22), step, 0.16, facecolor=shade, linewidth=0))
     for i, level in enumerate(levels, 1):
-        ax.plot((i * step, i * step), (bottom + 0.22, bottom + 0.38), color=INK, lw=0.5)
-        look = {"ha": "center", "va": "top", "fontsize": 8, "color": MUTED}
+        ax.plot((i * step, i * step), (bottom + 0.22, bottom + 0.38), color=style.INK, lw=0.5)
+        look = {"ha": "center", "va": "top", "fontsize": 8, "color": style.MUTED}
         ax.text(i * step, bottom + 0.42, f"{level:g}", **look)
 
 
@@ -183,4 +169,4 @@ def _shades(levels: Sequence[float]) -> list[Any]:
     """A colour below, between and above the levels, light enough for the lines drawn over it."""
     from matplotlib.colors import to_rgba
 
-    return [to_rgba(BLUE, alpha) for alpha in np.linspace(0.04, 0.7, len(levels) + 1)]
+    return [to_rgba(style.BLUE, alpha) for alpha in np.linspace(0.04, 0.7, len(levels) + 1)]

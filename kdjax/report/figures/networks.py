@@ -2,31 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kdjax.report import text
-from kdjax.report.figures.style import (
-    GRID,
-    MUTED,
-    Panel,
-    Table,
-    colours_of,
-    groups,
-    interval,
-    legend_below,
-    legend_height,
-    markers_of,
-    shifted,
-    short,
-    value_axis,
-    value_ticks,
-)
+from kdjax.report.figures import style
+from kdjax.report.figures.style import Axes, Panel, Table
 from kdjax.report.text import Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _MATRICES = 3  # arms that get a confusion matrix
 _NUMBERED = 12  # classes up to which its cells hold numbers
@@ -47,39 +30,39 @@ def panels(result: Result) -> list[Panel]:
     """The figures of this module for which the result has data."""
     found = [compression_panel(result)] if _scored(result) else []
     found += [robustness_panel(result)] if _perturbations(result) else []
-    found += [reliability_panel(result, arms) for arms in groups(list(result.get("calibration", {})))]
+    found += [reliability_panel(result, arms) for arms in style.groups(list(result.get("calibration", {})))]
     found += [confusion_panel(result, arm) for arm in list(result.get("confusion", {}))[:_MATRICES]]
     return found + ([overlay_panel(result)] if result.get("overlays") else [])
 
 
 def robustness_panel(result: Result) -> Panel:
     """One row per kind of perturbation, one mark per arm with its 95 % interval over the seeds."""
-    kinds, colours, markers = _perturbations(result), colours_of(result), markers_of(result)
+    kinds, colours, markers = _perturbations(result), style.colours_of(result), style.markers_of(result)
     arms = [arm for arm in result["robustness"] if any(arm in sizes for sizes in kinds.values())]
     means = {
         kind: {arm: 100 * np.mean(list(by_size.values()), axis=0) for arm, by_size in found.items()}
         for kind, found in kinds.items()
     }
-    labels = {arm: short(arm) for arm in arms}
+    labels = {arm: style.short(arm) for arm in arms}
     step = min(0.2, 0.72 / max(1, len(arms) - 1))  # between the marks of a row
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         for row, found in enumerate(means.values()):
             if row:
-                ax.axhline(row - 0.5, color=GRID, lw=0.8, zorder=0)
+                ax.axhline(row - 0.5, color=style.GRID, lw=0.8, zorder=0)
             for i, arm in enumerate(arms):
                 if arm not in found:
                     continue
                 colour, y = colours[arm], row + step * (i - (len(arms) - 1) / 2)
                 if len(found[arm]) > 1:
-                    low, high = interval(found[arm])
+                    low, high = style.interval(found[arm])
                     ax.plot((max(low, 0), min(high, 100)), (y, y), color=colour, lw=1.6, alpha=0.6)
                 ax.plot(float(found[arm].mean()), y, markers[arm], color=colour, markersize=5)
         ax.set_yticks(range(len(means)), [_perturbation(kind)[0] for kind in means])
         ax.set_ylim(len(means) - 0.5, -0.5)
         ax.set_title(text.axis_title(_ACCURACY))
         ax.grid(axis="x")
-        legend_below(ax, result, labels)
+        style.legend_below(ax, result, labels)
 
     several = any(len(runs) > 1 for found in means.values() for runs in found.values())
     caption = "Test accuracy on clean images and under each perturbation, averaged over its sizes. "
@@ -89,7 +72,7 @@ def robustness_panel(result: Result) -> Panel:
         for kind, found in means.items()
     }
     alt = "; ".join(f"{_perturbation(kind)[0]}: {listed}" for kind, listed in rows.items())
-    height = 0.75 + len(means) * max(0.3, 0.13 + 0.095 * len(arms)) + legend_height(labels)
+    height = 0.75 + len(means) * max(0.3, 0.13 + 0.095 * len(arms)) + style.legend_height(labels)
     return Panel(draw, caption, f"Accuracy by perturbation. {alt}.", height, _robustness_table(kinds, arms))
 
 
@@ -123,16 +106,16 @@ def _perturbation(kind: str) -> tuple[str, str, int]:
 
 def reliability_panel(result: Result, arms: Sequence[str]) -> Panel:
     """Reliability diagram: accuracy against confidence, bin by bin, with the diagonal of perfect calibration."""
-    colours, markers = colours_of(result), markers_of(result)
+    colours, markers = style.colours_of(result), style.markers_of(result)
     bins = {arm: _filled_bins(result["calibration"][arm]) for arm in arms}
     errors = {
         arm: f"{text.number(100 * float(count @ np.abs(accuracy - confidence) / count.sum()), 1)} %"
         for arm, (confidence, accuracy, count) in bins.items()
     }
-    labels = {arm: f"{short(arm)}, ECE {error}" for arm, error in errors.items()}
+    labels = {arm: f"{style.short(arm)}, ECE {error}" for arm, error in errors.items()}
 
-    def draw(ax: "Axes") -> None:
-        ax.plot((0, 100), (0, 100), color=MUTED, lw=1, dashes=(4, 3))
+    def draw(ax: Axes) -> None:
+        ax.plot((0, 100), (0, 100), color=style.MUTED, lw=1, dashes=(4, 3))
         for arm, (confidence, accuracy, count) in bins.items():
             colour, share = colours[arm], count / count.sum()
             sizes, look = 5 + 330 * share, {"color": colour, "alpha": 0.75, "linewidths": 0}
@@ -141,10 +124,9 @@ def reliability_panel(result: Result, arms: Sequence[str]) -> Panel:
             ax.plot(100 * confidence[seen], 100 * accuracy[seen], color=colour, lw=1, alpha=0.5)
         ax.set_xlim(0, 104)
         ax.set_ylim(-3, 104)
-        ax.set_xlabel("confidence, %")
-        value_axis(ax, text.axis_title(_ACCURACY))
+        style.value_axis(ax, "confidence, %", text.axis_title(_ACCURACY))
         ax.grid(axis="x")
-        legend_below(ax, result, labels)
+        style.legend_below(ax, result, labels)
 
     caption = (
         "Accuracy against confidence. Below the dashed line the network is overconfident, above it underconfident. "
@@ -153,7 +135,7 @@ def reliability_panel(result: Result, arms: Sequence[str]) -> Panel:
     )
     listed = text.listing([f"{arm} {error}" for arm, error in errors.items()])
     alt = f"Reliability diagram, expected calibration error: {listed}."
-    return Panel(draw, caption, alt, 3.4 + legend_height(labels))
+    return Panel(draw, caption, alt, 3.4 + style.legend_height(labels))
 
 
 def _filled_bins(bins: Mapping[str, Sequence[float]]) -> list[np.ndarray]:
@@ -170,19 +152,19 @@ def confusion_panel(result: Result, arm: str) -> Panel:
     names = list(result.get("class_names") or map(str, range(n)))
     numbered = n <= _NUMBERED
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         _draw_matrix(ax, share, numbered=numbered)
         ticks = range(0, n, math.ceil(n / 25))
-        labels = [short(names[i], 12) for i in ticks]
+        labels = [style.short(names[i], 12) for i in ticks]
         ax.set_xticks(ticks, labels)
         ax.set_yticks(ticks, labels)
         size = 8 if len(ticks) <= _NUMBERED else 6.5
         turned = max(map(len, labels)) > (3 if numbered else 1)
         ax.tick_params(axis="x", rotation=90 if turned else 0, length=0, labelsize=size)
-        ax.tick_params(axis="y", labelcolor=MUTED, labelsize=size)
+        ax.tick_params(axis="y", labelcolor=style.MUTED, labelsize=size)
         ax.spines["bottom"].set_visible(False)
         ax.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5), aspect="equal")
-        ax.set(xlabel="predicted", ylabel="true class", title=f"{short(arm, 22)}: % of each true class")
+        ax.set(xlabel="predicted", ylabel="true class", title=f"{style.short(arm, 22)}: % of each true class")
 
     correct = text.number(100 * float(np.trace(counts) / counts.sum()), 1)
     worst = _confused(share, names)
@@ -192,7 +174,7 @@ def confusion_panel(result: Result, arm: str) -> Panel:
     return Panel(draw, caption.rstrip(), alt.rstrip(), 4.3)
 
 
-def _draw_matrix(ax: "Axes", share: np.ndarray, *, numbered: bool) -> None:
+def _draw_matrix(ax: Axes, share: np.ndarray, *, numbered: bool) -> None:
     """Cells coloured by their share, blue on the diagonal and orange beside it; with a number if there is room."""
     diagonal = np.eye(len(share), dtype=bool)[..., None]
     colours = np.where(diagonal, (0.2, 0.48, 0.82), (0.85, 0.42, 0.15))
@@ -216,26 +198,25 @@ def _confused(share: np.ndarray, names: Sequence[str]) -> str:
 
 def compression_panel(result: Result) -> Panel:
     """Accuracy against how many times fewer parameters an arm has than the largest, with its latency."""
-    colours, markers = colours_of(result), markers_of(result)
+    colours, markers = style.colours_of(result), style.markers_of(result)
     costs = {arm: result["costs"][arm] for arm in _scored(result)}
     largest = max(costs, key=lambda arm: costs[arm]["parameters"])
     times = {arm: costs[largest]["parameters"] / cost["parameters"] for arm, cost in costs.items()}
     latency = {arm: text.number(float(np.median(cost["latency_ms"])), None) for arm, cost in costs.items()}
     values = {arm: 100 * np.asarray(result["arms"][arm]["accuracy"], np.float64) for arm in costs}
-    labels = {arm: f"{short(arm)}, {latency[arm]} ms" for arm in costs}
+    labels = {arm: f"{style.short(arm)}, {latency[arm]} ms" for arm in costs}
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         ratios = np.unique(list(times.values()))
-        value_ticks(ax, ratios, log=True, label="{:.3g}×")
+        style.value_ticks(ax, ratios, log=True, label="{:.3g}×")
         for i, (arm, runs) in enumerate(values.items()):
             part = 0.012 * (i - (len(values) - 1) / 2)
-            x = float(shifted(ratios, part, log=True)[np.searchsorted(ratios, times[arm])])
+            x = float(style.shifted(ratios, part, log=True)[np.searchsorted(ratios, times[arm])])
             if len(runs) > 1:
-                ax.plot((x, x), interval(runs), color=colours[arm], lw=1.8, alpha=0.6)
+                ax.plot((x, x), style.interval(runs), color=colours[arm], lw=1.8, alpha=0.6)
             ax.plot(x, float(runs.mean()), markers[arm], color=colours[arm], markersize=6)
-        ax.set_xlabel("times fewer parameters")
-        value_axis(ax, text.axis_title(_ACCURACY))
-        legend_below(ax, result, labels)
+        style.value_axis(ax, "times fewer parameters", text.axis_title(_ACCURACY))
+        style.legend_below(ax, result, labels)
 
     caption = (
         f"Accuracy against how many times fewer parameters an arm has than {largest} "
@@ -250,7 +231,7 @@ def compression_panel(result: Result) -> Panel:
     rows = [[arm, f"{c['parameters']:,}", text.times(times[arm]), latency[arm]] for arm, c in costs.items()]
     table = Table("Sizes and times", ["arm", "parameters", "times fewer", "one image, ms"], rows)
     alt = f"Accuracy by compression: {'; '.join(points)}."
-    return Panel(draw, caption, alt, 2.9 + legend_height(labels), table)
+    return Panel(draw, caption, alt, 2.9 + style.legend_height(labels), table)
 
 
 def _scored(result: Result) -> list[str]:
@@ -264,7 +245,7 @@ def overlay_panel(result: Result) -> Panel:
     signed = any(np.min(overlay["map"]) < 0 for overlay in chosen)
     row_height = 1.24
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         for row, overlay in enumerate(chosen):
             image, tinted = np.asarray(overlay["image"], np.uint8), _tinted(overlay["map"])
             grey = np.repeat(image.mean(-1, keepdims=True).astype(np.uint8), 3, axis=-1)
@@ -273,7 +254,7 @@ def overlay_panel(result: Result) -> Panel:
             for column, layers in enumerate(([colour], [tinted], [grey, tinted])):
                 for layer in layers:
                     _place(ax, layer, column * 1.06, top)
-            ax.text(0, top - 0.04, short(overlay["title"], 58), va="bottom", fontsize=9)
+            ax.text(0, top - 0.04, style.short(overlay["title"], 58), va="bottom", fontsize=9)
         ax.set(xlim=(0, 3.12), ylim=(len(chosen) * row_height - 0.22, -0.2), aspect="equal", anchor="NW")
         ax.axis("off")
 
@@ -299,11 +280,11 @@ def _tinted(values: Any) -> np.ndarray:
     return pixels
 
 
-def _place(ax: "Axes", pixels: np.ndarray, left: float, top: float) -> None:
+def _place(ax: Axes, pixels: np.ndarray, left: float, top: float) -> None:
     """Draws an image into the unit square at a corner, with a thin frame."""
     from matplotlib.patches import Rectangle
 
     height, width = pixels.shape[:2]
     wide, high = width / max(height, width), height / max(height, width)
     ax.imshow(pixels, extent=(left, left + wide, top + high, top), interpolation="none")
-    ax.add_patch(Rectangle((left, top), wide, high, fill=False, edgecolor=GRID, linewidth=0.6))
+    ax.add_patch(Rectangle((left, top), wide, high, fill=False, edgecolor=style.GRID, linewidth=0.6))

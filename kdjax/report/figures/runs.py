@@ -3,27 +3,13 @@
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdjax.report import text
-from kdjax.report.figures.style import (
-    GREEN,
-    INK,
-    MUTED,
-    ORANGE,
-    Panel,
-    beside,
-    colours_of,
-    interval,
-    label_ends,
-    value_axis,
-)
+from kdjax.report.figures import style
+from kdjax.report.figures.style import Axes, Panel
 from kdjax.report.text import Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def arm_panels(result: Result) -> list[Panel]:
@@ -46,19 +32,19 @@ def dot_panel(result: Result, *, metric: str) -> Panel:
     from matplotlib.ticker import LogLocator
 
     arms = [arm for arm, metrics in result["arms"].items() if metric in metrics]
-    kind, colours = text.metric_of(metric), colours_of(result)
+    kind, colours = text.metric_of(metric), style.colours_of(result)
     values = [kind.scale * np.asarray(result["arms"][arm][metric], np.float64) for arm in arms]
     flat = np.concatenate(values)
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         for y, (arm, runs) in enumerate(zip(arms, values, strict=True)):
             colour, mean = colours[arm], float(runs.mean())
             if len(runs) > 1:
                 below = y + 0.27 + np.linspace(-0.08, 0.08, len(runs))
                 ax.scatter(runs, below, s=22, color=colour, alpha=0.5, linewidths=0)
-                ax.plot(interval(runs), (y, y), color=colour, lw=2)
+                ax.plot(style.interval(runs), (y, y), color=colour, lw=2)
             ax.plot(mean, y, "o", color=colour, markersize=6)
-            beside(ax, y, text.mean_text(result, arm, metric), colour)
+            style.beside(ax, y, text.mean_text(result, arm, metric), colour)
         if kind.unit != "%" and flat.min() > 0 and flat.max() > 10 * flat.min():
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if flat.max() < 50 * flat.min() else (1,)))
@@ -81,12 +67,12 @@ def curve_panel(result: Result, *, metric: str) -> Panel:
     """A metric over the epochs: mean over seeds as a line, lowest to highest seed as a band."""
     from matplotlib.ticker import MaxNLocator
 
-    kind, colours = text.metric_of(metric), colours_of(result)
+    kind, colours = text.metric_of(metric), style.colours_of(result)
     curves = {arm: _stack(c[metric]) for arm, c in result["curves"].items() if metric in c}
     curves = {arm: (epochs, kind.scale * runs) for arm, (epochs, runs) in curves.items() if epochs.size}
     ends = {arm: float(runs[:, -1].mean()) for arm, (_, runs) in curves.items()}
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         for arm, (epochs, runs) in curves.items():
             if len(runs) > 1:
                 ax.fill_between(epochs, runs.min(0), runs.max(0), color=colours[arm], alpha=0.18, linewidth=0)
@@ -94,16 +80,15 @@ def curve_panel(result: Result, *, metric: str) -> Panel:
             ax.plot(epochs, runs.mean(0), color=colours[arm], lw=1.8, marker=marker, markersize=4)
         if curves:
             _limit(ax, curves)
-            label_ends(ax, ends, colours)
+            style.label_ends(ax, ends, colours)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        ax.set_xlabel("epoch")
-        value_axis(ax, text.axis_title(kind))
+        style.value_axis(ax, "epoch", text.axis_title(kind))
 
     several = any(len(runs) > 1 for _, runs in curves.values())
     caption = f"{text.capital(kind.title)} over training. " + (
         "Line: mean over seeds; band: lowest to highest seed." if several else "One seed."
     )
-    printed = [f"{arm} {text.number(end, kind.decimals)} {kind.unit}".rstrip() for arm, end in ends.items()]
+    printed = [f"{arm} {text.with_unit(end, kind)}" for arm, end in ends.items()]
     alt = f"Curves of {kind.title} by epoch, at the end: {text.listing(printed or ['no values'])}."
     return Panel(draw, caption, alt, 2.7)
 
@@ -114,15 +99,15 @@ def ratio_panel(result: Result) -> Panel:
     low = min(1.0, *(r["low"] for r in ratios.values()))
     high = max(1.0, *(r["high"] for r in ratios.values()))
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         ax.set_xscale("log")
         for y, r in enumerate(ratios.values()):
-            colour = GREEN if r["low"] > 1 else ORANGE if r["high"] < 1 else MUTED
+            colour = style.GREEN if r["low"] > 1 else style.ORANGE if r["high"] < 1 else style.MUTED
             ax.plot((1, r["median"]), (y, y), color=colour, lw=1, alpha=0.5)
             ax.plot((r["low"], r["high"]), (y, y), color=colour, lw=4, alpha=0.45, solid_capstyle="butt")
             ax.plot(r["median"], y, "o", color=colour, markersize=7)
-            beside(ax, y, text.times(r["median"]), colour)
-        ax.axvline(1, color=INK, lw=1)
+            style.beside(ax, y, text.times(r["median"]), colour)
+        ax.axvline(1, color=style.INK, lw=1)
         margin = (high / low) ** 0.07
         ax.set_xlim(low / margin, high * margin)
         ticks = _ratio_ticks(low, high)
@@ -149,7 +134,7 @@ def _stack(runs: Sequence[Sequence[float | None]]) -> tuple[np.ndarray, np.ndarr
     return 1 + np.flatnonzero(kept), values[:, kept]
 
 
-def _limit(ax: "Axes", curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def _limit(ax: Axes, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Fits the vertical range to the last four fifths of a long training: its start would flatten the rest."""
     late = [r[:, r.shape[1] // 5 if r.shape[1] >= 10 else 0 :] for _, r in curves.values()]
     low, high = min(float(r.min()) for r in late), max(float(r.max()) for r in late)

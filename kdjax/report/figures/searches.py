@@ -1,36 +1,14 @@
 """Figures of sweeps over one setting, and of the trials of a hyperparameter search."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kdjax.report import text
-from kdjax.report.figures.style import (
-    BLUE,
-    ORANGE,
-    Panel,
-    Table,
-    beside,
-    colours_of,
-    interval,
-    is_wide,
-    label_ends,
-    markers_of,
-    shifted,
-    short,
-    value_axis,
-    value_ticks,
-)
+from kdjax.report.figures import style
+from kdjax.report.figures.style import Axes, Panel, Table
 from kdjax.report.text import Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
-def panels(result: Result) -> list[Panel]:
-    """The figures of all sweeps and trials."""
-    return [*swept_panels(result), *trial_panels(result)]
 
 
 def swept_panels(result: Result) -> list[Panel]:
@@ -44,7 +22,7 @@ def swept_panels(result: Result) -> list[Panel]:
 
 def swept_panel(result: Result, sweep: Mapping[str, Any], *, metric: str) -> Panel:
     """A metric against a swept value: one line per arm, with 95 % intervals over the seeds."""
-    kind, colours, markers = text.metric_of(metric), colours_of(result), markers_of(result)
+    kind, colours, markers = text.metric_of(metric), style.colours_of(result), style.markers_of(result)
     values = np.asarray(sweep["values"], np.float64)
     arms = {
         arm: [kind.scale * np.asarray(runs, np.float64) for runs in metrics[metric]]
@@ -52,19 +30,18 @@ def swept_panel(result: Result, sweep: Mapping[str, Any], *, metric: str) -> Pan
         if metric in metrics
     }
     means = {arm: [float(runs.mean()) for runs in found] for arm, found in arms.items()}
-    log = is_wide(sweep["values"])
+    log = style.is_wide(sweep["values"])
 
-    def draw(ax: "Axes") -> None:
-        value_ticks(ax, values, log=log)
+    def draw(ax: Axes) -> None:
+        style.value_ticks(ax, values, log=log)
         for i, (arm, found) in enumerate(arms.items()):
-            x = shifted(values, 0.014 * (i - (len(arms) - 1) / 2), log=log)
+            x = style.shifted(values, 0.014 * (i - (len(arms) - 1) / 2), log=log)
             ax.plot(x, means[arm], color=colours[arm], lw=1.5, marker=markers[arm], markersize=4.5)
             for at, runs in zip(x, found, strict=True):
                 if len(runs) > 1:
-                    ax.plot((at, at), interval(runs), color=colours[arm], lw=1.5, alpha=0.55)
-        label_ends(ax, {arm: mean[-1] for arm, mean in means.items()}, colours)
-        ax.set_xlabel(sweep["name"])
-        value_axis(ax, text.axis_title(kind))
+                    ax.plot((at, at), style.interval(runs), color=colours[arm], lw=1.5, alpha=0.55)
+        style.label_ends(ax, {arm: mean[-1] for arm, mean in means.items()}, colours)
+        style.value_axis(ax, sweep["name"], text.axis_title(kind))
 
     several = any(len(runs) > 1 for found in arms.values() for runs in found)
     caption = f"{text.capital(kind.title)} against {sweep['name']}" + " on a logarithmic axis" * log + ". "
@@ -72,7 +49,7 @@ def swept_panel(result: Result, sweep: Mapping[str, Any], *, metric: str) -> Pan
     ends = []
     for arm, mean in means.items():
         best = int(np.argmax(mean) if kind.higher is not False else np.argmin(mean))
-        ends.append(f"{arm} {_with_unit(kind, mean[best])} at {values[best]:g}")
+        ends.append(f"{arm} {text.with_unit(mean[best], kind)} at {values[best]:g}")
     which = "lowest" if kind.higher is False else "highest"
     alt = f"Lines of {kind.title} against {sweep['name']}, {which}: {text.listing(ends)}."
     title = f"Numbers: {text.axis_title(kind)}" + ", mean ± standard deviation" * several
@@ -102,27 +79,26 @@ def trial_panel(result: Result, *, flag: str) -> Panel:
     numeric = all(isinstance(s, int | float) and not isinstance(s, bool) for s in settings)
     names = list(dict.fromkeys(_setting(s) for s in settings))
     positions = settings if numeric else [names.index(_setting(s)) for s in settings]
-    log = bool(numeric and settings and is_wide(settings))
+    log = bool(numeric and settings and style.is_wide(settings))
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: Axes) -> None:
         for trial, x in zip(trials, positions, strict=True):
-            colour = ORANGE if trial is best else BLUE
+            colour = style.ORANGE if trial is best else style.BLUE
             face = colour if trial["outcome"] == "finished" else "none"
             size, order = (9, 4) if trial is best else (6, 3)
             y = metric.scale * trial["value"]
             look = {"markersize": size, "markerfacecolor": face, "markeredgecolor": colour, "zorder": order}
             ax.plot(x, y, "o", markeredgewidth=1.2, alpha=0.9, **look)
             if trial is best:
-                beside(ax, y, f"trial {trial['number']}", colour)
+                style.beside(ax, y, f"trial {trial['number']}", colour)
         if numeric:
-            value_ticks(ax, np.unique(np.asarray(settings, np.float64)), log=log)
+            style.value_ticks(ax, np.unique(np.asarray(settings, np.float64)), log=log)
         else:
-            ax.set_xticks(range(len(names)), [short(name, 14) for name in names])
+            ax.set_xticks(range(len(names)), [style.short(name, 14) for name in names])
             ax.set_xlim(-0.5, len(names) - 0.5)
             if len(names) > 4:
                 ax.tick_params(axis="x", rotation=90)
-        ax.set_xlabel(flag)
-        value_axis(ax, text.axis_title(metric))
+        style.value_axis(ax, flag, text.axis_title(metric))
 
     left = len(result["trials"]) - len(trials)
     caption = f"{text.capital(metric.title)} of every trial, against {flag}"
@@ -132,7 +108,7 @@ def trial_panel(result: Result, *, flag: str) -> Panel:
     alt = f"Scatter plot of {metric.title} against {flag}, {len(trials)} trials"
     if best is not None:
         setting = _setting(best["settings"].get(flag))
-        at = f"{_with_unit(metric, metric.scale * best['value'])}, {flag} {setting}"
+        at = f"{text.with_unit(metric.scale * best['value'], metric)}, {flag} {setting}"
         caption += f" The best, in orange, is trial {best['number']}: {at}."
         alt += f", the best is trial {best['number']} with {at}"
     if left:
@@ -168,7 +144,3 @@ def _best_trial(result: Result) -> Mapping[str, Any] | None:
 
 def _setting(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _with_unit(metric: text.Metric, value: float) -> str:
-    return f"{text.number(value, metric.decimals)} {metric.unit}".rstrip()

@@ -13,6 +13,8 @@ from kdjax.report.text import REFERENCES, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+else:
+    Axes = Any  # matplotlib is an extra
 
 PAPER, INK, MUTED, GRID = "#fdfdfb", "#1d1d20", "#66666e", "#dfdfe1"
 ORANGE, BLUE, GREEN = "#b04a16", "#1f63ad", "#1d7a53"
@@ -63,7 +65,7 @@ class Table(NamedTuple):
 class Panel(NamedTuple):
     """One figure: a function that draws it on axes, its caption, a text alternative, and its height in inches."""
 
-    draw: Callable[["Axes"], None]
+    draw: Callable[[Axes], None]
     caption: str
     alt: str
     height: float
@@ -86,26 +88,23 @@ def svg(panel: Panel) -> bytes:
 
 def colours_of(result: Result) -> dict[str, str]:
     """One colour per arm, the same in every figure and table of a result; references are grey."""
-    lines = _lines_of(result)
-    competing = [arm for arm in lines if arm not in REFERENCES]
-    return dict.fromkeys(lines, MUTED) | {arm: SERIES[i % len(SERIES)] for i, arm in enumerate(competing)}
+    return {arm: SERIES[i % len(SERIES)] if i >= 0 else MUTED for arm, i in _numbered(result).items()}
 
 
 def markers_of(result: Result) -> dict[str, str]:
     """One marker per arm; a second one begins when the colours are used up."""
-    lines = _lines_of(result)
-    competing = [arm for arm in lines if arm not in REFERENCES]
-    markers = {arm: MARKERS[i // len(SERIES) % len(MARKERS)] for i, arm in enumerate(competing)}
-    return dict.fromkeys(lines, "o") | markers
+    numbered = _numbered(result).items()
+    return {arm: MARKERS[i // len(SERIES) % len(MARKERS)] if i >= 0 else "o" for arm, i in numbered}
 
 
-def _lines_of(result: Result) -> list[str]:
-    """The arms, and the lines of sweeps, which may have names of their own."""
+def _numbered(result: Result) -> dict[str, int]:
+    """The arms and the lines of sweeps, which may have names of their own, with their number; references have -1."""
     swept = [line for sweep in result.get("swept", []) for line in sweep["arms"]]
-    return list(dict.fromkeys([*result["arms"], *result.get("curves", {}), *swept]))
+    lines = dict.fromkeys([*result["arms"], *result.get("curves", {}), *swept], -1)
+    return lines | {arm: i for i, arm in enumerate(arm for arm in lines if arm not in REFERENCES)}
 
 
-def legend_below(ax: "Axes", result: Result, labels: Mapping[str, str]) -> None:
+def legend_below(ax: Axes, result: Result, labels: Mapping[str, str]) -> None:
     """Puts a legend of the arms under the figure; ``labels`` are arm → text."""
     from matplotlib.lines import Line2D
 
@@ -115,25 +114,20 @@ def legend_below(ax: "Axes", result: Result, labels: Mapping[str, str]) -> None:
         for arm, label in labels.items()
     ]
     root: Any = ax.figure
+    spacing = {"handletextpad": 0.2, "columnspacing": 1.2, "borderpad": 0.2}
+    columns = _columns(labels)
     root.legend(
-        handles=handles,
-        loc="outside lower left",
-        ncols=_columns(list(labels.values())),
-        frameon=False,
-        fontsize=9,
-        handletextpad=0.2,
-        columnspacing=1.2,
-        borderpad=0.2,
+        handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=9, **spacing
     )
 
 
 def legend_height(labels: Mapping[str, str]) -> float:
     """Inches that :func:`legend_below` needs."""
-    return 0.12 + 0.17 * math.ceil(len(labels) / _columns(list(labels.values())))
+    return 0.12 + 0.17 * math.ceil(len(labels) / _columns(labels))
 
 
-def _columns(labels: Sequence[str]) -> int:
-    return max(1, min(len(labels), 54 // (4 + max(map(len, labels)))))
+def _columns(labels: Mapping[str, str]) -> int:
+    return max(1, min(len(labels), 54 // (4 + max(map(len, labels.values())))))
 
 
 def groups(arms: Sequence[str], size: int = 4) -> list[list[str]]:
@@ -147,15 +141,8 @@ def is_wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) > 30 * min(values)
 
 
-def value_ticks(ax: "Axes", values: np.ndarray, *, log: bool, label: str = "{:g}") -> None:
-    """Ticks the x axis at the values themselves if these are few and far enough apart, else at round numbers.
-
-    Args:
-      ax: the axes.
-      values: rising, positive if ``log``.
-      log: whether the axis is logarithmic.
-      label: format of a tick's label.
-    """
+def value_ticks(ax: Axes, values: np.ndarray, *, log: bool, label: str = "{:g}") -> None:
+    """Ticks the x axis at the rising values themselves if these are few and far apart, else at round numbers."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     if log:
@@ -180,20 +167,21 @@ def shifted(values: np.ndarray, part: float, *, log: bool) -> np.ndarray:
     return 10**moved if log else moved
 
 
-def value_axis(ax: "Axes", title: str) -> None:
-    """Names the y axis above it, and draws its grid."""
+def value_axis(ax: Axes, across: str, title: str) -> None:
+    """Names the x axis and, above it, the y axis, and draws the grid of the latter."""
+    ax.set_xlabel(across)
     ax.tick_params(axis="y", labelcolor=MUTED)
     ax.set_title(title)
     ax.grid(axis="y")
 
 
-def label_ends(ax: "Axes", arms: Mapping[str, float], colours: Mapping[str, str]) -> None:
+def label_ends(ax: Axes, arms: Mapping[str, float], colours: Mapping[str, str]) -> None:
     """Writes each arm's name to the right of the axes at the height of its value, without overlaps."""
     for arm, y in zip(arms, _spread(ax, list(arms.values())), strict=True):
         beside(ax, y, short(arm, 16), colours[arm], rows="axes fraction")
 
 
-def _spread(ax: "Axes", values: Sequence[float], gap: float = 0.085) -> list[float]:
+def _spread(ax: Axes, values: Sequence[float], gap: float = 0.085) -> list[float]:
     """Heights of labels at these values, as fractions of the axes, pushed apart where they would overlap."""
     low, high = ax.get_ylim()
     wanted = (np.asarray(values) - low) / (high - low)
@@ -210,7 +198,7 @@ def _spread(ax: "Axes", values: Sequence[float], gap: float = 0.085) -> list[flo
     return heights.tolist()
 
 
-def beside(ax: "Axes", y: float, label: str, colour: str, *, rows: str = "data") -> None:
+def beside(ax: Axes, y: float, label: str, colour: str, *, rows: str = "data") -> None:
     """Writes a label to the right of the axes; ``rows`` are the units of y, as in matplotlib's ``xycoords``."""
     ax.annotate(label, (1.03, y), xycoords=("axes fraction", rows), va="center", color=colour)
 
