@@ -172,11 +172,9 @@ def batch_norm(module: Any, *, train: bool) -> Callable[..., nn.Module]:
 
 def _with_bias(module: Any, x: Array, shape: tuple[int, ...], form: Callable[[Array, Array], Array]) -> Array:
     kernel = module.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-    bias = (
-        module.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32)
-        if module.use_bias
-        else None
-    )
+    bias = None
+    if module.use_bias:
+        bias = module.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32)
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=module.dtype)
     y = form(x, kernel)
     return y if bias is None else y + bias.reshape(1, 1, 1, -1)
