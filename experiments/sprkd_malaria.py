@@ -49,18 +49,11 @@ RECIPE = cli.define(Recipe(epochs=100), only=("epochs", "batch_size", "learning_
 WEAK_EPOCHS = flags.DEFINE_integer("weak_epochs", 2, "Of teachers that keep snapshots.", 1)
 STRONG_EPOCHS = flags.DEFINE_integer("strong_epochs", 50, "Of the teachers of kd_strong.", 1)
 STRONG_TEACHERS = flags.DEFINE_integer(
-    "strong_teachers",
-    10,
-    "Students take turns among them; with fewer than seeds these are not independent.",
-    1,
+    "strong_teachers", 10, "Students take turns; with fewer than seeds these are not independent.", 1
 )
 KD = cli.define(methods.KdOptions())
-REGION_FROM = flags.DEFINE_enum(
-    "region_from",
-    "strong",
-    ["strong", "saddle", "last", "random", "average"],
-    "What sprkd's region is made of.",
-)
+SOURCES = ["strong", "saddle", "last", "random", "average"]
+REGION_FROM = flags.DEFINE_enum("region_from", "strong", SOURCES, "What sprkd's region is made of.")
 SADDLE_RULE = flags.DEFINE_enum("saddle_rule", "strong", list(recruit.RULES), "A strong saddle, to sprkd.")
 RESIZE = flags.DEFINE_enum("resize", "select", ["select", "crop"], "How sprkd cuts a teacher to size.")
 ESCAPE = cli.define(methods.EscapeOptions())
@@ -89,6 +82,9 @@ class Region(NamedTuple):
     start: bool = False  # start there, instead of approaching it
 
 
+BY_FLAGS, PAPER = Region(), Region("saddle", "extreme", "crop")
+
+
 class Arm(NamedTuple):
     """What a student minimises, whose answers it is given, and its region."""
 
@@ -102,9 +98,9 @@ def kd() -> Method:
     return methods.kd(**vars(KD.value))
 
 
-def escapes(shapes: Params | None, **changes: float) -> Method:
-    """SPRKD's approach and escapes, as the flags set them."""
-    return methods.sprkd(shapes, **vars(ESCAPE.value) | changes)
+def escaping(shapes: Params | None, region: Region | None = BY_FLAGS, **changes: float) -> Arm:
+    """SPRKD's approach to a region and escapes, as the flags set them."""
+    return Arm(methods.labels() + methods.sprkd(shapes, **vars(ESCAPE.value) | changes), "", region)
 
 
 def noise(shapes: Params) -> Method:
@@ -112,28 +108,24 @@ def noise(shapes: Params) -> Method:
     return methods.perturbations(shapes, period=ESCAPE.value.period, radius=ESCAPE.value.perturbation_radius)
 
 
-labels, paper = methods.labels, Region("saddle", "extreme", "crop")
+labels = methods.labels
 ARMS: Mapping[str, Callable[[Params], Arm]] = {  # s: parameters in the shapes of the student
     "scratch": lambda s: Arm(labels()),
     # The published baseline, which can only copy its teacher.
     "response_kd": lambda s: Arm(methods.kd(1.0, hard_weight=0.0, soft_weight=1.0), "weak"),
     "kd_weak": lambda s: Arm(kd(), "weak"),
     "kd_strong": lambda s: Arm(kd(), "strong"),
-    "sprkd_paper": lambda s: Arm(labels() + methods.sprkd_paper(s), "", paper),
-    "sprkd_paper_3": lambda s: Arm(labels() + methods.sprkd_paper(s), "", paper._replace(teachers=3)),
-    "sprkd": lambda s: Arm(labels() + escapes(s), "", Region()),
-    "sprkd+kd": lambda s: Arm(kd() + escapes(s), "strong", Region()),
+    "sprkd_paper": lambda s: Arm(labels() + methods.sprkd_paper(s), "", PAPER),
+    "sprkd_paper_3": lambda s: Arm(labels() + methods.sprkd_paper(s), "", PAPER._replace(teachers=3)),
+    "sprkd": escaping,
+    "sprkd+kd": lambda s: Arm(kd() + methods.sprkd(s, **vars(ESCAPE.value)), "strong", BY_FLAGS),
     "init_only": lambda s: Arm(labels(), "", Region(start=True)),
     "init_only+kd": lambda s: Arm(kd(), "strong", Region(start=True)),
-    "no_region": lambda s: Arm(labels() + escapes(None)),
-    "no_eigenstep": lambda s: Arm(labels() + noise(s), "", Region()),
-    "no_perturbation": lambda s: Arm(labels() + escapes(s, perturbation_radius=0.0), "", Region()),
-    "init_strong": lambda s: Arm(labels() + escapes(s), "", Region("strong")),
-    "init_saddle": lambda s: Arm(labels() + escapes(s), "", Region("saddle")),
-    "init_saddle_3": lambda s: Arm(labels() + escapes(s), "", Region("saddle", teachers=3)),
-    "init_last": lambda s: Arm(labels() + escapes(s), "", Region("last")),
-    "init_random": lambda s: Arm(labels() + escapes(s), "", Region("random")),
-    "init_average": lambda s: Arm(labels() + escapes(s), "", Region("average")),
+    "no_region": lambda s: escaping(None, None),
+    "no_eigenstep": lambda s: Arm(labels() + noise(s), "", BY_FLAGS),
+    "no_perturbation": lambda s: escaping(s, perturbation_radius=0.0),
+    **{f"init_{of}": lambda s, of=of: escaping(s, Region(of)) for of in SOURCES},
+    "init_saddle_3": lambda s: escaping(s, Region("saddle", teachers=3)),
 }
 WANTED = cli.define_arms(list(ARMS), baseline="scratch")
 
@@ -239,8 +231,8 @@ def report(
     """Everything that is measured of the finished students, and the result."""
     launch, name, workdir = LAUNCH.value, DATA.value.dataset, Path(LAUNCH.value.workdir)
     num_train, count = len(dataset.splits["train"]), len(students["scratch"])
-    cost: dict[str, Any] = {"targets": TARGETS.get(name, (0.5, 0.3))}
-    cost["steps_per_epoch"] = max(num_train // RECIPE.value.batch_size, 1)
+    steps = max(num_train // RECIPE.value.batch_size, 1)
+    cost: dict[str, Any] = {"targets": TARGETS.get(name, (0.5, 0.3)), "steps_per_epoch": steps}
     runs = {arm: [study.with_costs(one, **cost) for one in own] for arm, own in students.items()}
     every, drawn = {**runs, **teachers}, {arm: runs[arm] for arm in DRAWN if arm in runs}
     notes = [

@@ -20,7 +20,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +32,6 @@ from kdjax import files
 _STEP = re.compile(r"step_(\d{8,})")
 _MANIFEST = "manifest.json"
 _FORMAT = 2
-
-_pending: Future | None = None  # the write that `save(block=False)` left running
 
 
 class Restored(NamedTuple):
@@ -57,7 +54,6 @@ def save(
     meta: dict[str, Any],
     identity: Mapping[str, Any] | None = None,
     keep: int = 2,
-    block: bool = True,
 ) -> None:
     """Saves a run's state so that it is found whole or not at all.
 
@@ -72,37 +68,27 @@ def save(
       identity: what the run is made from and which one it is (data, settings, arm, seed), as JSON; :func:`restore` can
         then tell it from another run's.
       keep: how many steps to keep, this one included.
-      block: if false, the arrays are copied and written in the background; the next ``save``, ``restore`` or
-        :func:`wait` waits for it and raises its error. Call :func:`wait` before the process ends.
 
     Raises:
       ValueError: for something that cannot be saved, or a state that differs between processes.
       OSError: if the files could not be written; nothing of them is left behind.
     """
-    global _pending
-    wait()
     if step < 0 or keep < 1:
         raise ValueError(f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}.")
-    arrays = {name: np.array(value, copy=not block) for name, value in _host_arrays(tree).items()}
+    arrays = _host_arrays(tree)
     meta, owner = files.json_ready(meta), files.json_ready(dict(identity or {}))
     if jax.process_count() > 1 and not _identical(json.dumps([step, meta, owner]) + digest_tree(arrays)):
         raise ValueError(
             f"the state of step {step} differs between processes, so no single checkpoint describes the run: "
             "give every process the same seed and average gradients and statistics over all of them."
         )
-    job = functools.partial(_write, files.as_path(directory), step, arrays, meta, owner, keep)
-    _pending = _start(job if jax.process_index() == 0 else lambda: None, background=not block)
-    if block:
-        wait()
-
-
-def wait() -> None:
-    """Waits for the save left running by ``save(block=False)``, and raises its error if it failed."""
-    global _pending
-    if _pending is None:
-        return
-    pending, _pending = _pending, None
-    raise_together(pending.exception(), doing="saving a checkpoint")
+    error = None
+    try:
+        if jax.process_index() == 0:
+            _write(files.as_path(directory), step, arrays, meta, owner, keep)
+    except Exception as problem:  # raised once every process knows
+        error = problem
+    raise_together(error, doing="saving a checkpoint")
 
 
 def restore(
@@ -129,7 +115,6 @@ def restore(
         are damaged; if ``step`` is not there.
       kdjax.files.Mismatch: if a step was saved with another identity; the message says what differs.
     """
-    wait()
     path = files.as_path(directory)
     steps = _steps(path)
     if jax.process_count() > 1 and not _identical(json.dumps(steps)):
@@ -154,11 +139,6 @@ def restore(
         f"no checkpoint left to restore, each is damaged ({'; '.join(damaged)}): copy it back from a backup, "
         "or delete the directory to start again."
     )
-
-
-def latest_step(directory: str | os.PathLike) -> int | None:
-    """Returns the newest committed step, not yet verified, or None if there is none."""
-    return next(iter(_steps(files.as_path(directory))), None)
 
 
 def digest_tree(tree: PyTree) -> str:
@@ -225,14 +205,10 @@ def _like(target: Any, value: np.ndarray) -> Any:
         return value[()]
     if isinstance(target, bool | int | float | complex):
         return type(target)(value.item())
-    if (
-        isinstance(target, np.ndarray) or jnp.asarray(value).dtype != value.dtype
-    ):  # 64 bits, which jax would halve
+    if isinstance(target, np.ndarray) or jnp.asarray(value).dtype != value.dtype:  # jax would halve 64 bits
         return value
-    if getattr(target, "weak_type", False) and not value.shape:
-        return jnp.array(
-            value.item()
-        )  # weakly typed again: a strong one would promote and compile differently
+    if getattr(target, "weak_type", False) and not value.shape:  # a strong one would compile differently
+        return jnp.array(value.item())
     sharding = getattr(target, "sharding", None)
     if sharding is None or len(sharding.device_set) == 1:
         # Uncommitted, as a fresh array would be: a committed one could not meet arrays that live on all devices.
@@ -293,10 +269,10 @@ def _write(
         if final.exists():
             final.rename(old)
         temporary.rename(final)
-    for stale in [other for other in _steps(path) if other > step] + [s for s in _steps(path) if s <= step][
-        keep:
-    ]:
-        (path / _name(stale)).rmtree()
+    steps = _steps(path)
+    for other in steps:
+        if other > step or other in [s for s in steps if s <= step][keep:]:
+            (path / _name(other)).rmtree()
     if old.exists():
         old.rmtree()
 
@@ -441,23 +417,7 @@ def _orbax() -> tuple[Callable, Callable]:
     return write, read
 
 
-# Processes and threads
-
-
-@functools.cache
-def _writer() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdjax-checkpoint")
-
-
-def _start(job: Callable[[], None], *, background: bool) -> Future:
-    if background:
-        return _writer().submit(job)
-    done: Future = Future()
-    try:
-        done.set_result(job())
-    except Exception as error:  # kept, not swallowed: `wait` raises it once every process knows
-        done.set_exception(error)
-    return done
+# Processes
 
 
 def _gather(value: Any) -> np.ndarray:

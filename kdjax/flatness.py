@@ -28,7 +28,6 @@ STEPS = 5  # of the search for the largest loss within a radius, from either end
 def make_measure(
     dataset: data.Dataset,
     *,
-    split: str = "train",
     num_images: int = 512,
     num_matvecs: int = 20,
     radius: float = 0.05,
@@ -51,8 +50,7 @@ def make_measure(
 
     Args:
       dataset: after :func:`kdjax.data.split`.
-      split: whose images are used.
-      num_images: size of the sample, the same for all networks.
+      num_images: size of the sample of training images, the same for all networks.
       num_matvecs: Hessian-vector products for the eigenvalues, and as many for the trace; at least 6.
       radius: of the sharpness; filter-normalised, as a share of each filter's norm.
 
@@ -65,7 +63,7 @@ def make_measure(
       Minimization <https://arxiv.org/abs/2010.01412>`_, 2021, equation 1. Kwon et al., `ASAM
       <https://arxiv.org/abs/2102.11600>`_, 2021, section 3, by filters.
     """
-    problem = _problem(dataset, split, num_images)
+    problem = _problem(dataset, num_images)
 
     def measure(trained: TrainedNetwork) -> dict[str, float]:
         loss, params, batch, state = problem(trained)
@@ -100,7 +98,6 @@ def make_measure(
 def make_density(
     dataset: data.Dataset,
     *,
-    split: str = "train",
     num_images: int = 512,
     num_matvecs: int = 60,
     num_probes: int = 4,
@@ -108,8 +105,7 @@ def make_density(
     """Builds a function that estimates the density of the Hessian's eigenvalues at the weights of a network.
 
     Args:
-      dataset: as in :func:`make_measure`, and so on up to ``num_images``.
-      split: whose images are used.
+      dataset: as in :func:`make_measure`.
       num_images: size of the sample.
       num_matvecs: Hessian-vector products per probe; see :func:`kdjax.curvature.spectral_density`.
       num_probes: random starts, one line of the density each.
@@ -117,7 +113,7 @@ def make_density(
     Returns:
       ``trained -> {"grid": [...], "density": [one list per probe]}``.
     """
-    problem = _problem(dataset, split, num_images)
+    problem = _problem(dataset, num_images)
 
     def measure(trained: TrainedNetwork) -> dict[str, Any]:
         loss, params, batch, state = problem(trained)
@@ -135,7 +131,6 @@ def make_density(
 def make_surface(
     dataset: data.Dataset,
     *,
-    split: str = "train",
     num_images: int = 256,
     points: int = 25,
     radius: float = 1.0,
@@ -146,8 +141,7 @@ def make_surface(
     steps mean the same in each.
 
     Args:
-      dataset: as in :func:`make_measure`, and so on up to ``num_images``.
-      split: whose images are used.
+      dataset: as in :func:`make_measure`.
       num_images: size of the sample.
       points: along each direction; odd, so that the weights themselves are one.
       radius: how far to go on both sides, as a share of each filter's norm.
@@ -164,7 +158,7 @@ def make_surface(
     """
     if points < 3 or points % 2 == 0:
         raise ValueError(f"points must be odd and 3 or more, so that one is in the centre, got {points}.")
-    problem = _problem(dataset, split, num_images)
+    problem = _problem(dataset, num_images)
     steps = np.arange(1 - points, points, 2) * radius / (points - 1)
 
     def measure(trained: TrainedNetwork) -> dict[str, Any]:
@@ -184,10 +178,10 @@ def make_surface(
 
 
 def _problem(
-    dataset: data.Dataset, split: str, num_images: int
+    dataset: data.Dataset, num_images: int
 ) -> Callable[[TrainedNetwork], tuple[Any, Params, Batch, ModelState]]:
     """Network → its loss and arguments: the same images for all, normalised as each was trained."""
-    ids = np.sort(np.random.default_rng(0).permutation(dataset.splits[split])[:num_images])
+    ids = np.sort(np.random.default_rng(0).permutation(dataset.splits["train"])[:num_images])
 
     def of(trained: TrainedNetwork) -> tuple[Any, Params, Batch, ModelState]:
         images = data.normalise(jnp.asarray(dataset.images[ids]), **trained.normalisation._asdict())

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +167,7 @@ def region_of(
       seed: of the random choice.
     """
     chosen: list[saddles.Snapshot] = []
-    found = True
+    found, kind = True, cast(Any, which)
     for teacher in teachers:
         listed = saddles.entries(teacher.repository, identity=teacher.identity)
         own = [entry for entry in listed if entry.teacher == teacher.name]
@@ -176,15 +176,10 @@ def region_of(
         elif which == "saddle" and not any(bool(RULES[rule](entry.score)) for entry in own):
             kept, found = [max(own, key=lambda e: float(e.score.negative_curvature_ratio))], False
         else:
-            kind: Any = which
             kept = saddles.choose(own, which=kind, rule=RULES[rule], key=jax.random.key(seed))
-        like, identity = teacher.trained.weights.params, teacher.identity
-        chosen += [
-            saddles.read(teacher.repository, teacher.name, entry.step, like=like, identity=identity)
-            for entry in kept
-        ]
-    form: Any = resize
-    params = saddles.select_weights(saddles.aggregate(chosen), student, form=form)
+        more = {"like": teacher.trained.weights.params, "identity": teacher.identity}
+        chosen += [saddles.read(teacher.repository, teacher.name, entry.step, **more) for entry in kept]
+    params = saddles.select_weights(saddles.aggregate(chosen), student, form=cast(Any, resize))
     return Region(params, [snapshot.step for snapshot in chosen], found)
 
 
@@ -225,18 +220,15 @@ def make_teachers(
       split: that teachers are measured on.
       callbacks: of their trainings.
     """
-    steps = min(51, machine.steps_per_dispatch)
-    closer = dataclasses.replace(machine, steps_per_dispatch=steps)
-    weak_trainer, strong_trainer = (
-        functools.cache(
-            lambda: make_snapshot_trainer(network, dataset, recipes[0], machine=closer, split=split)
-        ),
-        functools.cache(
-            lambda: run.make_trainer(
-                network, methods.labels(), dataset, recipes[1], machine=machine, split=split
-            )
-        ),
-    )
+
+    @functools.cache
+    def weak_trainer() -> Callable[..., SnapshotTeacher]:
+        closer = dataclasses.replace(machine, steps_per_dispatch=min(51, machine.steps_per_dispatch))
+        return make_snapshot_trainer(network, dataset, recipes[0], machine=closer, split=split)
+
+    @functools.cache
+    def strong_trainer() -> Callable[..., run.Trained]:
+        return run.make_trainer(network, methods.labels(), dataset, recipes[1], machine=machine, split=split)
 
     @functools.cache
     def weak(seed: int, number: int) -> SnapshotTeacher:

@@ -40,7 +40,6 @@ def make_measure(
     Returns:
       ``trained -> {measure: value}``.
     """
-    assert dataset.splits is not None
     ids = dataset.splits[split][:num_images]
     images, labels = jnp.asarray(dataset.images[ids]), jnp.asarray(dataset.labels[ids].astype(np.int32))
 

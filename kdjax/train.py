@@ -107,13 +107,8 @@ def make_train_step(
                 outputs, model_state["student"] = apply_fn(
                     params["student"], model_state["student"], batch["image"], train=True, key=key
                 )
-                more, model_state["heads"] = heads(
-                    params["heads"],
-                    model_state["heads"],
-                    (outputs, batch),
-                    train=True,
-                    key=jax.random.fold_in(key, 1),
-                )
+                arguments = params["heads"], model_state["heads"], (outputs, batch)
+                more, model_state["heads"] = heads(*arguments, train=True, key=jax.random.fold_in(key, 1))
                 terms = {**objective(outputs, batch), **more}
             return sum(terms.values()), (terms, model_state)
 
@@ -204,9 +199,7 @@ class Fitted(NamedTuple):
     last: Weights
     best: Weights
     best_epoch: int
-    history: list[
-        dict[str, float]
-    ]  # one record per epoch: mean training terms, and what was evaluated after it
+    history: list[dict[str, float]]  # per epoch: mean training terms, and what was evaluated after it
     notes: tuple[str, ...] = ()  # what a reader of the numbers should know about how they came about
 
 
@@ -405,9 +398,8 @@ def _check_finite(state: TrainState, finite_before: Mapping[str, np.ndarray], st
     """Which trainings hold numbers that are not finite; a NonFiniteLoss if all do."""
     lost, name = _broken(state, finite_before)
     if lost.all():
-        raise _diverged(
-            name, f"after step {step - 1} (counted from 0; the losses and gradients before are finite)"
-        )
+        when = f"after step {step - 1} (counted from 0; the losses and gradients before are finite)"
+        raise _diverged(name, when)
     return lost
 
 
@@ -440,9 +432,8 @@ def _read(
         bad_gradient.any(axis=0).all() and _broken(state, finite_before)[0].all()
     ):
         raise _first_fault(step - len(bad_loss), values, bad_loss, bad_gradient)
-    sums = {
-        name: _number(np.add(position.sums.get(name, 0.0), _total(value))) for name, value in values.items()
-    }
+    old = position.sums
+    sums = {name: _number(np.add(old.get(name, 0.0), _total(value))) for name, value in values.items()}
     skipped = _number(np.add(position.skipped, bad_gradient.sum(axis=0)))
     return position._replace(sums=sums, skipped=skipped)
 
@@ -476,10 +467,8 @@ def _number(value: Any) -> Any:
 
 def _with_record(position: _Position, lost: np.ndarray, epoch: int, steps: int) -> _Position:
     """Closes an epoch: its sums become the means of its record, NaN for a training that is lost."""
-    means = {
-        name: _number(np.where(lost, np.nan, np.asarray(total) / steps))
-        for name, total in position.sums.items()
-    }
+    sums = {name: np.asarray(total) for name, total in position.sums.items()}
+    means = {name: _number(np.where(lost, np.nan, total / steps)) for name, total in sums.items()}
     return position._replace(history=[*position.history, {"epoch": float(epoch), **means}], sums={})
 
 

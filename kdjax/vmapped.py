@@ -54,7 +54,9 @@ def make_run(
     Raises:
       ValueError: if there is no such mapping; when called, if states, settings and index are not of one number.
     """
-    mapped = _mapping(mapping)
+    if mapping not in MAPPINGS:
+        raise ValueError(f"mapping must be one of {', '.join(MAPPINGS)}, got {mapping!r}.")
+    mapped = MAPPINGS[mapping]
 
     def run_many(states, arrays, index):
         settings = arrays.get("settings", {})
@@ -69,19 +71,15 @@ def make_run(
     return run_many
 
 
-def over_weights(function: Callable[..., Any], *, mapping: str = "map") -> Callable[..., Any]:
+def over_weights(function: Callable[..., Any]) -> Callable[..., Any]:
     """Lets a function ``(params, model_state, *shared)`` take stacked weights, and return stacked results.
 
     As ``transform`` of :func:`kdjax.evaluate.make_evaluator` it evaluates many students at once; :func:`unstack` gives
-    the sums of each. "map" is the default, since batches of an evaluation are large.
-
-    Raises:
-      ValueError: if there is no such mapping.
+    the sums of each. They come one after the other, since batches of an evaluation are large.
     """
-    mapped = _mapping(mapping)
 
     def many(params, model_state, *shared):
-        return mapped(lambda params, model_state: function(params, model_state, *shared))(params, model_state)
+        return jax.lax.map(lambda weights: function(*weights, *shared), (params, model_state))
 
     return many
 
@@ -176,12 +174,6 @@ def fit(run: Callable[..., Any], states: TrainState, feed: Feed, **options: Any)
 def diverged_at(fitted: train.Fitted) -> int | None:
     """The epoch in which its loss or weights became NaN or infinite, None if there is none."""
     return next((int(r["epoch"]) for r in fitted.history if not math.isfinite(r["loss"])), None)
-
-
-def _mapping(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    if name not in MAPPINGS:
-        raise ValueError(f"mapping must be one of {', '.join(MAPPINGS)}, got {name!r}.")
-    return MAPPINGS[name]
 
 
 def _check_count(count: int, settings: PyTree, index: Any) -> None:

@@ -463,15 +463,6 @@ class TestVerify:
         with pytest.raises(ValueError, match=r"off by .* of the rows' spread"):
             self.verify(longer, rows, num_samples=self.COUNT)
 
-    def test_limits_are_the_caller_s(self):
-        rows = self.rows("ordinary")
-        noisy = rows + 0.01 * np.random.default_rng(0).normal(size=rows.shape).astype(np.float32)
-        self.verify(noisy, rows)
-        with pytest.raises(ValueError, match=r"the cosine is below 0.99999 "):
-            self.verify(noisy, rows, min_cosine=0.99999)
-        with pytest.raises(ValueError, match="off by"):
-            self.verify(noisy, rows, max_error=0.001)
-
     def test_two_swapped_rows_are_found_if_all_are_looked_at(self):
         rows = self.rows("ordinary")
         order = np.arange(self.COUNT)

@@ -191,8 +191,7 @@ class TestEachIsAsAlone:
         assert metrics["loss"][0, 0] != metrics["loss"][0, 1]
 
 
-@pytest.mark.parametrize("mapping", ["map", "vmap"])
-def test_evaluating_at_once_counts_what_each_alone_counts(mapping):
+def test_evaluating_at_once_counts_what_each_alone_counts():
     arrays, ids = the_arrays(), np.arange(29)
     options = {"batch_size": 16, "devices": parallel.local_devices()}
     apart = evaluate.make_evaluator(noisy_linear, make_batch, arrays, ids, **options)
@@ -201,7 +200,7 @@ def test_evaluating_at_once_counts_what_each_alone_counts(mapping):
         make_batch,
         arrays,
         ids,
-        transform=lambda f: vmapped.over_weights(f, mapping=mapping),
+        transform=vmapped.over_weights,
         **options,
     )
     states = begin()
@@ -326,9 +325,8 @@ class TestResuming:
 
 class TestRefusals:
     def test_an_unknown_mapping(self):
-        for build in (vmapped.make_run, vmapped.over_weights):
-            with pytest.raises(ValueError, match="one of vmap, map, got 'pmap'"):
-                build(one_run(), mapping="pmap")
+        with pytest.raises(ValueError, match="one of vmap, map, got 'pmap'"):
+            vmapped.make_run(one_run(), mapping="pmap")
 
     def test_settings_of_another_number(self):
         with pytest.raises(

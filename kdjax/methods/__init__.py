@@ -35,10 +35,10 @@ from kdjax.methods.images import map_matching as map_matching
 from kdjax.methods.images import saliency_crop as saliency_crop
 from kdjax.methods.images import saliency_dim as saliency_dim
 from kdjax.methods.images import unit_distance as unit_distance
+from kdjax.methods.method import ALWAYS, Features, Select, View
 from kdjax.methods.method import FIRST_STAGE as FIRST_STAGE
 from kdjax.methods.method import WARM_UP as WARM_UP
 from kdjax.methods.method import Bound as Bound
-from kdjax.methods.method import Features, Select, TermFn, View
 from kdjax.methods.method import Method as Method
 from kdjax.methods.method import Schedule as Schedule
 from kdjax.methods.method import Term as Term
@@ -105,50 +105,53 @@ def _maps(features: Features, prefix: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name != "stage0"))
 
 
-# From losses to methods.
+# From losses to methods: a term has the name of its loss, and is its mean over the batch.
 
 
-def _logits(loss: Callable[..., Array], **options: Any) -> TermFn:
-    return lambda student, teacher, batch: jnp.mean(loss(student.logits, teacher.logits, **options))
+def _on_logits(
+    loss: Callable[..., Array],
+    weight: float,
+    hard_weight: float = 0.1,
+    *,
+    teacher: bool = True,
+    labels: bool = False,
+    schedule: Schedule = ALWAYS,
+    **options: Any,
+) -> Method:
+    """A loss of the student's logits, then of the teacher's and of the labels where it takes these."""
+
+    def term(student: View, of_teacher: View, batch: Batch) -> Array:
+        read = [of_teacher.logits] * teacher + [batch["label"]] * labels
+        return jnp.mean(loss(student.logits, *read, **options))
+
+    more: dict[str, Any] = {"schedule": schedule, "reads_labels": labels, "teacher_free": not teacher}
+    return Method(hard_weight, (Term(loss.__name__, weight, term, **more),))
 
 
-def _labels(loss: Callable[..., Array], **options: Any) -> TermFn:
-    return lambda student, teacher, batch: jnp.mean(loss(student.logits, batch["label"], **options))
-
-
-def _logits_and_labels(loss: Callable[..., Array], **options: Any) -> TermFn:
-    return lambda student, teacher, batch: jnp.mean(
-        loss(student.logits, teacher.logits, batch["label"], **options)
-    )
-
-
-def _features(loss: Callable[..., Array], **options: Any) -> TermFn:
-    """The loss of each pair of features, averaged over the batch, summed over the pairs."""
+def _on_features(
+    loss: Callable[..., Array], weight: float, student: Select, teacher: Select | None, **options: Any
+) -> Method:
+    """A loss of each pair of features, summed over the pairs."""
 
     def term(student: View, teacher: View, batch: Batch) -> Float[Array, ""]:
         pairs = zip(student.features, teacher.features, strict=True)
         return sum((jnp.mean(loss(s, t, **options)) for s, t in pairs), jnp.zeros(()))
 
-    return term
-
-
-def _on_logits(name: str, weight: float, loss: TermFn, hard_weight: float = 0.1, **more: Any) -> Method:
-    return Method(hard_weight, (Term(name, weight, loss, **more),))
-
-
-def _on_features(
-    name: str, weight: float, loss: TermFn | None, student: Select, teacher: Select | None, **more: Any
-) -> Method:
-    return Method(1.0, (Term(name, weight, loss, features=student, teacher_features=teacher, **more),))
+    return Method(1.0, (Term(loss.__name__, weight, term, None, student, teacher),))
 
 
 def _with_head(
-    name: str, weight: float, head: type[nn.Module], student: Select, teacher: Select | None, **more: Any
+    name: str,
+    weight: float,
+    head: Callable[..., nn.Module],
+    student: Select,
+    teacher: Select | None,
+    schedule: Schedule = ALWAYS,
 ) -> Method:
     def make(name: str, labels: np.ndarray) -> nn.Module:
         return head(name=name)
 
-    return _on_features(name, weight, None, student, teacher, head=make, **more)
+    return Method(1.0, (Term(name, weight, None, make, student, teacher, schedule),))
 
 
 # Labels, and the teacher's logits.
@@ -182,58 +185,49 @@ def kd(temperature: float = 4.0, *, hard_weight: float = 0.1, soft_weight: float
     Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
     """
     KdOptions(temperature, hard_weight, soft_weight)  # raises for values that make no sense
-    loss = _logits(losses.soft_target_kl, temperature=temperature)
-    return _on_logits("soft", soft_weight, loss, hard_weight, settings={"temperature": temperature})
+    method = _on_logits(losses.soft_target_kl, soft_weight, hard_weight, temperature=temperature)
+    soft = method.terms[0]._replace(name="soft", settings={"temperature": temperature})
+    return dataclasses.replace(method, terms=(soft,))
 
 
 def soft_target_cross_entropy(weight: float = 0.9) -> Method:
     """Cross-entropy with the teacher's probabilities at T = 4. No published weight: as kd."""
-    return _on_logits(
-        "soft_target_cross_entropy", weight, _logits(losses.soft_target_cross_entropy, temperature=4.0)
-    )
+    return _on_logits(losses.soft_target_cross_entropy, weight, temperature=4.0)
 
 
 def squared_logits(weight: float = 0.9) -> Method:
     """Squared distance of logits (Ba and Caruana, 2014). No published weight: as kd."""
-    return _on_logits("squared_logits", weight, _logits(losses.squared_logits))
+    return _on_logits(losses.squared_logits, weight)
 
 
 def dkd(weight: float = 1.0) -> Method:
     """Decoupled knowledge distillation (DKD) with warm-up (Zhao et al., 2022, on CIFAR-100: 1 and 8 at T = 4)."""
-    return _on_logits("dkd", weight, _logits_and_labels(losses.dkd), 1.0, schedule=WARM_UP, reads_labels=True)
+    return _on_logits(losses.dkd, weight, 1.0, labels=True, schedule=WARM_UP)
 
 
 def dist(weight: float = 2.0) -> Method:
     """DIST, correlations between and within classes (Huang et al., 2022, code: 2, T = 4)."""
-    return _on_logits("dist", weight, _logits(losses.dist, temperature=4.0, axis_name=AXIS), 1.0)
+    return _on_logits(losses.dist, weight, 1.0, temperature=4.0, axis_name=AXIS)
 
 
 def logit_standardised_kl(weight: float = 9.0) -> Method:
     """Logit standardisation (Sun et al., 2024: 9, T = 2, labels .1)."""
-    return _on_logits("logit_standardised_kl", weight, _logits(losses.logit_standardised_kl))
+    return _on_logits(losses.logit_standardised_kl, weight)
 
 
 def confidence_penalty(weight: float = 0.1) -> Method:
     """Confidence penalty, without a teacher (Pereyra et al., 2017, on CIFAR-10: .1)."""
-    return _on_logits(
-        "confidence_penalty",
-        weight,
-        lambda student, teacher, batch: jnp.mean(losses.confidence_penalty(student.logits)),
-        1.0,
-        teacher_free=True,
-    )
+    return _on_logits(losses.confidence_penalty, weight, 1.0, teacher=False)
 
 
 def teacher_free_kl(weight: float = 0.1) -> Method:
     """Teacher-free distillation (Tf-KD) from a virtual teacher (Yuan et al., 2020, on ImageNet: .1, T = 20)."""
-    return _on_logits(
-        "teacher_free_kl", weight, _labels(losses.teacher_free_kl), 0.9, reads_labels=True, teacher_free=True
-    )
+    return _on_logits(losses.teacher_free_kl, weight, 0.9, teacher=False, labels=True)
 
 
 def jensen_shannon(weight: float = 0.9) -> Method:
     """Jensen–Shannon divergence at T = 4. No published weight: as kd."""
-    return _on_logits("jensen_shannon", weight, _logits(losses.jensen_shannon, temperature=4.0))
+    return _on_logits(losses.jensen_shannon, weight, temperature=4.0)
 
 
 def top_k_kl(weight: float = 0.9, *, k: int = 5, temperature: float = 4.0) -> Method:
@@ -244,26 +238,18 @@ def top_k_kl(weight: float = 0.9, *, k: int = 5, temperature: float = 4.0) -> Me
         stored, classes = jax.lax.top_k(chances, min(k, chances.shape[-1]))
         return jnp.mean(losses.top_k_kl(student.logits, stored, classes, temperature=temperature))
 
-    return _on_logits("top_k_kl", weight, term)
+    return Method(0.1, (Term("top_k_kl", weight, term),))
 
 
 def label_smoothing_cross_entropy(weight: float = 1.0) -> Method:
     """Label smoothing of .1 in place of the labels, without a teacher (Szegedy et al., 2016)."""
-    return _on_logits(
-        "label_smoothing_cross_entropy",
-        weight,
-        _labels(losses.label_smoothing_cross_entropy, smoothing=0.1),
-        0.0,
-        reads_labels=True,
-        teacher_free=True,
-    )
+    loss = losses.label_smoothing_cross_entropy
+    return _on_logits(loss, weight, 0.0, teacher=False, labels=True, smoothing=0.1)
 
 
 def correlation_distance(weight: float = 1.0) -> Method:
     """Correlation of student and teacher probabilities at T = 4. No confirmed weight."""
-    return _on_logits(
-        "correlation_distance", weight, _logits(losses.correlation_distance, temperature=4.0), 1.0
-    )
+    return _on_logits(losses.correlation_distance, weight, 1.0, temperature=4.0)
 
 
 def noisy_teacher(weight: float = 0.9) -> Method:
@@ -274,13 +260,7 @@ def noisy_teacher(weight: float = 0.9) -> Method:
 
 def privileged(weight: float = 1.0) -> Method:
     """Generalised distillation (Lopez-Paz et al., 2016) with soft_weight .5 at T = 4, in place of the labels."""
-    return _on_logits(
-        "privileged",
-        weight,
-        _logits_and_labels(losses.privileged, soft_weight=0.5, temperature=4.0),
-        0.0,
-        reads_labels=True,
-    )
+    return _on_logits(losses.privileged, weight, 0.0, labels=True, soft_weight=0.5, temperature=4.0)
 
 
 # Feature maps.
@@ -295,7 +275,7 @@ def attention_transfer(
     weight: float = 1000.0, *, student: Select = stages, teacher: Select | None = None
 ) -> Method:
     """Attention transfer, AT (Zagoruyko and Komodakis, 2017). CRD benchmark: 1000."""
-    return _on_features("attention_transfer", weight, _features(losses.attention_transfer), student, teacher)
+    return _on_features(losses.attention_transfer, weight, student, teacher)
 
 
 def factor_transfer(
@@ -307,7 +287,7 @@ def factor_transfer(
 
 def nst(weight: float = 50.0, *, student: Select = stages, teacher: Select | None = None) -> Method:
     """Neuron selectivity transfer, NST (Huang and Wang, 2017). CRD benchmark: 50."""
-    return _on_features("nst", weight, _features(losses.nst), student, teacher)
+    return _on_features(losses.nst, weight, student, teacher)
 
 
 def fsp(weight: float = 50.0, *, student: Select = stem_and_stages, teacher: Select | None = None) -> Method:
@@ -318,16 +298,14 @@ def fsp(weight: float = 50.0, *, student: Select = stem_and_stages, teacher: Sel
         pairs = [tuple(zip(v.features[:-1], v.features[1:], strict=True)) for v in (student, teacher)]
         return sum((jnp.mean(losses.fsp(s, t)) for s, t in zip(*pairs, strict=True)), jnp.zeros(()))
 
-    return _on_features("fsp", weight, term, student, teacher, schedule=FIRST_STAGE)
+    return Method(1.0, (Term("fsp", weight, term, None, student, teacher, FIRST_STAGE),))
 
 
 def activation_boundary(
     weight: float = 1.0, *, student: Select = preactivations, teacher: Select | None = None
 ) -> Method:
     """Activation boundaries, AB (Heo et al., 2019). CRD benchmark: Heo's weights, in a first stage of its own."""
-    return _with_head(
-        "activation_boundary", weight, learned.Boundaries, student, teacher, schedule=FIRST_STAGE
-    )
+    return _with_head("activation_boundary", weight, learned.Boundaries, student, teacher, FIRST_STAGE)
 
 
 def ofd(weight: float = 1.0, *, student: Select = preactivations, teacher: Select | None = None) -> Method:
@@ -342,7 +320,7 @@ def reviewkd(
     teacher: Select | None = preactivations_and_embedding,
 ) -> Method:
     """Knowledge review, ReviewKD, with warm-up (Chen et al., 2021, for resnet32x4 and resnet8x4: 5)."""
-    return _with_head("reviewkd", weight, learned.Review, student, teacher, schedule=WARM_UP)
+    return _with_head("reviewkd", weight, learned.Review, student, teacher, WARM_UP)
 
 
 def vid(weight: float = 1.0, *, student: Select = stages, teacher: Select | None = None) -> Method:
@@ -365,33 +343,31 @@ def rkd(weight: float = 1.0, *, student: Select = embedding, teacher: Select | N
         (s,), (t,) = student.features, teacher.features
         return 25 * losses.rkd_distance(s, t, axis_name=AXIS) + 50 * losses.rkd_angle(s, t, axis_name=AXIS)
 
-    return _on_features("rkd", weight, term, student, teacher)
+    return Method(1.0, (Term("rkd", weight, term, None, student, teacher),))
 
 
 def rkd_distance(
     weight: float = 25.0, *, student: Select = embedding, teacher: Select | None = None
 ) -> Method:
     """RKD's distances alone (Park et al., 2019: 25)."""
-    loss = _features(losses.rkd_distance, axis_name=AXIS)
-    return _on_features("rkd_distance", weight, loss, student, teacher)
+    return _on_features(losses.rkd_distance, weight, student, teacher, axis_name=AXIS)
 
 
 def rkd_angle(weight: float = 50.0, *, student: Select = embedding, teacher: Select | None = None) -> Method:
     """RKD's angles alone (Park et al., 2019: 50)."""
-    return _on_features("rkd_angle", weight, _features(losses.rkd_angle, axis_name=AXIS), student, teacher)
+    return _on_features(losses.rkd_angle, weight, student, teacher, axis_name=AXIS)
 
 
 def pkt(weight: float = 30000.0, *, student: Select = embedding, teacher: Select | None = None) -> Method:
     """Probabilistic knowledge transfer, PKT (Passalis and Tefas, 2018). CRD benchmark: 30000."""
-    return _on_features("pkt", weight, _features(losses.pkt, axis_name=AXIS), student, teacher)
+    return _on_features(losses.pkt, weight, student, teacher, axis_name=AXIS)
 
 
 def similarity_preserving(
     weight: float = 3000.0, *, student: Select = last_stage, teacher: Select | None = None
 ) -> Method:
     """Similarity-preserving distillation, SP (Tung and Mori, 2019). CRD benchmark: 3000."""
-    loss = _features(losses.similarity_preserving, axis_name=AXIS)
-    return _on_features("similarity_preserving", weight, loss, student, teacher)
+    return _on_features(losses.similarity_preserving, weight, student, teacher, axis_name=AXIS)
 
 
 def correlation_congruence(
@@ -408,7 +384,7 @@ def info_nce(weight: float = 1.0, *, student: Select = embedding, teacher: Selec
 
 def cka(weight: float = 1.0, *, student: Select = last_stage, teacher: Select | None = None) -> Method:
     """Centred kernel alignment, CKA (Kornblith et al., 2019). No published weight."""
-    return _on_features("cka", weight, _features(losses.cka, axis_name=AXIS), student, teacher)
+    return _on_features(losses.cka, weight, student, teacher, axis_name=AXIS)
 
 
 def crd(weight: float = 0.8, *, student: Select = embedding, teacher: Select | None = None) -> Method:
@@ -417,7 +393,7 @@ def crd(weight: float = 0.8, *, student: Select = embedding, teacher: Select | N
     def make(name: str, labels: np.ndarray) -> nn.Module:
         return learned.ContrastiveMemory(labels=labels, name=name)
 
-    return _on_features("crd", weight, None, student, teacher, head=make)
+    return Method(1.0, (Term("crd", weight, None, make, student, teacher),))
 
 
 METHODS: dict[str, Callable[..., Method]] = {

@@ -172,11 +172,9 @@ def batch_norm(module: Any, *, train: bool) -> Callable[..., nn.Module]:
 
 def _with_bias(module: Any, x: Array, shape: tuple[int, ...], form: Callable[[Array, Array], Array]) -> Array:
     kernel = module.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-    bias = (
-        module.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32)
-        if module.use_bias
-        else None
-    )
+    bias = None
+    if module.use_bias:
+        bias = module.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32)
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=module.dtype)
     y = form(x, kernel)
     return y if bias is None else y + bias.reshape(1, 1, 1, -1)
@@ -300,11 +298,45 @@ def _patches(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
 
 
 def by_platform(
-    *arrays: Array, cpu: Callable[..., Array], default: Callable[..., Array], **static: Any
+    *arrays: Array, cpu: Callable[..., Array], native: Callable[..., Array], options: Any
 ) -> Array:
     """Chooses the form when the program is compiled for a platform."""
-    forms = {"cpu": functools.partial(cpu, **static), "default": functools.partial(default, **static)}
-    return lax.platform_dependent(*arrays, **forms)
+    forms = {"cpu": cpu, "default": native}
+    bound = {name: lambda *arrays, form=form: form(*arrays, *options) for name, form in forms.items()}
+    return lax.platform_dependent(*arrays, **bound)
+
+
+def by_form(
+    cpu: Callable[..., Array],
+    cpu_dx: Callable[..., Array],
+    cpu_dw: Callable[..., Array],
+    *,
+    native: Callable[..., Array],
+    options: int,
+) -> Callable[..., Array]:
+    """A bilinear ``(x, kernel, *options)`` with its gradients: the forms given on a CPU, XLA's own elsewhere."""
+
+    def here(x, kernel, *options):
+        return by_platform(x, kernel, cpu=cpu, native=native, options=options)
+
+    def forward(x, kernel, *options):
+        return here(x, kernel, *options), (x, kernel)
+
+    def native_dx(x, kernel, dy, *options):
+        return jax.linear_transpose(lambda x: native(x, kernel, *options), x)(dy)[0]
+
+    def native_dw(x, kernel, dy, *options):
+        return jax.linear_transpose(lambda kernel: native(x, kernel, *options), kernel)(dy)[0]
+
+    def backward(*arguments):
+        *options, saved, dy = arguments
+        forms = ((cpu_dx, native_dx), (cpu_dw, native_dw))
+        return tuple(by_platform(*saved, dy, cpu=own, native=other, options=options) for own, other in forms)
+
+    # The rules must not call the function itself, or forward mode could not differentiate its gradient.
+    function = jax.custom_vjp(here, nondiff_argnums=tuple(range(2, 2 + options)))
+    function.defvjp(forward, backward)
+    return function
 
 
 # Convolution
@@ -319,8 +351,7 @@ def _native_conv(x: Array, kernel: Array, strides: Pair, pads: Pads, groups: int
 def _cpu_conv(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
     window, features = _pair(kernel.shape[:2]), kernel.shape[-1]
     if x.shape[-1] == 1:  # too thin for a matmul
-        places = zip(_windows(x, window, strides, pads), kernel.reshape(-1, 1, 1, 1, features), strict=True)
-        return functools.reduce(jnp.add, (seen * weight for seen, weight in places))
+        return _cpu_depthwise(x, kernel, strides, pads)
     if x.shape[-1] in NATIVE_CHANNELS and window != (1, 1) and strides == (1, 1):
         return _native_conv(x, kernel, strides, pads)
     matrix = kernel.reshape(-1, features)
@@ -371,49 +402,15 @@ def _cpu_conv_dw(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) 
     return total.reshape(kernel.shape).astype(kernel.dtype)
 
 
-def _conv_here(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
-    return by_platform(x, kernel, cpu=_cpu_conv, default=_native_conv, strides=strides, pads=pads)
-
-
-def _conv_forward(x, kernel, strides, pads):
-    return _conv_here(x, kernel, strides, pads), (x, kernel)
-
-
-def _conv_backward(strides, pads, saved, dy):
-    static = {"strides": strides, "pads": pads}
-    dx, dw = native_gradients(functools.partial(_native_conv, **static))
-    return (
-        by_platform(*saved, dy, cpu=functools.partial(_cpu_conv_dx, **static), default=dx),
-        by_platform(*saved, dy, cpu=functools.partial(_cpu_conv_dw, **static), default=dw),
-    )
-
-
-# The rules above must not call _conv itself, or forward mode could not differentiate its gradient.
-_conv = jax.custom_vjp(_conv_here, nondiff_argnums=(2, 3))
-_conv.defvjp(_conv_forward, _conv_backward)
-
-
-def native_gradients(function: Callable[[Array, Array], Array]) -> tuple[Callable[..., Array], ...]:
-    """XLA's own gradients of a bilinear function, with respect to its first and to its second argument."""
-
-    def dx(x, kernel, dy):
-        return jax.linear_transpose(lambda x: function(x, kernel), x)(dy)[0]
-
-    def dw(x, kernel, dy):
-        return jax.linear_transpose(lambda kernel: function(x, kernel), kernel)(dy)[0]
-
-    return dx, dw
+_conv = by_form(_cpu_conv, _cpu_conv_dx, _cpu_conv_dw, native=_native_conv, options=2)
 
 
 # Depthwise convolution
 
 
 def _cpu_depthwise(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
-    places = zip(
-        _windows(x, _pair(kernel.shape[:2]), strides, pads),
-        kernel.reshape(-1, 1, 1, 1, kernel.shape[-1]),
-        strict=True,
-    )
+    weights = kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])
+    places = zip(_windows(x, _pair(kernel.shape[:2]), strides, pads), weights, strict=True)
     return functools.reduce(jnp.add, (seen * weight for seen, weight in places))
 
 
@@ -455,25 +452,9 @@ def _native_depthwise(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Arr
     return _native_conv(x, kernel, strides, pads, groups=x.shape[-1])
 
 
-def _depthwise_here(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Array:
-    return by_platform(x, kernel, cpu=_cpu_depthwise, default=_native_depthwise, strides=strides, pads=pads)
-
-
-def _depthwise_forward(x, kernel, strides, pads):
-    return _depthwise_here(x, kernel, strides, pads), (x, kernel)
-
-
-def _depthwise_backward(strides, pads, saved, dy):
-    static = {"strides": strides, "pads": pads}
-    dx, dw = native_gradients(functools.partial(_native_depthwise, **static))
-    return (
-        by_platform(*saved, dy, cpu=functools.partial(_cpu_depthwise_dx, **static), default=dx),
-        by_platform(*saved, dy, cpu=functools.partial(_cpu_depthwise_dw, **static), default=dw),
-    )
-
-
-_depthwise = jax.custom_vjp(_depthwise_here, nondiff_argnums=(2, 3))
-_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+_depthwise = by_form(
+    _cpu_depthwise, _cpu_depthwise_dx, _cpu_depthwise_dw, native=_native_depthwise, options=2
+)
 
 
 # Max-pooling
@@ -503,19 +484,17 @@ def _cpu_max_pool_tangent(x: Array, y: Array, dx: Array, window: Pair, strides: 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
-    return by_platform(
-        x, cpu=_cpu_max_pool, default=_native_max_pool, window=window, strides=strides, pads=pads
-    )
+    return by_platform(x, cpu=_cpu_max_pool, native=_native_max_pool, options=(window, strides, pads))
 
 
 @_max_pool.defjvp
 def _max_pool_jvp(window, strides, pads, primals, tangents):
-    static = {"window": window, "strides": strides, "pads": pads}
+    options = (window, strides, pads)
     (x,), (dx,) = primals, tangents
-    y = _max_pool(x, **static)
+    y = _max_pool(x, *options)
 
-    def native(x, y, dx):
+    def native(x, y, dx, *options):
         del y
-        return jax.jvp(functools.partial(_native_max_pool, **static), (x,), (dx,))[1]
+        return jax.jvp(lambda x: _native_max_pool(x, *options), (x,), (dx,))[1]
 
-    return y, by_platform(x, y, dx, cpu=functools.partial(_cpu_max_pool_tangent, **static), default=native)
+    return y, by_platform(x, y, dx, cpu=_cpu_max_pool_tangent, native=native, options=options)

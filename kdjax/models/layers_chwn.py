@@ -15,13 +15,12 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float
 
-from kdjax.models.layers import by_platform, native_gradients
+from kdjax.models.layers import by_form
 
 
 class Conv(nn.Module):
@@ -118,21 +117,4 @@ def _native_conv(x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=order)
 
 
-def _conv_here(x: Array, kernel: Array) -> Array:
-    return by_platform(x, kernel, cpu=_cpu_conv, default=_native_conv)
-
-
-def _conv_forward(x, kernel):
-    return _conv_here(x, kernel), (x, kernel)
-
-
-def _conv_backward(saved, dy):
-    dx, dw = native_gradients(_native_conv)
-    return (
-        by_platform(*saved, dy, cpu=_cpu_conv_dx, default=dx),
-        by_platform(*saved, dy, cpu=_cpu_conv_dw, default=dw),
-    )
-
-
-_conv = jax.custom_vjp(_conv_here)
-_conv.defvjp(_conv_forward, _conv_backward)
+_conv = by_form(_cpu_conv, _cpu_conv_dx, _cpu_conv_dw, native=_native_conv, options=0)

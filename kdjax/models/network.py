@@ -65,10 +65,13 @@ def from_linen(module: nn.Module, image_shape: Sequence[int]) -> Network:
     if type(module).__module__.startswith("kdjax.models."):
         if hasattr(module, "axis_name"):
             module = module.clone(axis_name=parallel.AXIS)
-        init = functools.partial(_init_ours, module, shape)
-        description, name = models.describe(module), models.name_of(module)
         return Network(
-            init, models.apply_fn(module), shape, description, name, models.shapes_of(module, shape)
+            lambda seed: models.init(module, shape, seed=seed),
+            models.apply_fn(module),
+            shape,
+            models.describe(module),
+            models.name_of(module),
+            models.shapes_of(module, shape),
         )
     takes_train = "train" in inspect.signature(type(module).__call__).parameters
 
@@ -178,10 +181,6 @@ def as_outputs(found: Any) -> Outputs:
         "a network returns logits [batch, classes], (logits, features) with features by name, or "
         f"kdjax.types.Outputs; this one returned {jax.tree.map(jnp.shape, found)}."
     )
-
-
-def _init_ours(module: nn.Module, shape: tuple[int, ...], seed: int) -> tuple[Params, ModelState]:
-    return models.init(module, shape, seed=seed)
 
 
 def _described(init: Any, call: Any, shape: tuple[int, ...], build: Callable[..., Any]) -> Network:

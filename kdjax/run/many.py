@@ -84,7 +84,7 @@ def train_many(
             summary = {"split": "test", "metrics": metrics}
             options = {"step": plan.steps, "summary": summary, "identity": identity | which}
             save(home / str(k), network, dataset, one.last, **options)
-        found.append(Trained(many.arm, seed, network, plan.normalisation, one, metrics, sums[k]))
+        found.append(Trained(many.arm, seed, network, dataset.normalisation, one, metrics, sums[k]))
     seconds = (time.monotonic() - start) / len(seeds)
     return [one._replace(seconds=seconds) for one in found]
 

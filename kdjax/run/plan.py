@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from kdjax import data, evaluate, methods, models, parallel, pipeline
@@ -20,7 +19,7 @@ from kdjax.methods import Method
 from kdjax.models import Network
 from kdjax.recipe import Machine, Recipe
 from kdjax.teacher import TeacherSignal, TrainedNetwork
-from kdjax.types import Normalisation, Outputs, Weights
+from kdjax.types import Outputs, Weights
 
 
 class Plan(NamedTuple):
@@ -40,19 +39,9 @@ class Plan(NamedTuple):
     identity: dict[str, Any]
 
     @property
-    def train_ids(self) -> np.ndarray:
-        """The training examples."""
-        return self.dataset.splits["train"]
-
-    @property
     def steps(self) -> int:
         """Of the whole training."""
-        return recipes.num_steps(self.recipe, len(self.train_ids))
-
-    @property
-    def normalisation(self) -> Normalisation:
-        """Of the images."""
-        return self.dataset.normalisation
+        return recipes.num_steps(self.recipe, len(self.dataset.splits["train"]))
 
 
 def make_plan(
@@ -110,12 +99,10 @@ def signal_of(
         return teacher
     shapes = teacher.network.output_shapes
     bound = methods.bind(method, network.output_shapes, shapes, steps=1, labels=dataset.labels)
-    features = bound.teacher_features
+    asked: dict[str, Any] = {"features": bound.teacher_features}
     if directory is None or recipe.augments or recipe.mixup:
-        return teachers.answers(teacher, dataset, mode="online", features=features)
-    return teachers.answers(
-        teacher, dataset, features=features, directory=Path(directory) / "teacher_answers"
-    )
+        return teachers.answers(teacher, dataset, mode="online", **asked)
+    return teachers.answers(teacher, dataset, directory=Path(directory) / "teacher_answers", **asked)
 
 
 # What is refused
@@ -203,7 +190,11 @@ def compiled(plan: Plan, run: Callable[..., Any]) -> Callable[..., Any]:
 
 def make_initialiser(plan: Plan) -> Callable[[int], train_loop.TrainState]:
     """Builds ``seed -> state`` before the first step."""
-    new_heads = None if plan.bound.heads is None else _head_initialiser(plan)
+    heads, new_heads = plan.bound.heads, None
+    if heads is not None:
+        shapes = (plan.resident, jax.ShapeDtypeStruct((2,), jnp.int32), jax.random.key(0))
+        batch = {**jax.eval_shape(plan.train_batch, *shapes), "step": jax.ShapeDtypeStruct((), jnp.int32)}
+        new_heads = methods.head_initialiser(heads, plan.network.output_shapes, batch)
 
     def initialise(seed: int) -> train_loop.TrainState:
         params, model_state = plan.network.init(seed)
@@ -214,14 +205,6 @@ def make_initialiser(plan: Plan) -> Callable[[int], train_loop.TrainState]:
         return plan.method.init(seed, train_loop.init_state(params, model_state, plan.tx, seed=seed))
 
     return initialise
-
-
-def _head_initialiser(plan: Plan) -> Callable[[int], tuple[Any, Any]]:
-    assert plan.bound.heads is not None
-    index = jax.ShapeDtypeStruct((2,), jnp.int32)
-    batch = dict(jax.eval_shape(plan.train_batch, plan.resident, index, jax.random.key(0)))
-    batch |= {"step": jax.ShapeDtypeStruct((), jnp.int32)}
-    return methods.head_initialiser(plan.bound.heads, plan.network.output_shapes, batch)
 
 
 def weights_of(plan: Plan, state: train_loop.TrainState) -> Weights:
@@ -235,7 +218,7 @@ def feed(plan: Plan, seed: int) -> data.Feed:
     """The order of the training examples."""
     return data.resident_feed(
         plan.resident,
-        plan.train_ids,
+        plan.dataset.splits["train"],
         seed=seed,
         batch_size=plan.recipe.batch_size,
         steps_per_dispatch=plan.machine.steps_per_dispatch,

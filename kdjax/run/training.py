@@ -84,8 +84,14 @@ def make_trainer(
       these are whole and were written for the same arm, seed, network, method, recipe, data, teacher and ``settings``,
       which is whatever else decides its numbers, such as what ``init``, ``(seed, state) -> state``, starts it from.
     """
-    program = _compile(plans.make_plan(network, method, dataset, recipe, teacher, machine), split)
-    plan = program.plan
+    plan = plans.make_plan(network, method, dataset, recipe, teacher, machine)
+    program = _Program(
+        plan,
+        split,
+        run=plans.compiled(plan, plans.make_run(plan)),
+        initialise=plans.make_initialiser(plan),
+        sums_on={name: plans.evaluator(plan, name) for name in {"validation", split}},
+    )
 
     def trainer(
         seed: int,
@@ -106,7 +112,7 @@ def make_trainer(
             save(home, network, dataset, fitted.last, step=plan.steps, summary=found, identity=identity)
         sums = {name: np.asarray(value) for name, value in found["sums"].items()}
         return Trained(
-            *(arm, seed, network, plan.normalisation, fitted, found["metrics"], sums),
+            *(arm, seed, network, dataset.normalisation, fitted, found["metrics"], sums),
             seconds=time.monotonic() - start,
         )
 
@@ -121,12 +127,6 @@ class _Program(NamedTuple):
     run: Callable[..., Any]
     initialise: Callable[[int], train_loop.TrainState]
     sums_on: Mapping[str, Callable[..., dict[str, Any]]]  # by split
-
-
-def _compile(plan: plans.Plan, split: str) -> _Program:
-    run = plans.compiled(plan, plans.make_run(plan))
-    sums_on = {name: plans.evaluator(plan, name) for name in {"validation", split}}
-    return _Program(plan, split, run, plans.make_initialiser(plan), sums_on)
 
 
 def _fit(

@@ -91,9 +91,8 @@ def _check_layers(teacher_params: Params, student_params: Params) -> None:
     """Raises a ValueError unless teacher and student have the same arrays with the same numbers of axes."""
     teacher, student = shapes_of(teacher_params), shapes_of(student_params)
     if only := teacher.keys() ^ student.keys():
-        missing = [
-            f"{name} only in the {'teacher' if name in teacher else 'student'}" for name in sorted(only)
-        ]
+        there = {True: "teacher", False: "student"}
+        missing = [f"{name} only in the {there[name in teacher]}" for name in sorted(only)]
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
             f"select_weights needs networks with the same layers, but {', '.join(missing[:3])}{more}: "
@@ -169,9 +168,8 @@ def _ordered(layers: dict[str, _Layer], order: Sequence[str] | None) -> list[str
         return list(order)
     kinds: dict[str, list[str]] = {"conv": [], "dense": [], "norm": []}
     for name, layer in layers.items():
-        kinds["norm" if "kernel" not in layer else "dense" if layer["kernel"].ndim == 2 else "conv"].append(
-            name
-        )
+        kind = "norm" if "kernel" not in layer else "dense" if layer["kernel"].ndim == 2 else "conv"
+        kinds[kind].append(name)
     convs, denses, norms = (sorted(names, key=_number) for names in kinds.values())
     kernels = convs + denses
     plain = all(len({re.sub(r"_\d+$", "", name) for name in names}) <= 1 for names in kinds.values())

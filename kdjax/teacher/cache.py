@@ -19,7 +19,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -31,6 +31,9 @@ from kdjax import checkpoints, files
 
 TeacherFn = Callable[[PyTree, PyTree], dict[str, Array]]
 ViewFn = Callable[[Array, Array, Array], PyTree]
+
+MIN_COSINE = 0.999  # between a stored and a recomputed row
+MAX_ERROR = 0.05  # distance between them, in root mean square distances of a row from the sample's mean
 
 _HEADER = "header.json"
 _FORMAT = 1
@@ -117,16 +120,12 @@ def precompute(
         missing = [number for number in mine if number not in chunks]
         if missing:
             teacher = _Teacher(fn, view_fn, variables, batch_size, header["layout"], devices)
-            rows = sum(len(_rows_of(chunk)) for chunk in chunks.values())
-            total = rows + sum(
-                stop - start for start, stop in (_bounds(header["layout"], n) for n in missing)
-            )
+            total = _num_rows(header, mine)
             for number in missing:
                 chunks[number] = teacher.rows(images, number)
                 _write_chunk(path, header, number, chunks[number])
-                rows += len(_rows_of(chunks[number]))
                 if progress is not None:
-                    progress(rows, total)
+                    progress(_num_rows(header, chunks), total)
     except Exception as problem:  # raised below, after the other processes have been told
         error = problem
     checkpoints.raise_together(error, doing="computing the teacher's answers")
@@ -183,8 +182,6 @@ def verify(
     view_fn: ViewFn | None = None,
     num_samples: int = 64,
     seed: int = 0,
-    min_cosine: float = 0.999,
-    max_error: float = 0.05,
 ) -> float:
     """Recomputes a random sample of rows, and refuses answers for other images or in another order.
 
@@ -201,8 +198,6 @@ def verify(
       view_fn: how views are made.
       num_samples: rows to recompute, each of one image and one view.
       seed: which rows.
-      min_cosine: least cosine between a stored and a recomputed row.
-      max_error: largest distance between them, in root mean square distances of a row from the sample's mean.
 
     Returns:
       The smallest cosine found.
@@ -222,7 +217,7 @@ def verify(
         # A class that both mask agrees; a class that only one masks is far off.
         masked = np.isneginf(rows).all(axis=0)
         rows = [np.where(masked, 0, np.maximum(x, -1e30)) for x in rows]
-        problem, cosine = _disagreement(*rows, min_cosine=min_cosine, max_error=max_error)
+        problem, cosine = _disagreement(*rows)
         worst = min(worst, float(np.min(cosine)))
         if problem is not None:
             row, reason = problem
@@ -258,11 +253,8 @@ class _Teacher:
         """All views of one chunk, checked and in their stored type."""
         start, stop = _bounds(self.layout, number)
         pieces = [self._view(images, start, stop, view) for view in range(self.layout["views"])]
-        chunk = {}
-        for name in pieces[0]:
-            array = np.stack([piece[name] for piece in pieces], axis=1)
-            chunk[name] = _stored(array, name, start, self.layout["dtype"])
-        return chunk
+        arrays = {name: np.stack([piece[name] for piece in pieces], axis=1) for name in pieces[0]}
+        return {name: _stored(array, name, start, self.layout["dtype"]) for name, array in arrays.items()}
 
     def _view(self, images: np.ndarray, start: int, stop: int, view: int) -> dict[str, np.ndarray]:
         size = math.prod(self.shape)
@@ -274,23 +266,15 @@ class _Teacher:
             sharded = (x.reshape(self.shape + x.shape[1:]) for x in (batch, index))
             parts.append(self.step(self.variables, *sharded, np.int32(view)))
         host = jax.device_get(parts)  # once per chunk, so that the devices never wait for the host
-        return {
-            name: np.concatenate([part[name].reshape(size, *part[name].shape[2:]) for part in host])[
-                : stop - start
-            ]
-            for name in host[0]
-        }
+        rows = jax.tree.map(lambda *x: np.concatenate([a.reshape(size, *a.shape[2:]) for a in x]), *host)
+        return {name: array[: stop - start] for name, array in rows.items()}
 
 
-def _apply(
-    fn: TeacherFn, view_fn: ViewFn | None, variables: PyTree, images: Array, index: Array, view: Array
-):
+def _apply(fn, view_fn, variables: PyTree, images: Array, index: Array, view: Array) -> dict[str, Array]:
     return named(fn(variables, images if view_fn is None else view_fn(images, index, view)))
 
 
-def _apply_each(
-    fn: TeacherFn, view_fn: ViewFn | None, variables: PyTree, images: Array, index: Array, view: Array
-):
+def _apply_each(fn, view_fn, variables: PyTree, images: Array, index: Array, view: Array) -> dict[str, Array]:
     """As `_apply`, with one view number per image."""
     if view_fn is not None:
         one = jax.vmap(lambda image, i, v: jax.tree.map(lambda x: x[0], view_fn(image[None], i[None], v)))
@@ -361,9 +345,7 @@ def _sample(examples: int, views: int, count: int, seed: int) -> tuple[np.ndarra
     return index, random.integers(views, size=len(index))
 
 
-def _disagreement(
-    stored: np.ndarray, recomputed: np.ndarray, *, min_cosine: float, max_error: float
-) -> tuple[tuple[int, str] | None, np.ndarray]:
+def _disagreement(stored: np.ndarray, recomputed: np.ndarray) -> tuple[tuple[int, str] | None, np.ndarray]:
     """The worst row and why it fails, or None; and the cosines of all rows."""
 
     def norm(rows):
@@ -376,15 +358,12 @@ def _disagreement(
     # The direction of a row near zero is rounding; its error still counts.
     cosine = np.where(norm(recomputed) > spread / 2, np.sum(stored * recomputed, axis=-1) / scale, 1.0)
     worst = int(np.argmax(error))
-    if np.min(cosine) < min_cosine:
-        worst = int(np.argmin(cosine))
-        return (worst, f"the cosine is below {min_cosine}"), cosine
-    if error[worst] > max_error * max(spread, size / 10):
-        return (
-            worst,
-            f"the row is off by {error[worst] / max(spread, size / 10):.2g} of the rows' spread",
-        ), cosine
-    if np.median(error) > 2 * max_error * max(spread, size / 1000):
+    if np.min(cosine) < MIN_COSINE:
+        return (int(np.argmin(cosine)), f"the cosine is below {MIN_COSINE}"), cosine
+    relative = error[worst] / max(spread, size / 10, np.finfo(np.float64).tiny)
+    if relative > MAX_ERROR:
+        return (worst, f"the row is off by {relative:.2g} of the rows' spread"), cosine
+    if np.median(error) > 2 * MAX_ERROR * max(spread, size / 1000):
         return (worst, "and in most sampled rows, the row is no closer than another example's"), cosine
     return None, cosine
 
@@ -426,8 +405,8 @@ def _compare(path: Any, stored: Mapping[str, Any], wanted: Mapping[str, Any]) ->
         )
 
 
-def _rows_of(chunk: dict[str, np.ndarray]) -> np.ndarray:
-    return next(iter(chunk.values()))
+def _num_rows(header: Mapping[str, Any], numbers: Iterable[int]) -> int:
+    return sum(stop - start for start, stop in (_bounds(header["layout"], number) for number in numbers))
 
 
 def _bounds(layout: Mapping[str, Any], number: int) -> tuple[int, int]:
@@ -469,11 +448,10 @@ def _read_chunks(
             f"damaged, or of another cache, and computed again: {[str(f) for f in bad]}", stacklevel=3
         )
     if refuse and len(chunks) < len(numbers):
-        there = sum(stop - start for start, stop in (_bounds(header["layout"], number) for number in chunks))
         damage = f", {[file.name for file in bad]} damaged or of another cache" if bad else ""
         raise ValueError(
-            f"only {there} of {header['layout']['examples']} rows of cached answers are in {path}{damage}: "
-            "run the same precompute again, which computes the missing ones."
+            f"only {_num_rows(header, chunks)} of {header['layout']['examples']} rows of cached answers are in "
+            f"{path}{damage}: run the same precompute again, which computes the missing ones."
         )
     return chunks
 
@@ -489,9 +467,7 @@ def _write_chunk(path: Any, header: dict[str, Any], number: int, chunk: dict[str
         path.mkdir(parents=True, exist_ok=True)
         files.write_bytes(path / name, data)
     for file in stale:
-        file.unlink(
-            missing_ok=True
-        )  # missing if a killed process had left a half of this very file, which was just replaced
+        file.unlink(missing_ok=True)  # missing if it was a half of this very file, which was just replaced
 
 
 def _join(header: dict[str, Any], chunks: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

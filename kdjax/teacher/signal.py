@@ -234,7 +234,6 @@ def perturb(signal: TeacherSignal, dataset: data.Dataset, how: Mapping[str, str]
     Raises:
       ValueError: if there is no such perturbation.
     """
-    assert dataset.splits is not None
     answers, ids = dict(signal.answers or {}), dataset.splits["train"]
     for name, kind in how.items():
         if kind not in PERTURBATIONS:
