@@ -83,13 +83,6 @@ def test_changing_one_fraction_leaves_the_other_split():
     assert members(dataset, validation=0.1)["test"] == members(dataset, validation=0.3)["test"]
 
 
-def test_salt_gives_an_independent_split():
-    dataset = make_dataset()
-    first, second = members(dataset)["test"], members(dataset, salt="other")["test"]
-    expected = 0.2 * 0.2 * len(dataset.labels)
-    assert abs(len(first & second) - expected) < 5 * np.sqrt(expected)
-
-
 def test_groups_stay_whole():
     dataset = make_dataset(2000)
     groups = np.array([f"patient{i % 97}" for i in range(2000)])
@@ -125,10 +118,7 @@ def test_official_test_split_is_used():
         ({"validation": -0.1}, "must be >= 0"),
         ({"validation": 0.5, "test": 0.5}, "sum to less than 1"),
         ({"groups": np.array(["a", "b"])}, "one group per example, 100 in all"),
-        (
-            {"groups": np.full(100, "a")},
-            "add examples, or give split_ids a larger validation fraction or another salt",
-        ),
+        ({"groups": np.full(100, "a")}, "add examples, or give split_ids a larger validation fraction"),
     ],
 )
 def test_split_refuses(options, message):

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdjax import files
 from kdjax.data import photos
 
 OFFICIAL = ("mnist", "fashion_mnist", "cifar10", "cifar100", "malaria")
@@ -38,6 +39,7 @@ _CACHE = "kdjax_decoded"
 _MANIFEST = "manifest.json"
 _ARRAYS = ("images", "labels", "example_ids", "official_split")
 _CHUNK = 512
+_PREPARE_AGAIN = "delete {} and prepare the data set again."
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
 
 
@@ -83,10 +85,10 @@ def find_finished(name: str, data_dir: Path) -> Path | None:
       ValueError: there are several configurations and the name gives none.
     """
     base, _, version = name.partition(":")
-    found = [*(data_dir / base).glob("*/dataset_info.json"), *(data_dir / base).glob("*/*/dataset_info.json")]
-    paths = [
-        file.parent for file in found if _version(file.parent.name) and version in ("", file.parent.name)
+    found = [
+        file.parent for depth in ("*", "*/*") for file in (data_dir / base).glob(f"{depth}/dataset_info.json")
     ]
+    paths = [path for path in found if _version(path.name) and version in ("", path.name)]
     configs = sorted({path.parent.name for path in paths})
     if len(configs) > 1:
         raise ValueError(
@@ -109,8 +111,9 @@ def find(name: str, data_dir: Path) -> Path:
     path = find_finished(name, data_dir) if re.fullmatch(r"\w+(/[\w.+-]+)?(:[\d.]+)?", name) else None
     if path is not None:
         return path
-    base = name.partition(":")[0].partition("/")[0]
-    if base and ":" in name and (other := find_finished(name.partition(":")[0], data_dir)) is not None:
+    unversioned = name.partition(":")[0]
+    base = unversioned.partition("/")[0]
+    if base and ":" in name and (other := find_finished(unversioned, data_dir)) is not None:
         raise ValueError(f"{data_dir} holds version {other.name} of {base}, not {name}: ask for that one.")
     _check_known(name, base)
     command = (
@@ -170,20 +173,9 @@ def lock(path: Path, *, wait: bool, task: str) -> Iterator[None]:
     Raises:
       ValueError: if another process holds the lock and ``wait`` is false.
     """
-    import fcntl
-
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise ValueError(f"another process is {task}: wait for it, or stop it.") from error
-        except OSError as error:
-            if error.errno not in (
-                errno.ENOLCK,
-                errno.ENOSYS,
-                errno.EOPNOTSUPP,
-            ):  # network disks without locks
-                raise
+        if not files.lock_file(file, wait=wait):
+            raise ValueError(f"another process is {task}: wait for it, or stop it.")
         yield
 
 
@@ -203,25 +195,20 @@ def check_room(folder: Path, needed: int, task: str) -> None:
 
 def write_checked(file: Path, content: dict[str, Any]) -> None:
     """Writes JSON that carries its own digest."""
-    sealed = {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
-    file.write_text(json.dumps(sealed, indent=2) + "\n")
+    file.write_text(json.dumps({**content, "sha256": files.digest_json(content)}, indent=2) + "\n")
 
 
-def read_checked(file: Path) -> dict[str, Any] | None:
-    """Reads what :func:`write_checked` wrote, None if there is no file.
-
-    Raises:
-      ValueError: the file is damaged.
-    """
+def _read_checked(file: Path, advice: str) -> dict[str, Any] | None:
+    """Reads what :func:`write_checked` wrote, None if there is no file; a ValueError if it is damaged."""
     if not file.exists():
         return None
     try:
         content = json.loads(file.read_text())
-        noted = content.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: it does not parse ({type(error).__name__})") from error
-    if hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() != noted:
-        raise ValueError(f"{file} is damaged: it does not have the SHA-256 noted when it was written")
+        intact = content.pop("sha256") == files.digest_json(content)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{file} is damaged: it is not JSON with the digest of its content; {advice}")
     return content
 
 
@@ -241,42 +228,27 @@ def read_preparation(path: Path) -> dict[str, Any] | None:
     Raises:
       ValueError: if that file is damaged.
     """
-    advice = f"delete {path} and prepare the data set again."
-    try:
-        preparation = read_checked(path / PREPARATION_FILE)
-    except ValueError as error:
-        raise ValueError(f"{error}; {advice}") from error
+    advice = _PREPARE_AGAIN.format(path)
+    preparation = _read_checked(path / PREPARATION_FILE, advice)
     if preparation is None and (path / KEYS_FILE).exists():
         raise ValueError(f"{path / PREPARATION_FILE} is missing; {advice}")
     return preparation
 
 
-def read(name: str, *, data_dir: Path, image_size: tuple[int, int] | None = None) -> Arrays:
+def read(path: Path, name: str, image_size: tuple[int, int] | None = None) -> Arrays:
     """Returns a prepared TFDS data set as arrays, decoded on the first call and cached beside its records.
 
     Args:
+      path: its directory, from :func:`find`.
       name: a TFDS name.
-      data_dir: root of the prepared data sets.
       image_size: height and width to resize and cut to; by default the stored size, or that in :data:`DEFAULT_SIZES`.
 
     Raises:
-      ValueError: the data set is unknown, missing, half-written, damaged, or no image classification.
+      ValueError: the data set is damaged, or no image classification.
     """
-    return _read(find(name, data_dir), name, image_size)
-
-
-def read_back(path: Path, name: str) -> None:
-    """Decodes and caches a data set that was just written, and checks it against its digests."""
-    _read(path, name, None)
-
-
-def _read(path: Path, name: str, image_size: tuple[int, int] | None) -> Arrays:
     base = name.partition(":")[0]
-    size, resize = (
-        image_size or DEFAULT_SIZES.get(base),
-        photos.stretch if base in DEFAULT_SIZES else photos.fit,
-    )
-    fitted = "" if resize is photos.stretch else "-cut"
+    size = image_size or DEFAULT_SIZES.get(base)
+    resize, fitted = (photos.stretch, "") if base in DEFAULT_SIZES else (photos.fit, "-cut")
     cache = path / _CACHE / ("native" if size is None else f"{size[0]}x{size[1]}{fitted}")
     arrays = _read_cache(cache, path)
     if arrays is not None:
@@ -298,10 +270,7 @@ def _read(path: Path, name: str, image_size: tuple[int, int] | None) -> Arrays:
 
 def _read_cache(cache: Path, path: Path) -> Arrays | None:
     advice = f"delete {cache} and load again; it is then decoded from the records."
-    try:
-        manifest = read_checked(cache / _MANIFEST)
-    except ValueError as error:
-        raise ValueError(f"{error}; {advice}") from error
+    manifest = _read_checked(cache / _MANIFEST, advice)
     if manifest is None or manifest["dataset_info"] != file_sha256(path / "dataset_info.json"):
         return None  # never decoded, or decoded from records that have since been replaced
     if set(manifest["files"]) != set(_ARRAYS):
@@ -323,16 +292,13 @@ def _write_cache(cache: Path, path: Path, arrays: Arrays) -> None:
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir()
     try:
-        files = {}
         for array in _ARRAYS:
             np.save(growing / f"{array}.npy", getattr(arrays, array), allow_pickle=False)
-            files[array] = file_sha256(growing / f"{array}.npy")
-        info = file_sha256(path / "dataset_info.json")
         manifest = {
             "schema": 1,
             "class_names": list(arrays.class_names),
-            "dataset_info": info,
-            "files": files,
+            "dataset_info": file_sha256(path / "dataset_info.json"),
+            "files": {array: file_sha256(growing / f"{array}.npy") for array in _ARRAYS},
         }
         write_checked(growing / _MANIFEST, manifest)
         shutil.rmtree(cache, ignore_errors=True)
@@ -347,18 +313,13 @@ def _write_cache(cache: Path, path: Path, arrays: Arrays) -> None:
 # Decoding.
 
 
-def _decode(
-    path: Path, size: tuple[int, int] | None, resize: Callable[..., Any], cache: Path | None
-) -> Arrays:
+def _decode(path: Path, size: tuple[int, int] | None, resize: Callable, cache: Path | None) -> Arrays:
     import tensorflow_datasets as tfds
 
     preparation = read_preparation(path) or {"files": {}}
     for file, sha256 in preparation["files"].items():
         if not (path / file).is_file() or file_sha256(path / file) != sha256:
-            raise ValueError(
-                f"{path / file} is missing or damaged; delete {path} and prepare the data set again."
-            )
-
+            raise ValueError(f"{path / file} is missing or damaged; {_PREPARE_AGAIN.format(path)}")
     builder: Any = tfds.builder_from_directory(os.fspath(path))
     image_key, label_key = _supervised(builder.info)
     shape = builder.info.features[image_key].shape
@@ -387,11 +348,10 @@ def _decode(
         start = stop
     if labels.min() < 0:
         raise ValueError(
-            f"{builder.info.name} has examples without a label (-1), so it cannot be used as it is."
+            f"{builder.info.name} has examples without a label (-1): it cannot be used as it is."
         )
-    return Arrays(
-        images, labels, np.array(ids), official_split, tuple(builder.info.features[label_key].names)
-    )
+    class_names = tuple(builder.info.features[label_key].names)
+    return Arrays(images, labels, np.array(ids), official_split, class_names)
 
 
 def _supervised(info: Any) -> tuple[str, str]:
@@ -401,17 +361,17 @@ def _supervised(info: Any) -> tuple[str, str]:
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
     keys = info.supervised_keys or (images + labels if len(images) == len(labels) == 1 else ())
-    if len(keys) != 2 or keys[0] not in images or keys[1] not in labels or not _is_plain(features[keys[0]]):
+    plain = len(keys) == 2 and keys[0] in images and keys[1] in labels
+    if plain:
+        image = features[keys[0]]
+        plain = image.np_dtype == np.uint8 and image.shape[-1] in _MODES
+    if not plain:
         found = ", ".join(f"{key}: {type(feature).__name__}" for key, feature in features.items())
         raise ValueError(
             f"{info.name} is not an image classification data set, which has one uint8 Image and one ClassLabel: "
             f"it has {found}."
         )
     return keys[0], keys[1]
-
-
-def _is_plain(image: Any) -> bool:
-    return image.np_dtype == np.uint8 and image.shape[-1] in _MODES
 
 
 def _official_splits(info: Any) -> dict[str, int]:
@@ -433,7 +393,7 @@ def _examples(builder: Any, split: str, path: Path) -> Iterator[Any]:
     from tensorflow_datasets.proto import tf_example_pb2
 
     parse: Any = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
-    advice = f"delete {path} and prepare the data set again."
+    advice = _PREPARE_AGAIN.format(path)
     digest = hashlib.sha256()
     try:
         for record in _records(builder, split, path):

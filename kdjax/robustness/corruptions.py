@@ -148,7 +148,7 @@ def translation(
       images: in [0, 1].
       pixels: distance, a whole number.
       keys: one per image, which chooses the direction.
-      fill: value of the pixels that move in; black, as at the border of :func:`kdjax.data.random_crop`.
+      fill: value of the pixels that move in; black, as at the border of :func:`kdjax.data.crop_and_flip`.
     """
     height, width = images.shape[1:3]
     direction = jax.vmap(lambda key: jax.random.randint(key, (), 0, 4))(keys)
