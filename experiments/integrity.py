@@ -26,7 +26,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,10 +56,28 @@ class Subject(NamedTuple):
     directory: Path
     is_exact: Callable[[Path], bool]
 
+    def after(self, change: Callable[[Path], Any]) -> str:
+        """The outcome of reading a copy that was changed."""
+        copy = self.directory.with_name("copy")
+        shutil.copytree(self.directory, copy)
+        try:
+            change(copy)
+            return outcome(lambda: self.is_exact(copy))
+        finally:
+            shutil.rmtree(copy)
 
-def no_outcomes() -> dict[str, int]:
-    """The three outcomes, none seen yet."""
-    return {"exact": 0, "refused": 0, "wrong": 0}
+
+def outcome(read: Callable[[], bool]) -> str:
+    """What a read that returns whether its result is exact has come to."""
+    try:
+        return "exact" if read() else "wrong"
+    except ValueError:
+        return "refused"
+
+
+def counted(outcomes: Iterable[str]) -> dict[str, int]:
+    """Outcome → count."""
+    return {"exact": 0, "refused": 0, "wrong": 0} | Counter(outcomes)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -157,9 +176,8 @@ def distilled(workdir: Path, learning_rate: float = 2e-3) -> dict[str, Any]:
         signal = teacher.answers(arms["teacher"][0], dataset, directory=workdir / "teacher_answers" / "0")
         for arm, method in {"scratch": methods.labels(), "kd": kd}.items():
             trainer = run.make_trainer(small, method, dataset, recipe, teacher=signal)
-            arms[arm] = [
-                trainer(seed, workdir / arm / str(seed), arm=arm, settings=settings) for seed in (0, 1)
-            ]
+            homes = {seed: workdir / arm / str(seed) for seed in (0, 1)}
+            arms[arm] = [trainer(seed, homes[seed], arm=arm, settings=settings) for seed in homes]
         noise = {"corruptions": {}, "weight_noise": (0.1,), "draws": 1, "epsilons": ()}
         robustness = study.robustness_of(dataset, arms, workdir / "robustness", **noise)
     weights = {arm: [checkpoints.digest_tree(one.weights) for one in runs] for arm, runs in arms.items()}
@@ -171,14 +189,12 @@ def a_run(directory: Path) -> Subject:
     """A finished study; exact if it ends with the same numbers when started again, and its networks can be loaded."""
     wanted = distilled(directory)
 
+    def loads(path, arm):
+        loaded = run.load(path / arm / "0", digits())
+        return checkpoints.digest_tree(loaded.weights) == wanted["weights"][arm][0]
+
     def is_exact(path):
-        if distilled(path) != wanted:
-            return False
-        for arm in ("teacher", "kd"):
-            loaded = run.load(path / arm / "0", digits())
-            if checkpoints.digest_tree(loaded.weights) != wanted["weights"][arm][0]:
-                return False
-        return True
+        return distilled(path) == wanted and all(loads(path, arm) for arm in ("teacher", "kd"))
 
     return Subject(directory, is_exact)
 
@@ -206,70 +222,46 @@ def damaged(
     """Reads copies with one damaged file; every byte is equally likely, or else every file."""
     chosen = random.Random(seed)
     if not subject.is_exact(subject.directory):
-        raise ValueError(
-            f"{subject.directory.name} is not exact even undamaged: its trials would mean nothing."
-        )
+        raise ValueError(f"{subject.directory.name} is not exact undamaged: its trials would mean nothing.")
     files = [path for path in sorted(subject.directory.rglob("*")) if path.is_file()]
-    counts = no_outcomes()
-    copy = subject.directory.with_name("copy")
-    for _ in range(trials):
-        (victim,) = chosen.choices(files, [path.stat().st_size if by_size else 1 for path in files])
-        shutil.copytree(subject.directory, copy)
-        (copy / victim.relative_to(subject.directory)).write_bytes(damage(victim.read_bytes(), chosen))
-        try:
-            counts["exact" if subject.is_exact(copy) else "wrong"] += 1
-        except ValueError:
-            counts["refused"] += 1
-        shutil.rmtree(copy)
-    return counts
+    weights = [path.stat().st_size if by_size else 1 for path in files]
+
+    def change(copy: Path) -> None:
+        victim = copy / chosen.choices(files, weights)[0].relative_to(subject.directory)
+        victim.write_bytes(damage(victim.read_bytes(), chosen))
+
+    return counted(subject.after(change) for _ in range(trials))
 
 
 def misplaced(subject: Subject, other: Path, trials: int, seed: int) -> dict[str, int]:
     """Resumes copies of a run with a file or folder removed, or replaced by its namesake of this or another run."""
-    chosen, counts = random.Random(seed), no_outcomes()
-    names = [path.relative_to(subject.directory) for path in sorted(subject.directory.rglob("*"))]
-    names = [
-        name for name in names if "arrays" not in name.parts and not name.name.startswith((".", "chunk_"))
-    ]
-    copy = subject.directory.with_name("copy")
-    for _ in range(trials):
+    chosen, own = random.Random(seed), subject.directory
+    names = [path.relative_to(own) for path in sorted(own.rglob("*"))]
+    names = [n for n in names if "arrays" not in n.parts and not n.name.startswith((".", "chunk_"))]
+
+    def change(copy: Path) -> None:
         name = chosen.choice(names)
-        namesakes = [
-            home / path
-            for home in (subject.directory, other)
-            for path in names
-            if path.name == name.name and (home, path) != (subject.directory, name) and (home / path).exists()
-        ]
-        shutil.copytree(subject.directory, copy)
-        remove(copy / name)
+        namesakes = [home / path for home in (own, other) for path in names if path.name == name.name]
+        namesakes = [path for path in namesakes if path != own / name and path.exists()]
+        shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
         source = chosen.choice([None, *namesakes])
         if source is not None:
             (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
-        try:
-            counts["exact" if subject.is_exact(copy) else "wrong"] += 1
-        except ValueError:
-            counts["refused"] += 1
-        shutil.rmtree(copy)
-    return counts
 
-
-def remove(path: Path) -> None:
-    """Deletes a file, or a folder with its contents."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return counted(subject.after(change) for _ in range(trials))
 
 
 def shuffled(directory: Path, trials: int, seed: int) -> dict[str, int]:
     """Caches whose rows belong to other images: does a sample of 64 recomputed rows tell?"""
-    cached, counts = precompute(directory), no_outcomes()
-    for trial in range(trials):
+    cached, images = precompute(directory), data.load("digits").images
+
+    def is_noticed(trial: int) -> bool:
         order = np.random.default_rng([seed, trial]).permutation(len(cached.arrays["logits"]))
         other = cached._replace(arrays={name: rows[order] for name, rows in cached.arrays.items()})
-        try:
-            teacher.verify(other, logits_of, digits_teacher(), data.load("digits").images, seed=trial)
-            counts["wrong"] += 1
-        except ValueError:
-            counts["refused"] += 1
-    return counts
+        teacher.verify(other, logits_of, digits_teacher(), images, seed=trial)
+        return False
+
+    return counted(outcome(functools.partial(is_noticed, trial)) for trial in range(trials))
 
 
 def killed(
@@ -284,7 +276,7 @@ def killed(
       kills: number of processes.
       seed: of the moments.
     """
-    chosen, counts = random.Random(seed), no_outcomes()
+    chosen, outcomes = random.Random(seed), []
     for kill in range(kills):
         directory = workdir / f"{task}_{kill}"
         command = [
@@ -300,17 +292,12 @@ def killed(
             time.sleep(chosen.uniform(0, 0.3))
             process.send_signal(signal.SIGKILL)
             announced += process.stdout.readlines()
-        try:
-            counts["exact" if left(directory, int(announced[-1])) else "wrong"] += 1
-        except ValueError:
-            counts["refused"] += 1
+        outcomes.append(outcome(functools.partial(left, directory, int(announced[-1]))))
         shutil.rmtree(directory)
-    return counts
+    return counted(outcomes)
 
 
-TASK = flags.DEFINE_enum(
-    "task", None, ["save", "precompute"], "Internal: what a process that will be killed does."
-)
+TASK = flags.DEFINE_enum("task", None, ["save", "precompute"], "Internal: what a process to be killed does.")
 DIRECTORY = flags.DEFINE_string("directory", "", "Internal: where it does it.")
 
 
@@ -386,23 +373,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as workdir, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         counts = measure(Path(workdir), trials, kills, SEED.value)
-    for arm, outcome in counts.items():
-        cli.say(f"{arm:20} " + "  ".join(f"{name} {number:3d}" for name, number in outcome.items()))
+    for arm, found in counts.items():
+        cli.say(f"{arm:20} " + "  ".join(f"{name} {number:3d}" for name, number in found.items()))
     result = results.make(
         "integrity",
         question="Does a damaged, misplaced or half-written file ever come back as wrong numbers?",
         flags={"trials": trials, "kills": kills, "seed": SEED.value, "smoke": SMOKE.value},
         seeds=[SEED.value],
-        arms={arm: {name: [number] for name, number in outcome.items()} for arm, outcome in counts.items()},
+        arms={arm: {name: [number] for name, number in found.items()} for arm, found in counts.items()},
         wall_clock_s=time.monotonic() - start,
     )
     if OUTPUT.value:
         results.write(OUTPUT.value, result)
-    wrong = [arm for arm, outcome in counts.items() if outcome["wrong"] and arm != "orbax_alone_flipped"]
-    if wrong:
-        raise ValueError(
-            f"wrong numbers came back unnoticed in {wrong}: this is a bug in kdjax, please report it."
-        )
+    if wrong := [arm for arm in counts if counts[arm]["wrong"] and arm != "orbax_alone_flipped"]:
+        raise ValueError(f"wrong numbers came back unnoticed in {wrong}: please report this bug in kdjax.")
 
 
 if __name__ == "__main__":

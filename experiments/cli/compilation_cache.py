@@ -23,8 +23,7 @@ def keep() -> None:
         writable = False
     if not writable:
         note(
-            "no home directory to keep compiled programs in, so each start compiles anew; to keep them, set "
-            "JAX_COMPILATION_CACHE_DIR."
+            "no home directory to keep compiled programs in: set JAX_COMPILATION_CACHE_DIR to keep them elsewhere."
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -37,9 +36,7 @@ def note(message: str) -> None:
     if not fault:
         print(f"note: {message}", file=sys.stderr)
     elif _remove(fault[2]) and fault[1] == "reading":
-        print(
-            f"note: a damaged program in JAX's compilation cache was removed ({fault[2]}).", file=sys.stderr
-        )
+        print(f"note: a damaged program in JAX's cache was removed ({fault[2]}).", file=sys.stderr)
 
 
 def _remove(program: str) -> bool:

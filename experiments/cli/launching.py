@@ -51,9 +51,7 @@ def launch(main: Callable[[], Any], *, before: Callable[[Sequence[str]], None] =
         with _refusing():
             compilation_cache.keep()
             if len(argv) > 1:
-                raise ValueError(
-                    f"unexpected arguments {argv[1:]}: every option is a flag, as in --workdir=runs/one."
-                )
+                raise ValueError(f"unexpected arguments {argv[1:]}: every option is a flag, --NAME=VALUE.")
             main()
 
     app.run(guarded, flags_parser=parse)

@@ -80,19 +80,14 @@ def define(
       omit: fields not to define.
     """
     base: Any = defaults if isinstance(defaults, Flags) else Flags(type(defaults), lambda: defaults)
-    hints, inherits = typing.get_type_hints(base.kind), base is defaults
-    fields = {
-        field.name: hints[field.name]
-        for field in dataclasses.fields(base.kind)
-        if field.name not in omit and (not only or field.name in only)
-    }
+    hints, inherits, fields = typing.get_type_hints(base.kind), base is defaults, {}
     for field in dataclasses.fields(base.kind):
-        if field.name in fields:
-            said = dict(field.metadata)
+        if field.name not in omit and (not only or field.name in only):
+            fields[field.name], said = hints[field.name], dict(field.metadata)
             if inherits:
                 said["help"] += f" As --{field.name} by default."
             default = None if inherits else getattr(defaults, field.name)
-            _define(prefix + field.name, fields[field.name], default, said, may_be_none=inherits)
+            _define(prefix + field.name, hints[field.name], default, said, may_be_none=inherits)
 
     def make() -> Any:
         values = {name: _converted(prefix + name, hint) for name, hint in fields.items()}
@@ -110,21 +105,20 @@ def _define(name: str, hint: Any, default: Any, said: Mapping[str, Any], *, may_
     """Defines one flag of the type that a field is annotated with."""
     kind, optional = _without_none(hint)
     options: dict[str, Any] = {"required": default is None and not (optional or may_be_none)}
-    bounds = {"lower_bound": said.get("least"), "upper_bound": said.get("most")}
-    if kind is bool:
-        flags.DEFINE_bool(name, default, said["help"], **options)
-    elif kind is int:
-        flags.DEFINE_integer(name, default, said["help"], **bounds, **options)
-    elif kind is float:
-        flags.DEFINE_float(name, default, said["help"], **bounds, **options)
-    elif said.get("choices"):
+    if said.get("choices"):
         flags.DEFINE_enum(name, default, list(said["choices"]), said["help"], **options)
-    elif kind is str:
-        flags.DEFINE_string(name, default, said["help"], **options)
-    else:
-        flags.DEFINE_list(
-            name, None if default is None else [str(x) for x in default], said["help"], **options
-        )
+        return
+    if kind in (int, float):
+        options |= {"lower_bound": said.get("least"), "upper_bound": said.get("most")}
+    elif typing.get_origin(kind) is tuple:
+        default = default if default is None else list(map(str, default))
+    of_kind = {
+        bool: flags.DEFINE_bool,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+    }
+    of_kind.get(kind, flags.DEFINE_list)(name, default, said["help"], **options)
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
@@ -168,9 +162,7 @@ def parse_seeds(values: Sequence[str], flag: str = "seeds") -> list[int]:
     except ValueError as error:
         raise ValueError(f"--{flag}={','.join(values)} must be whole numbers, such as 0,1,2.") from error
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) > MAX_SEED:
-        raise ValueError(
-            f"--{flag}={','.join(values)} must be different numbers from 0 to {MAX_SEED}, such as 0,1,2."
-        )
+        raise ValueError(f"--{flag}={','.join(values)} must be different numbers from 0 to {MAX_SEED}.")
     return seeds
 
 
@@ -197,22 +189,16 @@ def define_arms(
 
     def make() -> list[str]:
         wanted = _given("arms")
-        check_arms(wanted, known, baseline=baseline)
+        said = f"--arms={','.join(wanted)}"
+        if unknown := [name for name in wanted if name not in known]:
+            raise ValueError(f"{said}: there is no arm {unknown[0]!r}; there are {', '.join(known)}.")
+        if len(set(wanted)) < len(wanted):
+            raise ValueError(f"{said} must name different arms.")
+        if wanted and baseline is not None and baseline not in wanted:
+            raise ValueError(f"{said} must include {baseline}, with which the others are compared.")
         return [name for name in known if not wanted or name in wanted]
 
     return Flags(list, make)
-
-
-def check_arms(wanted: Sequence[str], known: Sequence[str], *, baseline: str | None = None) -> None:
-    """Refuses ``--arms`` that name an arm that there is not, or one twice, or lack the baseline."""
-    unknown = [name for name in wanted if name not in known]
-    said = f"--arms={','.join(wanted)}"
-    if unknown:
-        raise ValueError(f"{said}: there is no arm {unknown[0]!r}; there are {', '.join(known)}.")
-    if len(set(wanted)) < len(wanted):
-        raise ValueError(f"{said} must name different arms.")
-    if wanted and baseline is not None and baseline not in wanted:
-        raise ValueError(f"{said} must include {baseline}, with which the others are compared.")
 
 
 def parse_weights(items: Sequence[str], arms: Sequence[str]) -> dict[str, float]:
@@ -260,8 +246,6 @@ def may_change(holder: flags.FlagHolder) -> flags.FlagHolder:
 
 def refuse_given(names: Iterable[str], because: str) -> None:
     """Refuses those of the flags that were given: they would change nothing, and yet be recorded."""
-    given = [
-        f"--{name}={flags.FLAGS[name].value}" for name in names if not flags.FLAGS[name].using_default_value
-    ]
-    if given:
+    found = (flags.FLAGS[name] for name in names)
+    if given := [f"--{flag.name}={flag.value}" for flag in found if not flag.using_default_value]:
         raise ValueError(f"{' and '.join(given)} would change nothing: {because}.")

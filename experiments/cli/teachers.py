@@ -131,14 +131,12 @@ def teachers(
         signal = signals.from_file(path, dataset, loaded=source.read())
         settings = {**settings, **dict.fromkeys(teacher.training_flags)}
         made_from |= {**settings, "answers": signal.identity}
-        return Teachers(
-            path, signal.shapes, {}, settings, made_from, lambda workdir, callbacks=(): [], [signal]
-        )
+        return Teachers(path, signal.shapes, {}, settings, made_from, lambda *_, **__: [], [signal])
     if teacher.teacher_dir is not None:
         found = _taken_up(teacher, dataset, split=launch.split, machine=machine, **fields)
         settings = {**settings, **dict.fromkeys(teacher.training_flags), "teacher": found.network.name}
         made_from |= {**settings, "teacher_weights": checkpoints.digest_tree(found.weights)}
-        return _of(found.network, {}, settings, made_from, lambda workdir, callbacks=(): [found])
+        return _of(found.network, {}, settings, made_from, lambda *_, **__: [found])
     own, recipe = dataset, teacher.recipe
     if teacher.teacher_num_train is not None:
         own = source.load(at_most=256 if launch.smoke else None, num_train=teacher.teacher_num_train)
@@ -151,10 +149,8 @@ def teachers(
         decides = {"network": dict(net.description), "recipe": dataclasses.asdict(recipe)}
         decides |= {"steps_per_dispatch": machine.steps_per_dispatch}
         with shared_cache(launch.shared_cache, workdir / "teacher", own.fingerprint, **decides) as home:
-            return [
-                trainer(seed, home / str(seed), arm="teacher", callbacks=callbacks)
-                for seed in range(teacher.teacher_seeds)
-            ]
+            homes = [home / str(seed) for seed in range(teacher.teacher_seeds)]
+            return [trainer(n, own, arm="teacher", callbacks=callbacks) for n, own in enumerate(homes)]
 
     to_train = {net: teacher.teacher_seeds}
     return _of(net, to_train, dict(settings), made_from | {"teacher_data": own.fingerprint}, train)
@@ -185,12 +181,10 @@ def ask(
     ``asked`` are arguments of :func:`kdjax.teacher.answers`, such as ``mode`` and ``features``.
     """
     decides = {"weights": checkpoints.digest_tree(teacher.weights), **asked}
-    devices = parallel.local_devices(machine.devices)
     with (
         shared_cache(launch.shared_cache, own, dataset.fingerprint, **decides) as home,
         bar("teacher's answers", total=len(dataset.images), unit="image") as meter,
     ):
-        where = {"directory": home, "devices": devices}
-        return signals.answers(
-            teacher, dataset, **asked, **where, progress=lambda done, total: meter.update(done - meter.n)
-        )
+        asked |= {"directory": home, "devices": parallel.local_devices(machine.devices)}
+        asked["progress"] = lambda done, total: meter.update(done - meter.n)
+        return signals.answers(teacher, dataset, **asked)

@@ -35,16 +35,16 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
         raise ValueError(f"--workdir={path} is a file; name a directory.")
     if not record.exists() and not (workdir / _LOCK).exists() and workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"--workdir={path} holds files of something else; name an empty or a new directory.")
+    different = ""
     try:
         different = files.differences(files.read_sealed(record), wanted, most=6)
     except FileNotFoundError:
-        different = ""
+        pass
     except files.Damaged as error:
         warnings.warn(f"{error} It is written again.", stacklevel=2)
-        different = ""
     if different and _holds_work(workdir):
         raise ValueError(
-            f"--workdir={path} holds another run ({different}); name another directory, or delete that one."
+            f"--workdir={path} holds another run ({different}); name another, or delete that one."
         )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
         if not files.lock_file(handle, wait=False):
             handle.close()
             raise ValueError(
-                f"--workdir={workdir} is in use by another process; wait for it, or name another directory."
+                f"--workdir={workdir} is in use by another process; wait for it, or name another."
             )
         _claimed.append(handle)
         files.write_sealed(record, wanted)
@@ -91,9 +91,8 @@ def shared_cache(
 
     It is locked within, so that what two runs need at the same time is computed by one of them.
     """
-    directory = own
-    if store is not None:
-        directory = Path(store) / files.digest_json({"data": fingerprint, **decides})[:16]
+    name = files.digest_json({"data": fingerprint, **decides})[:16]
+    directory = own if store is None else Path(store) / name
     with files.lock(f"{directory}.lock"):
         yield directory
 

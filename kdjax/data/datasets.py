@@ -114,7 +114,7 @@ def load(
         len(image_size) != 2
         or not all(isinstance(side, (int, np.integer)) and side > 0 for side in image_size)
     ):
-        raise ValueError(f"image_size must be (height, width), two integers above 0; got {image_size}.")
+        raise ValueError(f"image_size={image_size} must be height and width, two integers above 0.")
     if name.startswith("folder:"):
         root = Path(name.removeprefix("folder:")).expanduser()
         found = folders.read(root, image_size=image_size, skip_broken=skip_broken)
@@ -193,7 +193,7 @@ def groups_of(dataset: Dataset, pattern: str) -> np.ndarray:
     for name in dataset.example_ids:
         if (match := re.search(pattern, name)) is None:
             raise ValueError(
-                f"pattern {pattern!r} matches nothing in the example id {str(name)!r}: every example needs a group."
+                f"pattern {pattern!r} matches nothing in the example id {str(name)!r}, as it must."
             )
         groups.append(match.group())
     return np.array(groups)
@@ -229,13 +229,12 @@ def split_ids(
     test = 0.0 if has_test else test
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise ValueError(
-            f"validation and test must be >= 0 and sum to less than 1; got {validation} and {test}."
+            f"validation and test must be >= 0 and sum to less than 1; got {validation}, {test}."
         )
     units = dataset.example_ids if groups is None else np.asarray(groups)
     if units.shape != dataset.labels.shape:
-        raise ValueError(
-            f"groups must have one group per example, {len(dataset.labels)} in all; got shape {units.shape}."
-        )
+        n = len(dataset.labels)
+        raise ValueError(f"groups must have one group per example, {n} in all; got shape {units.shape}.")
     position = _hash_positions(units)
     in_test = dataset.official_split == 1 if has_test else position < test
     in_validation = ~in_test & (position >= 1 - validation)
@@ -333,9 +332,7 @@ def with_label_noise(
     if dataset.num_classes < 2:
         raise ValueError(f"label noise needs at least two classes; {dataset.name} has {dataset.num_classes}.")
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or np.any(ids[1:] == ids[:-1]):
-        raise ValueError(
-            f"ids must be distinct example indices; got {ids.dtype} of shape {ids.shape}, perhaps repeated."
-        )
+        raise ValueError(f"ids must be distinct example indices; got {ids.dtype} of shape {ids.shape}.")
     if len(ids) and (ids[0] < 0 or ids[-1] >= len(dataset.labels)):
         raise ValueError(f"ids must be in [0, {len(dataset.labels)}); got {ids[0]} to {ids[-1]}.")
     rng = np.random.default_rng(seed)

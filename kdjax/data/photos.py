@@ -41,9 +41,6 @@ def suffixes() -> dict[str, str]:
 def read(path: Path) -> tuple[Image, list[str]]:
     """Reads an image file, whatever its name ends in.
 
-    Args:
-      path: of the file.
-
     Returns:
       The image in mode "L" or "RGB", and the rules that were applied, for a count.
 

@@ -176,9 +176,7 @@ def _check_batches(name: str, folder: Path) -> dict[str, dict[str, Any]]:
     layout = EXTRACTED[name]
     paths = {file: folder / file for file in (*layout.files, *layout.labels)}
     if missing := [file for file, path in paths.items() if not path.is_file()]:
-        raise ValueError(
-            f"{folder} is not the whole of the official archive of {name}: {', '.join(missing)} missing."
-        )
+        raise ValueError(f"{folder} is not all of the archive of {name}: {', '.join(missing)} missing.")
     for file, classes in layout.labels.items():
         found = sum(bool(line) for line in paths[file].read_text().splitlines())
         if found != classes:

@@ -85,14 +85,13 @@ def find_finished(name: str, data_dir: Path) -> Path | None:
       ValueError: there are several configurations and the name gives none.
     """
     base, _, version = name.partition(":")
-    found = [
-        file.parent for depth in ("*", "*/*") for file in (data_dir / base).glob(f"{depth}/dataset_info.json")
-    ]
+    infos = [file for depth in ("*", "*/*") for file in (data_dir / base).glob(f"{depth}/dataset_info.json")]
+    found = [info.parent for info in infos]
     paths = [path for path in found if _version(path.name) and version in ("", path.name)]
     configs = sorted({path.parent.name for path in paths})
     if len(configs) > 1:
         raise ValueError(
-            f"{name} in {data_dir} has several configurations: write {base}/NAME, NAME one of {configs}."
+            f"{name} in {data_dir} has several configurations: write {base}/ and one of {configs}."
         )
     return max(paths, key=lambda path: _version(path.name), default=None)
 
@@ -279,9 +278,7 @@ def _read_cache(cache: Path, path: Path) -> Arrays | None:
     for array in _ARRAYS:
         file = cache / f"{array}.npy"
         if not file.exists() or file_sha256(file) != manifest["files"][array]:
-            raise ValueError(
-                f"{file} is damaged: its SHA-256 is not the one noted when it was written; {advice}"
-            )
+            raise ValueError(f"{file} is damaged: it has not the SHA-256 that it was written with; {advice}")
         arrays[array] = np.load(file, allow_pickle=False)
     return Arrays(**arrays, class_names=tuple(manifest["class_names"]))
 
