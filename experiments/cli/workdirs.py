@@ -44,7 +44,7 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
         warnings.warn(f"{error} It is written again.", stacklevel=2)
     if different and _holds_work(workdir):
         raise ValueError(
-            f"--workdir={path} holds another run ({different}); name another, or delete that one."
+            f"--workdir={path} holds another run ({different}); name another directory, or delete that one."
         )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
