@@ -635,7 +635,7 @@ def test_split_notes_count_what_is_missing_twice_or_blank():
     noise = np.random.default_rng(0).integers(0, 256, (100, 2, 2, 1), np.uint8)
     dataset = dataset._replace(images=noise, class_names=("cat", "dog", "Cow", "cow"))
     split = {"train": np.arange(60), "validation": np.arange(60, 80), "test": np.arange(80, 100)}
-    case_alone = "The names of these classes differ only in case, accents or spaces: Cow and cow."
+    case_alone = "Names of classes that differ only in case, accents or spaces: Cow and cow."
     assert datasets.split_notes(dataset, split) == (case_alone,)
     noise[[80, 81, 82]] = noise[[0, 1, 1]]  # labels 0, 1, 2 beside 0, 1, 1
     noise[61] = noise[3]  # label 1 beside 3

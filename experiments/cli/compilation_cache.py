@@ -22,9 +22,7 @@ def keep() -> None:
     except (OSError, RuntimeError):  # no home directory, or none of this user's
         writable = False
     if not writable:
-        note(
-            "no home directory to keep compiled programs in: set JAX_COMPILATION_CACHE_DIR to keep them elsewhere."
-        )
+        note("no home directory to keep compiled programs in; JAX_COMPILATION_CACHE_DIR may name another.")
         return
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

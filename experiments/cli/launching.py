@@ -124,8 +124,7 @@ def _refuse(sentence: str) -> NoReturn:
 
 def _advice() -> str:
     """What is kept of a process that is stopped now."""
-    workdir = workdirs.claimed()
-    if workdir is None:
+    if (workdir := workdirs.claimed()) is None:
         return "nothing was lost; start the same command again."
     return f"what is finished in {workdir} is kept, and the same command continues."
 

@@ -51,9 +51,7 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
         handle = open(workdir / _LOCK, "w")  # noqa: SIM115
         if not files.lock_file(handle, wait=False):
             handle.close()
-            raise ValueError(
-                f"--workdir={workdir} is in use by another process; wait for it, or name another."
-            )
+            raise ValueError(f"--workdir={path} is in use by another process; wait for it, or name another.")
         _claimed.append(handle)
         files.write_sealed(record, wanted)
     return workdir

@@ -192,9 +192,7 @@ def groups_of(dataset: Dataset, pattern: str) -> np.ndarray:
     groups = []
     for name in dataset.example_ids:
         if (match := re.search(pattern, name)) is None:
-            raise ValueError(
-                f"pattern {pattern!r} matches nothing in the example id {str(name)!r}, as it must."
-            )
+            raise ValueError(f"pattern {pattern!r} matches nothing in the example id {str(name)!r}.")
         groups.append(match.group())
     return np.array(groups)
 
@@ -228,9 +226,7 @@ def split_ids(
     has_test = bool(np.any(dataset.official_split == 1))
     test = 0.0 if has_test else test
     if not (validation >= 0 and test >= 0 and validation + test < 1):
-        raise ValueError(
-            f"validation and test must be >= 0 and sum to less than 1; got {validation}, {test}."
-        )
+        raise ValueError(f"validation={validation} and test={test} must be >= 0 and sum to less than 1.")
     units = dataset.example_ids if groups is None else np.asarray(groups)
     if units.shape != dataset.labels.shape:
         n = len(dataset.labels)
@@ -279,9 +275,7 @@ def split_notes(dataset: Dataset, split: Mapping[str, Int[np.ndarray, " _"]]) ->
     for name in dataset.class_names:
         spellings[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
     if alike := [" and ".join(names) for names in spellings.values() if len(names) > 1]:
-        notes.append(
-            f"The names of these classes differ only in case, accents or spaces: {first_ten(alike)}."
-        )
+        notes.append(f"Names of classes that differ only in case, accents or spaces: {first_ten(alike)}.")
     for name, ids in split.items():
         counts = np.bincount(dataset.labels[ids], minlength=dataset.num_classes)
         if len(ids) and (missing := np.flatnonzero(counts == 0)).size:

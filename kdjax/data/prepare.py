@@ -25,6 +25,7 @@ from kdjax.data import tfds_cache
 
 _CIFAR10_FILES = {f"data_batch_{k}.bin": 30_730_000 for k in range(1, 6)} | {"test_batch.bin": 30_730_000}
 _CIFAR100_FILES = {"train.bin": 153_700_000, "test.bin": 30_740_000}
+_CIFAR100_LABELS = {"coarse_label_names.txt": 20, "fine_label_names.txt": 100}
 _CELL_FOLDERS = ("Parasitized", "Uninfected")
 
 
@@ -58,9 +59,7 @@ class _Extracted(NamedTuple):
 
 EXTRACTED = {
     "cifar10": _Extracted("cifar-10-batches-bin", _CIFAR10_FILES, {"batches.meta.txt": 10}),
-    "cifar100": _Extracted(
-        "cifar-100-binary", _CIFAR100_FILES, {"coarse_label_names.txt": 20, "fine_label_names.txt": 100}
-    ),
+    "cifar100": _Extracted("cifar-100-binary", _CIFAR100_FILES, _CIFAR100_LABELS),
     "malaria": _Extracted("cell_images", {}, {}),
 }
 
@@ -224,25 +223,14 @@ def _check_cells(folder: Path) -> dict[str, dict[str, Any]]:
 # TFDS's own builders, run on what was found.
 
 
-class _ExtractedManager:
-    """Stands in for TFDS's download manager when the archive has already been unpacked by hand."""
-
-    def __init__(self, raw: _Raw):
-        self._root = raw.folder
-        self.downloaded_size = raw.size
-
-    def download_and_extract(self, url: str) -> str:
-        del url  # each of these builders has exactly one archive
-        return os.fspath(self._root)
-
-
 def _build(builder_class: Any, raw: _Raw, staging: Path) -> Path:
     """Runs the builder into ``staging`` and returns the version directory it made there."""
     import tensorflow_datasets as tfds
 
     builder = builder_class(data_dir=os.fspath(staging))
-    if raw.kind == "extracted":
-        builder._make_download_manager = lambda **_: _ExtractedManager(raw)
+    if raw.kind == "extracted":  # each of these builders has exactly one archive
+        unpacked = {"download_and_extract": lambda url: os.fspath(raw.folder), "downloaded_size": raw.size}
+        builder._make_download_manager = lambda **_: types.SimpleNamespace(**unpacked)
     builder._log_download_bytes = builder._log_download_done = lambda: None  # they name the hidden directory
     records = _note_records(builder)
     config = tfds.download.DownloadConfig(

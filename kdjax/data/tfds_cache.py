@@ -91,7 +91,7 @@ def find_finished(name: str, data_dir: Path) -> Path | None:
     configs = sorted({path.parent.name for path in paths})
     if len(configs) > 1:
         raise ValueError(
-            f"{name} in {data_dir} has several configurations: write {base}/ and one of {configs}."
+            f"{name} in {data_dir} has several configurations: write {base}/NAME from {configs}."
         )
     return max(paths, key=lambda path: _version(path.name), default=None)
 
@@ -114,7 +114,8 @@ def find(name: str, data_dir: Path) -> Path:
     base = unversioned.partition("/")[0]
     if base and ":" in name and (other := find_finished(unversioned, data_dir)) is not None:
         raise ValueError(f"{data_dir} holds version {other.name} of {base}, not {name}: ask for that one.")
-    _check_known(name, base)
+    if base not in OFFICIAL:
+        _check_known(name, base)
     command = (
         f"kdjax.data.prepare({base!r}, raw_dir=RAW, data_dir={str(data_dir)!r})` in Python, or in a clone of the "
         f"repository `python -m experiments.prepare_data --dataset={base} --raw_dir=RAW --data_dir={data_dir}"
@@ -124,15 +125,11 @@ def find(name: str, data_dir: Path) -> Path:
     if not data_dir.is_dir():
         raise ValueError(f"data_dir {data_dir} does not exist; to prepare {name} there run `{command}`.")
     if staging_of(base, data_dir).exists() or (data_dir / base).exists():
-        raise ValueError(
-            f"{name} in {data_dir} is half-written and cannot be read; prepare it again: `{command}`."
-        )
+        raise ValueError(f"{name} in {data_dir} is half-written; prepare it again: `{command}`.")
     raise ValueError(f"data_dir {data_dir} holds no prepared {name}; run `{command}`.")
 
 
 def _check_known(name: str, base: str) -> None:
-    if base in OFFICIAL:
-        return
     known = {"digits", *OFFICIAL}
     with contextlib.suppress(ImportError):
         import tensorflow_datasets as tfds
@@ -344,9 +341,7 @@ def _decode(path: Path, size: tuple[int, int] | None, resize: Callable, cache: P
             labels[row] = example.features.feature[label_key].int64_list.value[0]
         start = stop
     if labels.min() < 0:
-        raise ValueError(
-            f"{builder.info.name} has examples without a label (-1): it cannot be used as it is."
-        )
+        raise ValueError(f"{builder.info.name} has examples without a label (-1), so it cannot be used.")
     class_names = tuple(builder.info.features[label_key].names)
     return Arrays(images, labels, np.array(ids), official_split, class_names)
 
@@ -387,15 +382,23 @@ def _examples(builder: Any, split: str, path: Path) -> Iterator[Any]:
 
     TFDS's own decoding of whole examples takes several times as long as the PNG inside them.
     """
+    from tensorflow_datasets.core import decode
     from tensorflow_datasets.proto import tf_example_pb2
 
     parse: Any = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
     advice = _PREPARE_AGAIN.format(path)
     digest = hashlib.sha256()
     try:
-        for record in _records(builder, split, path):
-            update_digest(digest, record)
-            yield parse(record)
+        source = builder.as_data_source(split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
+        for start in progress(range(0, len(source), _CHUNK), f"Decoding {builder.info.name} {split}"):
+            for record in source.__getitems__(range(start, min(start + _CHUNK, len(source)))):
+                update_digest(digest, record)
+                yield parse(record)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{path} is stored as {builder.info.file_format}, which cannot be read by index: prepare it with "
+            "file_format='array_record' in another data_dir."
+        ) from error
     except RuntimeError as error:  # ArrayRecord's checksums, and shards that are gone
         raise ValueError(
             f"the records of {split} in {path} are missing or damaged ({error}); {advice}"
@@ -403,20 +406,6 @@ def _examples(builder: Any, split: str, path: Path) -> Iterator[Any]:
     preparation = read_preparation(path)
     if preparation is not None and preparation["splits"][split]["records_sha256"] != digest.hexdigest():
         raise ValueError(f"the records of {split} in {path} are not those that were prepared; {advice}")
-
-
-def _records(builder: Any, split: str, path: Path) -> Iterator[bytes]:
-    from tensorflow_datasets.core import decode
-
-    try:
-        source = builder.as_data_source(split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{path} is stored as {builder.info.file_format}, which cannot be read by index: prepare it with "
-            "file_format='array_record' in another data_dir."
-        ) from error
-    for start in progress(range(0, len(source), _CHUNK), f"Decoding {builder.info.name} {split}"):
-        yield from source.__getitems__(range(start, min(start + _CHUNK, len(source))))
 
 
 def _pixels(encoded: bytes, size: tuple[int, int], channels: int, resize: Callable[..., Any]) -> np.ndarray:
