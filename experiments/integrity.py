@@ -265,27 +265,22 @@ def shuffled(directory: Path, trials: int, seed: int) -> dict[str, int]:
 
 
 def killed(
-    task: str, left: Callable[[Path, int], bool], workdir: Path, kills: int, seed: int
+    task: Callable[[Path], None], left: Callable[[Path, int], bool], workdir: Path, kills: int, seed: int
 ) -> dict[str, int]:
-    """Runs this module's ``task`` in processes that are killed at random moments, and checks what each left.
+    """Runs ``task`` in processes that are killed at random moments, and checks what each left.
 
     Args:
-      task: a key of ``TASKS``; it prints its progress.
+      task: a function of this module, called with a directory; it prints its progress.
       left: whether a directory is exact after that much was announced; ValueError if it is refused.
       workdir: of the tasks' directories.
       kills: number of processes.
       seed: of the moments.
     """
     chosen, outcomes = random.Random(seed), []
+    program = f"import sys; from experiments import integrity as i; i.{task.__name__}(i.Path(sys.argv[1]))"
     for kill in range(kills):
-        directory = workdir / f"{task}_{kill}"
-        command = [
-            sys.executable,
-            "-m",
-            "experiments.integrity",
-            f"--task={task}",
-            f"--directory={directory}",
-        ]
+        directory = workdir / f"{task.__name__}_{kill}"
+        command = [sys.executable, "-c", program, str(directory)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             announced = [process.stdout.readline() for _ in range(3)]
@@ -295,10 +290,6 @@ def killed(
         outcomes.append(outcome(functools.partial(left, directory, int(announced[-1]))))
         shutil.rmtree(directory)
     return counted(outcomes)
-
-
-TASK = flags.DEFINE_enum("task", None, ["save", "precompute"], "Internal: what a process to be killed does.")
-DIRECTORY = flags.DEFINE_string("directory", "", "Internal: where it does it.")
 
 
 def save_until_killed(directory: Path) -> None:
@@ -316,9 +307,6 @@ def precompute_until_killed(directory: Path) -> None:
         time.sleep(0.02)
 
     precompute(directory, progress)
-
-
-TASKS = {"save": save_until_killed, "precompute": precompute_until_killed}
 
 
 def left_by_save(directory: Path, announced: int) -> bool:
@@ -356,17 +344,14 @@ def measure(workdir: Path, trials: int, kills: int, seed: int) -> dict[str, dict
         "run_flipped": damaged(whole, flipped, few, seed, by_size=False),
         "run_cut": damaged(whole, cut, few, seed, by_size=False),
         "run_misplaced": misplaced(whole, workdir / "run" / "other", few, seed),
-        "save_killed": killed("save", left_by_save, workdir, kills, seed),
-        "precompute_killed": killed("precompute", left_by_precompute, workdir, kills, seed),
+        "save_killed": killed(save_until_killed, left_by_save, workdir, kills, seed),
+        "precompute_killed": killed(precompute_until_killed, left_by_precompute, workdir, kills, seed),
         "orbax_alone_flipped": damaged(orbax, flipped, trials, seed),
     }
 
 
 def main() -> None:
     """All arms, one table."""
-    if TASK.value:
-        TASKS[TASK.value](Path(DIRECTORY.value))
-        return
     start = time.monotonic()
     logging.set_verbosity(logging.FATAL)  # Orbax reports the damage at length
     trials, kills = (3, 1) if SMOKE.value else (TRIALS.value, KILLS.value)

@@ -266,7 +266,10 @@ FOUR = np.arange(4)
         ({"images": GREY > 0, "labels": FOUR}, r"got bool.*astype\(np.uint8\) \* 255"),
         ({"images": GREY + 2.0, "labels": FOUR}, r"must be floats in \[0, 1\]; they lie in \[2, 2\]"),
         ({"images": GREY + np.nan, "labels": FOUR}, r"must be floats in \[0, 1\].*leave out NaN"),
-        ({"images": GREY - np.inf, "labels": FOUR}, r"must be floats in \[0, 1\].*leave out NaN and infinite"),
+        (
+            {"images": GREY - np.inf, "labels": FOUR},
+            r"must be floats in \[0, 1\].*leave out NaN and infinite",
+        ),
         ({"images": GREY + 1.0025, "labels": FOUR}, r"they lie in \[1.0025, 1.0025\]: write np.clip"),
         ({"images": GREY - 1.5, "labels": FOUR}, "undo their normalisation"),
         ({"images": GREY + 1 / 255, "labels": FOUR}, "divided by 255 twice"),
@@ -593,9 +596,7 @@ def test_folder_splits_without_their_pair_are_not_taken_for_classes(tmp_path):
     assert datasets.load(f"folder:{tmp_path / 'quality'}").class_names == ("invalid", "valid")
     (tmp_path / "one").mkdir()
     (tmp_path / "quality").rename(tmp_path / "one" / "quality")
-    with pytest.raises(
-        ValueError, match=r"it holds quality. If the classes lie in that folder, give .*/quality"
-    ):
+    with pytest.raises(ValueError, match=r"it holds quality; if the classes lie in it, give .*/quality"):
         datasets.load(f"folder:{tmp_path / 'one'}")
 
 

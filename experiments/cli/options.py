@@ -49,20 +49,17 @@ class Launch:
         return dataclasses.replace(recipe, epochs=epochs) if self.smoke else recipe
 
 
+@dataclasses.dataclass(frozen=True)
 class Flags(Generic[T]):
-    """Flags that together make one value; it is made anew whenever ``value`` is read.
+    """Flags that together make one value of the class ``kind``; it is made anew whenever ``value`` is read."""
 
-    Attributes:
-      kind: the class of the value.
-    """
-
-    def __init__(self, kind: type[T], make: Callable[[], T]):
-        self.kind, self._make = kind, make
+    kind: type[T]
+    make: Callable[[], T]
 
     @property
     def value(self) -> T:
         """What the flags say; a ValueError where they contradict each other."""
-        return self._make()
+        return self.make()
 
 
 def define(
@@ -129,13 +126,9 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     return next(one for one in among if one is not type(None)), True
 
 
-def _given(name: str) -> Any:
-    return flags.FLAGS[name].value
-
-
 def _converted(name: str, hint: Any) -> Any:
     """The value of a flag as the field has it: a list as a tuple of its items."""
-    value, (kind, _) = _given(name), _without_none(hint)
+    value, (kind, _) = flags.FLAGS[name].value, _without_none(hint)
     if typing.get_origin(kind) is not tuple or value is None:
         return value
     item = typing.get_args(kind)[0]
@@ -152,7 +145,7 @@ def _converted(name: str, hint: Any) -> Any:
 def define_seeds(default: str = "0,1,2,3,4") -> Flags[list[int]]:
     """Defines ``--seeds``: different whole numbers."""
     flags.DEFINE_list("seeds", default, "One run of each arm per seed.")
-    return Flags(list, lambda: parse_seeds(_given("seeds")))
+    return Flags(list, lambda: parse_seeds(flags.FLAGS.seeds))
 
 
 def parse_seeds(values: Sequence[str], flag: str = "seeds") -> list[int]:
@@ -184,11 +177,11 @@ def define_arms(
     """
     holder = flags.DEFINE_list("arms", list(default), help)
     if not known:
-        return Flags(list, lambda: list(_given("arms")))
+        return Flags(list, lambda: list(flags.FLAGS.arms))
     may_change(holder)
 
     def make() -> list[str]:
-        wanted = _given("arms")
+        wanted = flags.FLAGS.arms
         said = f"--arms={','.join(wanted)}"
         if unknown := [name for name in wanted if name not in known]:
             raise ValueError(f"{said}: there is no arm {unknown[0]!r}; there are {', '.join(known)}.")

@@ -198,11 +198,7 @@ def groups_of(dataset: Dataset, pattern: str) -> np.ndarray:
 
 
 def split_ids(
-    dataset: Dataset,
-    *,
-    validation: float = 0.1,
-    test: float = 0.2,
-    groups: np.ndarray | None = None,
+    dataset: Dataset, *, validation: float = 0.1, test: float = 0.2, groups: np.ndarray | None = None
 ) -> dict[str, Int[np.ndarray, " ids"]]:
     """Splits a data set by a hash of each example's id.
 

@@ -102,8 +102,7 @@ def _reasons(broken: dict[str, str]) -> str:
 
 def _classes(root: Path) -> tuple[dict[str, int], list[str]]:
     """The folder of each split with its official_split flag, and the class names that all of them have."""
-    inside = _subfolders(root)
-    splits = _splits(root, inside)
+    splits = _splits(root)
     classes = {split: _subfolders(root / split) for split in splits}
     first, names = next(iter(classes.items()))
     for split, found in classes.items():
@@ -114,17 +113,13 @@ def _classes(root: Path) -> tuple[dict[str, int], list[str]]:
                 f"the second {only[1]}; they must agree."
             )
     if len(names) < 2:
-        held = (
-            f"{names[0]}. If the classes lie in that folder, give {root / first / names[0]}"
-            if names
-            else "none"
-        )
-        raise ValueError(f"{root / first} must hold at least two class folders; it holds {held}.")
+        inside = f"{names[0]}; if the classes lie in it, give {root / first / names[0]}" if names else "none"
+        raise ValueError(f"{root / first} must hold at least two class folders; it holds {inside}.")
     return splits, names
 
 
-def _splits(root: Path, inside: Sequence[str]) -> dict[str, int]:
-    spelled = {name.lower(): name for name in inside}
+def _splits(root: Path) -> dict[str, int]:
+    spelled = {name.lower(): name for name in _subfolders(root)}
     training, tests = ([spelled[name] for name in names if name in spelled] for names in (_TRAINING, _TESTS))
     if len(training) == 1 and tests:
         return {training[0]: 0} | {name: int(name == tests[0]) for name in tests}

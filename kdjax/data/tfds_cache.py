@@ -90,9 +90,7 @@ def find_finished(name: str, data_dir: Path) -> Path | None:
     paths = [path for path in found if _version(path.name) and version in ("", path.name)]
     configs = sorted({path.parent.name for path in paths})
     if len(configs) > 1:
-        raise ValueError(
-            f"{name} in {data_dir} has several configurations: write {base}/NAME from {configs}."
-        )
+        raise ValueError(f"{name} in {data_dir} has several configurations: write {base}/ one of {configs}.")
     return max(paths, key=lambda path: _version(path.name), default=None)
 
 
