@@ -166,14 +166,10 @@ def define_arms(
     baseline: str | None = None,
     help: str = "Some of the arms above; all by default.",
 ) -> Flags[list[str]]:
-    """Defines ``--arms``; its value is a list of names.
+    """Defines ``--arms``; its value is a list of names, among which must be the ``baseline``.
 
-    Args:
-      known: all arms of a study. The value is then in their order, all of them by default, and may change when a run is
-        resumed, since every run is identified by its own arm. Without them the experiment checks what is given.
-      default: of the flag.
-      baseline: the arm that must be among them.
-      help: for ``--help``.
+    With the ``known`` arms of a study, the value is in their order, all of them by default, and may change when a run
+    is resumed, since every run is identified by its own arm. Without them the experiment checks what is given.
     """
     holder = flags.DEFINE_list("arms", list(default), help)
     if not known:

@@ -49,7 +49,7 @@ ARM = flags.DEFINE_string("arm", None, "The arm that is tuned; the last of --arm
 FINAL_SEEDS = flags.DEFINE_list(
     "final_seeds",
     [],
-    "Seeds of the comparison on the test split; by default as many as --seeds, from 100 on.",
+    "Seeds of the comparison on the test split; as many as --seeds, from 100 on, by default.",
 )
 RANDOM_TRIALS = flags.DEFINE_integer(
     "random_trials", 10, "First trials, drawn at random; none is pruned before so many.", lower_bound=1

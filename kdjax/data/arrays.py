@@ -32,17 +32,17 @@ def read(path: Path) -> tfds_cache.Arrays:
         raise ValueError(
             f"{path} is no readable .npz of plain arrays ({error}): write it again with numpy.savez."
         ) from error
-    paired = ("test_images" in arrays) == ("test_labels" in arrays)
-    if not (paired and {"images", "labels"} <= arrays.keys() <= _NAMES):
-        raise ValueError(
-            f"{path} must hold images and labels, and may hold test_images with test_labels, and names; "
-            f"it holds {', '.join(sorted(arrays)) or 'nothing'}."
-        )
     return checked(arrays, str(path))
 
 
 def checked(arrays: Mapping[str, np.ndarray], where: str) -> tfds_cache.Arrays:
     """Checks the arrays of an ``.npz``, or the same in memory; ``where`` names them in errors and notes."""
+    paired = ("test_images" in arrays) == ("test_labels" in arrays)
+    if not (paired and {"images", "labels"} <= arrays.keys() <= _NAMES):
+        raise ValueError(
+            f"{where} must hold images and labels, and may hold test_images with test_labels, and names; "
+            f"it holds {', '.join(sorted(arrays)) or 'nothing'}."
+        )
     splits = {"train": "", "test": "test_"} if "test_images" in arrays else {"train": ""}
     images, given = [], []
     for start in splits.values():

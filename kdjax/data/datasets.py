@@ -166,8 +166,6 @@ def from_arrays(
     given = {"images": images, "labels": labels, "test_images": test_images, "test_labels": test_labels}
     given |= {"names": None if class_names is None else np.asarray(class_names)}
     found = {key: np.asarray(value) for key, value in given.items() if value is not None}
-    if ("test_images" in found) != ("test_labels" in found):
-        raise ValueError("from_arrays needs test_images and test_labels together, got one of them.")
     return Dataset(name, *arrays.checked(found, "the arrays"))
 
 
@@ -175,16 +173,9 @@ def from_arrays(
 
 
 def groups_of(dataset: Dataset, pattern: str) -> np.ndarray:
-    """Returns the part of each example id that names its group, for :func:`split_ids`.
+    """Returns str[n], the first match of a regular expression in each example id, for :func:`split_ids`.
 
     The patients of the malaria set are ``groups_of(dataset, GROUP_PATTERNS["malaria"])``.
-
-    Args:
-      dataset: the data set.
-      pattern: a regular expression; its first match in an id is the group.
-
-    Returns:
-      str[n], one group per example.
 
     Raises:
       ValueError: if an id has no match.
@@ -257,15 +248,9 @@ def _hashes(contents: Iterable[Any]) -> np.ndarray:
 def split_notes(dataset: Dataset, split: Mapping[str, Int[np.ndarray, " _"]]) -> tuple[str, ...]:
     """Warns of what makes the numbers of a split less meaningful, with counts; nothing if all is well.
 
-    Images are compared by digests of their bytes, so a recompressed copy is not found.
-
-    Args:
-      dataset: the data set, before label noise.
-      split: the ids of each split, from :func:`split_ids`.
-
-    Returns:
-      Sentences about: classes without an example in a split; images in two splits, with two labels, or of a single
-      colour; class names that differ only in case.
+    Images are compared by digests of their bytes, so a recompressed copy is not found. The notes are about classes
+    without an example in a split; images in two splits, with two labels, or of a single colour; class names that differ
+    only in case.
     """
     notes, spellings = [], defaultdict(list)
     for name in dataset.class_names:

@@ -75,11 +75,7 @@ def staging_of(name: str, data_dir: Path) -> Path:
 
 
 def find_finished(name: str, data_dir: Path) -> Path | None:
-    """Returns the newest finished version directory of a TFDS data set, or None.
-
-    Args:
-      name: a TFDS name, ``"set"``, ``"set/config"`` or ``"set:version"``.
-      data_dir: root of the prepared data sets.
+    """Returns the newest finished version directory of ``"set"``, ``"set/config"`` or ``"set:version"``, or None.
 
     Raises:
       ValueError: there are several configurations and the name gives none.
@@ -157,12 +153,7 @@ def update_digest(digest: Any, record: bytes) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool, task: str) -> Iterator[None]:
-    """Holds a lock on a file; the system releases it however the process ends.
-
-    Args:
-      path: the lock file; created if missing and left there.
-      wait: wait for another holder to finish, instead of raising.
-      task: what this process does, for the message.
+    """Holds a lock on a file, which is left there; the system releases it however the process ends.
 
     Raises:
       ValueError: if another process holds the lock and ``wait`` is false.
@@ -174,11 +165,7 @@ def lock(path: Path, *, wait: bool, task: str) -> Iterator[None]:
 
 
 def check_room(folder: Path, needed: int, task: str) -> None:
-    """Refuses work that needs more disk space than there is.
-
-    Raises:
-      ValueError: fewer than ``needed`` bytes are free.
-    """
+    """Raises a ValueError if fewer than ``needed`` bytes are free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
@@ -217,11 +204,7 @@ def progress(items: Any, description: str) -> Any:
 
 
 def read_preparation(path: Path) -> dict[str, Any] | None:
-    """Returns what :func:`kdjax.data.prepare` wrote beside the records, or None if TFDS alone made them.
-
-    Raises:
-      ValueError: if that file is damaged.
-    """
+    """Returns what :func:`kdjax.data.prepare` wrote beside the records, or None if TFDS alone made them."""
     advice = _PREPARE_AGAIN.format(path)
     preparation = _read_checked(path / PREPARATION_FILE, advice)
     if preparation is None and (path / KEYS_FILE).exists():
