@@ -267,14 +267,9 @@ def shuffled(directory: Path, trials: int, seed: int) -> dict[str, int]:
 def killed(
     task: Callable[[Path], None], left: Callable[[Path, int], bool], workdir: Path, kills: int, seed: int
 ) -> dict[str, int]:
-    """Runs ``task`` in processes that are killed at random moments, and checks what each left.
+    """Runs ``task``, a function of this module that prints its progress, in processes killed at random moments.
 
-    Args:
-      task: a function of this module, called with a directory; it prints its progress.
-      left: whether a directory is exact after that much was announced; ValueError if it is refused.
-      workdir: of the tasks' directories.
-      kills: number of processes.
-      seed: of the moments.
+    ``left`` returns whether a directory is exact after that much was announced; a ValueError if it is refused.
     """
     chosen, outcomes = random.Random(seed), []
     program = f"import sys; from experiments import integrity as i; i.{task.__name__}(i.Path(sys.argv[1]))"

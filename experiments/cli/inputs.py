@@ -63,7 +63,7 @@ def network(spec: str, dataset: data.Dataset, **fields: Any) -> models.Network:
       spec: a name in :data:`kdjax.models.MODELS`; or a function of the user's that is called with ``num_classes`` and
         returns a linen module or a :class:`kdjax.models.Network`: ``path/mine.py:build`` or ``package.module:build``.
       dataset: what it is for.
-      **fields: other values for the fields of a network of kdjax, such as ``dtype``.
+      **fields: of a network of kdjax, such as ``dtype``.
 
     Raises:
       ValueError: if there is no such network, file or function, it returns something else, or the network does not

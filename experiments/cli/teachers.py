@@ -55,20 +55,15 @@ def define_teacher(
 ) -> Flags[Teacher]:
     """Defines ``--teacher``, ``--teacher_dir``, ``--teacher_answers`` and the flags of a teacher's training.
 
-    Args:
-      recipe: of the teacher, or the flags of the students' recipe; as in :func:`define`.
-      only: fields of the recipe that become flags, ``--teacher_FIELD``; all by default.
-      defaults: of the other flags.
-      omit: fields of :class:`Teacher` that become no flag.
+    ``recipe`` is the teacher's, or the flags of the students', as in :func:`define`; its fields, or ``only`` some,
+    become ``--teacher_FIELD``. The other flags have ``defaults``; ``omit`` fields of :class:`Teacher` get no flag.
     """
     omit = {*omit, "recipe", "training_flags"}
     which, how = define(defaults or Teacher(), omit=omit), define(recipe, prefix="teacher_", only=only)
     names = {field.name for field in dataclasses.fields(Teacher)} - omit - {"teacher_dir", "teacher_answers"}
     names |= {f"teacher_{name}" for name in only or (field.name for field in dataclasses.fields(Recipe))}
-    return Flags(
-        Teacher,
-        lambda: dataclasses.replace(which.value, recipe=how.value, training_flags=tuple(sorted(names))),
-    )
+    decide = tuple(sorted(names))
+    return Flags(Teacher, lambda: dataclasses.replace(which.value, recipe=how.value, training_flags=decide))
 
 
 class Teachers(NamedTuple):
@@ -113,14 +108,8 @@ def teachers(
 ) -> Teachers:
     """Loads the teacher or the answers that are given, or prepares to train; writes nothing, so that it can refuse.
 
-    Args:
-      teacher: value of :func:`define_teacher`.
-      source: where the teacher's own training images come from.
-      dataset: of the students.
-      launch: for the split, the shared cache, and whether this is a smoke run.
-      settings: of the study.
-      machine: devices and steps per dispatch.
-      **fields: of the teacher's network, such as ``dtype``.
+    The teacher's own training images come from ``source``; ``dataset`` and ``settings`` are those of the study, and
+    ``fields`` are of the teacher's network, such as ``dtype``.
 
     Raises:
       ValueError: if there is no such teacher, it does not fit the data, or flags decide nothing beside those given.

@@ -22,10 +22,8 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
     diverged at once. A record that is missing or damaged is written again: all other files that are read back carry the
     identity of their run, and are refused if it is another's.
 
-    Args:
-      path: of the workdir.
-      made_from: every setting that decides the run's numbers, the fingerprint of its data, and the digest of the
-        weights of a teacher that it takes up.
+    ``made_from`` is every setting that decides the run's numbers, the fingerprint of its data, and the digest of the
+    weights of a teacher that it takes up.
 
     Raises:
       ValueError: if it holds another run or other files, or another process is at work there.
@@ -98,11 +96,8 @@ def shared_cache(
 def check_disk(workdir: str, runs: Mapping[models.Network, int], *, cache_bytes: int) -> None:
     """Raises a ValueError if the disk has less room than the checkpoints and cached answers of a study will need.
 
-    Args:
-      workdir: which need not be there yet.
-      runs: network → how many of it are trained. A run keeps two checkpoints of parameters, two moments and the best
-        parameters, and its final weights; one more is there while it is written.
-      cache_bytes: of the teachers' cached answers.
+    ``runs`` says how many of each network are trained. A run keeps two checkpoints of parameters, two moments and the
+    best parameters, and its final weights; one more is there while it is written.
     """
     needed = 4 * 13 * sum(n * network.num_parameters for network, n in runs.items()) + cache_bytes + 2**24
     absolute = Path(workdir).absolute()

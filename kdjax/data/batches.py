@@ -157,6 +157,6 @@ def resident_feed(
         number, start = divmod(step, steps_per_epoch)
         return arrays, rows_of(epoch(number)[start : start + steps].T)
 
-    identity = {"seed": seed, "batch_size": batch_size, "examples": len(ids)}
-    identity["ids"] = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+    identity = {"seed": seed, "batch_size": batch_size, "examples": len(ids), "ids": digest}
     return Feed(steps_per_epoch, at, identity)

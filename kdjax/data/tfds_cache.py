@@ -334,11 +334,8 @@ def _supervised(info: Any) -> tuple[str, str]:
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
     keys = info.supervised_keys or (images + labels if len(images) == len(labels) == 1 else ())
-    plain = len(keys) == 2 and keys[0] in images and keys[1] in labels
-    if plain:
-        image = features[keys[0]]
-        plain = image.np_dtype == np.uint8 and image.shape[-1] in _MODES
-    if not plain:
+    plain = [k for k in images if features[k].np_dtype == np.uint8 and features[k].shape[-1] in _MODES]
+    if len(keys) != 2 or keys[0] not in plain or keys[1] not in labels:
         found = ", ".join(f"{key}: {type(feature).__name__}" for key, feature in features.items())
         raise ValueError(
             f"{info.name} is not an image classification data set, which has one uint8 Image and one ClassLabel: "
