@@ -26,7 +26,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,10 +56,28 @@ class Subject(NamedTuple):
     directory: Path
     is_exact: Callable[[Path], bool]
 
+    def after(self, change: Callable[[Path], Any]) -> str:
+        """The outcome of reading a copy that was changed."""
+        copy = self.directory.with_name("copy")
+        shutil.copytree(self.directory, copy)
+        try:
+            change(copy)
+            return outcome(lambda: self.is_exact(copy))
+        finally:
+            shutil.rmtree(copy)
 
-def no_outcomes() -> dict[str, int]:
-    """The three outcomes, none seen yet."""
-    return {"exact": 0, "refused": 0, "wrong": 0}
+
+def outcome(read: Callable[[], bool]) -> str:
+    """What a read that returns whether its result is exact has come to."""
+    try:
+        return "exact" if read() else "wrong"
+    except ValueError:
+        return "refused"
+
+
+def counted(outcomes: Iterable[str]) -> dict[str, int]:
+    """Outcome → count."""
+    return {"exact": 0, "refused": 0, "wrong": 0} | Counter(outcomes)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -157,9 +176,8 @@ def distilled(workdir: Path, learning_rate: float = 2e-3) -> dict[str, Any]:
         signal = teacher.answers(arms["teacher"][0], dataset, directory=workdir / "teacher_answers" / "0")
         for arm, method in {"scratch": methods.labels(), "kd": kd}.items():
             trainer = run.make_trainer(small, method, dataset, recipe, teacher=signal)
-            arms[arm] = [
-                trainer(seed, workdir / arm / str(seed), arm=arm, settings=settings) for seed in (0, 1)
-            ]
+            homes = {seed: workdir / arm / str(seed) for seed in (0, 1)}
+            arms[arm] = [trainer(seed, homes[seed], arm=arm, settings=settings) for seed in homes]
         noise = {"corruptions": {}, "weight_noise": (0.1,), "draws": 1, "epsilons": ()}
         robustness = study.robustness_of(dataset, arms, workdir / "robustness", **noise)
     weights = {arm: [checkpoints.digest_tree(one.weights) for one in runs] for arm, runs in arms.items()}
@@ -171,14 +189,12 @@ def a_run(directory: Path) -> Subject:
     """A finished study; exact if it ends with the same numbers when started again, and its networks can be loaded."""
     wanted = distilled(directory)
 
+    def loads(path, arm):
+        loaded = run.load(path / arm / "0", digits())
+        return checkpoints.digest_tree(loaded.weights) == wanted["weights"][arm][0]
+
     def is_exact(path):
-        if distilled(path) != wanted:
-            return False
-        for arm in ("teacher", "kd"):
-            loaded = run.load(path / arm / "0", digits())
-            if checkpoints.digest_tree(loaded.weights) != wanted["weights"][arm][0]:
-                return False
-        return True
+        return distilled(path) == wanted and all(loads(path, arm) for arm in ("teacher", "kd"))
 
     return Subject(directory, is_exact)
 
@@ -206,112 +222,69 @@ def damaged(
     """Reads copies with one damaged file; every byte is equally likely, or else every file."""
     chosen = random.Random(seed)
     if not subject.is_exact(subject.directory):
-        raise ValueError(
-            f"{subject.directory.name} is not exact even undamaged: its trials would mean nothing."
-        )
+        raise ValueError(f"{subject.directory.name} is not exact undamaged: its trials would mean nothing.")
     files = [path for path in sorted(subject.directory.rglob("*")) if path.is_file()]
-    counts = no_outcomes()
-    copy = subject.directory.with_name("copy")
-    for _ in range(trials):
-        (victim,) = chosen.choices(files, [path.stat().st_size if by_size else 1 for path in files])
-        shutil.copytree(subject.directory, copy)
-        (copy / victim.relative_to(subject.directory)).write_bytes(damage(victim.read_bytes(), chosen))
-        try:
-            counts["exact" if subject.is_exact(copy) else "wrong"] += 1
-        except ValueError:
-            counts["refused"] += 1
-        shutil.rmtree(copy)
-    return counts
+    weights = [path.stat().st_size if by_size else 1 for path in files]
+
+    def change(copy: Path) -> None:
+        victim = copy / chosen.choices(files, weights)[0].relative_to(subject.directory)
+        victim.write_bytes(damage(victim.read_bytes(), chosen))
+
+    return counted(subject.after(change) for _ in range(trials))
 
 
 def misplaced(subject: Subject, other: Path, trials: int, seed: int) -> dict[str, int]:
     """Resumes copies of a run with a file or folder removed, or replaced by its namesake of this or another run."""
-    chosen, counts = random.Random(seed), no_outcomes()
-    names = [path.relative_to(subject.directory) for path in sorted(subject.directory.rglob("*"))]
-    names = [
-        name for name in names if "arrays" not in name.parts and not name.name.startswith((".", "chunk_"))
-    ]
-    copy = subject.directory.with_name("copy")
-    for _ in range(trials):
+    chosen, own = random.Random(seed), subject.directory
+    names = [path.relative_to(own) for path in sorted(own.rglob("*"))]
+    names = [n for n in names if "arrays" not in n.parts and not n.name.startswith((".", "chunk_"))]
+
+    def change(copy: Path) -> None:
         name = chosen.choice(names)
-        namesakes = [
-            home / path
-            for home in (subject.directory, other)
-            for path in names
-            if path.name == name.name and (home, path) != (subject.directory, name) and (home / path).exists()
-        ]
-        shutil.copytree(subject.directory, copy)
-        remove(copy / name)
+        namesakes = [home / path for home in (own, other) for path in names if path.name == name.name]
+        namesakes = [path for path in namesakes if path != own / name and path.exists()]
+        shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
         source = chosen.choice([None, *namesakes])
         if source is not None:
             (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
-        try:
-            counts["exact" if subject.is_exact(copy) else "wrong"] += 1
-        except ValueError:
-            counts["refused"] += 1
-        shutil.rmtree(copy)
-    return counts
 
-
-def remove(path: Path) -> None:
-    """Deletes a file, or a folder with its contents."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return counted(subject.after(change) for _ in range(trials))
 
 
 def shuffled(directory: Path, trials: int, seed: int) -> dict[str, int]:
     """Caches whose rows belong to other images: does a sample of 64 recomputed rows tell?"""
-    cached, counts = precompute(directory), no_outcomes()
-    for trial in range(trials):
+    cached, images = precompute(directory), data.load("digits").images
+
+    def is_noticed(trial: int) -> bool:
         order = np.random.default_rng([seed, trial]).permutation(len(cached.arrays["logits"]))
         other = cached._replace(arrays={name: rows[order] for name, rows in cached.arrays.items()})
-        try:
-            teacher.verify(other, logits_of, digits_teacher(), data.load("digits").images, seed=trial)
-            counts["wrong"] += 1
-        except ValueError:
-            counts["refused"] += 1
-    return counts
+        teacher.verify(other, logits_of, digits_teacher(), images, seed=trial)
+        return False
+
+    return counted(outcome(functools.partial(is_noticed, trial)) for trial in range(trials))
 
 
 def killed(
-    task: str, left: Callable[[Path, int], bool], workdir: Path, kills: int, seed: int
+    task: Callable[[Path], None], left: Callable[[Path, int], bool], workdir: Path, kills: int, seed: int
 ) -> dict[str, int]:
-    """Runs this module's ``task`` in processes that are killed at random moments, and checks what each left.
+    """Runs ``task``, a function of this module that prints its progress, in processes killed at random moments.
 
-    Args:
-      task: a key of ``TASKS``; it prints its progress.
-      left: whether a directory is exact after that much was announced; ValueError if it is refused.
-      workdir: of the tasks' directories.
-      kills: number of processes.
-      seed: of the moments.
+    ``left`` returns whether a directory is exact after that much was announced; a ValueError if it is refused.
     """
-    chosen, counts = random.Random(seed), no_outcomes()
+    chosen, outcomes = random.Random(seed), []
+    program = f"import sys; from experiments import integrity as i; i.{task.__name__}(i.Path(sys.argv[1]))"
     for kill in range(kills):
-        directory = workdir / f"{task}_{kill}"
-        command = [
-            sys.executable,
-            "-m",
-            "experiments.integrity",
-            f"--task={task}",
-            f"--directory={directory}",
-        ]
+        directory = workdir / f"{task.__name__}_{kill}"
+        command = [sys.executable, "-c", program, str(directory)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             announced = [process.stdout.readline() for _ in range(3)]
             time.sleep(chosen.uniform(0, 0.3))
             process.send_signal(signal.SIGKILL)
             announced += process.stdout.readlines()
-        try:
-            counts["exact" if left(directory, int(announced[-1])) else "wrong"] += 1
-        except ValueError:
-            counts["refused"] += 1
+        outcomes.append(outcome(functools.partial(left, directory, int(announced[-1]))))
         shutil.rmtree(directory)
-    return counts
-
-
-TASK = flags.DEFINE_enum(
-    "task", None, ["save", "precompute"], "Internal: what a process that will be killed does."
-)
-DIRECTORY = flags.DEFINE_string("directory", "", "Internal: where it does it.")
+    return counted(outcomes)
 
 
 def save_until_killed(directory: Path) -> None:
@@ -329,9 +302,6 @@ def precompute_until_killed(directory: Path) -> None:
         time.sleep(0.02)
 
     precompute(directory, progress)
-
-
-TASKS = {"save": save_until_killed, "precompute": precompute_until_killed}
 
 
 def left_by_save(directory: Path, announced: int) -> bool:
@@ -369,40 +339,34 @@ def measure(workdir: Path, trials: int, kills: int, seed: int) -> dict[str, dict
         "run_flipped": damaged(whole, flipped, few, seed, by_size=False),
         "run_cut": damaged(whole, cut, few, seed, by_size=False),
         "run_misplaced": misplaced(whole, workdir / "run" / "other", few, seed),
-        "save_killed": killed("save", left_by_save, workdir, kills, seed),
-        "precompute_killed": killed("precompute", left_by_precompute, workdir, kills, seed),
+        "save_killed": killed(save_until_killed, left_by_save, workdir, kills, seed),
+        "precompute_killed": killed(precompute_until_killed, left_by_precompute, workdir, kills, seed),
         "orbax_alone_flipped": damaged(orbax, flipped, trials, seed),
     }
 
 
 def main() -> None:
     """All arms, one table."""
-    if TASK.value:
-        TASKS[TASK.value](Path(DIRECTORY.value))
-        return
     start = time.monotonic()
     logging.set_verbosity(logging.FATAL)  # Orbax reports the damage at length
     trials, kills = (3, 1) if SMOKE.value else (TRIALS.value, KILLS.value)
     with tempfile.TemporaryDirectory() as workdir, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         counts = measure(Path(workdir), trials, kills, SEED.value)
-    for arm, outcome in counts.items():
-        cli.say(f"{arm:20} " + "  ".join(f"{name} {number:3d}" for name, number in outcome.items()))
+    for arm, found in counts.items():
+        cli.say(f"{arm:20} " + "  ".join(f"{name} {number:3d}" for name, number in found.items()))
     result = results.make(
         "integrity",
         question="Does a damaged, misplaced or half-written file ever come back as wrong numbers?",
         flags={"trials": trials, "kills": kills, "seed": SEED.value, "smoke": SMOKE.value},
         seeds=[SEED.value],
-        arms={arm: {name: [number] for name, number in outcome.items()} for arm, outcome in counts.items()},
+        arms={arm: {name: [number] for name, number in found.items()} for arm, found in counts.items()},
         wall_clock_s=time.monotonic() - start,
     )
     if OUTPUT.value:
         results.write(OUTPUT.value, result)
-    wrong = [arm for arm, outcome in counts.items() if outcome["wrong"] and arm != "orbax_alone_flipped"]
-    if wrong:
-        raise ValueError(
-            f"wrong numbers came back unnoticed in {wrong}: this is a bug in kdjax, please report it."
-        )
+    if wrong := [arm for arm in counts if counts[arm]["wrong"] and arm != "orbax_alone_flipped"]:
+        raise ValueError(f"wrong numbers came back unnoticed in {wrong}: please report this bug in kdjax.")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ What is written to be read again is *sealed*: it holds the digest of its content
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import warnings
@@ -190,7 +191,10 @@ def lock(path: Any) -> Iterator[None]:
 
 
 def lock_file(handle: IO[str], *, wait: bool) -> bool:
-    """Locks a file for as long as it is open; False if another process holds it and ``wait`` is False."""
+    """Locks a file for as long as it is open; False if another process holds it and ``wait`` is False.
+
+    Where files cannot be locked, as on Windows and some network disks, it does nothing and returns True.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -199,4 +203,7 @@ def lock_file(handle: IO[str], *, wait: bool) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     return True

@@ -19,9 +19,17 @@ def keys(n=64, key=KEY):
     return data.example_keys(key, jnp.arange(n))
 
 
+def crop(images, keys, padding=2):
+    return data.crop_and_flip(images, keys, padding=padding, flip=False)
+
+
+def flip(images, keys):
+    return data.crop_and_flip(images, keys, padding=0, flip=True)
+
+
 class TestCrop:
     def test_every_result_is_one_of_the_shifts(self):
-        original, moved = images(), data.random_crop(images(), keys(), padding=2)
+        original, moved = images(), crop(images(), keys())
         padded = np.pad(original, ((0, 0), (2, 2), (2, 2), (0, 0)))
         shifts = set()
         for i in range(64):
@@ -37,21 +45,21 @@ class TestCrop:
 
     def test_shifts_are_uniform(self):
         dot = jnp.zeros((4000, 5, 5, 1), jnp.uint8).at[:, 2, 2].set(1)
-        moved = np.asarray(data.random_crop(dot, keys(4000), padding=2))[..., 0]
+        moved = np.asarray(crop(dot, keys(4000)))[..., 0]
         counts = moved.reshape(len(moved), -1).sum(0)
         assert stats.chisquare(counts).pvalue > 1e-3
 
     def test_zero_padding_changes_nothing(self):
-        np.testing.assert_array_equal(data.random_crop(images(), keys(), padding=0), images())
+        np.testing.assert_array_equal(crop(images(), keys(), 0), images())
 
     def test_refuses_a_negative_padding(self):
         with pytest.raises(ValueError, match="0 or more pixels, got -1"):
-            data.random_crop(images(), keys(), padding=-1)
+            crop(images(), keys(), -1)
 
 
 class TestFlip:
     def test_mirrors_about_half(self):
-        flipped = np.asarray(data.random_flip(images(1000), keys(1000)))
+        flipped = np.asarray(flip(images(1000), keys(1000)))
         mirrored = (flipped == np.asarray(images(1000))[:, :, ::-1]).all((1, 2, 3))
         same = (flipped == np.asarray(images(1000))).all((1, 2, 3))
         assert (mirrored | same).all()
@@ -59,9 +67,9 @@ class TestFlip:
 
     def test_is_independent_of_the_crop(self):
         dot = jnp.zeros((2000, 5, 5, 1), jnp.uint8).at[:, 2, 2].set(1)
-        row = np.asarray(data.random_crop(dot, keys(2000), padding=2))[..., 0].sum(2).argmax(1)
+        row = np.asarray(crop(dot, keys(2000)))[..., 0].sum(2).argmax(1)
         marked = jnp.zeros((2000, 1, 2, 1), jnp.uint8).at[:, 0, 0].set(1)
-        flipped = np.asarray(data.random_flip(marked, keys(2000)))[:, 0, 1, 0]
+        flipped = np.asarray(flip(marked, keys(2000)))[:, 0, 1, 0]
         table = np.array([[((row == r) & (flipped == f)).sum() for r in range(5)] for f in (0, 1)])
         assert stats.chi2_contingency(table).pvalue > 1e-3
 

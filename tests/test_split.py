@@ -27,7 +27,7 @@ class TestFromArrays:
 
     def test_names_classes_and_refuses_half_a_test_split(self):
         assert make_dataset(class_names=["off", "on"]).class_names == ("off", "on")
-        with pytest.raises(ValueError, match="needs test_images and test_labels together"):
+        with pytest.raises(ValueError, match="may hold test_images with test_labels"):
             make_dataset(test_images=np.zeros((2, 4, 4), np.uint8))
 
 

@@ -52,7 +52,8 @@ WEIGHTS = flags.DEFINE_list("weights", [], "")
 
 
 def checked_flags():
-    cli.check_arms(ARMS.value, ("scratch", "kd", "hint"))
+    if unknown := set(ARMS.value) - {"scratch", "kd", "hint"}:
+        raise ValueError(f"--arms={','.join(ARMS.value)}: there is no arm {unknown.pop()!r}.")
     if TEMPERATURE.value <= 0:
         raise ValueError(f"--temperature={TEMPERATURE.value} must be above 0.")
     if WEIGHTS.value and "hint" not in ARMS.value:

@@ -10,7 +10,6 @@ from experiments.cli.launching import say as say
 from experiments.cli.options import MAY_CHANGE as MAY_CHANGE
 from experiments.cli.options import Flags as Flags
 from experiments.cli.options import Launch as Launch
-from experiments.cli.options import check_arms as check_arms
 from experiments.cli.options import define as define
 from experiments.cli.options import define_arms as define_arms
 from experiments.cli.options import define_seeds as define_seeds

@@ -22,10 +22,7 @@ def keep() -> None:
     except (OSError, RuntimeError):  # no home directory, or none of this user's
         writable = False
     if not writable:
-        note(
-            "no home directory to keep compiled programs in, so each start compiles anew; to keep them, set "
-            "JAX_COMPILATION_CACHE_DIR."
-        )
+        note("no home directory to keep compiled programs in; JAX_COMPILATION_CACHE_DIR may name another.")
         return
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -37,9 +34,7 @@ def note(message: str) -> None:
     if not fault:
         print(f"note: {message}", file=sys.stderr)
     elif _remove(fault[2]) and fault[1] == "reading":
-        print(
-            f"note: a damaged program in JAX's compilation cache was removed ({fault[2]}).", file=sys.stderr
-        )
+        print(f"note: a damaged program in JAX's cache was removed ({fault[2]}).", file=sys.stderr)
 
 
 def _remove(program: str) -> bool:

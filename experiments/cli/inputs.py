@@ -18,15 +18,11 @@ class Data:
     """A data set and how much of it is used."""
 
     dataset: str = option("digits", "digits, a TFDS name, a file.npz, or folder:PATH of class folders.")
-    data_dir: str | None = option(
-        None, "Where prepared TFDS data sets lie (python -m experiments.prepare_data)."
-    )
+    data_dir: str | None = option(None, "Where TFDS sets lie that experiments.prepare_data has prepared.")
     image_size: tuple[int, int] | None = option(
         None, "HEIGHT,WIDTH that photos and TFDS images are resized to cover and cropped to, as in 32,32."
     )
-    skip_broken: bool = option(
-        False, "Leave out image files of a folder that cannot be read; the result counts them."
-    )
+    skip_broken: bool = option(False, "Leave out image files that cannot be read; the result counts them.")
     num_train: int = option(0, "Training images; 0 for all.", least=0)
     num_validation: int = option(0, "Validation images; 0 for a tenth of the training split.", least=0)
     label_noise: float = option(0.0, "Share of training labels made wrong.", least=0.0, most=1.0)
@@ -35,13 +31,6 @@ class Data:
         "group: all images of one patient are in one split, where patients are known; example: they may be in several.",
         choices=("group", "example"),
     )
-
-    def __post_init__(self) -> None:
-        size = self.image_size
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ValueError(
-                f"image_size={','.join(map(str, size))} must be HEIGHT,WIDTH in pixels, as in 32,32."
-            )
 
     def read(self) -> data.Dataset:
         """Loads the data set whole."""
@@ -74,7 +63,7 @@ def network(spec: str, dataset: data.Dataset, **fields: Any) -> models.Network:
       spec: a name in :data:`kdjax.models.MODELS`; or a function of the user's that is called with ``num_classes`` and
         returns a linen module or a :class:`kdjax.models.Network`: ``path/mine.py:build`` or ``package.module:build``.
       dataset: what it is for.
-      **fields: other values for the fields of a network of kdjax, such as ``dtype``.
+      **fields: of a network of kdjax, such as ``dtype``.
 
     Raises:
       ValueError: if there is no such network, file or function, it returns something else, or the network does not

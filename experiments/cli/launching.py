@@ -51,9 +51,7 @@ def launch(main: Callable[[], Any], *, before: Callable[[Sequence[str]], None] =
         with _refusing():
             compilation_cache.keep()
             if len(argv) > 1:
-                raise ValueError(
-                    f"unexpected arguments {argv[1:]}: every option is a flag, as in --workdir=runs/one."
-                )
+                raise ValueError(f"unexpected arguments {argv[1:]}: every option is a flag, --NAME=VALUE.")
             main()
 
     app.run(guarded, flags_parser=parse)
@@ -126,8 +124,7 @@ def _refuse(sentence: str) -> NoReturn:
 
 def _advice() -> str:
     """What is kept of a process that is stopped now."""
-    workdir = workdirs.claimed()
-    if workdir is None:
+    if (workdir := workdirs.claimed()) is None:
         return "nothing was lost; start the same command again."
     return f"what is finished in {workdir} is kept, and the same command continues."
 

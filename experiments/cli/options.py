@@ -49,20 +49,17 @@ class Launch:
         return dataclasses.replace(recipe, epochs=epochs) if self.smoke else recipe
 
 
+@dataclasses.dataclass(frozen=True)
 class Flags(Generic[T]):
-    """Flags that together make one value; it is made anew whenever ``value`` is read.
+    """Flags that together make one value of the class ``kind``; it is made anew whenever ``value`` is read."""
 
-    Attributes:
-      kind: the class of the value.
-    """
-
-    def __init__(self, kind: type[T], make: Callable[[], T]):
-        self.kind, self._make = kind, make
+    kind: type[T]
+    make: Callable[[], T]
 
     @property
     def value(self) -> T:
         """What the flags say; a ValueError where they contradict each other."""
-        return self._make()
+        return self.make()
 
 
 def define(
@@ -80,19 +77,14 @@ def define(
       omit: fields not to define.
     """
     base: Any = defaults if isinstance(defaults, Flags) else Flags(type(defaults), lambda: defaults)
-    hints, inherits = typing.get_type_hints(base.kind), base is defaults
-    fields = {
-        field.name: hints[field.name]
-        for field in dataclasses.fields(base.kind)
-        if field.name not in omit and (not only or field.name in only)
-    }
+    hints, inherits, fields = typing.get_type_hints(base.kind), base is defaults, {}
     for field in dataclasses.fields(base.kind):
-        if field.name in fields:
-            said = dict(field.metadata)
+        if field.name not in omit and (not only or field.name in only):
+            fields[field.name], said = hints[field.name], dict(field.metadata)
             if inherits:
                 said["help"] += f" As --{field.name} by default."
             default = None if inherits else getattr(defaults, field.name)
-            _define(prefix + field.name, fields[field.name], default, said, may_be_none=inherits)
+            _define(prefix + field.name, hints[field.name], default, said, may_be_none=inherits)
 
     def make() -> Any:
         values = {name: _converted(prefix + name, hint) for name, hint in fields.items()}
@@ -110,21 +102,20 @@ def _define(name: str, hint: Any, default: Any, said: Mapping[str, Any], *, may_
     """Defines one flag of the type that a field is annotated with."""
     kind, optional = _without_none(hint)
     options: dict[str, Any] = {"required": default is None and not (optional or may_be_none)}
-    bounds = {"lower_bound": said.get("least"), "upper_bound": said.get("most")}
-    if kind is bool:
-        flags.DEFINE_bool(name, default, said["help"], **options)
-    elif kind is int:
-        flags.DEFINE_integer(name, default, said["help"], **bounds, **options)
-    elif kind is float:
-        flags.DEFINE_float(name, default, said["help"], **bounds, **options)
-    elif said.get("choices"):
+    if said.get("choices"):
         flags.DEFINE_enum(name, default, list(said["choices"]), said["help"], **options)
-    elif kind is str:
-        flags.DEFINE_string(name, default, said["help"], **options)
-    else:
-        flags.DEFINE_list(
-            name, None if default is None else [str(x) for x in default], said["help"], **options
-        )
+        return
+    if kind in (int, float):
+        options |= {"lower_bound": said.get("least"), "upper_bound": said.get("most")}
+    elif typing.get_origin(kind) is tuple:
+        default = default if default is None else list(map(str, default))
+    of_kind = {
+        bool: flags.DEFINE_bool,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+    }
+    of_kind.get(kind, flags.DEFINE_list)(name, default, said["help"], **options)
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
@@ -135,13 +126,9 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     return next(one for one in among if one is not type(None)), True
 
 
-def _given(name: str) -> Any:
-    return flags.FLAGS[name].value
-
-
 def _converted(name: str, hint: Any) -> Any:
     """The value of a flag as the field has it: a list as a tuple of its items."""
-    value, (kind, _) = _given(name), _without_none(hint)
+    value, (kind, _) = flags.FLAGS[name].value, _without_none(hint)
     if typing.get_origin(kind) is not tuple or value is None:
         return value
     item = typing.get_args(kind)[0]
@@ -158,7 +145,7 @@ def _converted(name: str, hint: Any) -> Any:
 def define_seeds(default: str = "0,1,2,3,4") -> Flags[list[int]]:
     """Defines ``--seeds``: different whole numbers."""
     flags.DEFINE_list("seeds", default, "One run of each arm per seed.")
-    return Flags(list, lambda: parse_seeds(_given("seeds")))
+    return Flags(list, lambda: parse_seeds(flags.FLAGS.seeds))
 
 
 def parse_seeds(values: Sequence[str], flag: str = "seeds") -> list[int]:
@@ -168,9 +155,7 @@ def parse_seeds(values: Sequence[str], flag: str = "seeds") -> list[int]:
     except ValueError as error:
         raise ValueError(f"--{flag}={','.join(values)} must be whole numbers, such as 0,1,2.") from error
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) > MAX_SEED:
-        raise ValueError(
-            f"--{flag}={','.join(values)} must be different numbers from 0 to {MAX_SEED}, such as 0,1,2."
-        )
+        raise ValueError(f"--{flag}={','.join(values)} must be different numbers from 0 to {MAX_SEED}.")
     return seeds
 
 
@@ -181,38 +166,28 @@ def define_arms(
     baseline: str | None = None,
     help: str = "Some of the arms above; all by default.",
 ) -> Flags[list[str]]:
-    """Defines ``--arms``; its value is a list of names.
+    """Defines ``--arms``; its value is a list of names, among which must be the ``baseline``.
 
-    Args:
-      known: all arms of a study. The value is then in their order, all of them by default, and may change when a run is
-        resumed, since every run is identified by its own arm. Without them the experiment checks what is given.
-      default: of the flag.
-      baseline: the arm that must be among them.
-      help: for ``--help``.
+    With the ``known`` arms of a study, the value is in their order, all of them by default, and may change when a run
+    is resumed, since every run is identified by its own arm. Without them the experiment checks what is given.
     """
     holder = flags.DEFINE_list("arms", list(default), help)
     if not known:
-        return Flags(list, lambda: list(_given("arms")))
+        return Flags(list, lambda: list(flags.FLAGS.arms))
     may_change(holder)
 
     def make() -> list[str]:
-        wanted = _given("arms")
-        check_arms(wanted, known, baseline=baseline)
+        wanted = flags.FLAGS.arms
+        said = f"--arms={','.join(wanted)}"
+        if unknown := [name for name in wanted if name not in known]:
+            raise ValueError(f"{said}: there is no arm {unknown[0]!r}; there are {', '.join(known)}.")
+        if len(set(wanted)) < len(wanted):
+            raise ValueError(f"{said} must name different arms.")
+        if wanted and baseline is not None and baseline not in wanted:
+            raise ValueError(f"{said} must include {baseline}, with which the others are compared.")
         return [name for name in known if not wanted or name in wanted]
 
     return Flags(list, make)
-
-
-def check_arms(wanted: Sequence[str], known: Sequence[str], *, baseline: str | None = None) -> None:
-    """Refuses ``--arms`` that name an arm that there is not, or one twice, or lack the baseline."""
-    unknown = [name for name in wanted if name not in known]
-    said = f"--arms={','.join(wanted)}"
-    if unknown:
-        raise ValueError(f"{said}: there is no arm {unknown[0]!r}; there are {', '.join(known)}.")
-    if len(set(wanted)) < len(wanted):
-        raise ValueError(f"{said} must name different arms.")
-    if wanted and baseline is not None and baseline not in wanted:
-        raise ValueError(f"{said} must include {baseline}, with which the others are compared.")
 
 
 def parse_weights(items: Sequence[str], arms: Sequence[str]) -> dict[str, float]:
@@ -260,8 +235,6 @@ def may_change(holder: flags.FlagHolder) -> flags.FlagHolder:
 
 def refuse_given(names: Iterable[str], because: str) -> None:
     """Refuses those of the flags that were given: they would change nothing, and yet be recorded."""
-    given = [
-        f"--{name}={flags.FLAGS[name].value}" for name in names if not flags.FLAGS[name].using_default_value
-    ]
-    if given:
+    found = (flags.FLAGS[name] for name in names)
+    if given := [f"--{flag.name}={flag.value}" for flag in found if not flag.using_default_value]:
         raise ValueError(f"{' and '.join(given)} would change nothing: {because}.")

@@ -55,20 +55,15 @@ def define_teacher(
 ) -> Flags[Teacher]:
     """Defines ``--teacher``, ``--teacher_dir``, ``--teacher_answers`` and the flags of a teacher's training.
 
-    Args:
-      recipe: of the teacher, or the flags of the students' recipe; as in :func:`define`.
-      only: fields of the recipe that become flags, ``--teacher_FIELD``; all by default.
-      defaults: of the other flags.
-      omit: fields of :class:`Teacher` that become no flag.
+    ``recipe`` is the teacher's, or the flags of the students', as in :func:`define`; its fields, or ``only`` some,
+    become ``--teacher_FIELD``. The other flags have ``defaults``; ``omit`` fields of :class:`Teacher` get no flag.
     """
     omit = {*omit, "recipe", "training_flags"}
     which, how = define(defaults or Teacher(), omit=omit), define(recipe, prefix="teacher_", only=only)
     names = {field.name for field in dataclasses.fields(Teacher)} - omit - {"teacher_dir", "teacher_answers"}
     names |= {f"teacher_{name}" for name in only or (field.name for field in dataclasses.fields(Recipe))}
-    return Flags(
-        Teacher,
-        lambda: dataclasses.replace(which.value, recipe=how.value, training_flags=tuple(sorted(names))),
-    )
+    decide = tuple(sorted(names))
+    return Flags(Teacher, lambda: dataclasses.replace(which.value, recipe=how.value, training_flags=decide))
 
 
 class Teachers(NamedTuple):
@@ -113,14 +108,8 @@ def teachers(
 ) -> Teachers:
     """Loads the teacher or the answers that are given, or prepares to train; writes nothing, so that it can refuse.
 
-    Args:
-      teacher: value of :func:`define_teacher`.
-      source: where the teacher's own training images come from.
-      dataset: of the students.
-      launch: for the split, the shared cache, and whether this is a smoke run.
-      settings: of the study.
-      machine: devices and steps per dispatch.
-      **fields: of the teacher's network, such as ``dtype``.
+    The teacher's own training images come from ``source``; ``dataset`` and ``settings`` are those of the study, and
+    ``fields`` are of the teacher's network, such as ``dtype``.
 
     Raises:
       ValueError: if there is no such teacher, it does not fit the data, or flags decide nothing beside those given.
@@ -131,14 +120,12 @@ def teachers(
         signal = signals.from_file(path, dataset, loaded=source.read())
         settings = {**settings, **dict.fromkeys(teacher.training_flags)}
         made_from |= {**settings, "answers": signal.identity}
-        return Teachers(
-            path, signal.shapes, {}, settings, made_from, lambda workdir, callbacks=(): [], [signal]
-        )
+        return Teachers(path, signal.shapes, {}, settings, made_from, lambda *_, **__: [], [signal])
     if teacher.teacher_dir is not None:
         found = _taken_up(teacher, dataset, split=launch.split, machine=machine, **fields)
         settings = {**settings, **dict.fromkeys(teacher.training_flags), "teacher": found.network.name}
         made_from |= {**settings, "teacher_weights": checkpoints.digest_tree(found.weights)}
-        return _of(found.network, {}, settings, made_from, lambda workdir, callbacks=(): [found])
+        return _of(found.network, {}, settings, made_from, lambda *_, **__: [found])
     own, recipe = dataset, teacher.recipe
     if teacher.teacher_num_train is not None:
         own = source.load(at_most=256 if launch.smoke else None, num_train=teacher.teacher_num_train)
@@ -151,10 +138,8 @@ def teachers(
         decides = {"network": dict(net.description), "recipe": dataclasses.asdict(recipe)}
         decides |= {"steps_per_dispatch": machine.steps_per_dispatch}
         with shared_cache(launch.shared_cache, workdir / "teacher", own.fingerprint, **decides) as home:
-            return [
-                trainer(seed, home / str(seed), arm="teacher", callbacks=callbacks)
-                for seed in range(teacher.teacher_seeds)
-            ]
+            homes = [home / str(seed) for seed in range(teacher.teacher_seeds)]
+            return [trainer(n, own, arm="teacher", callbacks=callbacks) for n, own in enumerate(homes)]
 
     to_train = {net: teacher.teacher_seeds}
     return _of(net, to_train, dict(settings), made_from | {"teacher_data": own.fingerprint}, train)
@@ -185,12 +170,10 @@ def ask(
     ``asked`` are arguments of :func:`kdjax.teacher.answers`, such as ``mode`` and ``features``.
     """
     decides = {"weights": checkpoints.digest_tree(teacher.weights), **asked}
-    devices = parallel.local_devices(machine.devices)
     with (
         shared_cache(launch.shared_cache, own, dataset.fingerprint, **decides) as home,
         bar("teacher's answers", total=len(dataset.images), unit="image") as meter,
     ):
-        where = {"directory": home, "devices": devices}
-        return signals.answers(
-            teacher, dataset, **asked, **where, progress=lambda done, total: meter.update(done - meter.n)
-        )
+        asked |= {"directory": home, "devices": parallel.local_devices(machine.devices)}
+        asked["progress"] = lambda done, total: meter.update(done - meter.n)
+        return signals.answers(teacher, dataset, **asked)

@@ -22,10 +22,8 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
     diverged at once. A record that is missing or damaged is written again: all other files that are read back carry the
     identity of their run, and are refused if it is another's.
 
-    Args:
-      path: of the workdir.
-      made_from: every setting that decides the run's numbers, the fingerprint of its data, and the digest of the
-        weights of a teacher that it takes up.
+    ``made_from`` is every setting that decides the run's numbers, the fingerprint of its data, and the digest of the
+    weights of a teacher that it takes up.
 
     Raises:
       ValueError: if it holds another run or other files, or another process is at work there.
@@ -35,13 +33,13 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
         raise ValueError(f"--workdir={path} is a file; name a directory.")
     if not record.exists() and not (workdir / _LOCK).exists() and workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"--workdir={path} holds files of something else; name an empty or a new directory.")
+    different = ""
     try:
         different = files.differences(files.read_sealed(record), wanted, most=6)
     except FileNotFoundError:
-        different = ""
+        pass
     except files.Damaged as error:
         warnings.warn(f"{error} It is written again.", stacklevel=2)
-        different = ""
     if different and _holds_work(workdir):
         raise ValueError(
             f"--workdir={path} holds another run ({different}); name another directory, or delete that one."
@@ -51,9 +49,7 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
         handle = open(workdir / _LOCK, "w")  # noqa: SIM115
         if not files.lock_file(handle, wait=False):
             handle.close()
-            raise ValueError(
-                f"--workdir={workdir} is in use by another process; wait for it, or name another directory."
-            )
+            raise ValueError(f"--workdir={path} is in use by another process; wait for it, or name another.")
         _claimed.append(handle)
         files.write_sealed(record, wanted)
     return workdir
@@ -91,9 +87,8 @@ def shared_cache(
 
     It is locked within, so that what two runs need at the same time is computed by one of them.
     """
-    directory = own
-    if store is not None:
-        directory = Path(store) / files.digest_json({"data": fingerprint, **decides})[:16]
+    name = files.digest_json({"data": fingerprint, **decides})[:16]
+    directory = own if store is None else Path(store) / name
     with files.lock(f"{directory}.lock"):
         yield directory
 
@@ -101,11 +96,8 @@ def shared_cache(
 def check_disk(workdir: str, runs: Mapping[models.Network, int], *, cache_bytes: int) -> None:
     """Raises a ValueError if the disk has less room than the checkpoints and cached answers of a study will need.
 
-    Args:
-      workdir: which need not be there yet.
-      runs: network → how many of it are trained. A run keeps two checkpoints of parameters, two moments and the best
-        parameters, and its final weights; one more is there while it is written.
-      cache_bytes: of the teachers' cached answers.
+    ``runs`` says how many of each network are trained. A run keeps two checkpoints of parameters, two moments and the
+    best parameters, and its final weights; one more is there while it is written.
     """
     needed = 4 * 13 * sum(n * network.num_parameters for network, n in runs.items()) + cache_bytes + 2**24
     absolute = Path(workdir).absolute()

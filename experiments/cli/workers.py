@@ -107,9 +107,7 @@ def _raise(number: int, code: int, logs: Sequence[Path]) -> None:
 def _signals() -> Iterator[list[int]]:
     """Collects the signals that ask this process to stop, for the caller to act on."""
     received: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda n, _: received.append(n)) for number in stopping.heeded()
-    }
+    previous = {n: signal.signal(n, lambda number, _: received.append(number)) for n in stopping.heeded()}
     try:
         yield received
     finally:

@@ -42,16 +42,14 @@ from kdjax.callbacks import Callback, bar
 from kdjax.data.tfds_cache import did_you_mean
 from kdjax.study import TABLE, publish
 
-EXPERIMENT = flags.DEFINE_string(
-    "experiment", "distill", "One of experiments/, or a module of yours: package.name."
-)
+EXPERIMENT = flags.DEFINE_string("experiment", "distill", "One of experiments/, or a module: package.name.")
 SPACE = flags.DEFINE_list("space", [], "What is varied: name=low:high, name=low:high:log, name=a|b|c.")
 NUM_TRIALS = flags.DEFINE_integer("num_trials", 30, "Trials, pruned and failed ones included.", lower_bound=1)
 ARM = flags.DEFINE_string("arm", None, "The arm that is tuned; the last of --arms by default.")
 FINAL_SEEDS = flags.DEFINE_list(
     "final_seeds",
     [],
-    "Seeds of the comparison on the test split; by default as many as --seeds, from 100 on.",
+    "Seeds of the comparison on the test split; as many as --seeds, from 100 on, by default.",
 )
 RANDOM_TRIALS = flags.DEFINE_integer(
     "random_trials", 10, "First trials, drawn at random; none is pruned before so many.", lower_bound=1
@@ -64,12 +62,8 @@ PRUNER_WARMUP = flags.DEFINE_integer(
     lower_bound=0,
 )
 SWEEP_SEED = flags.DEFINE_integer("sweep_seed", 0, "Seed of the draws.", lower_bound=0)
-WORKERS = cli.may_change(
-    flags.DEFINE_integer("workers", 1, "Processes that run trials side by side.", lower_bound=1)
-)
-GPUS = cli.may_change(
-    flags.DEFINE_list("gpus", [], "One for each worker, as in 0,1; all see all by default.")
-)
+WORKERS = cli.may_change(flags.DEFINE_integer("workers", 1, "Processes that run trials.", lower_bound=1))
+GPUS = cli.may_change(flags.DEFINE_list("gpus", [], "One per worker, as in 0,1; all see all by default."))
 
 METRIC = "accuracy"  # larger is better
 SET_BY_SWEEP = ("workdir", "seeds", "split")
@@ -89,9 +83,8 @@ class Sweep(NamedTuple):
         warmup = PRUNER_WARMUP.value
         if warmup is None:  # the whole first seed where no flag says how many epochs it has
             warmup = -(-flags.FLAGS.epochs // 2) if "epochs" in flags.FLAGS else trials.SEED_STEPS
-        return trials.open_study(
-            self.workdir, self.settings, random_trials=RANDOM_TRIALS.value, pruner_warmup=warmup
-        )
+        pruning = {"random_trials": RANDOM_TRIALS.value, "pruner_warmup": warmup}
+        return trials.open_study(self.workdir, self.settings, **pruning)
 
 
 def main() -> dict[str, Any] | None:
@@ -153,15 +146,13 @@ def checked_flags() -> Sweep:
     for flag, instead in (("split", "trials are measured on validation"), ("pod", "use --workers")):
         if flag in its and not given[flag].using_default_value:
             raise ValueError(f"--{flag} is not for a sweep: {instead}.")
-    if set(final_seeds()) & set(given.seeds):
+    if common := sorted(set(final_seeds()) & set(given.seeds)):
         raise ValueError(
-            f"--final_seeds={','.join(final_seeds())} and --seeds={','.join(given.seeds)} have some in common; what "
-            "was chosen on a seed looks too good on it."
+            f"--final_seeds and --seeds have some in common ({', '.join(common)}); what was chosen on a seed looks too "
+            "good on it."
         )
     if GPUS.value and len(GPUS.value) != WORKERS.value:
-        raise ValueError(
-            f"--gpus={','.join(GPUS.value)} must name one for each of --workers={WORKERS.value}."
-        )
+        raise ValueError(f"--gpus={','.join(GPUS.value)} must be one for each of --workers={WORKERS.value}.")
     cli.parse_seeds(final_seeds(), "final_seeds")
     check(experiment)
     settings = cli.settings(experiment.__name__)
@@ -211,14 +202,11 @@ def run(
     sweep: Sweep,
     name: str,
     values: Mapping[str, Any],
-    *,
     callbacks: Sequence[Callback] = (),
+    *,
     all_arms: bool = False,
 ) -> dict[str, Any]:
-    """Runs the experiment in ``workdir/name`` with these flags; what it prints goes into a log beside that.
-
-    Only the tuned arm is run, unless ``all_arms``.
-    """
+    """Runs the tuned arm, or ``all_arms``, in ``workdir/name`` with these flags; its output goes into a log beside."""
     directory, its = sweep.workdir / name, cli.flags_of(sweep.experiment.__name__)
     more: dict[str, Any] = {"workdir": directory}
     if "arms" in its and not all_arms:
@@ -243,8 +231,9 @@ def run(
 def search(sweep: Sweep, unfinished: Sequence[int]) -> None:
     """Runs trials until there are as many as were asked for, the unfinished ones first."""
     study, first = sweep.study(), list(unfinished)
-    draws = trials.Draws(NUM_TRIALS.value, RANDOM_TRIALS.value, SWEEP_SEED.value, sweep.workdir / "next.lock")
-    while (trial := trials.next_trial(study, sweep.space, draws, unfinished=first)) is not None:
+    draws: dict[str, Any] = {"num_trials": NUM_TRIALS.value, "random_trials": RANDOM_TRIALS.value}
+    draws |= {"seed": SWEEP_SEED.value, "lock": sweep.workdir / "next.lock"}
+    while (trial := trials.next_trial(study, sweep.space, unfinished=first, **draws)) is not None:
         attempt(sweep, study, trial)
         cli.say(trials.in_a_line(study.trials[trial.number]))
 
@@ -324,8 +313,7 @@ def conclude(sweep: Sweep, start: float) -> dict[str, Any]:
         scaled_down=runs["chosen"]["scaled_down"],
     )
     publish(sweep.workdir, result, metrics=[metric for metric in TABLE if metric in arms["default"]])
-    where = sweep.workdir
-    cli.say(f"results.json, figure.png and report.html are in {where}/, both runs in {where}/final/.")
+    cli.say(f"results.json, figure.png and report.html are in {sweep.workdir}/, both runs in its final/.")
     return result
 
 

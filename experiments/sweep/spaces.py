@@ -15,11 +15,9 @@ Space = dict[str, BaseDistribution]
 
 
 def read(parts: Sequence[str], known: Collection[str]) -> Space:
-    """Reads ``name=low:high``, ``name=low:high:log`` and ``name=a|b|c``; names are flags.
+    """Reads ``name=low:high``, ``name=low:high:log`` and ``name=a|b|c``, for names in ``known``, which are flags.
 
-    Args:
-      parts: one per flag. A flag of whole numbers is varied over whole numbers; the bounds belong to the range.
-      known: the flags that may be varied.
+    A flag of whole numbers is varied over whole numbers; the bounds belong to the range.
 
     Raises:
       ValueError: naming the first part that is not of this form, of no such flag, or impossible.
@@ -33,17 +31,13 @@ def read(parts: Sequence[str], known: Collection[str]) -> Space:
             raise ValueError(f"--space={part}: there is no flag --{name} to vary.{did_you_mean(name, known)}")
         if name in space:
             raise ValueError(f"--space names {name} twice.")
-        space[name] = _choice(part, text) if "|" in text else _range(part, name, text)
+        values = text.split("|")
+        if len(set(values)) < len(values) or not all(values):
+            raise ValueError(f"--space={part} must name different values, as in optimizer=adam|sgd.")
+        space[name] = CategoricalDistribution(values) if len(values) > 1 else _range(part, name, text)
     if not space:
         raise ValueError("--space is empty; name what is to be varied, as in --space=temperature=1:20:log.")
     return space
-
-
-def _choice(part: str, text: str) -> CategoricalDistribution:
-    values = text.split("|")
-    if len(set(values)) < len(values) or not all(values):
-        raise ValueError(f"--space={part} must name different values, as in optimizer=adam|sgd.")
-    return CategoricalDistribution(values)
 
 
 def _range(part: str, name: str, text: str) -> BaseDistribution:
@@ -68,11 +62,7 @@ def _range(part: str, name: str, text: str) -> BaseDistribution:
 
 
 def check(space: Space, experiment_check: Callable[[], Any]) -> None:
-    """Tries every bound and every choice on the flags, and on what the experiment itself checks of them.
-
-    Raises:
-      ValueError: with the sentence of what was refused.
-    """
+    """Tries every bound and every choice on the flags, and on what the experiment itself checks of them."""
     for name, over in space.items():
         ends = over.choices if isinstance(over, CategoricalDistribution) else (over.low, over.high)  # type: ignore
         for value in ends:
@@ -108,6 +98,5 @@ def as_setting(name: str, value: Any) -> Any:
 
 def in_words(values: Mapping[str, Any]) -> str:
     """Values as a person reads them."""
-    return ", ".join(
-        f"{name} {f'{v:.4g}' if isinstance(v, float) else v}" for name, v in sorted(values.items())
-    )
+    shown = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in sorted(values.items())}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())

@@ -5,7 +5,7 @@ import os
 import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import optuna
@@ -72,7 +72,7 @@ class Journal(BaseJournalBackend):
             digest = files.digest_json([self._digest, content["log"]])
             intact = digest == content["sha256"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            digest, intact = "", False
+            intact = False
         if not intact:
             raise ValueError(
                 f"{self._path}, line {len(self._logs) + 1}, was changed or is of another sweep. Delete that file and "
@@ -86,13 +86,9 @@ class Journal(BaseJournalBackend):
 def open_study(
     workdir: Path, settings: Mapping[str, Any], *, random_trials: int, pruner_warmup: int
 ) -> optuna.Study:
-    """The study of a sweep, which any number of processes may have open.
+    """The study of a sweep with these settings, which any number of processes may have open.
 
-    Args:
-      workdir: of the sweep.
-      settings: of the sweep, to which its journal belongs.
-      random_trials: finished trials that pruning needs to compare with.
-      pruner_warmup: epochs of the first seed before which no trial is pruned.
+    Until ``random_trials`` have finished, and for the first ``pruner_warmup`` epochs of a trial, none is pruned.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     backend = Journal(workdir / "journal.log", files.digest_json(dict(settings)))
@@ -110,37 +106,35 @@ def unlock_journal(workdir: Path) -> None:
     Path(f"{workdir / 'journal.log'}.lock").unlink(missing_ok=True)
 
 
-class Draws(NamedTuple):
-    """How new trials are drawn.
+def next_trial(
+    study: optuna.Study,
+    space: spaces.Space,
+    *,
+    unfinished: list[int],
+    num_trials: int,
+    random_trials: int,
+    seed: int,
+    lock: Path,
+) -> optuna.Trial | None:
+    """A trial that was left unfinished, with the values it had; else a new one; None when there are enough.
 
-    Attributes:
-      num_trials: trials in total.
+    Args:
+      study: of the sweep.
+      space: to draw from.
+      unfinished: numbers of the trials to take up first; the one taken is removed.
+      num_trials: in total.
       random_trials: the first ones, drawn at random.
       seed: of all draws.
       lock: file by which workers wait for each other, so that no two draw the same, or one trial too many.
     """
-
-    num_trials: int
-    random_trials: int
-    seed: int
-    lock: Path
-
-
-def next_trial(
-    study: optuna.Study, space: spaces.Space, draws: Draws, *, unfinished: list[int]
-) -> optuna.Trial | None:
-    """A trial that was left unfinished, with the values it had; else a new one; None when there are enough.
-
-    The one taken is removed from ``unfinished``, the numbers of the trials to take up first.
-    """
-    with files.lock(draws.lock):
+    with files.lock(lock):
         there = study.trials
         number = unfinished.pop(0) if unfinished else len(there)
-        if number == len(there) >= draws.num_trials:
+        if number == len(there) >= num_trials:
             return None
         # Seeded by the number, so that a sweep that was stopped draws what it would have drawn.
-        own_seed = int(np.random.SeedSequence([draws.seed, number]).generate_state(1)[0])
-        study.sampler = optuna.samplers.TPESampler(n_startup_trials=draws.random_trials, seed=own_seed)
+        own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=random_trials, seed=own_seed)
         trial = optuna.Trial(study, there[number]._trial_id) if number < len(there) else study.ask()
         spaces.draw(trial, space)
         return trial
@@ -196,10 +190,9 @@ def best_of(study: optuna.Study) -> FrozenTrial:
 
 def in_a_line(trial: FrozenTrial) -> str:
     """One line on a trial, for the terminal."""
-    outcome, attributes = OUTCOMES[trial.state], trial.user_attrs
-    said = attributes.get("reason") or f"validation {trial.value or 0:.2%}"
-    settings = spaces.in_words(trial.params)
-    return f"trial {trial.number} ({settings}): {outcome}, {said} ({attributes['seconds']:.0f} s)"
+    said = trial.user_attrs.get("reason") or f"validation {trial.value or 0:.2%}"
+    name = f"trial {trial.number} ({spaces.in_words(trial.params)})"
+    return f"{name}: {OUTCOMES[trial.state]}, {said} ({trial.user_attrs['seconds']:.0f} s)"
 
 
 def as_record(trial: FrozenTrial) -> dict[str, Any]:

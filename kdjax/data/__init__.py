@@ -4,8 +4,6 @@ from kdjax.data.augmentation import crop_and_flip as crop_and_flip
 from kdjax.data.augmentation import example_keys as example_keys
 from kdjax.data.augmentation import mixup as mixup
 from kdjax.data.augmentation import normalise as normalise
-from kdjax.data.augmentation import random_crop as random_crop
-from kdjax.data.augmentation import random_flip as random_flip
 from kdjax.data.augmentation import stored_view as stored_view
 from kdjax.data.batches import Feed as Feed
 from kdjax.data.batches import channel_statistics as channel_statistics

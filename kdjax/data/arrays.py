@@ -11,36 +11,46 @@ import numpy as np
 from kdjax.data import tfds_cache
 from kdjax.data.tfds_cache import first_ten
 
-_NAMES = ("images", "labels", "test_images", "test_labels", "names")
+_NAMES = {"images", "labels", "test_images", "test_labels", "names"}
 _TOLERANCE = 0.49 / 255  # below half a level of uint8: values so little outside [0, 1] round into it
 
 
 def read(path: Path) -> tfds_cache.Arrays:
-    """Reads an ``.npz``; :func:`kdjax.data.load` says what it may hold.
-
-    Args:
-      path: of the file.
-
-    Returns:
-      The data set, training examples first.
+    """Reads an ``.npz``, training examples first; :func:`kdjax.data.load` says what it may hold.
 
     Raises:
       ValueError: if the file is missing or damaged, or its arrays are not images and labels.
     """
-    return checked(_arrays(path), str(path))
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: give an .npz with the arrays images and labels.")
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            if damaged := file.zip.testzip():  # NumPy checks only the bytes that an array's header announces
+                raise zipfile.BadZipFile(f"bad CRC-32 of {damaged}")
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # a flipped bit raises nearly anything, zlib.error for one
+        raise ValueError(
+            f"{path} is no readable .npz of plain arrays ({error}): write it again with numpy.savez."
+        ) from error
+    return checked(arrays, str(path))
 
 
 def checked(arrays: Mapping[str, np.ndarray], where: str) -> tfds_cache.Arrays:
     """Checks the arrays of an ``.npz``, or the same in memory; ``where`` names them in errors and notes."""
+    paired = ("test_images" in arrays) == ("test_labels" in arrays)
+    if not (paired and {"images", "labels"} <= arrays.keys() <= _NAMES):
+        raise ValueError(
+            f"{where} must hold images and labels, and may hold test_images with test_labels, and names; "
+            f"it holds {', '.join(sorted(arrays)) or 'nothing'}."
+        )
     splits = {"train": "", "test": "test_"} if "test_images" in arrays else {"train": ""}
     images, given = [], []
     for start in splits.values():
         images.append(_as_uint8(arrays[f"{start}images"], f"{start}images of {where}"))
         given.append(_checked_labels(arrays[f"{start}labels"], len(images[-1]), f"{start}labels of {where}"))
     if len({part.shape[1:] for part in images}) > 1:
-        raise ValueError(
-            f"images and test_images of {where} differ in shape: {images[0].shape}, {images[1].shape}."
-        )
+        shapes = f"{images[0].shape}, {images[1].shape}"
+        raise ValueError(f"images and test_images of {where} differ in shape: {shapes}.")
     labels, class_names, notes = _classes(given, arrays.get("names"), where)
     if len({arrays[f"{start}images"].dtype.kind for start in splits.values()}) > 1:
         notes.append(f"Of images and test_images in {where} one is uint8 and one floats; both are now uint8.")
@@ -56,41 +66,12 @@ def checked(arrays: Mapping[str, np.ndarray], where: str) -> tfds_cache.Arrays:
     )
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise ValueError(
-            f"there is no file {path}: give the path of an .npz with the arrays images and labels."
-        )
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            if damaged := file.zip.testzip():  # NumPy checks only the bytes that an array's header announces
-                raise zipfile.BadZipFile(f"bad CRC-32 of {damaged}")
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # a flipped bit raises nearly anything, zlib.error for one
-        raise ValueError(
-            f"{path} is no readable .npz of plain arrays ({error}): write it again with numpy.savez."
-        ) from error
-    known = set(arrays) <= set(_NAMES)
-    if not (
-        known
-        and {"images", "labels"} <= arrays.keys()
-        and ("test_images" in arrays) == ("test_labels" in arrays)
-    ):
-        raise ValueError(
-            f"{path} must hold images and labels, and may hold test_images with test_labels, and names; "
-            f"it holds {', '.join(sorted(arrays)) or 'nothing'}."
-        )
-    return arrays
-
-
 # Images.
 
 
 def _as_uint8(images: np.ndarray, what: str) -> np.ndarray:
     if images.ndim not in (3, 4) or not images.size:
-        raise ValueError(
-            f"{what} must be shaped [n, height, width] or [n, height, width, channels]; got {images.shape}."
-        )
+        raise ValueError(f"{what} must be shaped [n, height, width(, channels)]; got {images.shape}.")
     images = images[..., None] if images.ndim == 3 else images
     _check_channels_last(images.shape, what)
     if images.dtype.kind == "f":
@@ -101,10 +82,8 @@ def _as_uint8(images: np.ndarray, what: str) -> np.ndarray:
             "b": ": write images.astype(np.uint8) * 255",
             "u": ": write (images / 257).round().astype(np.uint8) if 65535 is white",
             "i": ": write images.astype(np.uint8) if they lie in [0, 255]",
-        }
-        raise ValueError(
-            f"{what} must be uint8, or floats in [0, 1]; got {images.dtype}{advice.get(images.dtype.kind, '')}."
-        )
+        }.get(images.dtype.kind, "")
+        raise ValueError(f"{what} must be uint8, or floats in [0, 1]; got {images.dtype}{advice}.")
     return images
 
 
@@ -112,8 +91,7 @@ def _check_channels_last(shape: tuple[int, ...], what: str) -> None:
     """Refuses channels first, and ambiguous shapes; many channels are accepted below the height and the width."""
     _, height, width, channels = shape
     usual = channels in (1, 3) or (channels in (2, 4) and height not in (1, 3))
-    many = 4 < channels < min(height, width)
-    if not (usual or (many and height > 4)):
+    if not (usual or 4 < channels < min(height, width)):
         raise ValueError(
             f"{what} are shaped {shape}, which reads as {channels} channels of {height}x{width} pixels. Channels come "
             "last, 1 of grey or 3 of colour: if they come first here, write images.transpose(0, 2, 3, 1)."
@@ -129,13 +107,11 @@ def _check_range(images: np.ndarray, what: str) -> None:
             advice = "write np.clip(images, 0, 1) if resizing made them overshoot"
         else:
             advice = "undo their normalisation" if low < 0 else "divide them by what is white, such as 255"
-        raise ValueError(
-            f"{what} are floats, which must lie in [0, 1]; they lie in [{low:.9g}, {high:.9g}]: {advice}."
-        )
+        raise ValueError(f"{what} must be floats in [0, 1]; they lie in [{low:.9g}, {high:.9g}]: {advice}.")
     if 0 < high <= 1.001 / 255:
         raise ValueError(
-            f"{what} are floats, which must lie in [0, 1] and end here at {high:.9g}, a 255th: were they divided by "
-            "255 twice? Multiply them by 255."
+            f"{what} must be floats in [0, 1]; the largest is {high:.9g}, a 255th. Were they divided by 255 twice? "
+            "Multiply them by 255."
         )
 
 
@@ -151,13 +127,12 @@ def _notes(images: np.ndarray, where: str) -> Iterator[str]:
 
 def _checked_labels(labels: np.ndarray, count: int, what: str) -> np.ndarray:
     """Returns labels as integers or text, one per example."""
-    advice = ""
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        advice = ": write labels[:, 0]"
-    elif labels.ndim == 2:
-        advice = ": write labels.argmax(axis=1) if they are one-hot"
-    elif labels.dtype.kind in "bf":
-        advice = ": write labels.astype(int) if they are the numbers of classes"
+    if labels.ndim == 2:
+        one_hot = ": write labels.argmax(axis=1) if they are one-hot"
+        advice = ": write labels[:, 0]" if labels.shape[1] == 1 else one_hot
+    else:
+        numbers = ": write labels.astype(int) if they are the numbers of classes"
+        advice = numbers if labels.dtype.kind in "bf" else ""
     if labels.shape != (count,) or labels.dtype.kind not in "iuUS":
         raise ValueError(
             f"{what} must be {count} integers or strings, one per image; got {labels.dtype} of shape "
@@ -177,17 +152,18 @@ def _classes(
     given: Sequence[np.ndarray], names: np.ndarray | None, where: str
 ) -> tuple[list[np.ndarray], tuple[str, ...], list[str]]:
     """Numbers classes from 0; returns the labels, the class names, and a note if the labels changed."""
-    found = [part.tolist() for part in map(np.unique, given)]
-    values = sorted(
-        {value for part in found for value in part}, key=lambda value: (isinstance(value, str), value)
-    )
-    if len({type(value) for value in values}) > 1:
+    found = {value for part in given for value in np.unique(part).tolist()}
+    if len(set(map(type, found))) > 1:
         raise ValueError(f"labels and test_labels of {where} must both be integers or both text.")
+    values = sorted(found)
     if len(values) < 2:
         raise ValueError(f"{where} needs at least two classes; all of its labels are {values[0]!r}.")
     notes = []
     if names is not None:
-        class_names = _checked_names(names, where)
+        class_names = tuple(map(str, names.ravel()))
+        if names.ndim != 1 or len(set(class_names)) < len(class_names):
+            got = f"{first_ten(class_names)} of shape {names.shape}"
+            raise ValueError(f"names of {where} must be one list of different names; got {got}.")
         order = list(class_names) if isinstance(values[0], str) else list(range(len(class_names)))
         if unnamed := sorted({*values} - {*order}):
             raise ValueError(
@@ -202,17 +178,5 @@ def _classes(
                 "own numbers are the names of the classes."
             ]
     number = {value: i for i, value in enumerate(order)}
-    labels = []
-    for part in given:
-        unique, inverse = np.unique(part, return_inverse=True)
-        labels.append(np.array([number[value] for value in unique.tolist()], np.int32)[inverse])
+    labels = [np.array([number[value] for value in part.tolist()], np.int32) for part in given]
     return labels, class_names, notes
-
-
-def _checked_names(names: np.ndarray, where: str) -> tuple[str, ...]:
-    found = tuple(map(str, names.ravel()))
-    if names.ndim != 1 or len(set(found)) < len(found):
-        raise ValueError(
-            f"names of {where} must be one list of different names; got {first_ten(found)} of shape {names.shape}."
-        )
-    return found

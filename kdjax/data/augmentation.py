@@ -24,13 +24,37 @@ def crop_and_flip(
     padding: int,
     flip: bool,
 ) -> Shaped[Array, "batch height width channels"]:
-    """The usual augmentation of small photographs: :func:`random_crop`, then :func:`random_flip` if ``flip``.
+    """The usual augmentation of small photographs.
 
-    Do not flip digits or other writing.
+    Args:
+      images: a batch.
+      keys: one per example, :func:`example_keys`.
+      padding: each image is shifted by up to so many pixels, and its border filled with zeros: black in images before
+        normalisation, and the mean after it.
+      flip: mirror images left to right with probability one half; not for digits or other writing.
+
+    Raises:
+      ValueError: for a negative padding.
     """
+    if padding < 0:
+        raise ValueError(f"a crop needs a padding of 0 or more pixels, got {padding}; 4 is usual at 32x32.")
     if padding:
-        images = random_crop(images, keys, padding=padding)
-    return random_flip(images, keys) if flip else images
+        images = _random_crop(images, keys, padding)
+    if flip:
+        mirror = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, _FLIP)))(keys)
+        images = jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
+    return images
+
+
+def _random_crop(images: Array, keys: Array, padding: int) -> Array:
+    height, width, channels = images.shape[1:]
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+
+    def crop(image, key):
+        row, column = jax.random.randint(jax.random.fold_in(key, _CROP), (2,), 0, 2 * padding + 1)
+        return jax.lax.dynamic_slice(image, (row, column, jnp.zeros_like(row)), (height, width, channels))
+
+    return jax.vmap(crop)(padded, keys)
 
 
 def stored_view(
@@ -52,8 +76,8 @@ def stored_view(
       index: of each image in its data set.
       view: one number for all, or one per image.
       seed: of the family of views.
-      padding: pixels, for :func:`random_crop`.
-      flip: mirror views with probability one half.
+      padding: as for :func:`crop_and_flip`.
+      flip: as there.
     """
     view = jnp.broadcast_to(view, index.shape)
     base = jax.random.key(seed)
@@ -79,38 +103,6 @@ def normalise(
     offset = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
     shape = (1,) * (images.ndim - 1) + (-1,)
     return images.astype(jnp.float32) * scale.reshape(shape) - offset.reshape(shape)
-
-
-def random_crop(
-    images: Shaped[Array, "batch height width channels"], keys: Key[Array, " batch"], *, padding: int
-) -> Shaped[Array, "batch height width channels"]:
-    """Shifts each image by up to ``padding`` pixels and fills the border with zeros.
-
-    Zero is black in images before normalisation, and the mean after it.
-
-    Raises:
-      ValueError: for a negative padding.
-    """
-    if padding < 0:
-        raise ValueError(
-            f"random_crop needs a padding of 0 or more pixels, got {padding}; 4 is usual at 32x32."
-        )
-    height, width, channels = images.shape[1:]
-    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-
-    def crop(image, key):
-        row, column = jax.random.randint(jax.random.fold_in(key, _CROP), (2,), 0, 2 * padding + 1)
-        return jax.lax.dynamic_slice(image, (row, column, jnp.zeros_like(row)), (height, width, channels))
-
-    return jax.vmap(crop)(padded, keys)
-
-
-def random_flip(
-    images: Shaped[Array, "batch height width channels"], keys: Key[Array, " batch"]
-) -> Shaped[Array, "batch height width channels"]:
-    """Mirrors each image left to right with probability one half."""
-    flip = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, _FLIP)))(keys)
-    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
 def mixup(

@@ -24,7 +24,7 @@ def epoch_index(ids: np.ndarray, *, seed: int, epoch: int, batch_size: int) -> n
       ids: int[n], the examples to draw from.
       seed: of the whole run.
       epoch: counted from 0.
-      batch_size: examples per batch over all devices and hosts.
+      batch_size: over all devices and hosts.
 
     Returns:
       int32[n // batch_size, batch_size] (one row at least).
@@ -53,9 +53,8 @@ def evaluation_index(ids: np.ndarray, *, batch_size: int) -> tuple[np.ndarray, n
     """
     ids = _checked_ids("evaluation_index", ids, batch_size)
     padding = -len(ids) % batch_size
-    index = np.concatenate([ids, np.zeros(padding, np.int32)])
-    valid = np.concatenate([np.ones(len(ids), np.float32), np.zeros(padding, np.float32)])
-    return index.reshape(-1, batch_size), valid.reshape(-1, batch_size)
+    valid = np.pad(np.ones(len(ids), np.float32), (0, padding))
+    return np.pad(ids, (0, padding)).reshape(-1, batch_size), valid.reshape(-1, batch_size)
 
 
 def check_seed(what: str, seed: Any) -> int:
@@ -89,13 +88,9 @@ def gather(arrays: Mapping[str, Any], index: Int[Array, " batch"]) -> dict[str, 
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of images scaled to [0, 1]; pass the training images alone.
+    """Mean and standard deviation per channel of uint8 images scaled to [0, 1]; pass the training images alone.
 
-    Args:
-      images: uint8[n, height, width, channels].
-
-    Returns:
-      Two tuples of one float per channel. A constant channel gets a standard deviation of 1.
+    A constant channel gets a standard deviation of 1.
     """
     flat = images.reshape(-1, images.shape[-1])
     # Counting levels is exact, and needs no float copy of a large set.
@@ -134,7 +129,7 @@ def resident_feed(
       arrays: on the device, addressed by index: images, labels, the teacher's answers.
       ids: of the examples to draw, the training split.
       seed: of the order.
-      batch_size: examples per step over all devices and hosts.
+      batch_size: over all devices and hosts.
       steps_per_dispatch: most steps per call. Fewer are run where that divides the epoch into equal parts, so that no
         second program is compiled for the rest.
       rows_of: this process's rows of a global batch; with several processes :func:`kdjax.parallel.process_rows`.
@@ -162,10 +157,6 @@ def resident_feed(
         number, start = divmod(step, steps_per_epoch)
         return arrays, rows_of(epoch(number)[start : start + steps].T)
 
-    identity = {
-        "seed": seed,
-        "batch_size": batch_size,
-        "examples": len(ids),
-        "ids": hashlib.sha256(ids.tobytes()).hexdigest()[:16],
-    }
+    digest = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+    identity = {"seed": seed, "batch_size": batch_size, "examples": len(ids), "ids": digest}
     return Feed(steps_per_epoch, at, identity)

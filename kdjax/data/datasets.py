@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ class Dataset(NamedTuple):
         }
 
 
+@extra("data")
 def load(
     name: str,
     *,
@@ -112,29 +114,21 @@ def load(
         len(image_size) != 2
         or not all(isinstance(side, (int, np.integer)) and side > 0 for side in image_size)
     ):
-        raise ValueError(f"image_size must be (height, width), two integers above 0; got {image_size}.")
-    if skip_broken and not name.startswith("folder:"):
-        raise ValueError(f"skip_broken applies to folders of image files; {name} is not one.")
-    with extra("data"):
-        return _load(name, data_dir, image_size, skip_broken)
-
-
-def _load(
-    name: str, data_dir: str | os.PathLike[str] | None, image_size: tuple[int, int] | None, skip_broken: bool
-) -> Dataset:
+        raise ValueError(f"image_size={image_size} must be height and width, two integers above 0.")
     if name.startswith("folder:"):
         root = Path(name.removeprefix("folder:")).expanduser()
-        return Dataset(
-            root.resolve().name, *folders.read(root, image_size=image_size, skip_broken=skip_broken)
-        )
+        found = folders.read(root, image_size=image_size, skip_broken=skip_broken)
+        return Dataset(root.resolve().name, *found)
+    if skip_broken:
+        raise ValueError(f"skip_broken applies to folders of image files; {name} is not one.")
     if name == "digits" or name.lower().endswith(".npz"):
         if image_size is not None:
             raise ValueError(f"image_size applies to TFDS sets and folders; {name} has one size already.")
-        return (
-            _digits() if name == "digits" else Dataset(Path(name).name, *arrays.read(Path(name).expanduser()))
-        )
+        if name == "digits":
+            return _digits()
+        return Dataset(Path(name).name, *arrays.read(Path(name).expanduser()))
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    return Dataset(name, *tfds_cache.read(name, data_dir=root, image_size=image_size))
+    return Dataset(name, *tfds_cache.read(tfds_cache.find(name, root), name, image_size))
 
 
 def _digits() -> Dataset:
@@ -172,8 +166,6 @@ def from_arrays(
     given = {"images": images, "labels": labels, "test_images": test_images, "test_labels": test_labels}
     given |= {"names": None if class_names is None else np.asarray(class_names)}
     found = {key: np.asarray(value) for key, value in given.items() if value is not None}
-    if ("test_images" in found) != ("test_labels" in found):
-        raise ValueError("from_arrays needs test_images and test_labels together, got one of them.")
     return Dataset(name, *arrays.checked(found, "the arrays"))
 
 
@@ -181,36 +173,23 @@ def from_arrays(
 
 
 def groups_of(dataset: Dataset, pattern: str) -> np.ndarray:
-    """Returns the part of each example id that names its group, for :func:`split_ids`.
+    """Returns str[n], the first match of a regular expression in each example id, for :func:`split_ids`.
 
     The patients of the malaria set are ``groups_of(dataset, GROUP_PATTERNS["malaria"])``.
-
-    Args:
-      dataset: the data set.
-      pattern: a regular expression; its first match in an id is the group.
-
-    Returns:
-      str[n], one group per example.
 
     Raises:
       ValueError: if an id has no match.
     """
-    found = [re.search(pattern, name) for name in dataset.example_ids]
-    for name, match in zip(dataset.example_ids, found, strict=True):
-        if match is None:
-            raise ValueError(
-                f"pattern {pattern!r} matches nothing in the example id {str(name)!r}: every example needs a group."
-            )
-    return np.array([match.group() for match in found if match is not None])
+    groups = []
+    for name in dataset.example_ids:
+        if (match := re.search(pattern, name)) is None:
+            raise ValueError(f"pattern {pattern!r} matches nothing in the example id {str(name)!r}.")
+        groups.append(match.group())
+    return np.array(groups)
 
 
 def split_ids(
-    dataset: Dataset,
-    *,
-    validation: float = 0.1,
-    test: float = 0.2,
-    groups: np.ndarray | None = None,
-    salt: str = "",
+    dataset: Dataset, *, validation: float = 0.1, test: float = 0.2, groups: np.ndarray | None = None
 ) -> dict[str, Int[np.ndarray, " ids"]]:
     """Splits a data set by a hash of each example's id.
 
@@ -223,7 +202,6 @@ def split_ids(
       validation: expected fraction for validation; of the training split where there is an official test.
       test: expected fraction for test; ignored where there is an official test split, which is used.
       groups: str[n], such as patients, whose examples stay together; hashed in place of the ids.
-      salt: another string gives an independent split.
 
     Returns:
       Sorted ``int64`` ids under "train", "validation" and "test".
@@ -235,102 +213,75 @@ def split_ids(
     has_test = bool(np.any(dataset.official_split == 1))
     test = 0.0 if has_test else test
     if not (validation >= 0 and test >= 0 and validation + test < 1):
-        raise ValueError(
-            f"validation and test must be >= 0 and sum to less than 1; got {validation} and {test}."
-        )
+        raise ValueError(f"validation={validation} and test={test} must be >= 0 and sum to less than 1.")
     units = dataset.example_ids if groups is None else np.asarray(groups)
     if units.shape != dataset.labels.shape:
-        raise ValueError(
-            f"groups must have one group per example, {len(dataset.labels)} in all; got shape {units.shape}."
-        )
-    if groups is not None and has_test:
-        shared = np.intersect1d(units[dataset.official_split == 1], units[dataset.official_split != 1])
-        if len(shared):
-            raise ValueError(
-                f"group {str(shared[0])!r} has examples in both official splits, training and test."
-            )
-    position = _hash_positions(units, salt)
+        n = len(dataset.labels)
+        raise ValueError(f"groups must have one group per example, {n} in all; got shape {units.shape}.")
+    position = _hash_positions(units)
     in_test = dataset.official_split == 1 if has_test else position < test
     in_validation = ~in_test & (position >= 1 - validation)
-    ids = {
-        "train": np.flatnonzero(~in_test & ~in_validation),
-        "validation": np.flatnonzero(in_validation),
-        "test": np.flatnonzero(in_test),
-    }
+    if groups is not None and has_test and len(shared := np.intersect1d(units[in_test], units[~in_test])):
+        raise ValueError(f"group {str(shared[0])!r} has examples in both official splits, training and test.")
+    masks = {"train": ~in_test & ~in_validation, "validation": in_validation, "test": in_test}
+    ids = {name: np.flatnonzero(mask) for name, mask in masks.items()}
     for name, fraction in (("train", 1.0), ("validation", validation), ("test", test)):
         if fraction > 0 and not len(ids[name]):
             raise ValueError(
                 f"nothing falls into {name} for validation={validation} and test={test}, out of "
                 f"{len(np.unique(units))} examples or groups: add examples, or give split_ids a larger "
-                f"{name if fraction < 1 else 'rest'} fraction or another salt."
+                f"{name if fraction < 1 else 'rest'} fraction."
             )
     return ids
 
 
-def _hash_positions(units: np.ndarray, salt: str) -> np.ndarray:
+def _hash_positions(units: np.ndarray) -> np.ndarray:
     """Maps each string to a uniform number in [0, 1)."""
-    prefix = f"{salt}\0"
-    digests = b"".join(
-        hashlib.blake2b(f"{prefix}{unit}".encode(), digest_size=8).digest() for unit in units.tolist()
-    )
-    return (np.frombuffer(digests, "<u8") >> np.uint64(11)) * 2.0**-53
+    return (_hashes(f"\0{unit}".encode() for unit in units.tolist()) >> np.uint64(11)) * 2.0**-53
+
+
+def _hashes(contents: Iterable[Any]) -> np.ndarray:
+    """A hash of 64 bits of each buffer."""
+    return np.frombuffer(b"".join(hashlib.blake2b(c, digest_size=8).digest() for c in contents), "<u8")
 
 
 def split_notes(dataset: Dataset, split: Mapping[str, Int[np.ndarray, " _"]]) -> tuple[str, ...]:
     """Warns of what makes the numbers of a split less meaningful, with counts; nothing if all is well.
 
-    Images are compared by digests of their bytes, so a recompressed copy is not found.
-
-    Args:
-      dataset: the data set, before label noise.
-      split: the ids of each split, from :func:`split_ids`.
-
-    Returns:
-      Sentences about: classes without an example in a split; images in two splits, with two labels, or of a single
-      colour; class names that differ only in case.
+    Images are compared by digests of their bytes, so a recompressed copy is not found. The notes are about classes
+    without an example in a split; images in two splits, with two labels, or of a single colour; class names that differ
+    only in case.
     """
-    return tuple(_split_notes(dataset, split))
-
-
-def _split_notes(dataset: Dataset, split: Mapping[str, np.ndarray]) -> Iterator[str]:
-    spellings = defaultdict(list)
+    notes, spellings = [], defaultdict(list)
     for name in dataset.class_names:
         spellings[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
     if alike := [" and ".join(names) for names in spellings.values() if len(names) > 1]:
-        yield f"The names of these classes differ only in case, accents or spaces: {first_ten(alike)}."
+        notes.append(f"Names of classes that differ only in case, accents or spaces: {first_ten(alike)}.")
     for name, ids in split.items():
         counts = np.bincount(dataset.labels[ids], minlength=dataset.num_classes)
         if len(ids) and (missing := np.flatnonzero(counts == 0)).size:
             lacking = first_ten(dataset.class_names[i] for i in missing)
-            yield f"Classes without a {name} image: {len(missing):,} of {dataset.num_classes:,}, {lacking}."
-    digests = np.frombuffer(
-        b"".join(hashlib.blake2b(image, digest_size=8).digest() for image in dataset.images), "<u8"
-    )
-    sides = list(split)
-    for i, name in enumerate(sides):
-        for other in sides[i + 1 :]:
-            if copies := int(np.isin(digests[split[other]], digests[split[name]]).sum()):
-                total = len(split[other])
-                yield f"Images of {other} that are also in {name}, pixel for pixel: {copies:,} of {total:,}."
+            number = f"{len(missing):,} of {dataset.num_classes:,}"
+            notes.append(f"Classes without a {name} image: {number}, {lacking}.")
+    digests = _hashes(dataset.images)
+    for name, other in itertools.combinations(split, 2):
+        if copies := int(np.isin(digests[split[other]], digests[split[name]]).sum()):
+            number = f"{copies:,} of {len(split[other]):,}"
+            notes.append(f"Images of {other} that are also in {name}, pixel for pixel: {number}.")
     _, image_of = np.unique(digests, return_inverse=True)
     pairs = np.unique(np.stack([image_of, dataset.labels]), axis=1)
     if contradicted := int((np.bincount(pairs[0]) > 1).sum()):
-        yield f"Images that occur with more than one label: {contradicted:,}."
+        notes.append(f"Images that occur with more than one label: {contradicted:,}.")
     flat = (dataset.images.min((1, 2)) == dataset.images.max((1, 2))).all(-1)
     if flat.any():
-        yield f"Images of a single colour: {int(flat.sum()):,} of {len(flat):,}."
+        notes.append(f"Images of a single colour: {int(flat.sum()):,} of {len(flat):,}.")
+    return tuple(notes)
 
 
 def subset(dataset: Dataset, ids: Int[np.ndarray, " ids"]) -> Dataset:
     """Returns a data set of some examples: example ``i`` of the result is example ``ids[i]`` of the data set."""
-    return dataset._replace(
-        images=dataset.images[ids],
-        labels=dataset.labels[ids],
-        example_ids=dataset.example_ids[ids],
-        official_split=dataset.official_split[ids],
-        splits={},
-        content="",
-    )
+    rows = ("images", "labels", "example_ids", "official_split")
+    return dataset._replace(**{name: getattr(dataset, name)[ids] for name in rows}, splits={}, content="")
 
 
 def with_label_noise(
@@ -340,7 +291,7 @@ def with_label_noise(
 
     Args:
       dataset: the data set; it is not changed.
-      ids: of the examples to choose from, usually the training ids; their order does not matter.
+      ids: of the examples to choose from, in any order.
       fraction: share of ``ids`` to mislabel, in [0, 1].
       seed: of the choice of examples and labels.
 
@@ -356,9 +307,7 @@ def with_label_noise(
     if dataset.num_classes < 2:
         raise ValueError(f"label noise needs at least two classes; {dataset.name} has {dataset.num_classes}.")
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or np.any(ids[1:] == ids[:-1]):
-        raise ValueError(
-            f"ids must be distinct example indices; got {ids.dtype} of shape {ids.shape}, perhaps repeated."
-        )
+        raise ValueError(f"ids must be distinct example indices; got {ids.dtype} of shape {ids.shape}.")
     if len(ids) and (ids[0] < 0 or ids[-1] >= len(dataset.labels)):
         raise ValueError(f"ids must be in [0, {len(dataset.labels)}); got {ids[0]} to {ids[-1]}.")
     rng = np.random.default_rng(seed)

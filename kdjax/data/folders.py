@@ -20,22 +20,13 @@ _TESTS = ("test", "testing", "val", "valid", "validation")
 
 class _File(NamedTuple):
     path: Path
+    example_id: str
     label: int
     official_split: int
 
 
-def read(
-    root: Path, *, image_size: tuple[int, int] | None = None, skip_broken: bool = False
-) -> tfds_cache.Arrays:
-    """Reads a folder of class folders; :func:`kdjax.data.load` says what it may hold.
-
-    Args:
-      root: the folder.
-      image_size: height and width that images are resized to cover, and cut to around the centre.
-      skip_broken: leave out files that cannot be read, with a note, instead of raising.
-
-    Returns:
-      The data set, in the order of splits, classes and paths.
+def read(root: Path, *, image_size: tuple[int, int] | None, skip_broken: bool) -> tfds_cache.Arrays:
+    """Reads a folder of class folders, in the order of splits, classes and paths; arguments as for `kdjax.data.load`.
 
     Raises:
       ValueError: if it holds fewer than two classes, a class has no images, images cannot be read, or sizes differ.
@@ -47,21 +38,21 @@ def read(
     for split, flag in splits.items():
         for label, name in enumerate(names):
             found, rest = _walk(root / split / name)
-            files += [_File(path, label, flag) for path in found]
+            files += [_File(path, _example_id(root, path), label, flag) for path in found]
             others += rest
     _check_filled(root, splits, names, files, others)
-    pixels, broken, decisions = _read_images(root, files, image_size)
+    pixels, broken, decisions = _read_images(files, image_size)
     if broken and not skip_broken:
         raise ValueError(
             f"{len(broken):,} of the {len(files):,} image files in {root} cannot be read: {_reasons(broken)}. Replace "
             "or remove them, or leave them out with skip_broken=True (--skip_broken on the command line)."
         )
-    files = [file for file in files if _example_id(root, file.path) not in broken]
+    files = [file for file in files if file.example_id not in broken]
     _check_filled(root, splits, names, files, others)
     return tfds_cache.Arrays(
         pixels,
         np.array([file.label for file in files], np.int32),
-        np.array([_example_id(root, file.path) for file in files]),
+        np.array([file.example_id for file in files]),
         np.array([file.official_split for file in files], np.int8),
         tuple(map(_printable, names)),
         tuple(_notes(root, splits, files, others, broken, decisions)),
@@ -83,9 +74,8 @@ def _notes(
     if others:
         left = first_ten(_example_id(root, path) for path in sorted(others))
         yield f"Left out of {root}, since their names are not those of images: {len(others):,}, {left}."
-    if nested := sum(
-        _example_id(root, file.path).count("/") > (2 if len(splits) > 1 else 1) for file in files
-    ):
+    deepest = 2 if len(splits) > 1 else 1
+    if nested := sum(file.example_id.count("/") > deepest for file in files):
         yield f"Images in folders inside the class folders of {root}, which belong to those classes: {nested:,}."
     for what, count in decisions.items():
         yield f"Images of {root} with {what}: {count:,}."
@@ -112,8 +102,7 @@ def _reasons(broken: dict[str, str]) -> str:
 
 def _classes(root: Path) -> tuple[dict[str, int], list[str]]:
     """The folder of each split with its official_split flag, and the class names that all of them have."""
-    inside = _subfolders(root)
-    splits = _splits(root, inside)
+    splits = _splits(root)
     classes = {split: _subfolders(root / split) for split in splits}
     first, names = next(iter(classes.items()))
     for split, found in classes.items():
@@ -124,20 +113,19 @@ def _classes(root: Path) -> tuple[dict[str, int], list[str]]:
                 f"the second {only[1]}; they must agree."
             )
     if len(names) < 2:
-        raise ValueError(
-            f"{root / first} must hold at least two class folders; it holds {', '.join(names) or 'none'}."
-            + (f" If the classes lie in that folder, give {root / first / names[0]}." if names else "")
-        )
+        inside = f"{names[0]}; if the classes lie in it, give {root / first / names[0]}" if names else "none"
+        raise ValueError(f"{root / first} must hold at least two class folders; it holds {inside}.")
     return splits, names
 
 
-def _splits(root: Path, inside: Sequence[str]) -> dict[str, int]:
-    spelled = {name.lower(): name for name in inside}
+def _splits(root: Path) -> dict[str, int]:
+    spelled = {name.lower(): name for name in _subfolders(root)}
     training, tests = ([spelled[name] for name in names if name in spelled] for names in (_TRAINING, _TESTS))
     if len(training) == 1 and tests:
         return {training[0]: 0} | {name: int(name == tests[0]) for name in tests}
     for name in (*training, *tests):  # a class may have this name, but then it holds images
-        if len(_subfolders(root / name)) > 1 and not _has_images(root / name):
+        has_images = any(_is_image(path.name) for path in (root / name).iterdir() if not path.is_dir())
+        if len(_subfolders(root / name)) > 1 and not has_images:
             raise ValueError(
                 f"{root / name} holds folders and looks like one split of several, but {root} has no pair of train and "
                 f"test (or val) folders: add the other, or give {root / name} alone."
@@ -147,10 +135,6 @@ def _splits(root: Path, inside: Sequence[str]) -> dict[str, int]:
 
 def _subfolders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _has_images(folder: Path) -> bool:
-    return any(_is_image(path.name) for path in folder.iterdir() if not path.is_dir())
 
 
 def _is_image(name: str) -> bool:
@@ -210,7 +194,7 @@ def _check_filled(
 
 
 def _read_images(
-    root: Path, files: Sequence[_File], image_size: tuple[int, int] | None
+    files: Sequence[_File], image_size: tuple[int, int] | None
 ) -> tuple[np.ndarray, dict[str, str], Counter[str]]:
     """Images of one size, grey if all are; file → reason of those that cannot be read; counts of decisions."""
     images, broken, decisions = [], {}, Counter()
@@ -219,7 +203,7 @@ def _read_images(
         try:
             image, decided = photos.read(file.path)
         except ValueError as error:
-            broken[_example_id(root, file.path)] = str(error)
+            broken[file.example_id] = str(error)
             continue
         decisions.update(decided)
         first = first or (file.path, image.size)

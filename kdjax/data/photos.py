@@ -39,13 +39,7 @@ def suffixes() -> dict[str, str]:
 
 
 def read(path: Path) -> tuple[Image, list[str]]:
-    """Reads an image file, whatever its name ends in.
-
-    Args:
-      path: of the file.
-
-    Returns:
-      The image in mode "L" or "RGB", and the rules that were applied, for a count.
+    """Reads an image file, whatever its name ends in, in mode "L" or "RGB"; also returns the rules that were applied.
 
     Raises:
       ValueError: if the file cannot be read; the message is the reason, without the path.
@@ -75,11 +69,7 @@ def read(path: Path) -> tuple[Image, list[str]]:
 
 
 def as_shown(image: Image) -> Image:
-    """Returns an opened image in mode "L" or "RGB", by the rules at the top of this module.
-
-    Raises:
-      ValueError: for a mode without a defined white, such as 32-bit floats.
-    """
+    """Returns an opened image in mode "L" or "RGB", by the rules at the top of this module."""
     from PIL import Image, ImageOps
 
     sixteen_bits = _sixteen_bits(image)

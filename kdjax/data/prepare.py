@@ -25,6 +25,7 @@ from kdjax.data import tfds_cache
 
 _CIFAR10_FILES = {f"data_batch_{k}.bin": 30_730_000 for k in range(1, 6)} | {"test_batch.bin": 30_730_000}
 _CIFAR100_FILES = {"train.bin": 153_700_000, "test.bin": 30_740_000}
+_CIFAR100_LABELS = {"coarse_label_names.txt": 20, "fine_label_names.txt": 100}
 _CELL_FOLDERS = ("Parasitized", "Uninfected")
 
 
@@ -41,12 +42,11 @@ class _Raw(NamedTuple):
     kind: str
     folder: Path  # holds the archives, or the extracted folder
     files: dict[str, dict[str, Any]]  # what was checked: sizes and digests
-    size: int  # bytes in all
 
-
-class _Labels(NamedTuple):
-    file: str
-    classes: int
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(entry["bytes"] for entry in self.files.values())
 
 
 class _Extracted(NamedTuple):
@@ -54,17 +54,13 @@ class _Extracted(NamedTuple):
 
     folder: str
     files: dict[str, int]  # exact size in bytes
-    labels: tuple[_Labels, ...]  # one leading byte per record each, in this order
+    labels: dict[str, int]  # file of class names → classes; one leading byte per record each, in this order
 
 
 EXTRACTED = {
-    "cifar10": _Extracted("cifar-10-batches-bin", _CIFAR10_FILES, (_Labels("batches.meta.txt", 10),)),
-    "cifar100": _Extracted(
-        "cifar-100-binary",
-        _CIFAR100_FILES,
-        (_Labels("coarse_label_names.txt", 20), _Labels("fine_label_names.txt", 100)),
-    ),
-    "malaria": _Extracted("cell_images", {}, ()),
+    "cifar10": _Extracted("cifar-10-batches-bin", _CIFAR10_FILES, {"batches.meta.txt": 10}),
+    "cifar100": _Extracted("cifar-100-binary", _CIFAR100_FILES, _CIFAR100_LABELS),
+    "malaria": _Extracted("cell_images", {}, {}),
 }
 
 
@@ -112,7 +108,7 @@ def prepare(name: str, *, raw_dir: str | os.PathLike[str], data_dir: str | os.Pa
         shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
         try:
             made = _build(builder_class, raw, staging)
-            tfds_cache.read_back(made, name)
+            tfds_cache.read(made, name)  # checks the records against their digests, and caches the images
             final.parent.mkdir(parents=True, exist_ok=True)
             os.rename(made, final)
         finally:
@@ -132,10 +128,9 @@ def _describe(path: Path, *, fresh: bool) -> Prepared:
 
 
 def _find_raw(name: str, raw_dir: Path, url_infos: dict[str, Any]) -> _Raw:
+    needs = _needs(name, url_infos)
     if not raw_dir.is_dir():
-        raise ValueError(
-            f"raw_dir {raw_dir} is not a directory: name the one that holds {_needs(name, url_infos)}."
-        )
+        raise ValueError(f"raw_dir {raw_dir} is not a directory: name the one that holds {needs}.")
     wanted = [info.filename for info in url_infos.values()]
     present = {folder: [f for f in wanted if (folder / f).is_file()] for folder in (raw_dir, raw_dir / name)}
     for folder, found in present.items():
@@ -145,12 +140,11 @@ def _find_raw(name: str, raw_dir: Path, url_infos: dict[str, Any]) -> _Raw:
         unpacked = EXTRACTED[name].folder
         for folder in (raw_dir / unpacked, raw_dir / name / unpacked, raw_dir):
             if folder.name == unpacked and folder.is_dir():
-                return _check_extracted(name, folder)
+                files = _check_cells(folder) if name == "malaria" else _check_batches(name, folder)
+                return _Raw("extracted", folder.parent, files)
     folder, found = max(present.items(), key=lambda item: len(item[1]))
     missing = f"; only {', '.join(found)} found in {folder}" if found else ""
-    raise ValueError(
-        f"raw files of {name} are missing: put {_needs(name, url_infos)} into {raw_dir}{missing}."
-    )
+    raise ValueError(f"raw files of {name} are missing: put {needs} into {raw_dir}{missing}.")
 
 
 def _needs(name: str, url_infos: dict[str, Any]) -> str:
@@ -158,9 +152,7 @@ def _needs(name: str, url_infos: dict[str, Any]) -> str:
     if name not in EXTRACTED:
         return archives
     layout = EXTRACTED[name]
-    inside = [*layout.files, *(labels.file for labels in layout.labels)] or [
-        f"{f}/*.png" for f in _CELL_FOLDERS
-    ]
+    inside = [*layout.files, *layout.labels] or [f"{folder}/*.png" for folder in _CELL_FOLDERS]
     return f"{archives}, or the extracted folder {layout.folder}/ with {', '.join(inside)},"
 
 
@@ -176,44 +168,29 @@ def _check_archives(name: str, folder: Path, url_infos: dict[str, Any]) -> _Raw:
                 f"{info.checksum}, found {size:,} bytes with {sha256}; fetch it again from {url}."
             )
         files[info.filename] = {"bytes": size, "sha256": sha256}
-    return _Raw("archives", folder, files, sum(entry["bytes"] for entry in files.values()))
-
-
-def _check_extracted(name: str, folder: Path) -> _Raw:
-    files = _check_cells(folder) if name == "malaria" else _check_batches(name, folder)
-    return _Raw("extracted", folder.parent, files, sum(entry["bytes"] for entry in files.values()))
+    return _Raw("archives", folder, files)
 
 
 def _check_batches(name: str, folder: Path) -> dict[str, dict[str, Any]]:
     layout = EXTRACTED[name]
-    missing = [
-        f for f in (*layout.files, *(labels.file for labels in layout.labels)) if not (folder / f).is_file()
-    ]
-    if missing:
-        raise ValueError(
-            f"{folder} is not the whole of the official archive of {name}: {', '.join(missing)} missing."
-        )
-    for file, classes in layout.labels:
-        names = [line for line in (folder / file).read_text().splitlines() if line]
-        if len(names) != classes:
-            raise ValueError(
-                f"{folder / file} must hold {classes} class names, one a line; it holds {len(names)}."
-            )
+    paths = {file: folder / file for file in (*layout.files, *layout.labels)}
+    if missing := [file for file, path in paths.items() if not path.is_file()]:
+        raise ValueError(f"{folder} is not all of the archive of {name}: {', '.join(missing)} missing.")
+    for file, classes in layout.labels.items():
+        found = sum(bool(line) for line in paths[file].read_text().splitlines())
+        if found != classes:
+            raise ValueError(f"{paths[file]} must hold {classes} class names, one a line; it holds {found}.")
     for file, size in layout.files.items():
-        found = (folder / file).stat().st_size
+        path, found = paths[file], paths[file].stat().st_size
         if found != size:
-            raise ValueError(
-                f"{folder / file} must have exactly {size:,} bytes, found {found:,}: copy it again."
-            )
-        records = np.memmap(folder / file, np.uint8, "r").reshape(-1, len(layout.labels) + 3072)
-        for column, labels in enumerate(layout.labels):
-            largest = int(records[:, column].max())
-            if largest >= labels.classes:
-                raise ValueError(f"{folder / file} has label {largest}, {name} has {labels.classes} classes.")
-    checked = (*layout.files, *(labels.file for labels in layout.labels))
+            raise ValueError(f"{path} must have exactly {size:,} bytes, found {found:,}: copy it again.")
+        records = np.memmap(path, np.uint8, "r").reshape(-1, len(layout.labels) + 3072)
+        for column, classes in enumerate(layout.labels.values()):
+            if (largest := int(records[:, column].max())) >= classes:
+                raise ValueError(f"{path} has label {largest}, {name} has {classes} classes.")
     return {
-        f: {"bytes": (folder / f).stat().st_size, "sha256": tfds_cache.file_sha256(folder / f)}
-        for f in checked
+        file: {"bytes": path.stat().st_size, "sha256": tfds_cache.file_sha256(path)}
+        for file, path in paths.items()
     }
 
 
@@ -246,25 +223,14 @@ def _check_cells(folder: Path) -> dict[str, dict[str, Any]]:
 # TFDS's own builders, run on what was found.
 
 
-class _ExtractedManager:
-    """Stands in for TFDS's download manager when the archive has already been unpacked by hand."""
-
-    def __init__(self, raw: _Raw):
-        self._root = raw.folder
-        self.downloaded_size = raw.size
-
-    def download_and_extract(self, url: str) -> str:
-        del url  # each of these builders has exactly one archive
-        return os.fspath(self._root)
-
-
 def _build(builder_class: Any, raw: _Raw, staging: Path) -> Path:
     """Runs the builder into ``staging`` and returns the version directory it made there."""
     import tensorflow_datasets as tfds
 
     builder = builder_class(data_dir=os.fspath(staging))
-    if raw.kind == "extracted":
-        builder._make_download_manager = lambda **_: _ExtractedManager(raw)
+    if raw.kind == "extracted":  # each of these builders has exactly one archive
+        unpacked = {"download_and_extract": lambda url: os.fspath(raw.folder), "downloaded_size": raw.size}
+        builder._make_download_manager = lambda **_: types.SimpleNamespace(**unpacked)
     builder._log_download_bytes = builder._log_download_done = lambda: None  # they name the hidden directory
     records = _note_records(builder)
     config = tfds.download.DownloadConfig(
@@ -378,10 +344,8 @@ def _write_preparation(made: Path, builder: Any, raw: _Raw, noted: dict[str, _No
 def _encode_png(image: np.ndarray) -> types.SimpleNamespace:
     from PIL import Image
 
-    buffer = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else np.ascontiguousarray(image)).save(
-        buffer, "PNG"
-    )
+    buffer, pixels = io.BytesIO(), image[..., 0] if image.shape[-1] == 1 else np.ascontiguousarray(image)
+    Image.fromarray(pixels).save(buffer, "PNG")
     return types.SimpleNamespace(numpy=buffer.getvalue)
 
 
@@ -395,15 +359,13 @@ def _without_tensorflow() -> Iterator[None]:
     """
     from tensorflow_datasets.core.utils import lazy_imports_utils
 
-    standin = types.SimpleNamespace(
-        io=types.SimpleNamespace(
-            gfile=types.SimpleNamespace(
-                GFile=open, exists=os.path.exists, listdir=os.listdir, remove=os.remove
-            )
-        ),
-        compat=types.SimpleNamespace(as_text=lambda text: text.decode() if isinstance(text, bytes) else text),
-        errors=types.SimpleNamespace(ResourceExhaustedError=type("ResourceExhaustedError", (Exception,), {})),
-        image=types.SimpleNamespace(encode_png=_encode_png),
+    space = types.SimpleNamespace
+    gfile = space(GFile=open, exists=os.path.exists, listdir=os.listdir, remove=os.remove)
+    standin = space(
+        io=space(gfile=gfile),
+        compat=space(as_text=lambda text: text.decode() if isinstance(text, bytes) else text),
+        errors=space(ResourceExhaustedError=type("ResourceExhaustedError", (Exception,), {})),
+        image=space(encode_png=_encode_png),
         executing_eagerly=lambda: True,
         Tensor=type("Tensor", (), {}),
         RaggedTensor=type("RaggedTensor", (), {}),

@@ -6,17 +6,9 @@ import sys
 import jax
 import numpy as np
 
+from kdjax.data import datasets
 from kdjax.data.batches import channel_statistics
-from kdjax.data.datasets import (
-    GROUP_PATTERNS,
-    Dataset,
-    digest,
-    groups_of,
-    split_ids,
-    split_notes,
-    subset,
-    with_label_noise,
-)
+from kdjax.data.datasets import Dataset
 from kdjax.types import Normalisation
 
 
@@ -47,24 +39,25 @@ def split(
     Raises:
       ValueError: if a split would be empty, or has fewer examples than asked for.
     """
-    pattern = GROUP_PATTERNS.get(dataset.name.partition(":")[0]) if by_group else None
-    splits = split_ids(dataset, groups=groups_of(dataset, pattern) if pattern else None)
+    pattern = datasets.GROUP_PATTERNS.get(dataset.name.partition(":")[0]) if by_group else None
+    splits = datasets.split_ids(dataset, groups=datasets.groups_of(dataset, pattern) if pattern else None)
     splits["train"] = _sample(splits["train"], num_train, "num_train", clip)
     splits["validation"] = _sample(splits["validation"], num_validation, "num_validation", clip)
     used = np.sort(np.concatenate(list(splits.values())))
-    dataset = subset(dataset, used)
+    dataset = datasets.subset(dataset, used)
     splits = {name: np.searchsorted(used, ids) for name, ids in splits.items()}
-    notes = (*dataset.notes, *split_notes(dataset, splits))
+    notes = (*dataset.notes, *datasets.split_notes(dataset, splits))
     for note in notes:
         _print_once(note)
     mislabelled = np.zeros(0, np.int64)
     if label_noise:
-        dataset, mislabelled = with_label_noise(dataset, splits["train"], fraction=label_noise, seed=0)
+        noisy = splits["train"]
+        dataset, mislabelled = datasets.with_label_noise(dataset, noisy, fraction=label_noise, seed=0)
     return dataset._replace(
         splits=splits,
         normalisation=Normalisation(*channel_statistics(dataset.images[splits["train"]])),
         mislabelled=mislabelled,
-        content=digest(dataset),
+        content=datasets.digest(dataset),
         notes=notes,
     )
 

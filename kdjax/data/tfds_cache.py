@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdjax import files
 from kdjax.data import photos
 
 OFFICIAL = ("mnist", "fashion_mnist", "cifar10", "cifar100", "malaria")
@@ -38,6 +39,7 @@ _CACHE = "kdjax_decoded"
 _MANIFEST = "manifest.json"
 _ARRAYS = ("images", "labels", "example_ids", "official_split")
 _CHUNK = 512
+_PREPARE_AGAIN = "delete {} and prepare the data set again."
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by number of channels
 
 
@@ -73,25 +75,18 @@ def staging_of(name: str, data_dir: Path) -> Path:
 
 
 def find_finished(name: str, data_dir: Path) -> Path | None:
-    """Returns the newest finished version directory of a TFDS data set, or None.
-
-    Args:
-      name: a TFDS name, ``"set"``, ``"set/config"`` or ``"set:version"``.
-      data_dir: root of the prepared data sets.
+    """Returns the newest finished version directory of ``"set"``, ``"set/config"`` or ``"set:version"``, or None.
 
     Raises:
       ValueError: there are several configurations and the name gives none.
     """
     base, _, version = name.partition(":")
-    found = [*(data_dir / base).glob("*/dataset_info.json"), *(data_dir / base).glob("*/*/dataset_info.json")]
-    paths = [
-        file.parent for file in found if _version(file.parent.name) and version in ("", file.parent.name)
-    ]
+    infos = [file for depth in ("*", "*/*") for file in (data_dir / base).glob(f"{depth}/dataset_info.json")]
+    found = [info.parent for info in infos]
+    paths = [path for path in found if _version(path.name) and version in ("", path.name)]
     configs = sorted({path.parent.name for path in paths})
     if len(configs) > 1:
-        raise ValueError(
-            f"{name} in {data_dir} has several configurations: write {base}/NAME, NAME one of {configs}."
-        )
+        raise ValueError(f"{name} in {data_dir} has several configurations: write {base}/ one of {configs}.")
     return max(paths, key=lambda path: _version(path.name), default=None)
 
 
@@ -109,10 +104,12 @@ def find(name: str, data_dir: Path) -> Path:
     path = find_finished(name, data_dir) if re.fullmatch(r"\w+(/[\w.+-]+)?(:[\d.]+)?", name) else None
     if path is not None:
         return path
-    base = name.partition(":")[0].partition("/")[0]
-    if base and ":" in name and (other := find_finished(name.partition(":")[0], data_dir)) is not None:
+    unversioned = name.partition(":")[0]
+    base = unversioned.partition("/")[0]
+    if base and ":" in name and (other := find_finished(unversioned, data_dir)) is not None:
         raise ValueError(f"{data_dir} holds version {other.name} of {base}, not {name}: ask for that one.")
-    _check_known(name, base)
+    if base not in OFFICIAL:
+        _check_known(name, base)
     command = (
         f"kdjax.data.prepare({base!r}, raw_dir=RAW, data_dir={str(data_dir)!r})` in Python, or in a clone of the "
         f"repository `python -m experiments.prepare_data --dataset={base} --raw_dir=RAW --data_dir={data_dir}"
@@ -122,15 +119,11 @@ def find(name: str, data_dir: Path) -> Path:
     if not data_dir.is_dir():
         raise ValueError(f"data_dir {data_dir} does not exist; to prepare {name} there run `{command}`.")
     if staging_of(base, data_dir).exists() or (data_dir / base).exists():
-        raise ValueError(
-            f"{name} in {data_dir} is half-written and cannot be read; prepare it again: `{command}`."
-        )
+        raise ValueError(f"{name} in {data_dir} is half-written; prepare it again: `{command}`.")
     raise ValueError(f"data_dir {data_dir} holds no prepared {name}; run `{command}`.")
 
 
 def _check_known(name: str, base: str) -> None:
-    if base in OFFICIAL:
-        return
     known = {"digits", *OFFICIAL}
     with contextlib.suppress(ImportError):
         import tensorflow_datasets as tfds
@@ -160,39 +153,19 @@ def update_digest(digest: Any, record: bytes) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool, task: str) -> Iterator[None]:
-    """Holds a lock on a file; the system releases it however the process ends.
-
-    Args:
-      path: the lock file; created if missing and left there.
-      wait: wait for another holder to finish, instead of raising.
-      task: what this process does, for the message.
+    """Holds a lock on a file, which is left there; the system releases it however the process ends.
 
     Raises:
       ValueError: if another process holds the lock and ``wait`` is false.
     """
-    import fcntl
-
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise ValueError(f"another process is {task}: wait for it, or stop it.") from error
-        except OSError as error:
-            if error.errno not in (
-                errno.ENOLCK,
-                errno.ENOSYS,
-                errno.EOPNOTSUPP,
-            ):  # network disks without locks
-                raise
+        if not files.lock_file(file, wait=wait):
+            raise ValueError(f"another process is {task}: wait for it, or stop it.")
         yield
 
 
 def check_room(folder: Path, needed: int, task: str) -> None:
-    """Refuses work that needs more disk space than there is.
-
-    Raises:
-      ValueError: fewer than ``needed`` bytes are free.
-    """
+    """Raises a ValueError if fewer than ``needed`` bytes are free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
@@ -203,25 +176,20 @@ def check_room(folder: Path, needed: int, task: str) -> None:
 
 def write_checked(file: Path, content: dict[str, Any]) -> None:
     """Writes JSON that carries its own digest."""
-    sealed = {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
-    file.write_text(json.dumps(sealed, indent=2) + "\n")
+    file.write_text(json.dumps({**content, "sha256": files.digest_json(content)}, indent=2) + "\n")
 
 
-def read_checked(file: Path) -> dict[str, Any] | None:
-    """Reads what :func:`write_checked` wrote, None if there is no file.
-
-    Raises:
-      ValueError: the file is damaged.
-    """
+def _read_checked(file: Path, advice: str) -> dict[str, Any] | None:
+    """Reads what :func:`write_checked` wrote, None if there is no file; a ValueError if it is damaged."""
     if not file.exists():
         return None
     try:
         content = json.loads(file.read_text())
-        noted = content.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: it does not parse ({type(error).__name__})") from error
-    if hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() != noted:
-        raise ValueError(f"{file} is damaged: it does not have the SHA-256 noted when it was written")
+        intact = content.pop("sha256") == files.digest_json(content)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{file} is damaged: it is not JSON with the digest of its content; {advice}")
     return content
 
 
@@ -236,47 +204,28 @@ def progress(items: Any, description: str) -> Any:
 
 
 def read_preparation(path: Path) -> dict[str, Any] | None:
-    """Returns what :func:`kdjax.data.prepare` wrote beside the records, or None if TFDS alone made them.
-
-    Raises:
-      ValueError: if that file is damaged.
-    """
-    advice = f"delete {path} and prepare the data set again."
-    try:
-        preparation = read_checked(path / PREPARATION_FILE)
-    except ValueError as error:
-        raise ValueError(f"{error}; {advice}") from error
+    """Returns what :func:`kdjax.data.prepare` wrote beside the records, or None if TFDS alone made them."""
+    advice = _PREPARE_AGAIN.format(path)
+    preparation = _read_checked(path / PREPARATION_FILE, advice)
     if preparation is None and (path / KEYS_FILE).exists():
         raise ValueError(f"{path / PREPARATION_FILE} is missing; {advice}")
     return preparation
 
 
-def read(name: str, *, data_dir: Path, image_size: tuple[int, int] | None = None) -> Arrays:
+def read(path: Path, name: str, image_size: tuple[int, int] | None = None) -> Arrays:
     """Returns a prepared TFDS data set as arrays, decoded on the first call and cached beside its records.
 
     Args:
+      path: its directory, from :func:`find`.
       name: a TFDS name.
-      data_dir: root of the prepared data sets.
       image_size: height and width to resize and cut to; by default the stored size, or that in :data:`DEFAULT_SIZES`.
 
     Raises:
-      ValueError: the data set is unknown, missing, half-written, damaged, or no image classification.
+      ValueError: the data set is damaged, or no image classification.
     """
-    return _read(find(name, data_dir), name, image_size)
-
-
-def read_back(path: Path, name: str) -> None:
-    """Decodes and caches a data set that was just written, and checks it against its digests."""
-    _read(path, name, None)
-
-
-def _read(path: Path, name: str, image_size: tuple[int, int] | None) -> Arrays:
     base = name.partition(":")[0]
-    size, resize = (
-        image_size or DEFAULT_SIZES.get(base),
-        photos.stretch if base in DEFAULT_SIZES else photos.fit,
-    )
-    fitted = "" if resize is photos.stretch else "-cut"
+    size = image_size or DEFAULT_SIZES.get(base)
+    resize, fitted = (photos.stretch, "") if base in DEFAULT_SIZES else (photos.fit, "-cut")
     cache = path / _CACHE / ("native" if size is None else f"{size[0]}x{size[1]}{fitted}")
     arrays = _read_cache(cache, path)
     if arrays is not None:
@@ -298,10 +247,7 @@ def _read(path: Path, name: str, image_size: tuple[int, int] | None) -> Arrays:
 
 def _read_cache(cache: Path, path: Path) -> Arrays | None:
     advice = f"delete {cache} and load again; it is then decoded from the records."
-    try:
-        manifest = read_checked(cache / _MANIFEST)
-    except ValueError as error:
-        raise ValueError(f"{error}; {advice}") from error
+    manifest = _read_checked(cache / _MANIFEST, advice)
     if manifest is None or manifest["dataset_info"] != file_sha256(path / "dataset_info.json"):
         return None  # never decoded, or decoded from records that have since been replaced
     if set(manifest["files"]) != set(_ARRAYS):
@@ -310,9 +256,7 @@ def _read_cache(cache: Path, path: Path) -> Arrays | None:
     for array in _ARRAYS:
         file = cache / f"{array}.npy"
         if not file.exists() or file_sha256(file) != manifest["files"][array]:
-            raise ValueError(
-                f"{file} is damaged: its SHA-256 is not the one noted when it was written; {advice}"
-            )
+            raise ValueError(f"{file} is damaged: it has not the SHA-256 that it was written with; {advice}")
         arrays[array] = np.load(file, allow_pickle=False)
     return Arrays(**arrays, class_names=tuple(manifest["class_names"]))
 
@@ -323,16 +267,13 @@ def _write_cache(cache: Path, path: Path, arrays: Arrays) -> None:
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir()
     try:
-        files = {}
         for array in _ARRAYS:
             np.save(growing / f"{array}.npy", getattr(arrays, array), allow_pickle=False)
-            files[array] = file_sha256(growing / f"{array}.npy")
-        info = file_sha256(path / "dataset_info.json")
         manifest = {
             "schema": 1,
             "class_names": list(arrays.class_names),
-            "dataset_info": info,
-            "files": files,
+            "dataset_info": file_sha256(path / "dataset_info.json"),
+            "files": {array: file_sha256(growing / f"{array}.npy") for array in _ARRAYS},
         }
         write_checked(growing / _MANIFEST, manifest)
         shutil.rmtree(cache, ignore_errors=True)
@@ -347,18 +288,13 @@ def _write_cache(cache: Path, path: Path, arrays: Arrays) -> None:
 # Decoding.
 
 
-def _decode(
-    path: Path, size: tuple[int, int] | None, resize: Callable[..., Any], cache: Path | None
-) -> Arrays:
+def _decode(path: Path, size: tuple[int, int] | None, resize: Callable, cache: Path | None) -> Arrays:
     import tensorflow_datasets as tfds
 
     preparation = read_preparation(path) or {"files": {}}
     for file, sha256 in preparation["files"].items():
         if not (path / file).is_file() or file_sha256(path / file) != sha256:
-            raise ValueError(
-                f"{path / file} is missing or damaged; delete {path} and prepare the data set again."
-            )
-
+            raise ValueError(f"{path / file} is missing or damaged; {_PREPARE_AGAIN.format(path)}")
     builder: Any = tfds.builder_from_directory(os.fspath(path))
     image_key, label_key = _supervised(builder.info)
     shape = builder.info.features[image_key].shape
@@ -386,12 +322,9 @@ def _decode(
             labels[row] = example.features.feature[label_key].int64_list.value[0]
         start = stop
     if labels.min() < 0:
-        raise ValueError(
-            f"{builder.info.name} has examples without a label (-1), so it cannot be used as it is."
-        )
-    return Arrays(
-        images, labels, np.array(ids), official_split, tuple(builder.info.features[label_key].names)
-    )
+        raise ValueError(f"{builder.info.name} has examples without a label (-1), so it cannot be used.")
+    class_names = tuple(builder.info.features[label_key].names)
+    return Arrays(images, labels, np.array(ids), official_split, class_names)
 
 
 def _supervised(info: Any) -> tuple[str, str]:
@@ -401,17 +334,14 @@ def _supervised(info: Any) -> tuple[str, str]:
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
     keys = info.supervised_keys or (images + labels if len(images) == len(labels) == 1 else ())
-    if len(keys) != 2 or keys[0] not in images or keys[1] not in labels or not _is_plain(features[keys[0]]):
+    plain = [k for k in images if features[k].np_dtype == np.uint8 and features[k].shape[-1] in _MODES]
+    if len(keys) != 2 or keys[0] not in plain or keys[1] not in labels:
         found = ", ".join(f"{key}: {type(feature).__name__}" for key, feature in features.items())
         raise ValueError(
             f"{info.name} is not an image classification data set, which has one uint8 Image and one ClassLabel: "
             f"it has {found}."
         )
     return keys[0], keys[1]
-
-
-def _is_plain(image: Any) -> bool:
-    return image.np_dtype == np.uint8 and image.shape[-1] in _MODES
 
 
 def _official_splits(info: Any) -> dict[str, int]:
@@ -430,15 +360,23 @@ def _examples(builder: Any, split: str, path: Path) -> Iterator[Any]:
 
     TFDS's own decoding of whole examples takes several times as long as the PNG inside them.
     """
+    from tensorflow_datasets.core import decode
     from tensorflow_datasets.proto import tf_example_pb2
 
     parse: Any = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
-    advice = f"delete {path} and prepare the data set again."
+    advice = _PREPARE_AGAIN.format(path)
     digest = hashlib.sha256()
     try:
-        for record in _records(builder, split, path):
-            update_digest(digest, record)
-            yield parse(record)
+        source = builder.as_data_source(split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
+        for start in progress(range(0, len(source), _CHUNK), f"Decoding {builder.info.name} {split}"):
+            for record in source.__getitems__(range(start, min(start + _CHUNK, len(source)))):
+                update_digest(digest, record)
+                yield parse(record)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{path} is stored as {builder.info.file_format}, which cannot be read by index: prepare it with "
+            "file_format='array_record' in another data_dir."
+        ) from error
     except RuntimeError as error:  # ArrayRecord's checksums, and shards that are gone
         raise ValueError(
             f"the records of {split} in {path} are missing or damaged ({error}); {advice}"
@@ -446,20 +384,6 @@ def _examples(builder: Any, split: str, path: Path) -> Iterator[Any]:
     preparation = read_preparation(path)
     if preparation is not None and preparation["splits"][split]["records_sha256"] != digest.hexdigest():
         raise ValueError(f"the records of {split} in {path} are not those that were prepared; {advice}")
-
-
-def _records(builder: Any, split: str, path: Path) -> Iterator[bytes]:
-    from tensorflow_datasets.core import decode
-
-    try:
-        source = builder.as_data_source(split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{path} is stored as {builder.info.file_format}, which cannot be read by index: prepare it with "
-            "file_format='array_record' in another data_dir."
-        ) from error
-    for start in progress(range(0, len(source), _CHUNK), f"Decoding {builder.info.name} {split}"):
-        yield from source.__getitems__(range(start, min(start + _CHUNK, len(source))))
 
 
 def _pixels(encoded: bytes, size: tuple[int, int], channels: int, resize: Callable[..., Any]) -> np.ndarray:

@@ -104,7 +104,7 @@ def occlusion(images: Images, fraction: Scalar, keys: Keys) -> Images:
 def translation(images: Images, pixels: Scalar, keys: Keys, *, fill: float = 0.0) -> Images:
     """Shifts each image up, down, left or right, as its key chooses, by a whole number of pixels.
 
-    ``fill`` is the value of the pixels that move in; black, as at the border of :func:`kdjax.data.random_crop`.
+    ``fill`` is the value of the pixels that move in; black, as at the border of :func:`kdjax.data.crop_and_flip`.
     """
     height, width = images.shape[1:3]
     direction = jax.vmap(lambda key: jax.random.randint(key, (), 0, 4))(keys)
