@@ -4,7 +4,7 @@ r"""Is distillation more than label smoothing? An example of a study: three arms
 
 A teacher's soft targets also smooth the labels. If that were all, smoothing alone would help as much. Three students of
 the same seeds learn from --num_train digits: from the labels (scratch), from smoothed labels, and by KD. Takes about a
-minute on two CPU cores. Expect KD to be ahead of both.
+minute on two CPU cores; docs/results/label_smoothing.md has the numbers to expect.
 
 References:
   Yuan et al., `Revisiting Knowledge Distillation via Label Smoothing Regularization
