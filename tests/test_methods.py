@@ -99,12 +99,13 @@ def evaluate(bound, student, params, state, batch):
 
 
 def terms_of(method, teacher=TEACHER):
-    """The weighted terms of a method without heads on one device, as a function of the step."""
+    """The weighted terms of a method on one device, as a function of the step."""
     bound = bind(method, teacher)
+    params, state = (None, None) if bound.heads is None else some_heads(bound)
 
     @on_one_device
     def found(student, step):
-        return evaluate(bound, student, None, None, batch_for(bound, teacher) | {"step": step})[0]
+        return evaluate(bound, student, params, state, batch_for(bound, teacher) | {"step": step})[0]
 
     return lambda step: {name: float(value) for name, value in found(STUDENT, jnp.int32(step)).items()}
 
@@ -192,12 +193,12 @@ class TestTerms:
             assert found["hard"] == pytest.approx(float(hard(STUDENT)), rel=1e-6)
 
     def test_a_first_stage_is_alone_and_then_over(self):
-        method = FLOW + methods.kd()
+        method = FLOW + methods.kd() + methods.hint()  # hint is a head, of which linen copies what it holds
         first, later = map(terms_of(method), (29, 30))
         assert first["fsp"] > 0
-        assert first["hard"] == first["soft"] == 0
+        assert first["hard"] == first["soft"] == first["hint"] == 0
         assert later["fsp"] == 0
-        assert min(later["hard"], later["soft"]) > 0
+        assert min(later["hard"], later["soft"], later["hint"]) > 0
 
     def test_a_warm_up_rises_over_twenty_of_240_epochs(self):
         at = np.array([found["dkd"] for found in map(terms_of(methods.dkd()), (0, 9, 19, 200))])

@@ -254,7 +254,7 @@ def bind(
     staged = any(term.schedule.alone for term in method.terms)
 
     def share(schedule: Schedule, step: Array) -> Array | float:
-        if staged and schedule is ALWAYS:
+        if staged and schedule == ALWAYS:  # not "is": linen copies what a module holds
             schedule = _AFTER_FIRST_STAGE
         return schedule.share(step, steps)
 
