@@ -48,7 +48,7 @@ class Callback:
 
 
 class ProgressBar(Callback):
-    """A bar on the terminal of the first process; nothing in a log. Needs tqdm."""
+    """A bar on the terminal of the first process, with tqdm; and a line when a run ends, in a log too."""
 
     def __init__(self) -> None:
         self._meter: Any = None
@@ -65,8 +65,10 @@ class ProgressBar(Callback):
         )
 
     def on_end(self, run: RunId, record: Mapping[str, Any]) -> None:
-        """Closes it."""
+        """Closes it, and says how the run ended."""
         self._meter.close()
+        if record:
+            say(f"{run}: loss {record['loss']:.4g}, validation accuracy {record['validation_accuracy']:.2%}")
 
 
 class TensorBoard(Callback):
@@ -102,6 +104,12 @@ class TensorBoard(Callback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def say(text: str) -> None:
+    """Prints from the first process alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def bar(label: str, *, total: int, unit: str) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kdjax import data, methods, models, run
-from kdjax.callbacks import Callback, TensorBoard
+from kdjax.callbacks import Callback, ProgressBar, TensorBoard
 from kdjax.recipe import Machine, Recipe
 
 
@@ -95,3 +95,14 @@ def test_tensorboard_without_its_package_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ValueError, match=r"pip install 'kdjax\[tensorboard\]'"):
         TensorBoard(tmp_path)
+
+
+def test_a_finished_run_is_a_line_in_a_log_and_a_stopped_one_is_none(trainer, capsys):
+    trained = trainer(3, arm="kd", callbacks=[ProgressBar()])
+    accuracy = trained.history[-1]["validation_accuracy"]
+    said = capsys.readouterr().out
+    assert said.startswith("kd, seed 3: loss ")
+    assert said.endswith(f", validation accuracy {accuracy:.2%}\n")
+    with pytest.raises(KeyboardInterrupt):
+        trainer(3, arm="kd", callbacks=[ProgressBar(), Stop()])
+    assert capsys.readouterr().out == ""

@@ -6,7 +6,6 @@ Nothing here decides what an experiment computes, and importing it defines no fl
 from experiments.cli.inputs import Data as Data
 from experiments.cli.inputs import network as network
 from experiments.cli.launching import launch as launch
-from experiments.cli.launching import say as say
 from experiments.cli.options import MAY_CHANGE as MAY_CHANGE
 from experiments.cli.options import Flags as Flags
 from experiments.cli.options import Launch as Launch
@@ -30,3 +29,4 @@ from experiments.cli.workdirs import released as released
 from experiments.cli.workdirs import shared_cache as shared_cache
 from experiments.cli.workers import in_children as in_children
 from experiments.cli.workers import my_task as my_task
+from kdjax.callbacks import say as say

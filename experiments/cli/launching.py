@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from absl import app, flags, logging
 
 from experiments import stopping
@@ -127,9 +126,3 @@ def _advice() -> str:
     if (workdir := workdirs.claimed()) is None:
         return "nothing was lost; start the same command again."
     return f"what is finished in {workdir} is kept, and the same command continues."
-
-
-def say(text: str) -> None:
-    """Prints from the first process alone."""
-    if jax.process_index() == 0:
-        print(text, flush=True)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from kdjax import data, evaluate, report, results, significance
+from kdjax.callbacks import say
 from kdjax.study.notes import Arms, accuracies
 
 TABLE = ("accuracy", "best_accuracy", "loss", "f1", "ece", "agreement")  # metrics that the terminal shows
@@ -96,8 +97,8 @@ def conclude(
         results.write(output, result)
         report.save_figure(Path(output).with_suffix(".png"), result)
     for note in weak:
-        _say(f"note: {note}")
-    _say(f"Checkpoints, results.json, figure.png and report.html are in {workdir}/.")
+        say(f"note: {note}")
+    say(f"Checkpoints, results.json, figure.png and report.html are in {workdir}/.")
     return result
 
 
@@ -107,8 +108,8 @@ def publish(workdir: Path, result: Mapping[str, Any], *, metrics: Sequence[str])
         results.write(workdir / "results.json", result)
         report.save_figure(workdir / "figure.png", result)
         report.page({result["name"]: result}, path=workdir / "report.html")
-    _say(f"\n{report.markdown_table(result, metrics=metrics)}\n")
-    _say(report.finding(result))
+    say(f"\n{report.markdown_table(result, metrics=metrics)}\n")
+    say(report.finding(result))
 
 
 def weak_teachers(arms: Arms, baseline: str) -> list[str]:
@@ -149,8 +150,3 @@ def _comparisons(study: Study, arms: Arms) -> list[dict[str, Any]]:
         a, b = ([run.metrics[metric] for run in arms[key]] for key in (arm, baseline))
         found.append({"metric": metric, "a": arm, "b": baseline, **significance.welch(a, b)._asdict()})
     return found
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)
