@@ -95,13 +95,7 @@ def make_snapshot_trainer(
     """
     score = make_scorer(network, dataset)
     trainer = run.make_trainer(network, methods.labels(), dataset, recipe, machine=machine, split=split)
-    made_from = {
-        "data": dataset.fingerprint,
-        "normalisation": [list(values) for values in dataset.normalisation],
-        "network": dict(network.description),
-        "recipe": files.json_ready(vars(recipe)),
-        "steps_per_dispatch": machine.steps_per_dispatch,
-    }
+    made_from = run.identity_of(network, dataset, recipe, machine)
 
     def train_one(seed: int, directory: Path, callbacks: Sequence[Callback] = ()) -> SnapshotTeacher:
         repository, name, identity = directory / "saddles", f"teacher{seed}", {"seed": seed, **made_from}

@@ -23,6 +23,7 @@ from kdjax.run.many import Many as Many
 from kdjax.run.many import train_many as train_many
 from kdjax.run.plan import check as check
 from kdjax.run.plan import evaluation_batch_size as evaluation_batch_size
+from kdjax.run.plan import identity_of as identity_of
 from kdjax.run.training import Init as Init
 from kdjax.run.training import make_trainer as make_trainer
 from kdjax.run.training import train as train

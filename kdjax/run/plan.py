@@ -68,12 +68,8 @@ def make_plan(
     _check_has(bound, signal)
     train_batch, evaluation_batch = pipeline.make_batches(dataset, recipe, method, signal)
     identity = {
-        "data": dataset.fingerprint,
-        "normalisation": [list(values) for values in dataset.normalisation],
-        "network": dict(network.description),
-        "recipe": dataclasses.asdict(recipe),
+        **identity_of(network, dataset, recipe, machine),
         "method": method.description,
-        "steps_per_dispatch": machine.steps_per_dispatch,
         "teacher": {} if signal is None else dict(signal.identity),
     }
     return Plan(
@@ -84,6 +80,17 @@ def make_plan(
         tx=method.optimizer(recipes.make_optimizer(recipe, steps=recipes.num_steps(recipe, num_train))),
         identity=identity,
     )
+
+
+def identity_of(network: Network, dataset: data.Dataset, recipe: Recipe, machine: Machine) -> dict[str, Any]:
+    """What decides a training beside its method, its teacher and its seed, as JSON."""
+    return {
+        "data": dataset.fingerprint,
+        "normalisation": [list(values) for values in dataset.normalisation],
+        "network": dict(network.description),
+        "recipe": dataclasses.asdict(recipe),
+        "steps_per_dispatch": machine.steps_per_dispatch,
+    }
 
 
 def signal_of(
