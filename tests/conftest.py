@@ -34,6 +34,16 @@ if importlib.util.find_spec("beartype"):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Drops a module's compiled programs: each holds a few memory maps, and Linux gives a process 65,530 of them.
+
+    Beyond that XLA crashes the process while it loads the next program.
+    """
+    yield
+    jax.clear_caches()
+
+
 _lent = []  # modules whose flags are in the process, from the first
 
 
