@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from kdjax.models import rows_first
 from kdjax.models.cnn import DigitsCnn, KerasCnn, MalariaCnn
 from kdjax.models.mlp import Mlp
 from kdjax.models.mobilenet import MobileNetV2
@@ -144,26 +145,38 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def apply_fn(module: nn.Module) -> ApplyFn:
-    """A linen module as a pure function of parameters, state and inputs; see :class:`kdjax.types.ApplyFn`."""
+    """A linen module as a pure function of parameters, state and inputs; see :class:`kdjax.types.ApplyFn`.
+
+    Compiled for a CPU, a network whose class says ``takes_rows_first = True`` is given its images in the layout of
+    :mod:`kdjax.models.rows_first`, if there are enough of them; on other platforms and outside of ``jit`` they stay as
+    they are. Outputs don't show which.
+    """
 
     def apply(
         params: Params, model_state: ModelState, inputs: PyTree, *, train: bool, key: jax.Array | None = None
     ) -> tuple[Any, ModelState]:
-        variables = {"params": params, **model_state}
-        if not train:
-            outputs: Any = module.apply(variables, inputs, train=False)
-            return outputs, model_state
-        rngs = None if key is None else {"dropout": key}
-        try:
-            outputs, updated = module.apply(
-                variables, inputs, train=True, rngs=rngs, mutable=list(model_state)
-            )
-        except flax.errors.InvalidRngError as error:
-            raise ValueError(
-                f"{type(module).__name__} has dropout, so training needs randomness: "
-                "call apply_fn(..., train=True, key=jax.random.key(step))."
-            ) from error
-        return outputs, updated
+        arguments = (params, model_state, inputs, key)
+
+        def native(params, model_state, inputs, key):
+            variables = {"params": params, **model_state}
+            if not train:
+                return module.apply(variables, inputs, train=False), model_state
+            rngs = None if key is None else {"dropout": key}
+            try:
+                return module.apply(variables, inputs, train=True, rngs=rngs, mutable=list(model_state))
+            except flax.errors.InvalidRngError as error:
+                raise ValueError(
+                    f"{type(module).__name__} has dropout, so training needs randomness: "
+                    "call apply_fn(..., train=True, key=jax.random.key(step))."
+                ) from error
+
+        def on_cpu(params, model_state, inputs, key):
+            return native(params, model_state, rows_first.from_nhwc(inputs), key)
+
+        compiled = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+        if not compiled or not getattr(module, "takes_rows_first", False) or not rows_first.suits(inputs):
+            return native(*arguments)
+        return jax.lax.platform_dependent(*arguments, cpu=on_cpu, default=native)
 
     return apply
 

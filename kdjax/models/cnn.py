@@ -1,12 +1,13 @@
 """Small convolutional networks: teacher and student of the Keras tutorial, of the malaria study and for 8x8 digits."""
 
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kdjax.models import layers_chwn
+from kdjax.models import layers
 from kdjax.models.layers import Conv, max_pool
 from kdjax.types import Outputs
 
@@ -39,9 +40,9 @@ class KerasCnn(nn.Module):
         x = nn.leaky_relu(Conv(self.widths[0], 3, strides=2, dtype=self.dtype)(x), 0.2)
         features["stage1"] = x = max_pool(x, 2, strides=1, padding="SAME")
         features["stage2"] = x = Conv(self.widths[1], 3, strides=2, dtype=self.dtype)(x)
-        features["embedding"] = x = x.reshape(x.shape[0], -1)
+        features["embedding"] = x = layers.flattened(x)
         logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
-        return Outputs(logits.astype(jnp.float32), features)
+        return layers.outputs(logits, features)
 
 
 class MalariaCnn(nn.Module):
@@ -62,6 +63,7 @@ class MalariaCnn(nn.Module):
       Dewan, SPRKD, arXiv 2607.23346, 2026.
     """
 
+    takes_rows_first: ClassVar[bool] = True
     num_classes: int
     widths: tuple[int, int] = (2, 4)
     hidden: int = 8
@@ -69,26 +71,17 @@ class MalariaCnn(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
+    def __call__(self, x: layers.Maps, *, train: bool) -> Outputs:
         """Returns logits and features; training draws dropout from the stream "dropout"."""
         features = {}
-        x = _transposed(x)  # two to eight channels: see kdjax.models.layers_chwn
-        x = nn.relu(layers_chwn.Conv(self.widths[0], 3, dtype=self.dtype)(x))
-        features["stage1"] = _transposed(x)
-        x = nn.relu(layers_chwn.Conv(self.widths[1], 3, dtype=self.dtype)(x))
-        x = layers_chwn.max_pool(x, 2)
-        features["stage2"] = _transposed(x)
-        x = nn.Dropout(self.dropout[0], deterministic=not train)(x)
-        x = jnp.transpose(x, (1, 2, 0, 3)).reshape(-1, x.shape[-1]).T
+        conv = functools.partial(Conv, kernel_size=3, padding="VALID", dtype=self.dtype)
+        features["stage1"] = x = nn.relu(conv(self.widths[0])(x))
+        features["stage2"] = x = max_pool(nn.relu(conv(self.widths[1])(x)), 2, strides=2)
+        x = nn.Dropout(self.dropout[0], deterministic=not train)(layers.flattened(x))
         features["embedding"] = x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype)(x))
         x = nn.Dropout(self.dropout[1], deterministic=not train)(x)
         logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
-        return Outputs(logits.astype(jnp.float32), features)
-
-
-def _transposed(x: Array) -> Array:
-    """``NHWC`` to ``CHWN`` and back."""
-    return jnp.transpose(x, (3, 1, 2, 0))
+        return layers.outputs(logits, features)
 
 
 class DigitsCnn(nn.Module):
@@ -116,7 +109,7 @@ class DigitsCnn(nn.Module):
         features = {}
         features["stage1"] = x = nn.relu(Conv(self.width, 3, dtype=self.dtype)(x))
         features["stage2"] = x = nn.relu(Conv(2 * self.width, 3, strides=2, dtype=self.dtype)(x))
-        features["embedding"] = x = x.reshape(x.shape[0], -1)
+        features["embedding"] = x = layers.flattened(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
-        return Outputs(logits.astype(jnp.float32), features)
+        return layers.outputs(logits, features)

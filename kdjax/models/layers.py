@@ -17,7 +17,7 @@ The gradients of convolutions are ``custom_vjp`` rules. So ``jax.jvp`` of a netw
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -27,6 +27,9 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float
+
+from kdjax.models import rows_first
+from kdjax.types import Outputs
 
 CHUNK_BYTES = 4 * 2**20
 """Size of the patches of one matmul. The time is equal from 1 to 4 MiB, and up to 1.4 times longer at 16 MiB."""
@@ -41,14 +44,17 @@ stride 1 but .75 to .85 at stride 2, and .34 in the Keras teacher (256 to 512 ch
 Pair: TypeAlias = tuple[int, int]
 Pads: TypeAlias = tuple[Pair, Pair]
 
+Maps: TypeAlias = Float[Array, "..."]
+"""Images or maps: ``[batch, height, width, channels]``, or rows first as in :mod:`kdjax.models.rows_first`."""
+
 
 def conv(
-    x: Float[Array, "batch height width channels"],
+    x: Maps,
     kernel: Float[Array, "kernel_height kernel_width channels features"],
     *,
     strides: int | Sequence[int] = 1,
     padding: str = "SAME",
-) -> Float[Array, "batch new_height new_width features"]:
+) -> Maps:
     """Convolution of images with a kernel, as ``lax.conv_general_dilated`` defines it.
 
     Args:
@@ -61,16 +67,17 @@ def conv(
       ValueError: if the kernel does not fit into the image.
     """
     strides = _pair(strides)
-    return _conv(x, kernel, strides, _pads(x, _pair(kernel.shape[:2]), strides, padding))
+    pads = _pads(x, _pair(kernel.shape[:2]), strides, padding)
+    return (rows_first.conv if x.ndim == 5 else _conv)(x, kernel, strides, pads)
 
 
 def depthwise_conv(
-    x: Float[Array, "batch height width channels"],
+    x: Maps,
     kernel: Float[Array, "kernel_height kernel_width 1 channels"],
     *,
     strides: int | Sequence[int] = 1,
     padding: str = "SAME",
-) -> Float[Array, "batch new_height new_width channels"]:
+) -> Maps:
     """Convolution of every channel with its own kernel (``feature_group_count`` equal to the channels).
 
     Args:
@@ -83,16 +90,19 @@ def depthwise_conv(
       ValueError: if the kernel does not fit into the image.
     """
     strides = _pair(strides)
-    return _depthwise(x, kernel, strides, _pads(x, _pair(kernel.shape[:2]), strides, padding))
+    pads = _pads(x, _pair(kernel.shape[:2]), strides, padding)
+    if x.ndim == 5:  # measured: no faster rows first
+        return rows_first.from_nhwc(_depthwise(rows_first.to_nhwc(x), kernel, strides, pads))
+    return _depthwise(x, kernel, strides, pads)
 
 
 def max_pool(
-    x: Float[Array, "batch height width channels"],
+    x: Maps,
     window_shape: int | Sequence[int],
     *,
     strides: int | Sequence[int] | None = None,
     padding: str = "VALID",
-) -> Float[Array, "batch new_height new_width channels"]:
+) -> Maps:
     """Largest value in each window; the gradient goes to its first occurrence in row-major order.
 
     Args:
@@ -105,7 +115,8 @@ def max_pool(
       ValueError: if the window does not fit into the image.
     """
     window, strides = _pair(window_shape), _pair(1 if strides is None else strides)
-    return _max_pool(x, window, strides, _pads(x, window, strides, padding))
+    pads = _pads(x, window, strides, padding)
+    return (rows_first.max_pool if x.ndim == 5 else _max_pool)(x, window, strides, pads)
 
 
 class Conv(nn.Module):
@@ -128,9 +139,9 @@ class Conv(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w features"]:
+    def __call__(self, x: Maps) -> Maps:
         """Convolves."""
-        shape = (*_pair(self.kernel_size), x.shape[-1], self.features)
+        shape = (*_pair(self.kernel_size), channels(x), self.features)
         return _with_bias(self, x, shape, functools.partial(conv, strides=self.strides, padding=self.padding))
 
 
@@ -152,22 +163,93 @@ class DepthwiseConv(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w channels"]:
+    def __call__(self, x: Maps) -> Maps:
         """Convolves each channel."""
-        shape = (*_pair(self.kernel_size), 1, x.shape[-1])
+        shape = (*_pair(self.kernel_size), 1, channels(x))
         form = functools.partial(depthwise_conv, strides=self.strides, padding=self.padding)
         return _with_bias(self, x, shape, form)
+
+
+class BatchNorm(nn.BatchNorm):
+    """Flax's ``BatchNorm``, which also takes maps rows first."""
+
+    @nn.compact
+    def __call__(self, x: Array, **options: Any) -> Array:
+        """Normalises."""
+        if x.ndim != 5:
+            return super().__call__(x, **options)
+        shape = (x.shape[2],)
+        scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+        bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        kept_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        kept_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        if self.use_running_average:
+            mean, var = kept_mean.value, kept_var.value
+        else:
+            wide = x.astype(jnp.float32)
+            moments = rows_first.channel_mean(wide), rows_first.channel_mean(wide * wide)
+            if self.axis_name is not None and not self.is_initializing():
+                moments = lax.pmean(moments, self.axis_name)
+            mean, var = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)
+            if not self.is_initializing():
+                kept_mean.value = self.momentum * kept_mean.value + (1 - self.momentum) * mean
+                kept_var.value = self.momentum * kept_var.value + (1 - self.momentum) * var
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        mean, factor, bias = (per_channel(values, x) for values in (mean, factor, bias))
+        return ((x - mean) * factor + bias).astype(self.dtype or x.dtype)
 
 
 def batch_norm(module: Any, *, train: bool) -> Callable[..., nn.Module]:
     """Linen's BatchNorm with momentum 0.9, in the module's ``dtype``, over its ``axis_name``."""
     return functools.partial(
-        nn.BatchNorm,
+        BatchNorm,
         use_running_average=not train,
         momentum=0.9,
         axis_name=module.axis_name,
         dtype=module.dtype,
     )
+
+
+def channels(x: Array) -> int:
+    """Number of channels of maps in either layout."""
+    return x.shape[2] if x.ndim == 5 else x.shape[-1]
+
+
+def size(x: Array) -> Pair:
+    """Height and width of maps in either layout."""
+    return (x.shape[1], x.shape[3]) if x.ndim == 5 else (x.shape[1], x.shape[2])
+
+
+def per_channel(values: Array, x: Array) -> Array:
+    """One value per channel, shaped to be broadcast with maps in either layout."""
+    return values.reshape((1, 1, -1, 1, 1) if x.ndim == 5 else (1, 1, 1, -1))
+
+
+def pad(x: Array, rows: Pair, columns: Pair) -> Array:
+    """Zeros around maps in either layout."""
+    edges = ((0, 0), rows, (0, 0), columns, (0, 0)) if x.ndim == 5 else ((0, 0), rows, columns, (0, 0))
+    return jnp.pad(x, edges)
+
+
+def global_mean(x: Array) -> Float[Array, "batch channels"]:
+    """Mean over the positions of maps in either layout."""
+    return rows_first.position_mean(x) if x.ndim == 5 else jnp.mean(x, axis=(1, 2))
+
+
+def as_nhwc(x: Array) -> Array:
+    """Maps as a user knows them; vectors as they are."""
+    return rows_first.to_nhwc(x) if x.ndim == 5 else x
+
+
+def flattened(x: Array) -> Float[Array, "batch features"]:
+    """Maps as one vector per image, in the order of height, width, channels."""
+    x = as_nhwc(x)
+    return x.reshape(len(x), -1)
+
+
+def outputs(logits: Array, features: Mapping[str, Array]) -> Outputs:
+    """What a network returns: float32 logits, and features as a user knows them."""
+    return Outputs(logits.astype(jnp.float32), {name: as_nhwc(x) for name, x in features.items()})
 
 
 def _with_bias(module: Any, x: Array, shape: tuple[int, ...], form: Callable[[Array, Array], Array]) -> Array:
@@ -177,7 +259,7 @@ def _with_bias(module: Any, x: Array, shape: tuple[int, ...], form: Callable[[Ar
         bias = module.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32)
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=module.dtype)
     y = form(x, kernel)
-    return y if bias is None else y + bias.reshape(1, 1, 1, -1)
+    return y if bias is None else y + per_channel(bias, y)
 
 
 def _pair(value: int | Sequence[int]) -> Pair:
@@ -189,7 +271,7 @@ def _pads(x: Array, window: Pair, strides: Pair, padding: str) -> Pads:
     """Padding before and after, per axis; checks that at least one window fits."""
     if padding not in ("SAME", "VALID"):
         raise ValueError(f"padding needs to be 'SAME' or 'VALID', got {padding!r}.")
-    height, width = x.shape[1:3]
+    height, width = size(x)
     if padding == "VALID" and (height < window[0] or width < window[1]):
         raise ValueError(
             f"a {window[0]}x{window[1]} window does not fit into a {height}x{width} map: "

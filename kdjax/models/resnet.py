@@ -1,12 +1,13 @@
 """Residual networks for 32x32 images."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from kdjax.models import layers
 from kdjax.models.layers import Conv, batch_norm
 from kdjax.types import Outputs
 
@@ -42,6 +43,7 @@ class ResNet(nn.Module):
       `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020 (RepDistiller).
     """
 
+    takes_rows_first: ClassVar[bool] = True
     num_classes: int
     depth: int = 20
     channels: tuple[int, int, int, int] = (16, 16, 32, 64)
@@ -56,7 +58,7 @@ class ResNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
+    def __call__(self, x: layers.Maps, *, train: bool) -> Outputs:
         """Returns logits and features; training normalises by the batch and updates "batch_stats"."""
         features = {}
         norm = batch_norm(self, train=train)
@@ -70,9 +72,9 @@ class ResNet(nn.Module):
                 before = _Block(channels, strides, conv, norm, name=f"stage{stage}_block{block + 1}")(x)
                 x = nn.relu(before)
             features[f"preactivation{stage}"], features[f"stage{stage}"] = before, x
-        features["embedding"] = x = jnp.mean(x, axis=(1, 2))
+        features["embedding"] = x = layers.global_mean(x)
         logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
-        return Outputs(logits.astype(jnp.float32), features)
+        return layers.outputs(logits, features)
 
 
 class _Block(nn.Module):

@@ -1,12 +1,12 @@
 """Wide residual networks for 32x32 images."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from kdjax.models import layers
 from kdjax.models.layers import Conv, batch_norm
 from kdjax.types import Outputs
 
@@ -39,6 +39,7 @@ class WideResNet(nn.Module):
       `Contrastive Representation Distillation <https://arxiv.org/abs/1910.10699>`_, 2020 (RepDistiller).
     """
 
+    takes_rows_first: ClassVar[bool] = True
     num_classes: int
     depth: int = 16
     width: int = 2
@@ -54,7 +55,7 @@ class WideResNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch height width channels"], *, train: bool) -> Outputs:
+    def __call__(self, x: layers.Maps, *, train: bool) -> Outputs:
         """Returns logits and features; training normalises by the batch and updates "batch_stats"."""
         features = {}
         norm = batch_norm(self, train=train)
@@ -68,7 +69,7 @@ class WideResNet(nn.Module):
                 y = nn.relu(before)
                 # A block that changes the channels has a shortcut that starts after the first ReLU.
                 strides = 2 if stage > 1 and block == 0 else 1
-                if x.shape[-1] != channels:
+                if layers.channels(x) != channels:
                     x = conv(channels, 1, strides=strides, name=f"{name}_shortcut")(y)
                 y = nn.relu(
                     norm(name=f"{name}_norm")(conv(channels, 3, strides=strides, name=f"{name}_in")(y))
@@ -76,6 +77,6 @@ class WideResNet(nn.Module):
                 x = x + conv(channels, 3, name=f"{name}_out")(y)
                 before = norm(name=f"{name}_next_norm")(x)
             features[f"stage{stage}"], features[f"preactivation{stage}"] = x, before
-        features["embedding"] = x = jnp.mean(nn.relu(before), axis=(1, 2))
+        features["embedding"] = x = layers.global_mean(nn.relu(before))
         logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
-        return Outputs(logits.astype(jnp.float32), features)
+        return layers.outputs(logits, features)
