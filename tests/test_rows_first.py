@@ -236,7 +236,7 @@ class TestNetworks:
         )
         np.testing.assert_allclose(sharded[0].logits.reshape(-1, 3), whole[0].logits, atol=1e-5)
         for one, other in zip(jax.tree.leaves(sharded[1]), jax.tree.leaves(whole[1]), strict=True):
-            np.testing.assert_allclose(one[0], other, atol=1e-5)
+            np.testing.assert_allclose(np.asarray(one)[0], np.asarray(other), atol=1e-5)
 
 
 def test_the_malaria_network_is_what_linen_makes_of_its_layers():
@@ -256,5 +256,4 @@ def test_the_malaria_network_is_what_linen_makes_of_its_layers():
     outputs, _ = jax.jit(models.apply_fn(module), static_argnames="train")(params, state, x, train=False)
     logits, features = Linen().apply({"params": params}, x)
     np.testing.assert_allclose(outputs.logits, logits, atol=1e-5)
-    for name, feature in zip(("stage1", "stage2", "embedding"), features, strict=True):
-        np.testing.assert_allclose(outputs.features[name], feature, atol=1e-5)
+    assert_same([outputs.features[name] for name in ("stage1", "stage2", "embedding")], list(features))

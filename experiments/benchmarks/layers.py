@@ -3,11 +3,12 @@ r"""Are the CPU forms of convolution and pooling faster than XLA's own, and than
     python -m experiments.benchmarks.layers --output=experiments/results/benchmarks/layers.json
     python -m experiments.benchmarks.layers --threads=2 --output=layers_2.json
 
-Takes about four minutes. Each case (a layer's forward and backward pass, a network's whole Adam step) is timed in
-rounds, and in every round once in each form: kdjax's, XLA's own ("xla"), both again inside ``lax.scan``, and, where
-torch is installed, PyTorch in channels-last layout with the same number of threads. A ratio is the peer's time over
-kdjax's in the same round, above 1 where kdjax is faster; its low and high are those of all rounds. With one thread the
-clock is the process's CPU time, which a busy machine disturbs least; with more it is the wall clock.
+Takes about twenty minutes, most of it compiling. Each case (a layer's forward and backward pass, a network's whole Adam
+step) is timed in rounds, and in every round once in each form: kdjax's, XLA's own ("xla"), kdjax's again inside
+``lax.scan``, for a few cases XLA's too, and, where torch is installed, PyTorch in channels-last layout with the same
+number of threads. A ratio is the peer's time over kdjax's in the same round, above 1 where kdjax is faster; its low and
+high are those of all rounds; "torch, kdjax in scan" is how a run trains. With one thread the clock is the process's CPU
+time, which a busy machine disturbs least; with more it is the wall clock.
 
 Expect every "torch" ratio of the Keras student above 1 and "xla in scan" of it around 15.
 """
@@ -31,7 +32,7 @@ from experiments import cli
 from experiments.benchmarks import attributions_baselines
 from experiments.benchmarks.timing import clock, clock_note, in_turns, over, pin, said
 from kdjax import models, results
-from kdjax.models import layers, layers_chwn
+from kdjax.models import layers, rows_first
 from kdjax.models.cnn import MalariaCnn
 from kdjax.types import Outputs
 
@@ -41,13 +42,13 @@ ROUNDS = flags.DEFINE_integer("rounds", 7, "Times that each form is timed.", low
 SECONDS = flags.DEFINE_float("seconds", 0.15, "Length of one timing; at least one call.", lower_bound=0.0)
 CASES = flags.DEFINE_list("cases", [], "Only those whose name starts with one of these.")
 
-LAYERS = {  # name: (layer, input, kernel, strides, padding); a narrow one has its images last in our form
+LAYERS = {  # name: (layer, input, kernel, strides, padding); ours of "rows" has its rows first, as in a network
     "conv first student": ("conv", (64, 28, 28, 1), (3, 3, 1, 16), 2, "SAME"),
     "conv second student": ("conv", (64, 14, 14, 16), (3, 3, 16, 32), 2, "SAME"),
-    "conv malaria": ("narrow", (64, 32, 32, 3), (3, 3, 3, 4), 1, "VALID"),
-    "conv 16 to 16": ("conv", (64, 32, 32, 16), (3, 3, 16, 16), 1, "SAME"),
-    "conv 16 to 32 strided": ("conv", (64, 32, 32, 16), (3, 3, 16, 32), 2, "SAME"),
-    "conv 64 to 64": ("conv", (64, 8, 8, 64), (3, 3, 64, 64), 1, "SAME"),
+    "conv malaria": ("rows", (64, 32, 32, 3), (3, 3, 3, 4), 1, "VALID"),
+    "conv 16 to 16": ("rows", (64, 32, 32, 16), (3, 3, 16, 16), 1, "SAME"),
+    "conv 16 to 32 strided": ("rows", (64, 32, 32, 16), (3, 3, 16, 32), 2, "SAME"),
+    "conv 64 to 64": ("rows", (64, 8, 8, 64), (3, 3, 64, 64), 1, "SAME"),
     "conv 1x1": ("conv", (64, 16, 16, 96), (1, 1, 96, 24), 1, "SAME"),
     "depthwise": ("depthwise", (32, 16, 16, 96), (3, 3, 1, 96), 1, "SAME"),
     "depthwise between ReLUs": ("between", (32, 16, 16, 96), (3, 3, 1, 96), 1, "SAME"),
@@ -58,11 +59,16 @@ NETWORKS = {  # name: (model, batch, image, classes, whether it trains)
     "keras_student step": ("keras_student", 64, (28, 28, 1), 10, True),
     "malaria_teacher step": ("malaria_teacher", 64, (32, 32, 3), 2, True),
     "malaria_student step": ("malaria_student", 64, (32, 32, 3), 2, True),
+    "digits_teacher step": ("digits_teacher", 64, (8, 8, 1), 10, True),
     "resnet8 step": ("resnet8", 64, (32, 32, 3), 10, True),
+    "resnet8 step of 128": ("resnet8", 128, (32, 32, 3), 10, True),
+    "resnet20 step": ("resnet20", 64, (32, 32, 3), 10, True),
+    "resnet8x4 step": ("resnet8x4", 64, (32, 32, 3), 100, True),
+    "wrn_16_2 step": ("wrn_16_2", 64, (32, 32, 3), 100, True),
     "mobilenet_v2_w25 step": ("mobilenet_v2_w25", 64, (32, 32, 3), 10, True),
     "keras_teacher forward": ("keras_teacher", 64, (28, 28, 1), 10, False),
 }
-IN_SCAN = ("keras_student step", "conv 16 to 16")  # other cases show the same and take minutes
+XLA_IN_SCAN = ("keras_student step", "conv 16 to 16")  # other cases show the same and take minutes
 SCANNED = 2
 
 
@@ -89,6 +95,7 @@ def native_forms() -> Iterator[None]:
         mock.patch.object(layers, "_conv", layers._native_conv),
         mock.patch.object(layers, "_depthwise", layers._native_depthwise),
         mock.patch.object(layers, "_max_pool", layers._native_max_pool),
+        mock.patch.object(rows_first, "suits", return_value=False),
     ):
         yield
 
@@ -99,10 +106,8 @@ def layer_case(
     """``(carry) -> carry`` that runs a layer forward and backward, and its carry."""
     key, options = jax.random.key(0), {"strides": strides, "padding": padding}
     x = jax.random.normal(key, shape)
-    if layer == "narrow" and native:
-        layer = "conv"  # XLA's own has the channels last, as a user of Flax would
-    elif layer == "narrow":
-        x, options = jnp.transpose(x, (3, 1, 2, 0)), {}
+    if layer == "rows" and not native:  # XLA's own has the channels last, as a user of Flax would
+        x = rows_first.from_nhwc(x)
     if layer == "pool":
         return (
             lambda x: x + 1e-6 * jax.grad(lambda x: jnp.sum(layers.max_pool(x, kernel, **options) ** 2))(x)
@@ -115,7 +120,7 @@ def layer_case(
         "conv": layers.conv,
         "depthwise": layers.depthwise_conv,
         "between": between,
-        "narrow": layers_chwn.conv,
+        "rows": layers.conv,
     }[layer]
 
     def run(carry):
@@ -176,8 +181,9 @@ def jax_arms(case: str) -> dict[str, tuple[Callable[[], Any], int]]:
         return lambda: jax.block_until_ready(program(carry)), times
 
     arms = {"kdjax": compiled(1, native=False), "xla": compiled(1, native=True)}
-    if case in IN_SCAN:
+    if case in NETWORKS or case in XLA_IN_SCAN:
         arms["kdjax in scan"] = compiled(SCANNED, native=False)
+    if case in XLA_IN_SCAN:
         arms["xla in scan"] = compiled(SCANNED, native=True)
     return arms
 
@@ -244,7 +250,8 @@ def torch_network(name: str, batch: int, shape: tuple[int, ...], classes: int, t
     params, model_state = models.init(models.build(name, num_classes=classes), shape, seed=0)
     x = torch.randn(batch, shape[2], *shape[:2]).to(memory_format=torch.channels_last)
     y = torch.arange(batch) % classes
-    by_hand = {"keras": torch_keras, "malaria": torch_malaria}.get(name.partition("_")[0])
+    by_hand = {"keras": torch_keras, "malaria": torch_malaria, "digits": torch_digits, "wrn": torch_wide}
+    by_hand = by_hand.get(name.partition("_")[0])
     if by_hand is None:
         flat = flatten_dict({"params": params, **model_state}, sep="/")
         network = attributions_baselines.torch_network(
@@ -302,6 +309,41 @@ def torch_malaria(weights, x):
     return f.linear(x, weights["Dense_1"]["kernel"], weights["Dense_1"]["bias"])
 
 
+def torch_digits(weights, x):
+    """The network of ``kdjax.models.cnn.DigitsCnn``, in training mode."""
+    from torch.nn import functional as f
+
+    x = f.relu(torch_conv(x, weights["Conv_0"]["kernel"], weights["Conv_0"]["bias"], 1, [1] * 4))
+    x = f.relu(torch_conv(x, weights["Conv_1"]["kernel"], weights["Conv_1"]["bias"], 2, [0, 1, 0, 1]))
+    x = f.dropout(x.flatten(1), 0.3)
+    return f.linear(x, weights["Dense_0"]["kernel"], weights["Dense_0"]["bias"])
+
+
+def torch_wide(weights, x):
+    """The network of ``kdjax.models.wideresnet.WideResNet``, in training mode; its running statistics are not kept."""
+    from torch.nn import functional as f
+
+    def conv(name, x, strides=1):
+        kernel = weights[name]["kernel"]
+        pads = [0, 1, 0, 1] if strides > 1 else [1] * 4
+        return torch_conv(x, kernel, None, strides, pads if kernel.shape[-1] > 1 else [0] * 4)
+
+    def norm(name, x):
+        return f.batch_norm(x, None, None, weights[name]["scale"], weights[name]["bias"], training=True)
+
+    x = conv("Conv_0", x)
+    before = norm("BatchNorm_0", x)
+    for name in sorted(name.removesuffix("_in") for name in weights if name.endswith("_in")):
+        y, strides = f.relu(before), 2 if name in ("stage2_block1", "stage3_block1") else 1
+        if f"{name}_shortcut" in weights:
+            x = conv(f"{name}_shortcut", y, strides)
+        y = f.relu(norm(f"{name}_norm", conv(f"{name}_in", y, strides)))
+        x = x + conv(f"{name}_out", y)
+        before = norm(f"{name}_next_norm", x)
+    x = f.relu(before).mean((2, 3))
+    return f.linear(x, weights["Dense_0"]["kernel"], weights["Dense_0"]["bias"])
+
+
 def measure(case: str, *, threads: int, rounds: int, seconds: float) -> dict[str, list[float]]:
     """Milliseconds per run, form -> one number per round; the forms take turns."""
     arms = jax_arms(case) | torch_arm(case)
@@ -312,11 +354,14 @@ def measure(case: str, *, threads: int, rounds: int, seconds: float) -> dict[str
 
 def compare(case: str, times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Peer -> how many times faster kdjax is."""
-    return {
+    ratios = {
         f"{case}: {peer}": over(found, times["kdjax in scan" if peer.endswith("in scan") else "kdjax"])
         for peer, found in times.items()
         if not peer.startswith("kdjax")
     }
+    if "torch" in times and "kdjax in scan" in times:
+        ratios[f"{case}: torch, kdjax in scan"] = over(times["torch"], times["kdjax in scan"])
+    return ratios
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from kdjax.models import rows_first
@@ -173,7 +174,7 @@ def apply_fn(module: nn.Module) -> ApplyFn:
         def on_cpu(params, model_state, inputs, key):
             return native(params, model_state, rows_first.from_nhwc(inputs), key)
 
-        compiled = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+        compiled = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments))
         if not compiled or not getattr(module, "takes_rows_first", False) or not rows_first.suits(inputs):
             return native(*arguments)
         return jax.lax.platform_dependent(*arguments, cpu=on_cpu, default=native)

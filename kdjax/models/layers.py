@@ -1,12 +1,12 @@
-"""Convolution and pooling in the fastest form for each platform; this module is the only place that chooses.
+"""Convolution, pooling and normalisation in the fastest form for each platform.
 
-On a GPU or TPU these are XLA's own operations. On a CPU they are forms with the same value and gradient that XLA
-compiles to faster code. Three facts, measured on one core with jax 0.10, decide the forms:
+Maps are ``[batch, height, width, channels]`` everywhere but in a network compiled for a CPU, whose maps may be rows
+first: :mod:`kdjax.models.rows_first` says why, and every function here takes either. On a GPU or TPU all are XLA's own
+operations. On a CPU those in NHWC, of a few images or in a network of one's own, have the same value and gradient in
+forms that XLA compiles to faster code:
 
-- XLA's gradients of a convolution, by weights and by input, are 5 to 80 times slower inside ``scan``, ``while`` or
-  ``cond`` than at top level, because the rewrite that makes them fast applies to the entry computation only. A
-  *forward* convolution is as fast in a loop. So the input gradient here is a forward convolution or a matmul, and the
-  weight gradient is a matmul on patches, inside and outside of loops.
+- XLA's gradients of a convolution are slow inside ``scan``, ``while`` or ``cond``; a *forward* convolution is as fast
+  in a loop. So the input gradient is a forward convolution or a matmul, and the weight gradient is a matmul on patches.
 - A buffer of patches beyond a few megabytes costs more in page faults than the matmul that reads it. So the batch is
   processed in chunks of :data:`CHUNK_BYTES`.
 - The gradient of ``reduce_window`` (max-pooling) and grouped (depthwise) convolutions are ten times slower than shifted
