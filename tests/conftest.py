@@ -52,13 +52,16 @@ def _forget_programs():
         jax.clear_caches()
 
 
-@pytest.fixture
-def optimised():
-    """Compiles for speed what is new: for tests whose programs take longer to run than to compile."""
+def _optimised():
+    """Compiles for speed what is new: where programs take longer to run than to compile, or must round alike."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+optimised = pytest.fixture(_optimised, name="optimised")
+optimised_module = pytest.fixture(_optimised, name="optimised_module", scope="module")
 
 
 @pytest.fixture
