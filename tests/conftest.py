@@ -16,6 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+# Tests compile thousands of programs and run most of them once: compiled as for users, they take twice the time in all.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment compiles them as for users.
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    quick = "--xla_cpu_use_fusion_emitters=false"
+    if quick not in os.environ.get("XLA_FLAGS", ""):  # a worker has it from the process that started it
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 
 import jax
 import jaxtyping
@@ -36,12 +42,35 @@ if importlib.util.find_spec("beartype"):
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
-    """Drops a module's compiled programs: each holds a few memory maps, and Linux gives a process 65,530 of them.
+    """Drops compiled programs when they are many: each holds a few memory maps, and Linux allows a process 65,530.
 
-    Beyond that XLA crashes the process while it loads the next program.
+    Beyond that XLA crashes the process while it loads the next program. A module's own are up to 15,000.
     """
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+
+
+def _optimised():
+    """Compiles for speed what is new: where programs take longer to run than to compile, or must round alike."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+optimised = pytest.fixture(_optimised, name="optimised")
+optimised_module = pytest.fixture(_optimised, name="optimised_module", scope="module")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves out the figure and the page of a result, which are slow, and of other tests."""
+    from kdjax import report
+
+    for name in ("save_figure", "page"):
+        monkeypatch.setattr(report, name, lambda *_, **__: None)
 
 
 _lent = []  # modules whose flags are in the process, from the first

@@ -332,6 +332,7 @@ def normalised(row):
     return row / np.linalg.norm(row)
 
 
+@pytest.mark.usefixtures("optimised")
 class TestAtAnySize:
     """Many parameters, where sums in float32 lose digits, and scales at which squares leave the range of float32."""
 

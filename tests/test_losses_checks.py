@@ -96,7 +96,8 @@ class TestEveryPublicFunction:
         given, hints = arguments(name)
         arrays = {k: v for k, v in given.items() if hasattr(v, "dtype") and k != "key"}
         shared = [set(" ".join(a.dim_str for a in arrays_in(hints[k])).split()) for k in arrays]
-        for key, value in arrays.items():
+        for key, array in arrays.items():
+            value = np.asarray(array)  # by JAX, each change of it is a program to compile
             wrong = {"complex": value.astype(complex), "a number": value.ravel()[0] if value.ndim else None}
             whole = jnp.issubdtype(value.dtype, jnp.integer)
             wrong["other dtype"] = value.astype(float if whole else int)
@@ -110,6 +111,7 @@ class TestEveryPublicFunction:
                     value[0] if value.ndim > 1 and key != "kept" else None
                 )  # one mask for all
             for bad in (x for x in wrong.values() if x is not None):
+                bad = bad if isinstance(bad, list) else jnp.asarray(bad)
                 if key == "share" and np.ndim(bad) == 0:
                     continue  # one share for the batch is welcome
                 with pytest.raises(ValueError, match=rf"^{name} needs .*") as caught:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -79,6 +80,8 @@ def factory(name):
     def make(**options):
         tx = build(**given, **options)
 
+        # Compiled, since the suite calls some as they are, where every operation is a program.
+        @partial(jax.jit, static_argnames="obj_fn")
         def update(updates, state, params=None, *, obj_fn=None, **extra):
             return tx.update(updates, state, params, value_fn=obj_fn, **extra)
 

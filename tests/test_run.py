@@ -20,6 +20,9 @@ MACHINE = Machine(steps_per_dispatch=2, save_every_s=0.0)
 KD, AVERAGED = methods.kd() + methods.hint(student=("map",), teacher=("map",)), Recipe(2, 8, ema=0.9)
 TRACED = []
 
+# One network alone and among many is to round alike, which XLA unoptimised does not.
+pytestmark = pytest.mark.usefixtures("optimised_module")
+
 
 def counted(outputs, batch):
     """Cross-entropy with the labels, by a student's own weight if it has one; counts how often it is traced."""

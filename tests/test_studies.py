@@ -23,6 +23,7 @@ def mixing_weight(alone):
 
 
 class TestHinton:
+    @pytest.mark.usefixtures("undrawn")
     def test_holds_the_digit_out_and_corrects_its_bias(
         self, hinton_mnist, start, tmp_path, monkeypatch, capsys
     ):
@@ -189,6 +190,7 @@ def student(test=0.0, seed=0, **record):
     return run.Trained("student", seed, None, None, fitted, {"accuracy": test, "loss": 1.0}, {})
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_example_study_compares_its_three_arms(alone, start, tmp_path):
     with alone("experiments.label_smoothing") as study:
         command = ("--smoke", "--num_train=64", "--evaluate_every=2", f"--workdir={tmp_path / 'run'}")

@@ -19,7 +19,7 @@ optuna = pytest.importorskip("optuna", reason="needs the extra [experiments]")
 from experiments import cli  # noqa: E402
 from experiments.sweep import __main__ as sweep  # noqa: E402
 from experiments.sweep import spaces, trials  # noqa: E402
-from kdjax import files, report, results, train  # noqa: E402
+from kdjax import files, results, train  # noqa: E402
 from kdjax.callbacks import RunId  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,13 +97,6 @@ def swept(tuned, tmp_path):
 
     flags_set("studies.tuned", f"--workdir={tmp_path}")
     return run
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Without figure and page, which are slow, and of other tests."""
-    for name in ("save_figure", "page"):
-        monkeypatch.setattr(report, name, lambda *_, **__: None)
 
 
 class TestSpace:
