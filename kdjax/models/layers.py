@@ -186,7 +186,7 @@ class BatchNorm(nn.BatchNorm):
         if self.use_running_average:
             mean, var = kept_mean.value, kept_var.value
         else:
-            wide = x.astype(jnp.float32)
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             moments = rows_first.channel_mean(wide), rows_first.channel_mean(wide * wide)
             if self.axis_name is not None and not self.is_initializing():
                 moments = lax.pmean(moments, self.axis_name)
