@@ -213,7 +213,7 @@ def _forward(x: Array, kernel: Array, w: _Window) -> Array:
     def row(out, place):
         group, line = place // w.new_height, place % w.new_height
         start = (group * height + line * w.down) * lines
-        # The barrier keeps the slice out of a fusion, where one of several rows is scalar code.
+        # The barrier keeps XLA from merging the slice with the slices and changes of shape after it.
         seen = lax.optimization_barrier(lax.dynamic_slice_in_dim(rows, start, depth))
         parts = _dot(matrix, seen).reshape(w.taps, features, -1)
         y = _sum_of_shifts(parts, images, w.new_width).astype(x.dtype)
