@@ -225,12 +225,6 @@ def per_channel(values: Array, x: Array) -> Array:
     return values.reshape((1, 1, -1, 1, 1) if x.ndim == 5 else (1, 1, 1, -1))
 
 
-def pad(x: Array, rows: Pair, columns: Pair) -> Array:
-    """Zeros around maps in either layout."""
-    edges = ((0, 0), rows, (0, 0), columns, (0, 0)) if x.ndim == 5 else ((0, 0), rows, columns, (0, 0))
-    return jnp.pad(x, edges)
-
-
 def global_mean(x: Array) -> Float[Array, "batch channels"]:
     """Mean over the positions of maps in either layout."""
     return rows_first.position_mean(x) if x.ndim == 5 else jnp.mean(x, axis=(1, 2))
@@ -556,12 +550,8 @@ def _cpu_max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
 
 def _cpu_max_pool_tangent(x: Array, y: Array, dx: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
     """The tangent at the first occurrence of the maximum; reverse mode transposes it."""
-    seen = _windows(x, window, strides, pads, -jnp.inf)
-    first = jnp.full(y.shape, len(seen), jnp.int32 if len(seen) > 255 else jnp.uint8)
-    for place in reversed(range(len(seen))):
-        first = jnp.where(seen[place] == y, place, first).astype(first.dtype)
-    moved = _windows(dx, window, strides, pads)
-    return functools.reduce(jnp.add, (jnp.where(first == place, part, 0) for place, part in enumerate(moved)))
+    seen, moved = _windows(x, window, strides, pads, -jnp.inf), _windows(dx, window, strides, pads)
+    return rows_first.at_first_maximum(seen, y, moved)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kdjax.models import layers
 from kdjax.models.layers import Conv, DepthwiseConv, batch_norm
 from kdjax.types import Outputs
 
@@ -102,9 +101,9 @@ class MobileNetV2(nn.Module):
             features[f"stage{stage}"] = features[f"preactivation{stage}"] = x
         if not self.removed:
             x = nn.relu6(norm()(conv(_rounded(1280 * max(1, self.width)), 1)(x)))
-        features["embedding"] = x = layers.global_mean(x)
+        features["embedding"] = x = jnp.mean(x, axis=(1, 2))
         logits = nn.Dense(self.num_classes, dtype=self.dtype)(x)
-        return layers.outputs(logits, features)
+        return Outputs(logits.astype(jnp.float32), features)
 
 
 class _Block(nn.Module):
@@ -121,9 +120,9 @@ class _Block(nn.Module):
     def __call__(self, x: Array) -> Array:
         y = x
         if self.expansion > 1:
-            y = nn.relu6(self.norm()(self.conv(self.expansion * layers.channels(x), 1)(y)))
+            y = nn.relu6(self.norm()(self.conv(self.expansion * x.shape[-1], 1)(y)))
         if self.strides > 1:  # "SAME" would not be symmetric
-            y = layers.pad(y, (1, 1), (1, 1))
+            y = jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
         padding = "VALID" if self.strides > 1 else "SAME"
         y = nn.relu6(self.norm()(self.depthwise(strides=self.strides, padding=padding)(y)))
         y = self.norm()(self.conv(self.channels, 1)(y))

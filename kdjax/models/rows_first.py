@@ -23,7 +23,7 @@ around costs as much as the layout gains.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -325,12 +325,18 @@ def _max_pool(x: Array, w: _Window) -> Array:
 @_max_pool.defjvp
 def _max_pool_jvp(w, primals, tangents):
     (x,), (dx,) = primals, tangents
-    seen, y = _windows(x, w, -jnp.inf), _max_pool(x, w)
-    first = jnp.full(y.shape, len(seen), jnp.int32 if len(seen) > 255 else jnp.uint8)
+    y = _max_pool(x, w)
+    return y, at_first_maximum(_windows(x, w, -jnp.inf), y, _windows(dx, w))
+
+
+def at_first_maximum(seen: Sequence[Array], largest: Array, values: Sequence[Array]) -> Array:
+    """Of the values at each offset in a window, those where the map first has its largest value."""
+    first = jnp.full(largest.shape, len(seen), jnp.int32 if len(seen) > 255 else jnp.uint8)
     for place in reversed(range(len(seen))):
-        first = jnp.where(seen[place] == y, place, first).astype(first.dtype)
-    parts = (jnp.where(first == place, part, 0) for place, part in enumerate(_windows(dx, w)))
-    return y, functools.reduce(jnp.add, parts)
+        first = jnp.where(seen[place] == largest, place, first).astype(first.dtype)
+    return functools.reduce(
+        jnp.add, (jnp.where(first == place, part, 0) for place, part in enumerate(values))
+    )
 
 
 def channel_mean(x: Maps) -> Float[Array, " channels"]:
