@@ -195,8 +195,10 @@ class BatchNorm(nn.BatchNorm):
                 kept_mean.value = self.momentum * kept_mean.value + (1 - self.momentum) * mean
                 kept_var.value = self.momentum * kept_var.value + (1 - self.momentum) * var
         factor = scale * lax.rsqrt(var + self.epsilon)
-        mean, factor, bias = (per_channel(values, x) for values in (mean, factor, bias))
-        return ((x - mean) * factor + bias).astype(self.dtype or x.dtype)
+        # As one product and one sum per number, whose gradient needs no other map than x.
+        return (x * per_channel(factor, x) + per_channel(bias - mean * factor, x)).astype(
+            self.dtype or x.dtype
+        )
 
 
 def batch_norm(module: Any, *, train: bool) -> Callable[..., nn.Module]:

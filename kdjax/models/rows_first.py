@@ -5,15 +5,16 @@ the batch is cut into groups of about :data:`IMAGES` images, which are the last 
 
 - A CPU computes with vectors of 8 or 16 numbers from the last axis. With images there, every vector is full however
   few channels a network has, and a shift along the width is a shift of whole vectors.
-- A row of all channels is contiguous, and so are the rows under a window. Hence an output row needs one matmul: of
-  ``[kernel width x features, kernel height x channels]`` by the rows as they lie. Its parts are shifted along the width
-  and added. No patches are built, and the matmul runs near the core's peak from 16 channels on.
-- What one row of a group needs fits into the second-level cache.
+- So a row of the output is a few matmuls of ``[kernel width x features, channels]`` by rows of the input as they lie,
+  whose parts are shifted along the width and added. No patches are built, nothing is padded, and the matmuls run near
+  the core's peak from 16 channels on. What they read and write stays in the caches.
+- Rows as the unit suit Winograd's minimal filtering along the height: four rows of a 3 x 3 kernel at stride 1 need 6
+  products instead of 12, of sums of rows. (In both directions it would save more and round worse.)
 - XLA's own gradients of a convolution are 5 to 80 times slower inside ``scan``, ``while`` or ``cond`` than at top
   level, because the rewrite that makes them fast applies to the entry computation only. Matmuls are as fast in either.
 
-A stride along the width is folded into the channels: columns that lie a stride apart become neighbours, and the
-convolution is one of stride 1 with more channels and a narrower kernel.
+A stride along the width deals the columns out: those that lie a stride apart meet the same columns of the kernel, and
+each such phase is a convolution of stride 1. The gradient by the input is dealt back the same way.
 
 Convolution is bilinear and is differentiated as such: by a ``custom_vjp`` rule of three forms (output, gradient by the
 input, gradient by the kernel), each with a ``custom_jvp`` rule that uses the form itself. So a Hessian-vector product
@@ -23,17 +24,19 @@ around costs as much as the layout gains.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 IMAGES = 32
-"""Images of a group, for second-level caches of one or two megabytes."""
+"""Images of a group: from 8 to 32 a form takes about as long, with more its rows leave the second-level cache."""
 
 Pair: TypeAlias = tuple[int, int]
 Pads: TypeAlias = tuple[Pair, Pair]
@@ -108,7 +111,7 @@ def _with_gradients(
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-    """Sizes of a convolution or pooling, which its three forms share."""
+    """Sizes of a convolution or pooling, which its forms share."""
 
     height: int
     width: int
@@ -121,21 +124,66 @@ class _Window:
     new_height: int
     new_width: int
 
-    @property
-    def folds(self) -> int:
-        """How many columns become channels of one."""
-        return min(self.right, self.columns)
-
-    @property
-    def taps(self) -> int:
-        """Width of the kernel once its columns are folded."""
-        return -(-self.columns // self.right)
-
     def turned(self) -> "_Window":
         """Of the convolution that is the gradient by the input, for strides of 1."""
         top, left = self.rows - 1 - self.top, self.columns - 1 - self.left
         size = {"height": self.new_height, "width": self.new_width, "new_height": self.height}
         return dataclasses.replace(self, **size, new_width=self.width, top=top, left=left)
+
+    def tile(self, channels: int, dtype: Any) -> int:
+        """How many output rows are made at once: 2 or 4 by Winograd's algorithm where it applies and pays, else 1."""
+        if (self.rows, self.down) != (3, 1) or channels < 8 or jnp.finfo(dtype).bits < 32:
+            return 1
+        return min(_WINOGRAD, key=lambda rows: (-(-self.new_height // rows) * (rows + 2), rows))
+
+    def row_phases(self) -> "_Phases":
+        """Of the rows of the input."""
+        return _phases(self.rows, self.down, self.top)
+
+    def column_phases(self) -> "_Phases":
+        """Of the columns of the input."""
+        return _phases(self.columns, self.right, self.left)
+
+
+_Phases: TypeAlias = dict[int, list[tuple[int, int]]]
+"""Place within a stride -> the kernel's places that meet the inputs there, and by how many strides those are ahead."""
+
+
+def _phases(size: int, stride: int, before: int) -> _Phases:
+    found: _Phases = {}
+    for place in range(size):
+        ahead, phase = divmod(place - before, stride)
+        found.setdefault(phase, []).append((place, ahead))
+    return found
+
+
+_WINOGRAD = {
+    2: (
+        ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
+        ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
+        ((1, 1, 1, 0), (0, 1, -1, -1)),
+    ),
+    4: (
+        (
+            (4, 0, -5, 0, 1, 0),
+            (0, -4, -4, 1, 1, 0),
+            (0, 4, -4, -1, 1, 0),
+            (0, -2, -1, 2, 1, 0),
+            (0, 2, -1, -2, 1, 0),
+            (0, 4, 0, -5, 0, 1),
+        ),
+        (
+            (1 / 4, 0, 0),
+            (-1 / 6, -1 / 6, -1 / 6),
+            (-1 / 6, 1 / 6, -1 / 6),
+            (1 / 24, 1 / 12, 1 / 6),
+            (1 / 24, -1 / 12, 1 / 6),
+            (0, 0, 1),
+        ),
+        ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
+    ),
+}
+"""Output rows of a tile -> weights of its input rows, kernel rows and products (Lavin and Gray, CVPR 2016)."""
 
 
 def _window(x: Array, window: Pair, strides: Pair, pads: Pads) -> _Window:
@@ -153,139 +201,221 @@ def conv(
     return _conv(x, kernel, _window(x, (kernel.shape[0], kernel.shape[1]), strides, pads))
 
 
-def _padded(x: Array, top: int, height: int, left: int, width: int) -> Array:
-    """The map moved by rows and columns into one of the given size, zeros around it; negative numbers crop.
-
-    By concatenation, which copies whole lines; ``lax.pad`` asks for each number whether it is inside.
-    """
-    for axis, before, size in ((1, top, height), (3, left, width)):
-        after = size - before - x.shape[axis]
-        x = lax.slice_in_dim(x, max(-before, 0), x.shape[axis] + min(after, 0), axis=axis)
-        zeros = [
-            jnp.zeros((*x.shape[:axis], max(n, 0), *x.shape[axis + 1 :]), x.dtype) for n in (before, after)
-        ]
-        if zeros[0].size or zeros[1].size:
-            x = jnp.concatenate([zeros[0], x, zeros[1]], axis)
-    return x
-
-
-def _folded_rows(x: Array, w: _Window) -> tuple[Array, int]:
-    """``[rows x folds x channels, columns x images]`` of all groups, zeros around them; and the rows of one group."""
-    height, columns = (w.new_height - 1) * w.down + w.rows, w.new_width + w.taps - 1
-    x = _padded(x, w.top, height, w.left, columns * w.right)
-    if w.right > 1:
-        x = jnp.stack([x[:, :, :, fold :: w.right] for fold in range(w.folds)], 2)
-    return x.reshape(-1, columns * x.shape[-1]), height
-
-
-def _folded_kernel(kernel: Array, w: _Window) -> Array:
-    """``[kernel rows, taps, folds, channels, features]``."""
-    kernel = jnp.pad(kernel, ((0, 0), (0, w.taps * w.right - w.columns), (0, 0), (0, 0)))
-    return kernel.reshape(w.rows, w.taps, w.right, *kernel.shape[2:])[:, :, : w.folds]
-
-
-def _sum_of_shifts(parts: Array, images: int, width: int) -> Array:
-    """``[taps, features, columns x images]``, each shifted by one more column, to ``[features, width x images]``."""
-    return functools.reduce(
-        jnp.add, (part[:, tap * images : (tap + width) * images] for tap, part in enumerate(parts))
-    )
-
-
 def _accumulated(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def _weighted(weights: Sequence[float], terms: Sequence[Array]) -> Array:
+    """Sum of the terms whose weight isn't zero."""
+    pairs = zip(weights, terms, strict=True)
+    scaled = (
+        term if weight == 1 else -term if weight == -1 else weight * term for weight, term in pairs if weight
+    )
+    return functools.reduce(jnp.add, scaled)
+
+
+def _put(buffer: Array, values: Array, *place: Any) -> Array:
+    """The buffer with these values from a place on; in place, inside a loop."""
+    return lax.dynamic_update_slice(
+        buffer, values.reshape((1,) * (buffer.ndim - values.ndim) + values.shape), place
+    )
+
+
+def _row(x: Array, group: Array, place: Array) -> Array:
+    """A row of a group, ``[channels, columns x images]``; zeros where there is none.
+
+    One row at a time: of a slice of several rows inside a larger expression, XLA reads number by number.
+    """
+    groups, height, channels, width, images = x.shape
+    rows = x.reshape(groups * height, channels, width * images)
+    row = lax.dynamic_index_in_dim(rows, group * height + place, 0, keepdims=False)
+    return jnp.where((place >= 0) & (place < height), row, 0)
+
+
 def _dot(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, preferred_element_type=_accumulated(a.dtype))
+    return jnp.matmul(a, b, preferred_element_type=_accumulated(a.dtype))
 
 
 def _dot_transposed(a: Array, b: Array) -> Array:
-    dimensions = (((1,), (1,)), ((), ()))
+    last, batch = (a.ndim - 1,), tuple(range(a.ndim - 2))
+    dimensions = ((last, last), (batch, batch))
     return lax.dot_general(a, b, dimensions, preferred_element_type=_accumulated(a.dtype))
+
+
+def _mixed(weights: Sequence[Sequence[float]], x: Array) -> Array:
+    """``weights @ x`` over the first axis, which is short."""
+    columns = np.array(weights, x.dtype).T.reshape(len(x), -1, *(1,) * (x.ndim - 1))
+    return functools.reduce(jnp.add, (column * part[None] for column, part in zip(columns, x, strict=True)))
+
+
+def _sums_of_shifts(
+    parts: Sequence[Array], ahead: Sequence[int], images: int, width: int
+) -> list[tuple[int, Array]]:
+    """Sum of ``[..., columns x images]``, each read from so many columns further on, where they have them.
+
+    In pieces with their first column, within each of which the same parts take part: no number is asked whether it is
+    inside, and each is written once.
+    """
+    spans = [
+        (max(0, -shift), min(width, part.shape[-1] // images - shift))
+        for part, shift in zip(parts, ahead, strict=True)
+    ]
+    pieces = []
+    for begin, end in itertools.pairwise(sorted({edge for span in spans for edge in span})):
+        seen = [
+            part[..., (begin + shift) * images : (end + shift) * images]
+            for part, shift, span in zip(parts, ahead, spans, strict=True)
+            if span[0] <= begin and end <= span[1]
+        ]
+        if seen:
+            pieces.append((begin, functools.reduce(jnp.add, seen)))
+    return pieces
+
+
+def _lines(x: Array, w: _Window, size: int, group: Array, first: Array) -> list[Array]:
+    """What ``size`` output rows are computed from, the first being given: input rows, or sums of them."""
+    begin = first * w.down - w.top
+    seen = [_row(x, group, begin + i) for i in range((size - 1) * w.down + w.rows)]
+    return seen if size == 1 else [_weighted(weights, seen) for weights in _WINOGRAD[size][0]]
+
+
+def _whole_strides(x: Array, w: _Window) -> Array:
+    """The maps, as wide as some whole number of strides."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -w.width % w.right), (0, 0)))
+
+
+def _no_lines(count: int, size: int, channels: int, columns: int, dtype: Any) -> Array:
+    """Space for lines as a matmul takes them: one below the other, or each in a matmul of its own.
+
+    A loop carries it, since XLA gives the parts of a stack made inside no memory that a matmul could read at speed.
+    """
+    return jnp.zeros((count * channels, columns) if size == 1 else (count, channels, columns), dtype)
+
+
+def _with_lines(buffer: Array, lines: Sequence[Array]) -> Array:
+    """The buffer with all its lines replaced, in place."""
+    for place, line in enumerate(lines):
+        buffer = _put(buffer, line, *((place * len(line), 0) if buffer.ndim == 2 else (place, 0, 0)))
+    return buffer
+
+
+def _columns(lines: Sequence[Array], phase: int, stride: int, images: int) -> list[Array]:
+    """Of each line, every column a stride apart."""
+    if stride == 1:
+        return list(lines)
+    seen = [line.reshape(len(line), -1, stride, images)[:, :, phase] for line in lines]
+    return [line.reshape(len(line), -1) for line in seen]
 
 
 def _forward(x: Array, kernel: Array, w: _Window) -> Array:
     groups, channels, images, features = x.shape[0], x.shape[2], x.shape[4], kernel.shape[3]
-    rows, height = _folded_rows(x, w)
-    lines, depth = w.folds * channels, w.rows * w.folds * channels
-    matrix = jnp.transpose(_folded_kernel(kernel, w), (1, 4, 0, 2, 3)).reshape(w.taps * features, depth)
+    size, phases, x = w.tile(channels, x.dtype), w.column_phases(), _whole_strides(x, w)
+    tiles, columns = -(-w.new_height // size), x.shape[3] // w.right * images
+    matrices = {}
+    for phase, taps in phases.items():
+        seen = jnp.stack([kernel[:, column] for column, _ in taps], 1)
+        if size == 1:
+            matrices[phase] = jnp.transpose(seen, (1, 3, 0, 2)).reshape(len(taps) * features, -1)
+        else:
+            seen = jnp.swapaxes(_mixed(_WINOGRAD[size][1], seen), 2, 3)
+            matrices[phase] = seen.reshape(len(seen), -1, channels)
 
-    def row(out, place):
-        group, line = place // w.new_height, place % w.new_height
-        start = (group * height + line * w.down) * lines
-        # The barrier keeps XLA from merging the slice with the slices and changes of shape after it.
-        seen = lax.optimization_barrier(lax.dynamic_slice_in_dim(rows, start, depth))
-        parts = _dot(matrix, seen).reshape(w.taps, features, -1)
-        y = _sum_of_shifts(parts, images, w.new_width).astype(x.dtype)
-        return lax.dynamic_update_slice_in_dim(out, y[None], place, 0), None
+    def tile(carry, step):
+        out, products, buffers = carry
+        lines = _lines(x, w, size, step // tiles, step % tiles * size)
+        filled, parts, ahead = {}, [], []
+        for phase, taps in phases.items():
+            filled[phase] = _with_lines(buffers[phase], _columns(lines, phase, w.right, images))
+            found = _dot(matrices[phase], filled[phase])
+            found = found.reshape(*found.shape[:-2], len(taps), features, -1)
+            parts += [found[..., place, :, :] for place in range(len(taps))]
+            ahead += [further for _, further in taps]
+        for begin, y in _sums_of_shifts(parts, ahead, images, w.new_width):
+            if size == 1:
+                out = _put(out, y.astype(out.dtype), step, 0, begin * images)
+            else:
+                products = _put(products, y, 0, 0, begin * images)
+        if size > 1:
+            for place, weights in enumerate(_WINOGRAD[size][2]):
+                out = _put(out, _weighted(weights, list(products)), step * size + place, 0, 0)
+        return (out, products, filled), None
 
-    out = jnp.zeros((groups * w.new_height, features, w.new_width * images), x.dtype)
-    out, _ = lax.scan(row, out, jnp.arange(len(out)))
-    return out.reshape(groups, w.new_height, features, w.new_width, images)
-
-
-def _row(rows: Array, place: Array) -> Array:
-    return lax.dynamic_index_in_dim(rows, place, 0, keepdims=False)
+    count = w.rows if size == 1 else size + 2
+    out = jnp.zeros((groups * tiles * size, features, w.new_width * images), x.dtype)
+    products = jnp.zeros((0 if size == 1 else count, features, w.new_width * images), x.dtype)
+    buffers = {phase: _no_lines(count, size, channels, columns, x.dtype) for phase in phases}
+    (out, *_), _ = lax.scan(tile, (out, products, buffers), jnp.arange(groups * tiles))
+    return out.reshape(groups, -1, features, w.new_width, images)[:, : w.new_height]
 
 
 def _conv_dx(kernel: Array, dy: Array, w: _Window) -> Array:
     if w.down == w.right == 1:
         return _forward(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), w.turned())
     groups, images, (channels, features) = dy.shape[0], dy.shape[4], kernel.shape[2:]
-    # Input rows down * u + phase get the kernel's rows phase, phase + down, ... of dy's rows u, u - 1, ...
-    first, last = w.top // w.down, -(-(w.top + w.height) // w.down)
-    begin, end = w.left // w.right, -(-(w.left + w.width) // w.right)
-    reach, wide = -(-w.rows // w.down), end - begin
-    height, columns = last - first + reach - 1, wide + w.taps - 1
-    rows = _padded(dy, reach - 1 - first, height, w.taps - 1 - begin, columns).reshape(-1, columns * images)
-    folded = _folded_kernel(kernel, w)[:, ::-1]
-    phases = [folded[phase :: w.down][::-1] for phase in range(w.down)]  # the latest row of dy comes last
-    matrices = [
-        jnp.transpose(part, (1, 2, 3, 0, 4)).reshape(w.taps * w.folds * channels, -1) for part in phases
-    ]
+    tall, wide = -(-w.height // w.down), -(-w.width // w.right)
+    # What the forward pass reads from ahead of an output, the gradient adds from behind an input.
+    row_phases, column_phases = w.row_phases(), w.column_phases()
+    matrices, buffers = {}, {}
+    for phase, taps in row_phases.items():
+        seen = jnp.stack([kernel[row] for row, _ in taps], 2)
+        matrices[phase] = seen.reshape(w.columns * channels, -1)
+        buffers[phase] = _no_lines(len(taps), 1, features, w.new_width * images, dy.dtype)
 
-    def some(out, place):
-        group, line = place // (last - first), place % (last - first)
-        for phase, matrix in enumerate(matrices):
-            depth = matrix.shape[1]
-            if not depth:
-                continue
-            start = (group * height + line + reach) * features - depth
-            seen = lax.optimization_barrier(lax.dynamic_slice_in_dim(rows, start, depth))
-            parts = _dot(matrix, seen).reshape(w.taps, w.folds * channels, -1)
-            y = _sum_of_shifts(parts, images, wide).reshape(w.folds, channels, wide, images)
-            y = jnp.pad(y, ((0, w.right - w.folds), (0, 0), (0, 0), (0, 0)))
-            y = jnp.transpose(y, (1, 2, 0, 3)).reshape(1, channels, -1).astype(dy.dtype)
-            out = lax.dynamic_update_slice_in_dim(out, y, place * w.down + phase, 0)
-        return out, None
+    def strip(carry, step):
+        out, buffers = carry
+        group, line = step // tall, step % tall
+        filled = {}
+        for down, taps in row_phases.items():
+            filled[down] = _with_lines(buffers[down], [_row(dy, group, line - ahead) for _, ahead in taps])
+            found = _dot(matrices[down], filled[down]).reshape(w.columns, channels, -1)
+            for right, taps in column_phases.items():
+                parts, behind = [found[column] for column, _ in taps], [-ahead for _, ahead in taps]
+                for begin, y in _sums_of_shifts(parts, behind, images, wide):
+                    y = y.astype(dy.dtype).reshape(channels, -1, 1, images)
+                    out = _put(out, y, step * w.down + down, 0, begin, right, 0)
+        return (out, filled), None
 
-    out = jnp.zeros((groups * (last - first) * w.down, channels, wide * w.right * images), dy.dtype)
-    out, _ = lax.scan(some, out, jnp.arange(groups * (last - first)))
-    out = out.reshape(groups, -1, channels, wide * w.right, images)
-    return _padded(out, first * w.down - w.top, w.height, begin * w.right - w.left, w.width)
+    out = jnp.zeros((groups * tall * w.down, channels, wide, w.right, images), dy.dtype)
+    (out, _), _ = lax.scan(strip, (out, buffers), jnp.arange(groups * tall))
+    out = out.reshape(groups, tall * w.down, channels, wide * w.right, images)
+    return out[:, : w.height, :, : w.width]
 
 
 def _conv_dk(x: Array, dy: Array, w: _Window) -> Array:
-    channels, images, features = x.shape[2], x.shape[4], dy.shape[2]
-    rows, height = _folded_rows(x, w)
-    lines, depth = w.folds * channels, w.rows * w.folds * channels
-    dys = dy.reshape(-1, features, w.new_width * images)
+    groups, channels, images, features = x.shape[0], x.shape[2], x.shape[4], dy.shape[2]
+    size, phases, x = w.tile(channels, x.dtype), w.column_phases(), _whole_strides(x, w)
+    tiles, columns = -(-w.new_height // size), x.shape[3] // w.right
+    count = w.rows if size == 1 else size + 2
 
-    def add(totals, place):
-        group, line = place // w.new_height, place % w.new_height
-        start = (group * height + line * w.down) * lines
-        seen = lax.optimization_barrier(lax.dynamic_slice_in_dim(rows, start, depth))
-        line = _row(dys, place)
-        shifts = (seen[:, tap * images : (tap + w.new_width) * images] for tap in range(w.taps))
-        return tuple(
-            total + _dot_transposed(shift, line) for total, shift in zip(totals, shifts, strict=True)
-        ), None
+    def tile(carry, step):
+        totals, buffers, dys = carry
+        group, first = step // tiles, step % tiles * size
+        lines, dlines = _lines(x, w, size, group, first), [_row(dy, group, first + i) for i in range(size)]
+        if size == 1:
+            (dys,) = dlines
+        else:
+            dys = _with_lines(
+                dys, [_weighted(part, dlines) for part in zip(*_WINOGRAD[size][2], strict=True)]
+            )
+        filled, totals = {}, dict(totals)
+        for phase, taps in phases.items():
+            filled[phase] = _with_lines(buffers[phase], _columns(lines, phase, w.right, images))
+            for column, ahead in taps:
+                begin, end = max(0, -ahead), min(w.new_width, columns - ahead)
+                if begin < end:
+                    seen = filled[phase][..., (begin + ahead) * images : (end + ahead) * images]
+                    totals[column] += _dot_transposed(seen, dys[..., begin * images : end * images])
+        return (totals, filled, dys), None
 
-    zeros = tuple(jnp.zeros((depth, features), _accumulated(x.dtype)) for _ in range(w.taps))
-    totals, _ = lax.scan(add, zeros, jnp.arange(len(dys)))
-    dk = jnp.stack(totals).reshape(w.taps, w.rows, w.folds, channels, features)
-    dk = jnp.pad(jnp.swapaxes(dk, 0, 1), ((0, 0), (0, 0), (0, w.right - w.folds), (0, 0), (0, 0)))
-    return dk.reshape(w.rows, -1, channels, features)[:, : w.columns].astype(x.dtype)
+    buffers = {phase: _no_lines(count, size, channels, columns * images, x.dtype) for phase in phases}
+    dys = _no_lines(1 if size == 1 else count, size, features, w.new_width * images, dy.dtype)
+    shape = _no_lines(count, size, channels, features, x.dtype).shape
+    totals = dict.fromkeys(range(w.columns), jnp.zeros(shape, _accumulated(x.dtype)))
+    (totals, *_), _ = lax.scan(tile, (totals, buffers, dys), jnp.arange(groups * tiles))
+    dk = jnp.stack([totals[column].reshape(-1, channels, features) for column in range(w.columns)], 1)
+    if size > 1:
+        dk = _mixed(tuple(zip(*_WINOGRAD[size][1], strict=True)), dk)
+    return dk.astype(x.dtype)
 
 
 _conv = _with_gradients(_forward, _conv_dx, _conv_dk)
