@@ -170,24 +170,39 @@ class DepthwiseConv(nn.Module):
         return _with_bias(self, x, shape, form)
 
 
-class BatchNorm(nn.BatchNorm):
-    """Flax's ``BatchNorm``, which also takes maps rows first."""
+class BatchNorm(nn.Module):
+    """Batch normalisation of maps in either layout, with the parameters and statistics of ``flax.linen.BatchNorm``.
+
+    It is computed as one product and one sum per number, whose gradient needs no other map than the input: two passes
+    over memory less than with the differences from the mean.
+
+    Attributes:
+      use_running_average: whether to normalise by the kept statistics, not by the batch's.
+      momentum: how much of the kept statistics stays at each update.
+      epsilon: added to the variance.
+      axis_name: mapped axis over which the batch's statistics are averaged; None keeps them per device.
+      dtype: of the result; sums, parameters and statistics are at least float32.
+    """
+
+    use_running_average: bool
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: Array, **options: Any) -> Array:
+    def __call__(self, x: Maps) -> Maps:
         """Normalises."""
-        if x.ndim != 5:
-            return super().__call__(x, **options)
-        shape = (x.shape[2],)
-        scale = self.param("scale", self.scale_init, shape, self.param_dtype)
-        bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        shape = (channels(x),)
+        scale = self.param("scale", nn.initializers.ones_init(), shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
         kept_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         kept_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         if self.use_running_average:
             mean, var = kept_mean.value, kept_var.value
         else:
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            moments = rows_first.channel_mean(wide), rows_first.channel_mean(wide * wide)
+            moments = channel_mean(wide), channel_mean(wide * wide)
             if self.axis_name is not None and not self.is_initializing():
                 moments = lax.pmean(moments, self.axis_name)
             mean, var = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)
@@ -195,10 +210,8 @@ class BatchNorm(nn.BatchNorm):
                 kept_mean.value = self.momentum * kept_mean.value + (1 - self.momentum) * mean
                 kept_var.value = self.momentum * kept_var.value + (1 - self.momentum) * var
         factor = scale * lax.rsqrt(var + self.epsilon)
-        # As one product and one sum per number, whose gradient needs no other map than x.
-        return (x * per_channel(factor, x) + per_channel(bias - mean * factor, x)).astype(
-            self.dtype or x.dtype
-        )
+        y = x * per_channel(factor, x) + per_channel(bias - mean * factor, x)
+        return y.astype(self.dtype or x.dtype)
 
 
 def batch_norm(module: Any, *, train: bool) -> Callable[..., nn.Module]:
@@ -225,6 +238,11 @@ def size(x: Array) -> Pair:
 def per_channel(values: Array, x: Array) -> Array:
     """One value per channel, shaped to be broadcast with maps in either layout."""
     return values.reshape((1, 1, -1, 1, 1) if x.ndim == 5 else (1, 1, 1, -1))
+
+
+def channel_mean(x: Array) -> Float[Array, " channels"]:
+    """Mean over the images and positions of maps in either layout."""
+    return rows_first.channel_mean(x) if x.ndim == 5 else jnp.mean(x, axis=(0, 1, 2))
 
 
 def global_mean(x: Array) -> Float[Array, "batch channels"]:

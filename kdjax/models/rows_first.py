@@ -63,12 +63,13 @@ def from_nhwc(x: Float[Array, "batch height width channels"]) -> Maps:
     images = images_per_group(len(x))
     if images is None:
         raise ValueError(f"a batch of {len(x)} can't be cut into groups of 8 to 128 images.")
-    return jnp.transpose(x.reshape(-1, images, *x.shape[1:]), (0, 2, 4, 3, 1))
+    # In a loop, which XLA does not fuse with what reads the maps: a change of layout inside another expression is slow.
+    return lax.map(lambda group: jnp.transpose(group, (1, 3, 2, 0)), x.reshape(-1, images, *x.shape[1:]))
 
 
 def to_nhwc(x: Maps) -> Float[Array, "batch height width channels"]:
     """The inverse of :func:`from_nhwc`."""
-    x = jnp.transpose(x, (0, 4, 1, 3, 2))
+    x = lax.map(lambda group: jnp.transpose(group, (3, 0, 2, 1)), x)
     return x.reshape(-1, *x.shape[2:])
 
 
