@@ -3,7 +3,7 @@ r"""Are the CPU forms of convolution and pooling faster than XLA's own, and than
     python -m experiments.benchmarks.layers --output=experiments/results/benchmarks/layers.json
     python -m experiments.benchmarks.layers --threads=2 --output=layers_2.json
 
-Takes about fifteen minutes, most of it compiling. Each case (a layer's forward and backward pass, a network's whole Adam
+Takes about fifteen minutes, mostly to compile. Each case (a layer's forward and backward pass, a network's whole Adam
 step) is timed in rounds, and in every round once in each form: kdjax's, XLA's own ("xla"), kdjax's again inside
 ``lax.scan``, for a few cases XLA's too, and, where torch is installed, PyTorch in channels-last layout with the same
 number of threads. A ratio is the peer's time over kdjax's in the same round, above 1 where kdjax is faster; its low and
