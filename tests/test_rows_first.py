@@ -156,17 +156,25 @@ def test_pooling_is_that_of_nhwc_and_ties_go_to_the_first(window, strides, paddi
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_batch_norm_is_linens(train):
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [True, False])
+def test_batch_norm_is_linens(train, dtype, rows):
+    turn, back = (rows_first.from_nhwc, rows_first.to_nhwc) if rows else (lambda x: x, lambda x: x)
     (x,) = arrays((16, 5, 4, 3))
-    norm = layers.BatchNorm(use_running_average=not train, momentum=0.9)
+    norm = layers.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)
     variables = {
         "params": {"scale": jnp.array([1.0, 2.0, 3.0]), "bias": jnp.array([0.0, 1.0, -1.0])},
         "batch_stats": {"mean": jnp.array([0.1, 0.2, 0.3]), "var": jnp.array([1.0, 2.0, 0.5])},
     }
-    linens = nn.BatchNorm(use_running_average=not train, momentum=0.9)
-    y, state = norm.apply(variables, rows_first.from_nhwc(3 * x + 1), mutable=["batch_stats"])
+    linens = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)
+    y, state = norm.apply(variables, turn(3 * x + 1), mutable=["batch_stats"])
     want, wanted_state = linens.apply(variables, 3 * x + 1, mutable=["batch_stats"])
-    np.testing.assert_allclose(rows_first.to_nhwc(y), want, atol=1e-5)
+    assert y.dtype == want.dtype
+    np.testing.assert_allclose(
+        back(y).astype(jnp.float32), want.astype(jnp.float32), atol=1e-5 if dtype is None else 0.05
+    )
+    norm_init, linens_init = (jax.eval_shape(n.init, jax.random.key(0), x) for n in (norm, linens))
+    assert norm_init == linens_init
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state, wanted_state)
 
 

@@ -212,25 +212,39 @@ def _weighted(weights: Sequence[float], terms: Sequence[Array]) -> Array:
     scaled = (
         term if weight == 1 else -term if weight == -1 else weight * term for weight, term in pairs if weight
     )
-    return functools.reduce(jnp.add, scaled)
+    return functools.reduce(lax.add, scaled)
 
 
 def _put(buffer: Array, values: Array, *place: Any) -> Array:
     """The buffer with these values from a place on; in place, inside a loop."""
-    return lax.dynamic_update_slice(
-        buffer, values.reshape((1,) * (buffer.ndim - values.ndim) + values.shape), place
-    )
+    values = lax.expand_dims(values, range(buffer.ndim - values.ndim))
+    return lax.dynamic_update_slice(buffer, values, place, allow_negative_indices=False)
 
 
-def _row(x: Array, group: Array, place: Array) -> Array:
-    """A row of a group, ``[channels, columns x images]``; zeros where there is none.
+def _rows(x: Array) -> Array:
+    """All rows of all groups, ``[groups x height, channels, columns x images]``."""
+    return x.reshape(-1, x.shape[2], x.shape[3] * x.shape[4])
+
+
+def _row(rows: Array, height: int, group: Array, first: Array, offset: int, last: int) -> Array:
+    """Row ``first + offset`` of a group, ``[channels, columns x images]``; zeros where there is none.
 
     One row at a time: of a slice of several rows inside a larger expression, XLA reads number by number.
+
+    Args:
+      rows: of all groups.
+      height: rows of a group.
+      group: which one.
+      first: a row from 0 to ``last``.
+      offset: added to it.
+      last: the largest ``first``, so that rows which always exist are not asked.
     """
-    groups, height, channels, width, images = x.shape
-    rows = x.reshape(groups * height, channels, width * images)
-    row = lax.dynamic_index_in_dim(rows, group * height + place, 0, keepdims=False)
-    return jnp.where((place >= 0) & (place < height), row, 0)
+    place = group * height + first + offset
+    row = lax.dynamic_index_in_dim(rows, place, 0, keepdims=False, allow_negative_indices=False)
+    if offset >= 0 and last + offset < height:
+        return row
+    inside = (first >= -offset) & (first < height - offset)
+    return lax.select(lax.broadcast(inside, row.shape), row, lax.full_like(row, 0))
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -249,6 +263,29 @@ def _mixed(weights: Sequence[Sequence[float]], x: Array) -> Array:
     return functools.reduce(jnp.add, (column * part[None] for column, part in zip(columns, x, strict=True)))
 
 
+def _combined_rows(weights: Sequence[Sequence[float]], x: Array, group: Array, first: Array) -> Array:
+    """Weighted sums of rows of a group from the first on, ``[sums, channels, columns x images]``; zeros outside of it.
+
+    As a matmul of rows as they lie: where some are outside, others are read and their weights moved.
+    """
+    count = len(weights[0])
+    matrix = jnp.asarray(np.pad(np.array(weights), ((0, 0), (count, count))), x.dtype)
+    start = jnp.clip(first, 0, x.shape[1] - count)
+    moved = count + jnp.clip(start - first, -count, count)
+    place = group * x.shape[1] + start
+    rows = x.reshape(-1, x.shape[2] * x.shape[3] * x.shape[4])
+    rows = lax.dynamic_slice_in_dim(rows, place, count, allow_negative_indices=False)
+    # The barrier keeps XLA from merging the slice with changes of shape.
+    sums = _dot(lax.dynamic_slice_in_dim(matrix, moved, count, axis=1), lax.optimization_barrier(rows))
+    return sums.reshape(-1, x.shape[2], x.shape[3] * x.shape[4])
+
+
+def _at_least(x: Array, rows: int) -> Array:
+    """The maps, with rows of zeros below if they have fewer."""
+    missing = rows - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0))) if missing > 0 else x
+
+
 def _sums_of_shifts(
     parts: Sequence[Array], ahead: Sequence[int], images: int, width: int
 ) -> list[tuple[int, Array]]:
@@ -264,54 +301,69 @@ def _sums_of_shifts(
     pieces = []
     for begin, end in itertools.pairwise(sorted({edge for span in spans for edge in span})):
         seen = [
-            part[..., (begin + shift) * images : (end + shift) * images]
+            lax.slice_in_dim(part, (begin + shift) * images, (end + shift) * images, axis=-1)
             for part, shift, span in zip(parts, ahead, spans, strict=True)
             if span[0] <= begin and end <= span[1]
         ]
         if seen:
-            pieces.append((begin, functools.reduce(jnp.add, seen)))
+            pieces.append((begin, functools.reduce(lax.add, seen)))
     return pieces
 
 
-def _lines(x: Array, w: _Window, size: int, group: Array, first: Array) -> list[Array]:
-    """What ``size`` output rows are computed from, the first being given: input rows, or sums of them."""
-    begin = first * w.down - w.top
-    seen = [_row(x, group, begin + i) for i in range((size - 1) * w.down + w.rows)]
-    return seen if size == 1 else [_weighted(weights, seen) for weights in _WINOGRAD[size][0]]
-
-
-def _whole_strides(x: Array, w: _Window) -> Array:
-    """The maps, as wide as some whole number of strides."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -w.width % w.right), (0, 0)))
-
-
-def _no_lines(count: int, size: int, channels: int, columns: int, dtype: Any) -> Array:
-    """Space for lines as a matmul takes them: one below the other, or each in a matmul of its own.
-
-    A loop carries it, since XLA gives the parts of a stack made inside no memory that a matmul could read at speed.
-    """
-    return jnp.zeros((count * channels, columns) if size == 1 else (count, channels, columns), dtype)
+def _columns(lines: Array, phase: int, stride: int, images: int) -> Array:
+    """Of ``[..., columns x images]``, every column a stride apart."""
+    if stride == 1:
+        return lines
+    dealt = lines.reshape(*lines.shape[:-1], -1, stride, images)
+    return lax.index_in_dim(dealt, phase, -2, keepdims=False).reshape(*lines.shape[:-1], -1)
 
 
 def _with_lines(buffer: Array, lines: Sequence[Array]) -> Array:
-    """The buffer with all its lines replaced, in place."""
+    """The buffer with lines one below the other, in place: a matmul of a stack made in the loop would be slow."""
     for place, line in enumerate(lines):
-        buffer = _put(buffer, line, *((place * len(line), 0) if buffer.ndim == 2 else (place, 0, 0)))
+        buffer = _put(buffer, line, place * len(line), 0)
     return buffer
 
 
-def _columns(lines: Sequence[Array], phase: int, stride: int, images: int) -> list[Array]:
-    """Of each line, every column a stride apart."""
-    if stride == 1:
-        return list(lines)
-    seen = [line.reshape(len(line), -1, stride, images)[:, :, phase] for line in lines]
-    return [line.reshape(len(line), -1) for line in seen]
+def _reader(x: Array, w: _Window, size: int) -> tuple[dict[int, Array], Callable[..., dict[int, Array]]]:
+    """How a loop reads what it computes ``size`` output rows from.
+
+    Returns:
+      Buffers that the loop carries, if any, and a function of them, a group and a tile, which returns for each phase of
+      the columns what a matmul takes: the rows under the kernel, ``[rows x channels, columns x images]``, which are the
+      new buffers; or for Winograd's algorithm sums of rows, ``[sums, channels, columns x images]``.
+    """
+    images, missing = x.shape[4], -w.width % w.right
+    if missing:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
+    if size > 1:
+        x = _at_least(x, size + 2)
+
+        def combined(buffers, group, tile):
+            sums = _combined_rows(_WINOGRAD[size][0], x, group, tile * size - w.top)
+            return {phase: _columns(sums, phase, w.right, images) for phase in w.column_phases()}
+
+        return {}, combined
+
+    rows, channels, columns = _rows(x), x.shape[2], x.shape[3] // w.right
+
+    def below(buffers, group, line):
+        last = (w.new_height - 1) * w.down
+        seen = [_row(rows, w.height, group, line * w.down, i - w.top, last) for i in range(w.rows)]
+        return {
+            phase: _with_lines(buffer, [_columns(row, phase, w.right, images) for row in seen])
+            for phase, buffer in buffers.items()
+        }
+
+    empty = jnp.zeros((w.rows * channels, columns * images), x.dtype)
+    return dict.fromkeys(w.column_phases(), empty), below
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _forward(x: Array, kernel: Array, w: _Window) -> Array:
     groups, channels, images, features = x.shape[0], x.shape[2], x.shape[4], kernel.shape[3]
-    size, phases, x = w.tile(channels, x.dtype), w.column_phases(), _whole_strides(x, w)
-    tiles, columns = -(-w.new_height // size), x.shape[3] // w.right * images
+    size, phases = w.tile(channels, x.dtype), w.column_phases()
+    tiles = -(-w.new_height // size)
     matrices = {}
     for phase, taps in phases.items():
         seen = jnp.stack([kernel[:, column] for column, _ in taps], 1)
@@ -320,16 +372,16 @@ def _forward(x: Array, kernel: Array, w: _Window) -> Array:
         else:
             seen = jnp.swapaxes(_mixed(_WINOGRAD[size][1], seen), 2, 3)
             matrices[phase] = seen.reshape(len(seen), -1, channels)
+    buffers, read = _reader(x, w, size)
 
     def tile(carry, step):
         out, products, buffers = carry
-        lines = _lines(x, w, size, step // tiles, step % tiles * size)
-        filled, parts, ahead = {}, [], []
+        lines = read(buffers, step // tiles, step % tiles)
+        parts, ahead = [], []
         for phase, taps in phases.items():
-            filled[phase] = _with_lines(buffers[phase], _columns(lines, phase, w.right, images))
-            found = _dot(matrices[phase], filled[phase])
+            found = _dot(matrices[phase], lines[phase])
             found = found.reshape(*found.shape[:-2], len(taps), features, -1)
-            parts += [found[..., place, :, :] for place in range(len(taps))]
+            parts += [lax.index_in_dim(found, place, -3, keepdims=False) for place in range(len(taps))]
             ahead += [further for _, further in taps]
         for begin, y in _sums_of_shifts(parts, ahead, images, w.new_width):
             if size == 1:
@@ -337,14 +389,13 @@ def _forward(x: Array, kernel: Array, w: _Window) -> Array:
             else:
                 products = _put(products, y, 0, 0, begin * images)
         if size > 1:
+            terms = [lax.index_in_dim(products, i, keepdims=False) for i in range(size + 2)]
             for place, weights in enumerate(_WINOGRAD[size][2]):
-                out = _put(out, _weighted(weights, list(products)), step * size + place, 0, 0)
-        return (out, products, filled), None
+                out = _put(out, _weighted(weights, terms), step * size + place, 0, 0)
+        return (out, products, lines if buffers else {}), None
 
-    count = w.rows if size == 1 else size + 2
     out = jnp.zeros((groups * tiles * size, features, w.new_width * images), x.dtype)
-    products = jnp.zeros((0 if size == 1 else count, features, w.new_width * images), x.dtype)
-    buffers = {phase: _no_lines(count, size, channels, columns, x.dtype) for phase in phases}
+    products = jnp.zeros((0 if size == 1 else size + 2, features, w.new_width * images), x.dtype)
     (out, *_), _ = lax.scan(tile, (out, products, buffers), jnp.arange(groups * tiles))
     return out.reshape(groups, -1, features, w.new_width, images)[:, : w.new_height]
 
@@ -360,17 +411,20 @@ def _conv_dx(kernel: Array, dy: Array, w: _Window) -> Array:
     for phase, taps in row_phases.items():
         seen = jnp.stack([kernel[row] for row, _ in taps], 2)
         matrices[phase] = seen.reshape(w.columns * channels, -1)
-        buffers[phase] = _no_lines(len(taps), 1, features, w.new_width * images, dy.dtype)
+        buffers[phase] = jnp.zeros((len(taps) * features, w.new_width * images), dy.dtype)
+    rows = _rows(dy)
 
     def strip(carry, step):
         out, buffers = carry
         group, line = step // tall, step % tall
         filled = {}
         for down, taps in row_phases.items():
-            filled[down] = _with_lines(buffers[down], [_row(dy, group, line - ahead) for _, ahead in taps])
+            lines = [_row(rows, w.new_height, group, line, -ahead, tall - 1) for _, ahead in taps]
+            filled[down] = _with_lines(buffers[down], lines)
             found = _dot(matrices[down], filled[down]).reshape(w.columns, channels, -1)
             for right, taps in column_phases.items():
-                parts, behind = [found[column] for column, _ in taps], [-ahead for _, ahead in taps]
+                parts = [lax.index_in_dim(found, column, keepdims=False) for column, _ in taps]
+                behind = [-ahead for _, ahead in taps]
                 for begin, y in _sums_of_shifts(parts, behind, images, wide):
                     y = y.astype(dy.dtype).reshape(channels, -1, 1, images)
                     out = _put(out, y, step * w.down + down, 0, begin, right, 0)
@@ -384,35 +438,33 @@ def _conv_dx(kernel: Array, dy: Array, w: _Window) -> Array:
 
 def _conv_dk(x: Array, dy: Array, w: _Window) -> Array:
     groups, channels, images, features = x.shape[0], x.shape[2], x.shape[4], dy.shape[2]
-    size, phases, x = w.tile(channels, x.dtype), w.column_phases(), _whole_strides(x, w)
-    tiles, columns = -(-w.new_height // size), x.shape[3] // w.right
-    count = w.rows if size == 1 else size + 2
+    size, phases = w.tile(channels, x.dtype), w.column_phases()
+    tiles, columns = -(-w.new_height // size), -(-w.width // w.right)
+    buffers, read = _reader(x, w, size)
+    drows, dy = _rows(dy), _at_least(dy, size)
 
     def tile(carry, step):
-        totals, buffers, dys = carry
-        group, first = step // tiles, step % tiles * size
-        lines, dlines = _lines(x, w, size, group, first), [_row(dy, group, first + i) for i in range(size)]
+        totals, buffers = carry
+        group, place = step // tiles, step % tiles
+        lines, totals = read(buffers, group, place), dict(totals)
         if size == 1:
-            (dys,) = dlines
+            dline = _row(drows, w.new_height, group, place, 0, tiles - 1)
         else:
-            dys = _with_lines(
-                dys, [_weighted(part, dlines) for part in zip(*_WINOGRAD[size][2], strict=True)]
-            )
-        filled, totals = {}, dict(totals)
+            dline = _combined_rows(tuple(zip(*_WINOGRAD[size][2], strict=True)), dy, group, place * size)
         for phase, taps in phases.items():
-            filled[phase] = _with_lines(buffers[phase], _columns(lines, phase, w.right, images))
             for column, ahead in taps:
                 begin, end = max(0, -ahead), min(w.new_width, columns - ahead)
                 if begin < end:
-                    seen = filled[phase][..., (begin + ahead) * images : (end + ahead) * images]
-                    totals[column] += _dot_transposed(seen, dys[..., begin * images : end * images])
-        return (totals, filled, dys), None
+                    seen, met = (
+                        lax.slice_in_dim(values, (begin + moved) * images, (end + moved) * images, axis=-1)
+                        for values, moved in ((lines[phase], ahead), (dline, 0))
+                    )
+                    totals[column] += _dot_transposed(seen, met)
+        return (totals, lines if buffers else {}), None
 
-    buffers = {phase: _no_lines(count, size, channels, columns * images, x.dtype) for phase in phases}
-    dys = _no_lines(1 if size == 1 else count, size, features, w.new_width * images, dy.dtype)
-    shape = _no_lines(count, size, channels, features, x.dtype).shape
+    shape = (w.rows * channels, features) if size == 1 else (size + 2, channels, features)
     totals = dict.fromkeys(range(w.columns), jnp.zeros(shape, _accumulated(x.dtype)))
-    (totals, *_), _ = lax.scan(tile, (totals, buffers, dys), jnp.arange(groups * tiles))
+    (totals, _), _ = lax.scan(tile, (totals, buffers), jnp.arange(groups * tiles))
     dk = jnp.stack([totals[column].reshape(-1, channels, features) for column in range(w.columns)], 1)
     if size > 1:
         dk = _mixed(tuple(zip(*_WINOGRAD[size][1], strict=True)), dk)
