@@ -221,32 +221,6 @@ def _put(buffer: Array, values: Array, *place: Any) -> Array:
     return lax.dynamic_update_slice(buffer, values, place, allow_negative_indices=False)
 
 
-def _rows(x: Array) -> Array:
-    """All rows of all groups, ``[groups x height, channels, columns x images]``."""
-    return x.reshape(-1, x.shape[2], x.shape[3] * x.shape[4])
-
-
-def _row(rows: Array, height: int, group: Array, first: Array, offset: int, last: int) -> Array:
-    """Row ``first + offset`` of a group, ``[channels, columns x images]``; zeros where there is none.
-
-    One row at a time: of a slice of several rows inside a larger expression, XLA reads number by number.
-
-    Args:
-      rows: of all groups.
-      height: rows of a group.
-      group: which one.
-      first: a row from 0 to ``last``.
-      offset: added to it.
-      last: the largest ``first``, so that rows which always exist are not asked.
-    """
-    place = group * height + first + offset
-    row = lax.dynamic_index_in_dim(rows, place, 0, keepdims=False, allow_negative_indices=False)
-    if offset >= 0 and last + offset < height:
-        return row
-    inside = (first >= -offset) & (first < height - offset)
-    return lax.select(lax.broadcast(inside, row.shape), row, lax.full_like(row, 0))
-
-
 def _dot(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, preferred_element_type=_accumulated(a.dtype))
 
@@ -277,7 +251,7 @@ def _combined_rows(weights: Sequence[Sequence[float]], x: Array, group: Array, f
     rows = lax.dynamic_slice_in_dim(rows, place, count, allow_negative_indices=False)
     # The barrier keeps XLA from merging the slice with changes of shape.
     sums = _dot(lax.dynamic_slice_in_dim(matrix, moved, count, axis=1), lax.optimization_barrier(rows))
-    return sums.reshape(-1, x.shape[2], x.shape[3] * x.shape[4])
+    return sums.astype(x.dtype).reshape(-1, x.shape[2], x.shape[3] * x.shape[4])
 
 
 def _at_least(x: Array, rows: int) -> Array:
@@ -318,45 +292,28 @@ def _columns(lines: Array, phase: int, stride: int, images: int) -> Array:
     return lax.index_in_dim(dealt, phase, -2, keepdims=False).reshape(*lines.shape[:-1], -1)
 
 
-def _with_lines(buffer: Array, lines: Sequence[Array]) -> Array:
-    """The buffer with lines one below the other, in place: a matmul of a stack made in the loop would be slow."""
-    for place, line in enumerate(lines):
-        buffer = _put(buffer, line, place * len(line), 0)
-    return buffer
+def _reader(x: Array, w: _Window, size: int) -> Callable[[Array, Array], dict[int, Array]]:
+    """A function of a group and a tile that reads what a loop computes ``size`` output rows from.
 
-
-def _reader(x: Array, w: _Window, size: int) -> tuple[dict[int, Array], Callable[..., dict[int, Array]]]:
-    """How a loop reads what it computes ``size`` output rows from.
-
-    Returns:
-      Buffers that the loop carries, if any, and a function of them, a group and a tile, which returns for each phase of
-      the columns what a matmul takes: the rows under the kernel, ``[rows x channels, columns x images]``, which are the
-      new buffers; or for Winograd's algorithm sums of rows, ``[sums, channels, columns x images]``.
+    For each phase of the columns it returns what a matmul takes: the rows under the kernel, ``[rows x channels, columns
+    x images]``, or for Winograd's algorithm sums of rows, ``[sums, channels, columns x images]``.
     """
     images, missing = x.shape[4], -w.width % w.right
+    weights = _identity(w.rows) if size == 1 else _WINOGRAD[size][0]
     if missing:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
-    if size > 1:
-        x = _at_least(x, size + 2)
+    x = _at_least(x, len(weights[0]))
 
-        def combined(buffers, group, tile):
-            sums = _combined_rows(_WINOGRAD[size][0], x, group, tile * size - w.top)
-            return {phase: _columns(sums, phase, w.right, images) for phase in w.column_phases()}
+    def read(group, tile):
+        lines = _combined_rows(weights, x, group, tile * (size * w.down) - w.top)
+        seen = {phase: _columns(lines, phase, w.right, images) for phase in w.column_phases()}
+        return {phase: y.reshape(-1, y.shape[2]) for phase, y in seen.items()} if size == 1 else seen
 
-        return {}, combined
+    return read
 
-    rows, channels, columns = _rows(x), x.shape[2], x.shape[3] // w.right
 
-    def below(buffers, group, line):
-        last = (w.new_height - 1) * w.down
-        seen = [_row(rows, w.height, group, line * w.down, i - w.top, last) for i in range(w.rows)]
-        return {
-            phase: _with_lines(buffer, [_columns(row, phase, w.right, images) for row in seen])
-            for phase, buffer in buffers.items()
-        }
-
-    empty = jnp.zeros((w.rows * channels, columns * images), x.dtype)
-    return dict.fromkeys(w.column_phases(), empty), below
+def _identity(size: int) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(i == j) for j in range(size)) for i in range(size))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -372,11 +329,11 @@ def _forward(x: Array, kernel: Array, w: _Window) -> Array:
         else:
             seen = jnp.swapaxes(_mixed(_WINOGRAD[size][1], seen), 2, 3)
             matrices[phase] = seen.reshape(len(seen), -1, channels)
-    buffers, read = _reader(x, w, size)
+    read = _reader(x, w, size)
 
     def tile(carry, step):
-        out, products, buffers = carry
-        lines = read(buffers, step // tiles, step % tiles)
+        out, products = carry
+        lines = read(step // tiles, step % tiles)
         parts, ahead = [], []
         for phase, taps in phases.items():
             found = _dot(matrices[phase], lines[phase])
@@ -392,46 +349,43 @@ def _forward(x: Array, kernel: Array, w: _Window) -> Array:
             terms = [lax.index_in_dim(products, i, keepdims=False) for i in range(size + 2)]
             for place, weights in enumerate(_WINOGRAD[size][2]):
                 out = _put(out, _weighted(weights, terms), step * size + place, 0, 0)
-        return (out, products, lines if buffers else {}), None
+        return (out, products), None
 
     out = jnp.zeros((groups * tiles * size, features, w.new_width * images), x.dtype)
     products = jnp.zeros((0 if size == 1 else size + 2, features, w.new_width * images), x.dtype)
-    (out, *_), _ = lax.scan(tile, (out, products, buffers), jnp.arange(groups * tiles))
+    (out, _), _ = lax.scan(tile, (out, products), jnp.arange(groups * tiles))
     return out.reshape(groups, -1, features, w.new_width, images)[:, : w.new_height]
 
 
 def _conv_dx(kernel: Array, dy: Array, w: _Window) -> Array:
     if w.down == w.right == 1:
         return _forward(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), w.turned())
-    groups, images, (channels, features) = dy.shape[0], dy.shape[4], kernel.shape[2:]
+    groups, images, channels = dy.shape[0], dy.shape[4], kernel.shape[2]
     tall, wide = -(-w.height // w.down), -(-w.width // w.right)
     # What the forward pass reads from ahead of an output, the gradient adds from behind an input.
-    row_phases, column_phases = w.row_phases(), w.column_phases()
-    matrices, buffers = {}, {}
-    for phase, taps in row_phases.items():
-        seen = jnp.stack([kernel[row] for row, _ in taps], 2)
-        matrices[phase] = seen.reshape(w.columns * channels, -1)
-        buffers[phase] = jnp.zeros((len(taps) * features, w.new_width * images), dy.dtype)
-    rows = _rows(dy)
+    column_phases = w.column_phases()
+    row_phases = {phase: taps[::-1] for phase, taps in w.row_phases().items()}  # in the order of dy's rows
+    matrices = {
+        phase: jnp.stack([kernel[row] for row, _ in taps], 2).reshape(w.columns * channels, -1)
+        for phase, taps in row_phases.items()
+    }
+    dy = _at_least(dy, max(map(len, row_phases.values())))
 
-    def strip(carry, step):
-        out, buffers = carry
+    def strip(out, step):
         group, line = step // tall, step % tall
-        filled = {}
         for down, taps in row_phases.items():
-            lines = [_row(rows, w.new_height, group, line, -ahead, tall - 1) for _, ahead in taps]
-            filled[down] = _with_lines(buffers[down], lines)
-            found = _dot(matrices[down], filled[down]).reshape(w.columns, channels, -1)
+            lines = _combined_rows(_identity(len(taps)), dy, group, line - taps[0][1])
+            found = _dot(matrices[down], lines.reshape(-1, lines.shape[2])).reshape(w.columns, channels, -1)
             for right, taps in column_phases.items():
                 parts = [lax.index_in_dim(found, column, keepdims=False) for column, _ in taps]
                 behind = [-ahead for _, ahead in taps]
                 for begin, y in _sums_of_shifts(parts, behind, images, wide):
                     y = y.astype(dy.dtype).reshape(channels, -1, 1, images)
                     out = _put(out, y, step * w.down + down, 0, begin, right, 0)
-        return (out, filled), None
+        return out, None
 
     out = jnp.zeros((groups * tall * w.down, channels, wide, w.right, images), dy.dtype)
-    (out, _), _ = lax.scan(strip, (out, buffers), jnp.arange(groups * tall))
+    out, _ = lax.scan(strip, out, jnp.arange(groups * tall))
     out = out.reshape(groups, tall * w.down, channels, wide * w.right, images)
     return out[:, : w.height, :, : w.width]
 
@@ -440,17 +394,14 @@ def _conv_dk(x: Array, dy: Array, w: _Window) -> Array:
     groups, channels, images, features = x.shape[0], x.shape[2], x.shape[4], dy.shape[2]
     size, phases = w.tile(channels, x.dtype), w.column_phases()
     tiles, columns = -(-w.new_height // size), -(-w.width // w.right)
-    buffers, read = _reader(x, w, size)
-    drows, dy = _rows(dy), _at_least(dy, size)
+    read, dy = _reader(x, w, size), _at_least(dy, size)
+    weights = _identity(1) if size == 1 else tuple(zip(*_WINOGRAD[size][2], strict=True))
 
-    def tile(carry, step):
-        totals, buffers = carry
+    def tile(totals, step):
         group, place = step // tiles, step % tiles
-        lines, totals = read(buffers, group, place), dict(totals)
-        if size == 1:
-            dline = _row(drows, w.new_height, group, place, 0, tiles - 1)
-        else:
-            dline = _combined_rows(tuple(zip(*_WINOGRAD[size][2], strict=True)), dy, group, place * size)
+        lines, totals = read(group, place), dict(totals)
+        dline = _combined_rows(weights, dy, group, place * size)
+        dline = dline[0] if size == 1 else dline
         for phase, taps in phases.items():
             for column, ahead in taps:
                 begin, end = max(0, -ahead), min(w.new_width, columns - ahead)
@@ -460,11 +411,11 @@ def _conv_dk(x: Array, dy: Array, w: _Window) -> Array:
                         for values, moved in ((lines[phase], ahead), (dline, 0))
                     )
                     totals[column] += _dot_transposed(seen, met)
-        return (totals, lines if buffers else {}), None
+        return totals, None
 
     shape = (w.rows * channels, features) if size == 1 else (size + 2, channels, features)
     totals = dict.fromkeys(range(w.columns), jnp.zeros(shape, _accumulated(x.dtype)))
-    (totals, _), _ = lax.scan(tile, (totals, buffers), jnp.arange(groups * tiles))
+    totals, _ = lax.scan(tile, totals, jnp.arange(groups * tiles))
     dk = jnp.stack([totals[column].reshape(-1, channels, features) for column in range(w.columns)], 1)
     if size > 1:
         dk = _mixed(tuple(zip(*_WINOGRAD[size][1], strict=True)), dk)
