@@ -18,7 +18,7 @@ import jax
 from absl import flags
 
 from experiments import cli
-from experiments.benchmarks.layers_cases import network_case
+from experiments.benchmarks.layers_cases import NETWORKS, network_case
 from experiments.benchmarks.timing import clock, clock_note, in_turns, over, pin, said
 from kdjax import results
 from kdjax.models import rows_first
@@ -28,7 +28,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each form is timed.", low
 SECONDS = flags.DEFINE_float("seconds", 0.15, "Length of one timing; at least one call.", lower_bound=0.0)
 SIZES = flags.DEFINE_list("sizes", ["1", "2", "4", "8", "16", "32", "64", "128", "512"], "Numbers of images.")
 
-NETWORKS = {"resnet8": ((32, 32, 3), 10), "malaria_student": ((32, 32, 3), 2)}  # image, classes
+MODELS = ("resnet8", "malaria_student")
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def laid_out(images: int | None) -> Iterator[None]:
 
 def compiled(name: str, size: int, *, trains: bool, images: int | None) -> Callable[[], Any]:
     """A call that takes a step, or scores a batch, and blocks until the result is there."""
-    shape, classes = NETWORKS[name]
+    _, _, shape, classes, _ = NETWORKS[f"{name} step"]
     run, carry = network_case(name, size, shape, classes, trains, native=False)
     with laid_out(images):
         program = jax.jit(run).lower(carry).compile()
@@ -52,7 +52,7 @@ def main() -> None:
     pin(1)
     start = time.perf_counter()
     arms, ratios = {}, {}
-    for name in NETWORKS:
+    for name in MODELS:
         for trains in (True, False):
             for size in map(int, SIZES.value):
                 case = f"{name} {'step' if trains else 'forward'} of {size}"

@@ -6,7 +6,7 @@ the batch is cut into groups of about :data:`IMAGES` images, which are the last 
 - A CPU computes with vectors of 8 or 16 numbers from the last axis. With images there, every vector is full however
   few channels a network has, and a shift along the width is a shift of whole vectors.
 - So a row of the output is a few matmuls of ``[kernel width x features, channels]`` by rows of the input as they lie,
-  whose parts are shifted along the width and added. No patches are built, nothing is padded, and the matmuls run near
+  whose parts are shifted along the width and added. No patches are built, no borders added, and the matmuls run near
   the core's peak from 16 channels on. What they read and write stays in the caches.
 - Rows as the unit suit Winograd's minimal filtering along the height: four rows of a 3 x 3 kernel at stride 1 need 6
   products instead of 12, of sums of rows. (In both directions it would save more and round worse.)
@@ -231,19 +231,19 @@ def _dot_transposed(a: Array, b: Array) -> Array:
     return lax.dot_general(a, b, dimensions, preferred_element_type=_accumulated(a.dtype))
 
 
-def _mixed(weights: Sequence[Sequence[float]], x: Array) -> Array:
+def _mixed(weights: np.ndarray, x: Array) -> Array:
     """``weights @ x`` over the first axis, which is short."""
-    columns = np.array(weights, x.dtype).T.reshape(len(x), -1, *(1,) * (x.ndim - 1))
+    columns = weights.astype(x.dtype).T.reshape(len(x), -1, *(1,) * (x.ndim - 1))
     return functools.reduce(jnp.add, (column * part[None] for column, part in zip(columns, x, strict=True)))
 
 
-def _combined_rows(weights: Sequence[Sequence[float]], x: Array, group: Array, first: Array) -> Array:
+def _combined_rows(weights: np.ndarray, x: Array, group: Array, first: Array) -> Array:
     """Weighted sums of rows of a group from the first on, ``[sums, channels, columns x images]``; zeros outside of it.
 
     As a matmul of rows as they lie: where some are outside, others are read and their weights moved.
     """
-    count = len(weights[0])
-    matrix = jnp.asarray(np.pad(np.array(weights), ((0, 0), (count, count))), x.dtype)
+    count = weights.shape[1]
+    matrix = jnp.asarray(np.pad(weights, ((0, 0), (count, count))), x.dtype)
     start = jnp.clip(first, 0, x.shape[1] - count)
     moved = count + jnp.clip(start - first, -count, count)
     place = group * x.shape[1] + start
@@ -260,6 +260,11 @@ def _at_least(x: Array, rows: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0))) if missing > 0 else x
 
 
+def _span(ahead: int, columns: int, width: int) -> Pair:
+    """From which to which of ``width`` places there is a column so many further on."""
+    return max(0, -ahead), min(width, columns - ahead)
+
+
 def _sums_of_shifts(
     parts: Sequence[Array], ahead: Sequence[int], images: int, width: int
 ) -> list[tuple[int, Array]]:
@@ -268,10 +273,8 @@ def _sums_of_shifts(
     In pieces with their first column, within each of which the same parts take part: no number is asked whether it is
     inside, and each is written once.
     """
-    spans = [
-        (max(0, -shift), min(width, part.shape[-1] // images - shift))
-        for part, shift in zip(parts, ahead, strict=True)
-    ]
+    pairs = zip(parts, ahead, strict=True)
+    spans = [_span(shift, part.shape[-1] // images, width) for part, shift in pairs]
     pieces = []
     for begin, end in itertools.pairwise(sorted({edge for span in spans for edge in span})):
         seen = [
@@ -299,10 +302,10 @@ def _reader(x: Array, w: _Window, size: int) -> Callable[[Array, Array], dict[in
     x images]``, or for Winograd's algorithm sums of rows, ``[sums, channels, columns x images]``.
     """
     images, missing = x.shape[4], -w.width % w.right
-    weights = _identity(w.rows) if size == 1 else _WINOGRAD[size][0]
+    weights = np.eye(w.rows) if size == 1 else np.array(_WINOGRAD[size][0])
     if missing:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
-    x = _at_least(x, len(weights[0]))
+    x = _at_least(x, weights.shape[1])
 
     def read(group, tile):
         lines = _combined_rows(weights, x, group, tile * (size * w.down) - w.top)
@@ -312,10 +315,7 @@ def _reader(x: Array, w: _Window, size: int) -> Callable[[Array, Array], dict[in
     return read
 
 
-def _identity(size: int) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(float(i == j) for j in range(size)) for i in range(size))
-
-
+# Jitted here too: the gradient by the input of a layer with as many features as channels is the same program.
 @functools.partial(jax.jit, static_argnums=2)
 def _forward(x: Array, kernel: Array, w: _Window) -> Array:
     groups, channels, images, features = x.shape[0], x.shape[2], x.shape[4], kernel.shape[3]
@@ -327,7 +327,7 @@ def _forward(x: Array, kernel: Array, w: _Window) -> Array:
         if size == 1:
             matrices[phase] = jnp.transpose(seen, (1, 3, 0, 2)).reshape(len(taps) * features, -1)
         else:
-            seen = jnp.swapaxes(_mixed(_WINOGRAD[size][1], seen), 2, 3)
+            seen = jnp.swapaxes(_mixed(np.array(_WINOGRAD[size][1]), seen), 2, 3)
             matrices[phase] = seen.reshape(len(seen), -1, channels)
     read = _reader(x, w, size)
 
@@ -374,7 +374,7 @@ def _conv_dx(kernel: Array, dy: Array, w: _Window) -> Array:
     def strip(out, step):
         group, line = step // tall, step % tall
         for down, taps in row_phases.items():
-            lines = _combined_rows(_identity(len(taps)), dy, group, line - taps[0][1])
+            lines = _combined_rows(np.eye(len(taps)), dy, group, line - taps[0][1])
             found = _dot(matrices[down], lines.reshape(-1, lines.shape[2])).reshape(w.columns, channels, -1)
             for right, taps in column_phases.items():
                 parts = [lax.index_in_dim(found, column, keepdims=False) for column, _ in taps]
@@ -395,7 +395,7 @@ def _conv_dk(x: Array, dy: Array, w: _Window) -> Array:
     size, phases = w.tile(channels, x.dtype), w.column_phases()
     tiles, columns = -(-w.new_height // size), -(-w.width // w.right)
     read, dy = _reader(x, w, size), _at_least(dy, size)
-    weights = _identity(1) if size == 1 else tuple(zip(*_WINOGRAD[size][2], strict=True))
+    weights = np.eye(1) if size == 1 else np.transpose(_WINOGRAD[size][2])
 
     def tile(totals, step):
         group, place = step // tiles, step % tiles
@@ -404,7 +404,7 @@ def _conv_dk(x: Array, dy: Array, w: _Window) -> Array:
         dline = dline[0] if size == 1 else dline
         for phase, taps in phases.items():
             for column, ahead in taps:
-                begin, end = max(0, -ahead), min(w.new_width, columns - ahead)
+                begin, end = _span(ahead, columns, w.new_width)
                 if begin < end:
                     seen, met = (
                         lax.slice_in_dim(values, (begin + moved) * images, (end + moved) * images, axis=-1)
@@ -418,7 +418,7 @@ def _conv_dk(x: Array, dy: Array, w: _Window) -> Array:
     totals, _ = lax.scan(tile, totals, jnp.arange(groups * tiles))
     dk = jnp.stack([totals[column].reshape(-1, channels, features) for column in range(w.columns)], 1)
     if size > 1:
-        dk = _mixed(tuple(zip(*_WINOGRAD[size][1], strict=True)), dk)
+        dk = _mixed(np.transpose(_WINOGRAD[size][1]), dk)
     return dk.astype(x.dtype)
 
 
