@@ -4,9 +4,11 @@ import gc
 from collections.abc import Iterator
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
-from statsmodels.stats import multitest
+from statsmodels.regression import mixed_linear_model
+from statsmodels.stats import multitest, weightstats
 
 from kdjax import significance
 
@@ -94,7 +96,158 @@ def test_arms_that_never_vary():
     assert significance.welch([2, 2, 2], [1, 1, 1])[:4] == (1, 1, 1, 0)
 
 
+def test_pairs_on_a_published_example():
+    # Student 1908, R's t.test(extra ~ group, sleep, paired = TRUE): t = -4.0621, df = 9, p = .002833, interval
+    # -2.4598858 to -0.7001142. The ten patients are pairs, which Welch's test does not see.
+    found = significance.paired(FIRST, SECOND)
+    assert found.p == pytest.approx(0.002833, abs=1e-6)
+    assert (found.low, found.high) == (
+        pytest.approx(-2.4598858, abs=1e-6),
+        pytest.approx(-0.7001142, abs=1e-6),
+    )
+    assert (found.n, found.test) == ((10, 10), "paired t")
+
+
+def test_arms_are_compared_by_seed():
+    first, second = dict(enumerate(FIRST)), dict(reversed([*enumerate(SECOND)]))
+    assert significance.compare(first, second) == significance.paired(FIRST, SECOND)
+    others = {seed + 8: value for seed, value in second.items()}  # two seeds in common
+    assert significance.compare(first, others) == significance.welch(FIRST, SECOND[::-1])
+    del second[4]  # it diverged
+    without = [values[:4] + values[5:] for values in (FIRST, SECOND)]
+    assert significance.compare(first, second) == significance.paired(*without)
+
+
+def test_pairs_that_all_differ_alike():
+    assert significance.paired([0.1, 0.2, 0.3], [0.1, 0.2, 0.3]).p == 1
+    # Rounding makes differences of equal size differ by 1e-17.
+    found = significance.paired([0.1 + 0.2, 0.2 + 0.2, 0.3 + 0.2], [0.1, 0.2, 0.3])
+    assert (found.low, found.high, found.p) == (pytest.approx(0.2), pytest.approx(0.2), 0)
+    with pytest.raises(ValueError, match="as many repeats of each arm, got 3 and 4"):
+        significance.paired([1, 2, 3], [1, 2, 3, 4])
+
+
 # Test examples.
+
+
+def draws(rng, shape, *, seeds=0.0, examples=0.0, both=0.0, accuracy=0.8):
+    """Answers of one arm: 0 or 1, with chance by seed, by example and by both, in units of a normal score."""
+    n, m = shape
+    effects = (
+        seeds * rng.normal(size=(n, 1)) + examples * rng.normal(size=(1, m)) + both * rng.normal(size=shape)
+    )
+    return effects < stats.norm.ppf(accuracy) * np.sqrt(seeds**2 + examples**2 + both**2)
+
+
+def test_accuracies_by_seed_and_example_are_those_of_a_mixed_model():
+    found = draws(np.random.default_rng(0), (6, 40), seeds=1.2, examples=1.2, both=0.7, accuracy=0.6)
+    n, m = found.shape
+    frame = pd.DataFrame(
+        {"y": found.ravel() * 1.0, "s": np.repeat(range(n), m), "e": np.tile(range(m), n), "one": 1}
+    )
+    parts = {"s": "0 + C(s)", "e": "0 + C(e)"}
+    fitted = mixed_linear_model.MixedLM.from_formula("y ~ 1", frame, groups="one", vc_formula=parts).fit()
+    assert (fitted.vcomp > 0).all()  # where the analysis of variance and REML agree
+    interval = significance.accuracy_interval(found)
+    (error,) = fitted.bse_fe
+    df = significance.examples._crossed([found * 1.0])[2]
+    assert interval.estimate == pytest.approx(found.mean())
+    assert (interval.high - interval.low) / 2 == pytest.approx(stats.t.isf(0.025, df) * error, rel=2e-3)
+
+
+def test_one_seed_has_the_interval_of_its_examples():
+    found = draws(np.random.default_rng(1), (1, 50), both=1.0)
+    mean = stats.ttest_1samp(found[0] * 1.0, 0)
+    low, high = mean.confidence_interval(0.95)
+    assert significance.accuracy_interval(found) == (found.mean(), pytest.approx(low), pytest.approx(high), 1)
+
+
+def test_examples_that_all_students_answer_alike_leave_the_seeds():
+    # Every example is answered by all or none of the seeds' students, so only examples differ, and in pairs nothing.
+    same = np.repeat(draws(np.random.default_rng(2), (1, 30), both=1.0), 4, axis=0)
+    assert significance.compare_accuracies(same, same)[:4] == (0, 0, 0, 1)
+    alone, one = significance.accuracy_interval(same), significance.accuracy_interval(same[:1])
+    assert alone[:3] == pytest.approx(one[:3])
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize(("seeds", "examples"), [(0.3, 0.8), (0.05, 0.8), (0.4, 0.1)])
+def test_intervals_by_seed_and_example_cover_the_difference(pairs, seeds, examples):
+    rng, inside, alone = np.random.default_rng(3), 0, 0
+    for _ in range(600):
+        shared = rng.normal(size=200)  # how hard an example is for both arms
+        a, b = (
+            0.9 + examples * shared + 0.5 * rng.normal(size=200) + seeds * rng.normal(size=(5, 1))
+            > rng.normal(size=(5, 200))
+            for _ in range(2)
+        )
+        found = significance.compare_accuracies(a, b, pairs=pairs)
+        inside += found.low <= 0 <= found.high
+        seed_by_seed = a.mean(1) - b.mean(1)
+        half = stats.t.isf(0.025, 4) * seed_by_seed.std(ddof=1) / 5**0.5
+        alone += abs(seed_by_seed.mean()) <= half
+    assert inside / 600 >= 0.95 - monte_carlo(0.95, 600)
+    # Where seeds hardly differ, their spread holds less than the chance of the examples.
+    assert inside > alone + 6 or seeds > 0.1
+
+
+def test_accuracies_refuse_other_examples_and_what_is_no_answer():
+    ok = np.zeros((3, 10), bool)
+    with pytest.raises(
+        ValueError, match="same test examples and seeds, got 10 and 9 examples of 3 and 3 seeds"
+    ):
+        significance.compare_accuracies(ok, ok[:, :9])
+    with pytest.raises(ValueError, match="same test examples, got 10 and 9"):
+        significance.compare_accuracies(ok, ok[:2, :9], pairs=False)
+    significance.compare_accuracies(ok, ok[:2], pairs=False)
+    for wrong in (np.zeros(10), np.full((3, 10), 0.5), np.zeros((3, 1))):
+        with pytest.raises(
+            ValueError, match=r"True or False of each seed and test example, as \[seeds, examples\]"
+        ):
+            significance.accuracy_interval(wrong)
+
+
+# Times to a target.
+
+
+def test_median_time_on_a_published_example():
+    # Freireich et al. 1963, weeks of remission with 6-mercaptopurine and with placebo: medians 23 and 8 (R, survfit).
+    weeks = [6, 6, 6, 6, 7, 9, 10, 10, 11, 13, 16, 17, 19, 20, 22, 23, 25, 32, 32, 34, 35]
+    ended = [1, 1, 1, 0, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
+    assert significance.median_time(weeks, ended) == (23, 9, 21)
+    placebo = [1, 1, 2, 2, 3, 4, 4, 5, 5, 8, 8, 8, 8, 11, 11, 12, 12, 15, 17, 22, 23]
+    assert significance.median_time(placebo, [1] * 21) == (8, 21, 21)
+
+
+def test_median_of_runs_of_which_most_never_got_there():
+    assert significance.median_time([10, 90, 90], [1, 0, 0]) == (np.inf, 1, 3)
+    assert significance.median_time([90, 90, 90], [0, 0, 0]) == (np.inf, 0, 3)
+    assert significance.median_time([10, 20, 90], [1, 1, 0]) == (20, 2, 3)
+
+
+def test_runs_that_never_got_there_are_later_than_all_that_did():
+    sooner, later = [10, 20, 30, 40], [25, 90, 90, 90]
+    found = significance.sooner(sooner, [1] * 4, later, [1, 0, 0, 0])
+    # Of 16 pairs the first arm is sooner in 14, later in 2.
+    assert found == (14 / 16, pytest.approx(stats.mannwhitneyu(sooner, [25, 91, 91, 91]).pvalue), (4, 4))
+    # How long the others would have needed does not matter, and the mean would say otherwise.
+    assert significance.sooner(sooner, [1] * 4, [25, 5, 5, 5], [1, 0, 0, 0]) == found
+    turned = significance.sooner(later, [1, 0, 0, 0], sooner, [1] * 4)
+    assert (turned.probability, turned.p) == (2 / 16, pytest.approx(found.p))
+    assert significance.sooner([9, 9, 9], [0, 0, 0], [9, 9, 9], [0, 0, 0])[:2] == (0.5, 1)
+
+
+def test_times_need_a_flag_each():
+    with pytest.raises(ValueError, match=r"a time and a flag, 0 or 1, per run, got shapes \(3,\) and \(2,\)"):
+        significance.median_time([1, 2, 3], [1, 0])
+    with pytest.raises(ValueError, match="a flag, 0 or 1"):
+        significance.sooner([1, 2, 3], [1, 0, 2], [1, 2, 3], [1, 1, 1])
+    with pytest.raises(ValueError, match="three runs or more"):
+        significance.sooner([1, 2], [1, 0], [1, 2, 3], [1, 1, 1])
+
+
+# One student against another.
 
 
 def test_mcnemar_on_published_examples():
@@ -173,6 +326,28 @@ def test_p_of_equivalence_agrees_with_its_interval():
         assert (found.p <= 0.1) == (found.low >= -1.2 and found.high <= 1.2)
         seen.add(found.p <= 0.1)
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_equivalence_is_that_of_statsmodels(pairs):
+    rng = np.random.default_rng(7)
+    a, b = rng.normal(0, 1, (2, 8)) + 3 * rng.normal(0, 1, 8) * pairs
+    found = significance.equivalence(a, b, delta=1.1, pairs=pairs)
+    theirs = (
+        weightstats.ttost_paired(a, b, -1.1, 1.1)
+        if pairs
+        else weightstats.ttost_ind(a, b, -1.1, 1.1, usevar="unequal")
+    )
+    assert found.p == pytest.approx(theirs[0], rel=1e-9)
+
+
+@pytest.mark.once
+def test_power_of_equivalence_is_how_often_equal_arms_are_called_so():
+    rng, found = np.random.default_rng(9), []
+    for _ in range(500):
+        found.append(significance.equivalence(*rng.normal(0, 1, (2, 10)), delta=1.5))
+    assert abs(np.mean([f.p <= 0.05 for f in found]) - np.mean([f.power for f in found])) < 0.05
+    assert significance.equivalence([1, 2, 3], [1, 2, 4], delta=0.1).power == 0
 
 
 @pytest.mark.once
@@ -293,7 +468,11 @@ def test_seeds_needed_refuses_what_has_no_answer():
 
 # Misuse that all refuse alike.
 
-OF_TWO = {"welch": significance.welch, "equivalence": lambda a, b: significance.equivalence(a, b, delta=0.1)}
+OF_TWO = {
+    "welch": significance.welch,
+    "paired": significance.paired,
+    "equivalence": lambda a, b: significance.equivalence(a, b, delta=0.1),
+}
 
 
 @pytest.mark.parametrize("name", OF_TWO)

@@ -1,14 +1,4 @@
-"""Statistics for a handful of seeds: confidence intervals, and tests of the difference between two arms.
-
-The tests are those of scipy and statsmodels; data that do not suit a test are refused.
-
-* :func:`summarise`, :func:`t_interval`: the mean of one arm.
-* :func:`welch`: two arms, each trained with several seeds.
-* :func:`mcnemar`: two students on the same test examples, one run of each.
-* :func:`equivalence`: whether two arms are equally good. A large p of :func:`welch` does not show that.
-* :func:`holm`: corrects the p-values of all arms of a table.
-* :func:`seeds_needed`: how many seeds would show a difference of a given size. To be asked before the runs.
-"""
+"""The means of one arm or two over a handful of seeds: intervals, tests, equivalence, and how many seeds to run."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -42,17 +32,21 @@ class Interval(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Difference of two means with its confidence interval, two-sided p, and the repeats of each arm."""
+    """Difference of two means with its confidence interval, two-sided p, the repeats of each arm, and the test."""
 
     difference: float
     low: float
     high: float
     p: float
     n: tuple[int, int]
+    test: str = "Welch"
 
 
 class Margin(NamedTuple):
-    """Difference of two means with its 1 - 2 alpha interval, and the p of its lying beyond the margin ``delta``."""
+    """Difference of two means with its 1 - 2 alpha interval, and the p of its lying beyond the margin ``delta``.
+
+    ``power`` is how often the test would find so many repeats of so much spread equivalent if their means were equal.
+    """
 
     difference: float
     low: float
@@ -60,19 +54,7 @@ class Margin(NamedTuple):
     p: float
     delta: float
     n: tuple[int, int]
-
-
-class McNemar(NamedTuple):
-    """On how many of n test examples only one student is right, and the two-sided p of equal accuracy.
-
-    ``p`` is exact and conservative. ``mid_p`` has more power, and in practice it keeps its level too.
-    """
-
-    only_a: int
-    only_b: int
-    p: float
-    mid_p: float
-    n: int
+    power: float
 
 
 def summarise(values: Values) -> Summary:
@@ -124,79 +106,65 @@ def welch(a: Values, b: Values, *, confidence: float = 0.95) -> Comparison:
     References:
       Welch, The generalization of Student's problem when several different population variances are involved, 1947.
     """
-    _fraction("confidence", confidence)
     a, b = _arms("welch", a, b)
-    difference = float(np.mean(a) - np.mean(b))
-    if np.ptp(a) == 0 and np.ptp(b) == 0:
-        return Comparison(difference, difference, difference, float(difference == 0), (len(a), len(b)))
-    with extra("report"):
-        from scipy import stats
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)  # one arm may be constant
-        test: Any = stats.ttest_ind(a, b, equal_var=False)
-    low, high = map(float, test.confidence_interval(confidence))
-    return Comparison(difference, low, high, float(test.pvalue), (len(a), len(b)))
+    return _compared(a, b, confidence, paired=False)
 
 
-def mcnemar(correct_a: Any, correct_b: Any, *, ids_a: Any, ids_b: Any) -> McNemar:
-    """McNemar's test of two students on the same test examples, by the examples on which only one is right.
-
-    It compares these two trained students. To compare two methods, train several seeds of each and use :func:`welch`.
-    Choose ``p`` or ``mid_p`` before looking at either.
+def paired(a: Values, b: Values, *, confidence: float = 0.95) -> Comparison:
+    """Student's t-test of mean(a) - mean(b) for pairs: repeats that share what else decides their number.
 
     Args:
-      correct_a: one flag per test example: whether the first student is right.
-      correct_b: the same for the second student.
-      ids_a: the id of each test example in ``correct_a``, a number or name.
-      ids_b: the ids of ``correct_b``: the same examples, in any order.
-
-    Returns:
-      How often only one student is right, the exact binomial p, and the mid-p, which counts half the probability of
-      the observed table. Both are 1 where the students never disagree.
+      a: one number per repeat of the first arm.
+      b: one number per repeat of the second arm, in the same order: equal seeds stand side by side.
+      confidence: of the interval around the difference. If no pair differs by more or less than another, it has no
+        width, and p is 1 where the means agree and 0 where they do not.
 
     Raises:
-      ValueError: if the examples differ, one is listed twice, or a flag is neither True nor False.
+      ValueError: with fewer than three pairs, arms of different lengths, or values that are not finite.
 
     References:
-      McNemar, Note on the sampling error of the difference between correlated proportions or percentages, 1947.
-      Fagerland, Lydersen and Laake, The McNemar test for binary matched-pairs data: mid-p and asymptotic are better
-      than exact conditional, 2013, for the mid-p.
+      Student, The probable error of a mean, 1908.
     """
-    with extra("report"):
-        from scipy import stats
-        from statsmodels.stats import contingency_tables
-
-    (a, ids_a), (b, ids_b) = _flags(correct_a, ids_a), _flags(correct_b, ids_b)
-    if not np.array_equal(ids_a, ids_b):
-        first, second = set(ids_a.tolist()), set(ids_b.tolist())
-        raise ValueError(
-            f"mcnemar needs both students on the same test examples, got {_some(first - second)} only for the first "
-            f"and {_some(second - first)} only for the second. Test both on one split. Accuracies of several seeds on "
-            "different splits are compared by welch."
-        )
-    only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
-    if only_a == only_b == 0:
-        return McNemar(0, 0, 1.0, 1.0, a.size)
-    table = [[int(np.sum(a & b)), only_a], [only_b, int(np.sum(~a & ~b))]]
-    test: Any = contingency_tables.mcnemar(table, exact=True)
-    exact, point = float(test.pvalue), float(stats.binom.pmf(only_a, only_a + only_b, 0.5))
-    mid = 1 - point / 2 if only_a == only_b else exact - point
-    return McNemar(only_a, only_b, exact, mid, a.size)
+    a, b = _arms("paired", a, b)
+    if len(a) != len(b):
+        raise ValueError(f"paired needs as many repeats of each arm, got {len(a)} and {len(b)}.")
+    return _compared(a, b, confidence, paired=True)
 
 
-def equivalence(a: Values, b: Values, *, delta: float, alpha: float = 0.05) -> Margin:
-    """Two one-sided Welch tests (TOST) of whether the means of independent repeats differ by less than ``delta``.
+def compare(a: Mapping[int, float], b: Mapping[int, float], *, confidence: float = 0.95) -> Comparison:
+    """Compares two arms by seed: :func:`paired` over the seeds of both, or :func:`welch` if these are fewer than three.
+
+    Runs of equal seed are a pair by design: they share their first weights, where their networks are equal, the order
+    of the images, and the teacher. A seed that one arm lacks, such as one that diverged, is left out of the pairs.
+
+    Args:
+      a: seed → number of the first arm.
+      b: seed → number of the second arm.
+      confidence: of the interval around the difference.
+
+    Raises:
+      ValueError: with fewer than three repeats in an arm, or values that are not finite.
+    """
+    shared = [seed for seed in a if seed in b]
+    if len(shared) < FEWEST:
+        return welch([*a.values()], [*b.values()], confidence=confidence)
+    return paired([a[seed] for seed in shared], [b[seed] for seed in shared], confidence=confidence)
+
+
+def equivalence(a: Values, b: Values, *, delta: float, alpha: float = 0.05, pairs: bool = False) -> Margin:
+    """Two one-sided tests (TOST) of whether the means of two arms differ by less than ``delta``.
 
     Args:
       a: one number per repeat of the first arm.
       b: one number per repeat of the second arm; the lengths may differ.
       delta: the smallest difference that would matter, in the metric's unit, chosen before the runs.
       alpha: level of the test, which fixes the interval.
+      pairs: whether repeats are pairs, as in :func:`paired`; else they are independent, as in :func:`welch`.
 
     Returns:
-      The difference mean(a) - mean(b), its 1 - 2 ``alpha`` interval, and p. The arms are equivalent where p is at most
-      ``alpha``, which is where the interval lies within ``delta`` of zero. A larger p does not mean that they differ.
+      The difference mean(a) - mean(b), its 1 - 2 ``alpha`` interval, p, and the power. The arms are equivalent where p
+      is at most ``alpha``, which is where the interval lies within ``delta`` of zero. A larger p does not mean that
+      they differ; with little power it means nothing.
 
     Raises:
       ValueError: with fewer than three repeats in an arm, one that is not finite, or no spread, or a ``delta`` ≤ 0.
@@ -206,20 +174,23 @@ def equivalence(a: Values, b: Values, *, delta: float, alpha: float = 0.05) -> M
       equivalence of average bioavailability, 1987.
     """
     with extra("report"):
-        from statsmodels.stats import weightstats
+        from scipy import stats
 
     _fraction("alpha", alpha, below=0.5)
     if not 0 < delta < float("inf"):
         raise ValueError(f"equivalence needs a positive delta in the metric's unit, got {delta}.")
     a, b = _arms("equivalence", a, b)
-    if _constant(a) and _constant(b):
+    spreads = [a - b] if pairs and len(a) == len(b) else [a, b]
+    if all(_constant(values, of=a) for values in spreads):
         raise ValueError(
             "equivalence found no spread in either arm, and without one there is no test. Report the difference "
             "itself, and check that the seed reaches the runs."
         )
-    compared = welch(a, b, confidence=1 - 2 * alpha)
-    p = weightstats.ttost_ind(a, b, -delta, delta, usevar="unequal")[0]
-    return Margin(*compared[:3], float(p), delta, compared.n)
+    compared = (paired if pairs else welch)(a, b, confidence=1 - 2 * alpha)
+    error, df = _standard_error(spreads)
+    p = stats.t.sf((delta - abs(compared.difference)) / error, df)
+    power = 2 * stats.t.cdf(delta / error - stats.t.isf(alpha, df), df) - 1
+    return Margin(*compared[:3], float(p), delta, compared.n, max(0.0, float(power)))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -278,6 +249,30 @@ def seeds_needed(sd: float, delta: float, *, power: float = 0.8, alpha: float = 
     return int(np.ceil(test.solve_power(effect, power=power, alpha=alpha, k_groups=2) / 2))
 
 
+def _compared(a: np.ndarray, b: np.ndarray, confidence: float, *, paired: bool) -> Comparison:
+    """The t-test of checked repeats."""
+    _fraction("confidence", confidence)
+    n, name = (len(a), len(b)), "paired t" if paired else "Welch"
+    difference = float(np.mean(a) - np.mean(b))
+    if _constant(a - b, of=a) if paired else np.ptp(a) == 0 and np.ptp(b) == 0:
+        return Comparison(difference, difference, difference, float(difference == 0), n, name)
+    with extra("report"):
+        from scipy import stats
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)  # one arm may be constant
+        test: Any = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
+    low, high = map(float, test.confidence_interval(confidence))
+    return Comparison(difference, low, high, float(test.pvalue), n, name)
+
+
+def _standard_error(samples: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Of the difference of independent means, or of one mean, and its degrees of freedom by Welch."""
+    variances = np.array([sample.var(ddof=1) / sample.size for sample in samples])
+    df = variances.sum() ** 2 / np.sum(variances**2 / [sample.size - 1 for sample in samples])
+    return float(np.sqrt(variances.sum())), float(df)
+
+
 def _arms(test: str, *arms: Values) -> list[np.ndarray]:
     """The repeats of each arm as float64, checked."""
     arrays = [np.asarray(arm, np.float64) for arm in arms]
@@ -295,39 +290,11 @@ def _arms(test: str, *arms: Values) -> list[np.ndarray]:
     return arrays
 
 
-def _constant(values: np.ndarray) -> bool:
-    """Whether all values are equal, up to rounding."""
-    return bool(np.ptp(values) <= ROUNDING * np.abs(values).max())
-
-
-def _flags(correct: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Flags and ids of one student, sorted by id."""
-    correct, ids = np.asarray(correct), np.asarray(ids)
-    if correct.ndim != 1 or correct.shape != ids.shape or correct.size == 0:
-        raise ValueError(
-            f"mcnemar needs a flag and an id per example, got shapes {correct.shape} and {ids.shape}."
-        )
-    if not np.isin(correct, (0, 1)).all():
-        raise ValueError(
-            "mcnemar needs True or False per example, got other values; write predicted == labels."
-        )
-    order = np.argsort(ids, kind="stable")
-    ids = ids[order]
-    if (ids[1:] == ids[:-1]).any():
-        raise ValueError(
-            "mcnemar needs each test example once, got an id twice. Test one run of each student, or compare the "
-            "accuracies of all runs by welch."
-        )
-    return correct[order].astype(bool), ids
+def _constant(values: np.ndarray, *, of: np.ndarray | None = None) -> bool:
+    """Whether all values are equal, up to the rounding of the numbers ``of`` which they are differences."""
+    return bool(np.ptp(values) <= ROUNDING * np.abs(values if of is None else of).max())
 
 
 def _fraction(name: str, value: float, *, below: float = 1) -> None:
     if not 0 < value < below:
         raise ValueError(f"{name} is a fraction between 0 and {below:g}, got {value}; five percent is 0.05.")
-
-
-def _some(keys: Any) -> str:
-    """The first few keys, as text."""
-    first = sorted(map(str, keys))
-    more = f" and {len(first) - 3} more" if len(first) > 3 else ""
-    return (", ".join(first[:3]) or "none") + more
