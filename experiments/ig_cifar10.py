@@ -39,7 +39,9 @@ MORE_STUDENTS = cli.may_change(flags.DEFINE_list("more_students", [], "For scrat
 RECIPE = cli.define(Recipe(epochs=30, padding=4, flip=True, evaluate_every=5))
 SGD = Recipe(12, 64, 0.05, optimizer="sgd", schedule="cosine", weight_decay=5e-4, padding=4, flip=True)
 RESNET = cli.Teacher("resnet20", teacher_num_train=0)
-TEACHER = cli.define_teacher(SGD, defaults=RESNET, omit=("teacher_answers", "teacher_seeds"))
+TEACHER = cli.define_teacher(
+    SGD, defaults=RESNET, omit=("teacher_answers", "teacher_seeds", "teacher_label_noise")
+)
 SEEDS = cli.define_seeds()
 TEMPERATURE = flags.DEFINE_float("temperature", 2.5, "Softening of both logits.", 1e-3)
 SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.01, "Of the teacher's logits; 1 minus it of labels.", 0, 1)

@@ -11,9 +11,10 @@ of Alpha on Model Accuracy. The students of every a in --hard_weights and of eve
 compiled program: 55 by default, which take less than a minute on two CPU cores for the digits.
 
 The best a is chosen on the validation split, in the last epoch, and only that one is tested against the largest a
-(labels alone) on the test split. --label_noise makes a share of the training labels wrong, for the teacher too unless
---teacher_dir names one that was trained on others. The workdir receives the checkpoints, results.json (with the field
-"swept"), figure.png and report.html; the same command started again continues where it was stopped.
+(labels alone) on the test split. --label_noise makes a share of the labels of the training split wrong; the teacher
+sees the same wrong labels unless --teacher_label_noise=clean is given, or --teacher_dir names one that was trained on
+others. The workdir receives the checkpoints, results.json (with the field "swept"), figure.png and report.html; the
+same command started again continues where it was stopped.
 """
 
 import dataclasses

@@ -8,6 +8,8 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 tfds_cache = import_module("kdjax.data.tfds_cache")
@@ -159,6 +161,30 @@ def test_label_noise_perturbs_exactly(fraction):
     assert noisy.labels.max() < 10
     again, _ = datasets.with_label_noise(dataset, ids[::-1], fraction=fraction, seed=3)
     assert np.array_equal(again.labels, noisy.labels)
+    assert np.array_equal(noisy.mislabelled, perturbed)
+
+
+@given(st.data(), st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted), st.integers(2, 12))
+@settings(max_examples=30, deadline=None)
+def test_label_noise_is_nested_and_keyed_by_example_id(drawn, fractions, classes):
+    dataset, ids = make_dataset(120, classes), np.arange(10, 110)
+    small, large = (
+        datasets.with_label_noise(dataset, ids, fraction=fraction, seed=3)[0] for fraction in fractions
+    )
+    assert set(small.mislabelled) <= set(large.mislabelled)
+    agreed = small.mislabelled
+    assert np.array_equal(small.labels[agreed], large.labels[agreed])
+    assert np.all(large.labels[large.mislabelled] != dataset.labels[large.mislabelled])
+
+    rows = np.array(drawn.draw(st.lists(st.integers(0, 119), unique=True, min_size=1)))
+    part = datasets.subset(large, rows)
+    assert set(rows[part.mislabelled]) == set(large.mislabelled) & set(rows)
+    order = np.array(drawn.draw(st.permutations(range(120))))
+    place = np.argsort(order)  # of each example in the other order
+    moved, _ = datasets.with_label_noise(
+        datasets.subset(dataset, order), place[ids], fraction=fractions[1], seed=3
+    )
+    assert np.array_equal(moved.labels[place], large.labels)
 
 
 def test_label_noise_is_uniform_over_wrong_classes():

@@ -275,6 +275,18 @@ LOADED = functools.cache(data.load)  # the digits once for all cases
         (["--arms=hint", "--student=keras_student"], "hint cannot compare these networks"),
         (["--teacher_dir={tmp}"], "holds no finished network"),
         (
+            ["--teacher_label_noise=clean"],
+            "--teacher_label_noise=clean would change nothing: --label_noise=0",
+        ),
+        (
+            ["--label_noise=0.1", "--teacher_label_noise=clean", "--teacher_dir=b"],
+            "--teacher_label_noise=clean would change nothing: --teacher_dir takes up",
+        ),
+        (
+            ["--label_noise=0.1", "--teacher_label_noise=clean", "--teacher_answers=a.npz"],
+            "--teacher_label_noise=clean would change nothing: --teacher_answers brings",
+        ),
+        (
             ["--teacher_dir={tmp}", "--teacher=resnet56", "--teacher_epochs=50"],
             "--teacher=resnet56 and --teacher_epochs=50 would change nothing: --teacher_dir takes up",
         ),

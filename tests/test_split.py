@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdjax import data, files
 
@@ -81,6 +83,29 @@ class TestSplit:
         assert set(noisy.mislabelled) <= set(train)
         assert len(noisy.mislabelled) == round(0.5 * len(train))
         np.testing.assert_array_equal(np.flatnonzero(clean.labels != noisy.labels), noisy.mislabelled)
+        assert noisy.notes == (
+            *clean.notes,
+            f"Training labels made wrong: {len(noisy.mislabelled)} of {len(train)}.",
+        )
+
+    @given(
+        st.integers(1, 100), st.integers(1, 17), st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(sorted)
+    )
+    @settings(max_examples=30, deadline=None)
+    def test_every_sample_sees_the_same_wrong_labels(self, num_train, num_validation, fractions):
+        dataset = make_dataset()
+        true = dict(zip(dataset.example_ids, dataset.labels, strict=True))
+        whole = data.split(dataset, label_noise=fractions[1])
+        expected = dict(zip(whole.example_ids, whole.labels, strict=True))
+        options = {"num_train": num_train, "num_validation": num_validation}
+        part, less = (data.split(dataset, label_noise=fraction, **options) for fraction in fractions[::-1])
+        wrong = set(part.example_ids[part.mislabelled])
+        assert wrong == {name for name in part.example_ids if expected[name] != true[name]}
+        assert set(less.example_ids[less.mislabelled]) <= wrong
+        assert [expected[name] for name in part.example_ids] == part.labels.tolist()
+        for split in ("validation", "test"):
+            ids = part.splits[split]
+            assert [true[name] for name in part.example_ids[ids]] == part.labels[ids].tolist()
 
     def test_notes_count_what_its_own_examples_hide_and_are_printed_once(self, capsys):
         images = np.random.default_rng(0).integers(0, 256, (40, 4, 4), np.uint8)
@@ -93,6 +118,7 @@ class TestSplit:
             "Classes without a test image: 1 of 2, 8.",
             "Images of test that are also in train, pixel for pixel: 4 of 4.",
             "Images that occur with more than one label: 2.",
+            "Training labels made wrong: 17 of 34.",
         )
         data.split(dataset)
         assert capsys.readouterr().err == "".join(f"note: {note}\n" for note in notes)

@@ -75,7 +75,9 @@ class TestMixingWeight:
         assert accuracy == [found["arms"][f"a = {a}"]["accuracy"] for a in ("0", "0.5", "1")]
         assert "validation split chooses a = " in found["notes"][0]
         assert found["notes"][0] in printed
-        assert len(json.loads((tmp_path / "run" / "mislabelled.json").read_text())) == 10
+        assert len(json.loads((tmp_path / "run" / "mislabelled.json").read_text())) == 14
+        assert "Training labels made wrong: 14 of 100." in found["notes"]
+        assert found["flags"]["teacher_label_noise"] == "same"
         for name in ("report.html", "figure.png", "students/0/network.json", "teacher/0/network.json"):
             assert (tmp_path / "run" / name).stat().st_size > 0
         assert len([*(tmp_path / "run" / "students").glob("*/network.json")]) == 9
@@ -86,8 +88,34 @@ class TestMixingWeight:
         for arm in found["arms"].keys() - {"teacher"}:
             assert again["arms"][arm]["accuracy"] == found["arms"][arm]["accuracy"]
         assert (again["flags"]["teacher"], again["flags"]["teacher_epochs"]) == ("digits_teacher", None)
+        assert again["flags"]["teacher_label_noise"] is None
         with pytest.raises(ValueError, match=r"holds another run \(.*label_noise 0.1 there and 0.2 here"):
             start(mixing_weight, "--smoke", taken_up, "--label_noise=0.2", f"--workdir={tmp_path / 'next'}")
+
+    @pytest.mark.parametrize("who", ["same", "clean"])
+    def test_the_teacher_sees_the_wrong_labels_of_the_students_or_none(
+        self, mixing_weight, start, tmp_path, monkeypatch, who
+    ):
+        split, loaded = data.split, []
+
+        def stop(network, method, dataset, *_, **__):
+            loaded.append(dataset)
+            raise InterruptedError
+
+        monkeypatch.setattr(data, "split", lambda *a, **k: loaded.append(split(*a, **k)) or loaded[-1])
+        monkeypatch.setattr(run, "make_trainer", stop)
+        noise = ("--label_noise=0.05", f"--teacher_label_noise={who}")
+        with pytest.raises(InterruptedError):
+            start(mixing_weight, *noise, f"--workdir={tmp_path / 'run'}")
+        students, teacher = loaded[0], loaded[-1]  # the teacher's is what it is trained on
+        seen = dict(zip(teacher.example_ids, teacher.labels, strict=True))
+        differ = [i for i, name in enumerate(students.example_ids) if seen[name] != students.labels[i]]
+        wrong = students.mislabelled.tolist()
+        assert (len(wrong), len(teacher.mislabelled)) == (5, 63 if who == "same" else 0)
+        assert differ == ([] if who == "same" else wrong)
+        if who == "same":
+            shared = set(students.example_ids) & set(teacher.example_ids[teacher.mislabelled])
+            assert shared == set(students.example_ids[wrong])
 
     def test_the_weight_is_chosen_on_validation_and_ties_go_to_the_smaller_loss(self, mixing_weight):
         def trained(test, validation, loss):
@@ -127,6 +155,10 @@ class TestMixingWeight:
             ("--batch_size=21", "21 does not divide over 2 devices"),
             ("--teacher_batch_size=21", "21 does not divide over 2 devices"),
             ("--teacher_dir=nowhere", "nowhere holds no finished network"),
+            (
+                "--teacher_label_noise=clean",
+                "=clean would change nothing: --label_noise=0 makes no label wrong",
+            ),
         ],
     )
     def test_bad_input_is_refused_before_any_work(

@@ -25,7 +25,12 @@ class Data:
     skip_broken: bool = option(False, "Leave out image files that cannot be read; the result counts them.")
     num_train: int = option(0, "Training images; 0 for all.", least=0)
     num_validation: int = option(0, "Validation images; 0 for a tenth of the training split.", least=0)
-    label_noise: float = option(0.0, "Share of training labels made wrong.", least=0.0, most=1.0)
+    label_noise: float = option(
+        0.0,
+        "Share of labels of the training split made wrong; --num_train images have about that share.",
+        least=0.0,
+        most=1.0,
+    )
     split_by: str = option(
         "group",
         "group: all images of one patient are in one split, where patients are known; example: they may be in several.",

@@ -41,6 +41,11 @@ class Teacher:
     teacher_num_train: int | None = option(
         None, "Training images of teachers; 0 for all, those of the students by default.", least=0
     )
+    teacher_label_noise: str = option(
+        "same",
+        "same: teachers are trained on the wrong labels of --label_noise as well; clean: on the true labels.",
+        choices=("same", "clean"),
+    )
     teacher_seeds: int = option(1, "Teachers; the students take turns among them.", least=1)
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
     training_flags: tuple[str, ...] = ()
@@ -126,9 +131,17 @@ def teachers(
         settings = {**settings, **dict.fromkeys(teacher.training_flags), "teacher": found.network.name}
         made_from |= {**settings, "teacher_weights": checkpoints.digest_tree(found.weights)}
         return _of(found.network, {}, settings, made_from, lambda *_, **__: [found])
-    own, recipe = dataset, teacher.recipe
+    own, recipe, changes = dataset, teacher.recipe, {}
     if teacher.teacher_num_train is not None:
-        own = source.load(at_most=256 if launch.smoke else None, num_train=teacher.teacher_num_train)
+        changes["num_train"] = teacher.teacher_num_train
+    if teacher.teacher_label_noise == "clean":
+        if not source.label_noise:
+            raise ValueError(
+                "--teacher_label_noise=clean would change nothing: --label_noise=0 makes no label wrong."
+            )
+        changes["label_noise"] = 0.0
+    if changes:
+        own = source.load(at_most=256 if launch.smoke else None, **changes)
     net = network(teacher.teacher, own, **fields)
     recipes.check(recipe, len(own.splits["train"]), of="the teacher's")
     parallel.check_batch_size(recipe.batch_size, parallel.local_devices(machine.devices))

@@ -235,9 +235,9 @@ def split_ids(
     return ids
 
 
-def _hash_positions(units: np.ndarray) -> np.ndarray:
-    """Maps each string to a uniform number in [0, 1)."""
-    return (_hashes(f"\0{unit}".encode() for unit in units.tolist()) >> np.uint64(11)) * 2.0**-53
+def _hash_positions(units: np.ndarray, salt: str = "") -> np.ndarray:
+    """Maps each string to a uniform number in [0, 1), independent of those with another salt."""
+    return (_hashes(f"{salt}\0{unit}".encode() for unit in units.tolist()) >> np.uint64(11)) * 2.0**-53
 
 
 def _hashes(contents: Iterable[Any]) -> np.ndarray:
@@ -281,13 +281,20 @@ def split_notes(dataset: Dataset, split: Mapping[str, Int[np.ndarray, " _"]]) ->
 def subset(dataset: Dataset, ids: Int[np.ndarray, " ids"]) -> Dataset:
     """Returns a data set of some examples: example ``i`` of the result is example ``ids[i]`` of the data set."""
     rows = ("images", "labels", "example_ids", "official_split")
-    return dataset._replace(**{name: getattr(dataset, name)[ids] for name in rows}, splits={}, content="")
+    fields = {name: getattr(dataset, name)[ids] for name in rows}
+    mislabelled = np.flatnonzero(np.isin(ids, dataset.mislabelled))
+    return dataset._replace(**fields, splits={}, mislabelled=mislabelled, content="")
 
 
 def with_label_noise(
     dataset: Dataset, ids: Int[np.ndarray, " ids"], *, fraction: float, seed: int
 ) -> tuple[Dataset, Int[np.ndarray, " mislabelled"]]:
     """Gives exactly ``round(fraction * len(ids))`` examples a wrong label, uniform over the wrong classes.
+
+    Hashes of the example ids decide: the examples with the lowest become wrong, so a larger fraction adds to a smaller
+    one, and an example's wrong label is the same for every fraction and whatever the other examples are. Which examples
+    are lowest depends on ``ids``: give the whole training split and take a :func:`subset` afterwards, and all subsets
+    agree.
 
     Args:
       dataset: the data set; it is not changed.
@@ -296,7 +303,7 @@ def with_label_noise(
       seed: of the choice of examples and labels.
 
     Returns:
-      The data set with the new labels, and the sorted ids of the mislabelled examples.
+      The data set with the new labels and ``mislabelled``, and the sorted ids of the mislabelled examples.
 
     Raises:
       ValueError: if ``fraction`` is outside [0, 1], ids are repeated or out of range, or there is a single class.
@@ -310,12 +317,13 @@ def with_label_noise(
         raise ValueError(f"ids must be distinct example indices; got {ids.dtype} of shape {ids.shape}.")
     if len(ids) and (ids[0] < 0 or ids[-1] >= len(dataset.labels)):
         raise ValueError(f"ids must be in [0, {len(dataset.labels)}); got {ids[0]} to {ids[-1]}.")
-    rng = np.random.default_rng(seed)
-    mislabelled = np.sort(rng.choice(ids, round(fraction * len(ids)), replace=False))
-    shift = rng.integers(1, dataset.num_classes, len(mislabelled), dtype=np.int32)
+    order = np.argsort(_hash_positions(dataset.example_ids[ids], f"mislabelled {seed}"), kind="stable")
+    mislabelled = ids[np.sort(order[: round(fraction * len(ids))])].astype(np.int64)
+    which = _hash_positions(dataset.example_ids[mislabelled], f"wrong label {seed}")
+    shift = 1 + (which * (dataset.num_classes - 1)).astype(np.int32)
     labels = dataset.labels.copy()
     labels[mislabelled] = (labels[mislabelled] + shift) % dataset.num_classes
-    return dataset._replace(labels=labels, content=""), mislabelled.astype(np.int64)
+    return dataset._replace(labels=labels, mislabelled=mislabelled, content=""), mislabelled
 
 
 def digest(dataset: Dataset) -> str:

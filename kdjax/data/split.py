@@ -30,7 +30,9 @@ def split(
       num_train: training examples to keep, 0 for all; a larger sample contains a smaller one.
       num_validation: validation examples to keep, 0 for all (a tenth of the training split).
       by_group: keep all images of a patient in one split, where example ids name patients.
-      label_noise: share of the training labels to make wrong.
+      label_noise: share of the labels of the whole training split to make wrong, by :func:`with_label_noise`;
+        ``num_train`` of its examples have about that share, and an example has one label in samples of every size. A
+        note counts the wrong ones. Validation and test keep their labels.
       clip: take all examples where there are fewer than asked for, instead of raising.
 
     Returns:
@@ -41,22 +43,24 @@ def split(
     """
     pattern = datasets.GROUP_PATTERNS.get(dataset.name.partition(":")[0]) if by_group else None
     splits = datasets.split_ids(dataset, groups=datasets.groups_of(dataset, pattern) if pattern else None)
+    labels = dataset.labels
+    if label_noise:  # before sampling: an example has the same label in every sample
+        dataset, _ = datasets.with_label_noise(dataset, splits["train"], fraction=label_noise, seed=0)
     splits["train"] = _sample(splits["train"], num_train, "num_train", clip)
     splits["validation"] = _sample(splits["validation"], num_validation, "num_validation", clip)
     used = np.sort(np.concatenate(list(splits.values())))
     dataset = datasets.subset(dataset, used)
     splits = {name: np.searchsorted(used, ids) for name, ids in splits.items()}
-    notes = (*dataset.notes, *datasets.split_notes(dataset, splits))
+    loaded = dataset._replace(labels=labels[used])  # noise would be noted as copies with two labels
+    notes = (*dataset.notes, *datasets.split_notes(loaded, splits))
+    if label_noise:
+        number = f"{len(dataset.mislabelled):,} of {len(splits['train']):,}"
+        notes = (*notes, f"Training labels made wrong: {number}.")
     for note in notes:
         _print_once(note)
-    mislabelled = np.zeros(0, np.int64)
-    if label_noise:
-        noisy = splits["train"]
-        dataset, mislabelled = datasets.with_label_noise(dataset, noisy, fraction=label_noise, seed=0)
     return dataset._replace(
         splits=splits,
         normalisation=Normalisation(*channel_statistics(dataset.images[splits["train"]])),
-        mislabelled=mislabelled,
         content=datasets.digest(dataset),
         notes=notes,
     )
