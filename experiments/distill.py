@@ -71,7 +71,7 @@ ROBUSTNESS = cli.may_change(
     )
 )
 SEEDS = cli.define_seeds()
-LAUNCH = cli.define(cli.Launch(), omit=("jobs", "output"))
+LAUNCH = cli.define(cli.Launch(), omit=("jobs", "output", "supersedes"))
 MACHINE = cli.define(Machine())
 
 UNREAD = "Every number is of the validation split, which settings are chosen on; the test split was not read."
@@ -98,7 +98,8 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     if launch.tensorboard:
         watch.append(TensorBoard(Path(launch.workdir) / "tensorboard"))
     # Whatever can be refused has been by now: this is the first to write.
-    workdir = cli.claim_workdir(launch.workdir, source.made_from)
+    about = question(arms, source)
+    workdir = cli.begin(launch, source.made_from, about, arms)
     if DATA.value.label_noise:
         files.write_json(workdir / "mislabelled.json", dataset.example_ids[dataset.mislabelled].tolist())
 
@@ -118,7 +119,7 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
             for seed in seeds[number :: len(signals)]:
                 finished[arm].append(train_student(seed, workdir / arm / str(seed), arm=arm, **more))
     every = ({"teacher": trained} if trained else {}) | finished
-    return report(workdir, dataset, every, source, time.monotonic() - start)
+    return report(about, workdir, dataset, every, settings=source.settings, seconds=time.monotonic() - start)
 
 
 def methods_of_arms() -> dict[str, methods.Method]:
@@ -175,22 +176,25 @@ def to_ask(
     return {"mode": mode, "views": VIEWS.value, "features": features, "move": move}
 
 
+def question(arms: Sequence[str] | Mapping[str, Any], source: cli.Teachers) -> study.Study:
+    """What is asked: each arm is compared with the first."""
+    return study.Study(
+        "distill",
+        f"Does {STUDENT.value} learn more of {DATA.value.dataset} from {source.name} than from labels alone?",
+        baseline=next(iter(arms)),
+        scaled_down=LAUNCH.value.scaled_down,
+    )
+
+
 def report(
-    workdir: Path, dataset: data.Dataset, arms: study.Arms, source: cli.Teachers, seconds: float
+    about: study.Study, workdir: Path, dataset: data.Dataset, arms: study.Arms, **more: Any
 ) -> dict[str, Any]:
     """The result of finished arms."""
     launch = LAUNCH.value
-    more: dict[str, Any] = {"costs": study.costs_of(arms)} if launch.split == "test" else {}
+    more |= {"costs": study.costs_of(arms)} if launch.split == "test" else {}
     if ROBUSTNESS.value:
         more["robustness"] = study.robustness_of(dataset, arms, workdir / "robustness", split=launch.split)
-    about = study.Study(
-        "distill",
-        f"Does {STUDENT.value} learn more of {DATA.value.dataset} from {source.name} than from labels alone?",
-        baseline=next(arm for arm in arms if arm != "teacher"),
-        scaled_down=launch.scaled_down,
-    )
-    more |= {"settings": source.settings, "seconds": seconds}
-    more["notes"] = [UNREAD] if launch.split == "validation" else []
+    more |= {"notes": [UNREAD] if launch.split == "validation" else [], "split": launch.split}
     return study.conclude(about, workdir, dataset, arms, **more)
 
 

@@ -20,7 +20,7 @@ References:
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -47,7 +47,9 @@ TEACHER_RECIPE = cli.define(
     dataclasses.replace(STUDENT, epochs=40, padding=2, max_norm=15**0.5), prefix="teacher_", only=("epochs",)
 )
 SEEDS = cli.define_seeds()
-LAUNCH = cli.define(cli.Launch(workdir="runs/hinton_mnist"), only=("workdir", "output", "smoke"))
+LAUNCH = cli.define(
+    cli.Launch(workdir="runs/hinton_mnist"), only=("workdir", "output", "supersedes", "smoke")
+)
 
 NOTES = [
     "Published (Hinton et al. 2015, one run each): 67 errors for the teacher, 146 for the student on hard labels, 74 "
@@ -84,7 +86,9 @@ def main() -> dict[str, Any]:
     digit = dataset.class_names.index(HELD_OUT_CLASS.value)
     learnt_from = arms(dataset, digit)
     large, small = (cli.network(f"hinton_{name}", dataset) for name in ("teacher", "student"))
-    workdir = cli.claim_workdir(launch.workdir, settings | {"data": dataset.fingerprint})
+    scale = f"{teacher_recipe.epochs} epochs of the teacher and {recipe.epochs} of the students"
+    asked = about(dataset, scale)
+    workdir = cli.begin(launch, settings | {"data": dataset.fingerprint}, asked, names(learnt_from))
     watch = {"callbacks": [ProgressBar()]}
 
     train_teacher = run.make_trainer(large, methods.labels(), dataset, teacher_recipe)
@@ -105,9 +109,14 @@ def main() -> dict[str, Any]:
     for arm in list(learnt_from)[2:]:
         finished[f"{arm}, bias corrected"] = [corrected(dataset, one, digit) for one in finished[arm]]
     counts = {arm: [counted(one, digit) for one in runs] for arm, runs in finished.items()}
-    scale = f"{teacher_recipe.epochs} epochs of the teacher and {recipe.epochs} of the students"
-    more = {"settings": settings, "seconds": time.monotonic() - start, "output": launch.output}
-    return study.conclude(about(dataset, scale), workdir, dataset, counts, notes=NOTES, **more)
+    more = {"output": launch.output, "supersedes": launch.supersedes, "notes": NOTES}
+    more |= {"settings": settings, "seconds": time.monotonic() - start}
+    return study.conclude(asked, workdir, dataset, counts, **more)
+
+
+def names(learnt_from: Iterable[str]) -> list[str]:
+    """All arms: those that are trained, and those whose bias is corrected."""
+    return [*learnt_from, *(f"{arm}, bias corrected" for arm in list(learnt_from)[2:])]
 
 
 def about(dataset: data.Dataset, scale: str) -> study.Study:

@@ -20,7 +20,7 @@ A student's maps are compared with its teacher's (map_correlation), and evaluate
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,11 @@ ARMS: Mapping[str, Callable[[Sequence[str]], Arm]] = {  # s: the stages that bot
     "kd+weight": lambda s: (kd() + dim(probability=PROBABILITY.value, strength=OPACITY.value), {}),
 }
 WANTED = cli.define_arms(list(ARMS))
-PAIRS = (  # what a signal adds to distillation; whether it must be aligned
-    *((f"kd+{signal}", "kd") for signal in ("ig", "at", "ig+at", "match", "crop", "weight")),
+PRIMARY = [("kd+ig", "kd"), ("kd+ig", "kd+ig/noise"), ("kd", "scratch")]
+PAIRS = (  # beside those: what a signal adds to distillation; whether it must be aligned
+    *((f"kd+{signal}", "kd") for signal in ("at", "ig+at", "match", "crop", "weight")),
     *((arm, f"{arm}/misaligned") for arm in ("kd", "ig", "at", "kd+ig", "kd+crop")),
-    *((arm, f"{arm}/noise") for arm in ("ig", "kd+ig")),
+    ("ig", "ig/noise"),
 )
 FACTORS = {
     "kd": (("scratch", "kd"), ("ig", "kd+ig"), ("at", "kd+at"), ("ig+at", "kd+ig+at")),
@@ -122,7 +123,8 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
     students = students_of(few, source.shapes)
     worker, workdir = cli.my_task("experiments.ig_cifar10"), Path(launch.workdir)
     if worker is None:
-        cli.claim_workdir(launch.workdir, source.made_from | {"student_data": few.fingerprint})
+        made_from = source.made_from | {"student_data": few.fingerprint}
+        cli.begin(launch, made_from, about(few, few.splits["train"], source.name, students), students)
     watch = [ProgressBar(), *callbacks]
     (trained,) = source.train(workdir, watch)
     signal, maps = ask(trained, few, workdir)
@@ -180,20 +182,26 @@ def report(
     metrics = study.saliency_of(dataset, students, workdir / "saliency", **options)
     arms = {"teacher": [teacher], **study.with_metrics(students, metrics)}
     more |= {"costs": study.costs_of(arms)} if launch.split == "test" else {}
-    about = study.Study(
+    notes = [maps.note, *study.comparison_notes(arms, pairs=PAIRS, factors=FACTORS)]
+    overlays = study.pictures(dataset, maps.answers["map"])
+    more |= {"output": launch.output, "supersedes": launch.supersedes, "split": launch.split}
+    more |= {"notes": notes, "overlays": overlays}
+    asked = about(dataset, maps.nodes, teacher.network.name, students)
+    return study.conclude(asked, workdir, dataset, arms, **more)
+
+
+def about(dataset: data.Dataset, images: Sized, teacher: str, students: Iterable[str]) -> study.Study:
+    """The question, and what it compares."""
+    return study.Study(
         "ig_cifar10",
         f"Does a student of {dataset.name} gain from seeing where its teacher looks?",
         baseline=next(iter(students)),
         metrics=("accuracy", "best_accuracy", "agreement", "map_correlation", "deletion", "insertion"),
-        scaled_down=f"{len(maps.nodes)} images, {quick(RECIPE.value).epochs} epochs, {teacher.network.name} and "
-        f"{STUDENT.value}; the publication: 50,000, 100, MobileNetV2 and its first fourteen blocks",
-        tested=[arm for arm in students if arm in ARMS],
+        scaled_down=f"{len(images)} images, {quick(RECIPE.value).epochs} epochs, {teacher} and {STUDENT.value}; the "
+        "publication: 50,000, 100, MobileNetV2 and its first fourteen blocks",
+        primary=PRIMARY,
         drawn=("scratch", "kd", "ig", "kd+ig"),
     )
-    notes = [maps.note, *study.comparison_notes(arms, pairs=PAIRS, factors=FACTORS)]
-    overlays = study.pictures(dataset, maps.answers["map"])
-    more |= {"notes": notes, "overlays": overlays, "output": launch.output}
-    return study.conclude(about, workdir, dataset, arms, **more)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from kdjax.recipe import Recipe
 DATA = cli.define(cli.Data(num_train=200), only=("num_train",))
 RECIPE = cli.define(Recipe(epochs=80, batch_size=20, learning_rate=2e-3, schedule="cosine", evaluate_every=5))
 SEEDS = cli.define_seeds()
-LAUNCH = cli.define(cli.Launch(), only=("workdir", "output", "split", "smoke"))
+LAUNCH = cli.define(cli.Launch(), only=("workdir", "output", "supersedes", "split", "smoke"))
 
 ARMS = {
     "scratch": methods.labels(),
@@ -39,7 +39,14 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     recipe = launch.shorten(RECIPE.value, epochs=2)
     large, small = (cli.network(f"digits_{size}", few) for size in ("teacher", "student"))
     made_from = settings | {"data": few.fingerprint, "teacher_data": digits.fingerprint}
-    workdir = cli.claim_workdir(launch.workdir, made_from)
+    about = study.Study(
+        "label_smoothing",
+        "Is distillation more than label smoothing?",
+        baseline="scratch",
+        scaled_down="8x8 digits; one teacher",
+        primary=[("kd", "label_smoothing"), ("kd", "scratch"), ("label_smoothing", "scratch")],
+    )
+    workdir = cli.begin(launch, made_from, about, ARMS)
     watch = [ProgressBar(), *callbacks]
 
     train_teacher = run.make_trainer(large, methods.labels(), digits, recipe, split=launch.split)
@@ -52,17 +59,9 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
             train(seed, workdir / arm / str(seed), arm=arm, settings=settings, callbacks=watch)
             for seed in SEEDS.value[: 3 if launch.smoke else None]
         ]
-    about = study.Study(
-        "label_smoothing",
-        "Is distillation more than label smoothing?",
-        baseline="scratch",
-        scaled_down="8x8 digits; one teacher",
-    )
-    notes = [study.welch_note("kd", "label_smoothing", arms)]
-    seconds, output = time.monotonic() - start, launch.output
-    return study.conclude(
-        about, workdir, few, arms, settings=settings, seconds=seconds, notes=notes, output=output
-    )
+    to = {"output": launch.output, "supersedes": launch.supersedes, "split": launch.split}
+    seconds = time.monotonic() - start
+    return study.conclude(about, workdir, few, arms, settings=settings, seconds=seconds, **to)
 
 
 if __name__ == "__main__":

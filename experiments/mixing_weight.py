@@ -66,8 +66,10 @@ TEACHER = cli.define_teacher(
 )
 SWEEP = cli.define(Sweep())
 SEEDS = cli.define_seeds()
-LAUNCH = cli.define(cli.Launch(), only=("workdir", "output", "smoke"))
+LAUNCH = cli.define(cli.Launch(), only=("workdir", "output", "supersedes", "smoke"))
 MACHINE = cli.define(Machine())
+
+CHOSEN = "chosen"  # the arm of the weight that validation chooses
 
 Runs = Mapping[float, Sequence[run.Trained]]  # weight → students that have not diverged
 
@@ -93,7 +95,8 @@ def main() -> dict[str, Any]:
     source = cli.teachers(wanted, DATA.value, few, **options)
     cache_bytes = source.cache_bytes(len(few.images))
     cli.check_disk(launch.workdir, {student: count} | source.to_train, cache_bytes=cache_bytes)
-    workdir = cli.claim_workdir(launch.workdir, source.made_from)
+    about = question(few)
+    workdir = cli.begin(launch, source.made_from, about, [CHOSEN, *map(name, weights)])
     (teacher,) = source.train(workdir, [ProgressBar()])
     if DATA.value.label_noise:
         files.write_json(workdir / "mislabelled.json", few.example_ids[few.mislabelled].tolist())
@@ -107,31 +110,42 @@ def main() -> dict[str, Any]:
         many=run.Many(own, identity=source.settings, **how),
     )
     runs, notes = finite({a: students[i * len(seeds) :][: len(seeds)] for i, a in enumerate(weights)})
-    more = {"settings": source.settings, "seconds": time.monotonic() - start, "output": launch.output}
-    return report(workdir, few, teacher, runs, notes, **more)
+    (best, found), more = choose(runs), {"output": launch.output, "supersedes": launch.supersedes}
+    more |= {"settings": source.settings, "seconds": time.monotonic() - start, "notes": [found, *notes]}
+    result = report(about, workdir, few, {"teacher": [teacher], CHOSEN: runs[best]}, runs, **more)
+    cli.say(found)
+    return result
+
+
+def question(few: data.Dataset) -> study.Study:
+    """What is asked: whether the weight that validation chooses is better than labels alone."""
+    height, width, _ = few.image_shape
+    labels = name(max(SWEEP.value.hard_weights))
+    return study.Study(
+        "mixing_weight",
+        f"How should a student of {few.name} weight its labels and its teacher?",
+        baseline=labels,
+        scaled_down=f"{len(few.splits['train'])} training images of {height}x{width}, where the study had 10,000 of "
+        f"28x28; {LAUNCH.value.shorten(RECIPE.value, epochs=2).epochs} epochs, where it had 100 to 1000; one teacher",
+        primary=[(CHOSEN, labels)],
+        chosen_on="the weight of the arm chosen: mean validation accuracy of these seeds in the last epoch",
+        drawn=("teacher",),  # the sweep shows where the students end
+    )
 
 
 def report(
-    workdir: Path, few: data.Dataset, teacher: run.Trained, runs: Runs, notes: Sequence[str], **more: Any
+    about: study.Study, workdir: Path, few: data.Dataset, first: study.Arms, runs: Runs, **more: Any
 ) -> dict[str, Any]:
-    """Chooses a weight, tests it, and writes the result with the sweep over all weights."""
-    (best, found), (height, width, _) = choose(runs), few.image_shape
-    about = study.Study(
-        "mixing_weight",
-        f"How should a student of {few.name} weight its labels and its teacher?",
-        baseline=name(max(runs)),
-        scaled_down=f"{len(few.splits['train'])} training images of {height}x{width}, where the study had 10,000 of "
-        f"28x28; {LAUNCH.value.shorten(RECIPE.value, epochs=2).epochs} epochs, where it had 100 to 1000; one teacher",
-        tested=[name(best)],
-        drawn=("teacher",),  # the sweep shows where the students end
-    )
+    """Writes the result with the sweep over all weights."""
+    labels = name(max(runs))  # the largest weight of which some student has not diverged
+    about = about._replace(baseline=labels, primary=[(CHOSEN, labels)])
     numbers = {a: [swept(student) for student in own] for a, own in runs.items()}
-    curves = {m: [[one[m] for one in own] for own in numbers.values()] for m in numbers[best][0]}
-    arms = {"teacher": [teacher]} | {name(a): own for a, own in runs.items()}
+    curves = {
+        m: [[one[m] for one in own] for own in numbers.values()] for m in next(iter(numbers.values()))[0]
+    }
+    arms = {**first, **{name(a): own for a, own in runs.items()}}
     more |= {"swept": [{"name": "hard_weight", "values": list(runs), "arms": {"student": curves}}]}
-    result = study.conclude(about, workdir, few, arms, notes=[found, *notes], **more)
-    cli.say(found)
-    return result
+    return study.conclude(about, workdir, few, arms, **more)
 
 
 def swept(student: run.Trained) -> dict[str, float]:

@@ -58,17 +58,22 @@ SADDLE_RULE = flags.DEFINE_enum("saddle_rule", "strong", list(recruit.RULES), "A
 RESIZE = flags.DEFINE_enum("resize", "select", ["select", "crop"], "How sprkd cuts a teacher to size.")
 ESCAPE = cli.define(methods.EscapeOptions())
 SEEDS = cli.define_seeds("0,1,2,3,4,5,6,7,8,9")
-LAUNCH = cli.define(cli.Launch(), only=("workdir", "output", "split", "jobs", "smoke"))
+LAUNCH = cli.define(cli.Launch(), only=("workdir", "output", "supersedes", "split", "jobs", "smoke"))
 MACHINE = cli.define(Machine(steps_per_dispatch=51), omit=("devices",))
 
 TARGETS = {"malaria": (0.25, 0.20, 0.16), "digits": (0.8, 0.5, 0.3), "mnist": (0.5, 0.4, 0.3)}  # of the loss
-COMPARED = (  # KD with sprkd or alone, its region, saddles or not, its escapes, and both of their halves
+PRIMARY = [  # weights selected from the teacher beside KD; saddles or other snapshots; KD, selection and SPRKD alone
+    ("init_only+kd", "kd_strong"),
+    *(("init_saddle", f"init_{other}") for other in ("last", "random", "average")),
+    *((arm, "scratch") for arm in ("kd_strong", "init_only", "sprkd_paper")),
+]
+COMPARED = (  # beside those: approach and escapes with KD or alone, and both of their halves
     ("sprkd+kd", "kd_strong"),
-    ("sprkd", "sprkd_paper"),
-    *(("init_saddle", f"init_{other}") for other in ("last", "random", "average", "saddle_3")),
-    *(("sprkd", other) for other in ("init_only", "no_eigenstep", "no_perturbation")),
+    ("init_saddle", "init_saddle_3"),
+    *(("sprkd", other) for other in ("sprkd_paper", "init_only", "no_eigenstep", "no_perturbation")),
     ("no_region", "scratch"),
 )
+MARGIN = 0.005  # of accuracy: less is no reason to search for saddles
 DRAWN = ("scratch", "sprkd_paper", "sprkd")  # arms whose spectrum and surface are drawn
 
 
@@ -147,7 +152,7 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
     worker, workdir = cli.my_task("experiments.sprkd_malaria"), Path(launch.workdir)
     if worker is None:
         made_from = settings | {"data": dataset.fingerprint, "teacher_data": wide.fingerprint}
-        cli.claim_workdir(launch.workdir, made_from)
+        cli.begin(launch, made_from, about(dataset), [*arms, "strong_teacher", "weak_teacher"])
     watch = [ProgressBar(), *callbacks]
     weak, strong = (shorter(schedule="constant", epochs=flag.value) for flag in (WEAK_EPOCHS, STRONG_EPOCHS))
     source = recruit.make_teachers(
@@ -230,8 +235,8 @@ def report(
 ) -> dict[str, Any]:
     """Everything that is measured of the finished students, and the result."""
     launch, name, workdir = LAUNCH.value, DATA.value.dataset, Path(LAUNCH.value.workdir)
-    num_train, count = len(dataset.splits["train"]), len(students["scratch"])
-    steps = max(num_train // RECIPE.value.batch_size, 1)
+    count = len(students["scratch"])
+    steps = max(len(dataset.splits["train"]) // RECIPE.value.batch_size, 1)
     cost: dict[str, Any] = {"targets": TARGETS.get(name, (0.5, 0.3)), "steps_per_epoch": steps}
     runs = {arm: [study.with_costs(one, **cost) for one in own] for arm, own in students.items()}
     every, drawn = {**runs, **teachers}, {arm: runs[arm] for arm in DRAWN if arm in runs}
@@ -244,32 +249,36 @@ def report(
             for arm, n in fallbacks.items()
             if n
         ),
-        *study.comparison_notes(runs, pairs=COMPARED, factors={}),
-        *([study.tost_note(runs, baseline="scratch")] if count >= 3 else []),
-        study.mcnemar_note(dataset, runs, baseline="scratch", split=launch.split),
+        *study.comparison_notes(runs, pairs=COMPARED),
     ]
-    about = study.Study(
-        "sprkd_malaria" if name == "malaria" else "sprkd",
-        f"Does a student of {name} gain from the saddles that its teachers passed?",
-        baseline="scratch",
-        metrics=("accuracy", "loss", "events", "hvps", "gradient_equivalents"),
-        scaled_down=f"{num_train} training images{', where the study had 20,668' if name == 'malaria' else ''}; "
-        f"{shorter().epochs} epochs, where it had 500; strong teachers of {shorter(epochs=STRONG_EPOCHS.value).epochs} "
-        "epochs, likewise",
-        # What is recommended comes first, since that is what a reader is told first.
-        tested=sorted((arm for arm in runs if arm != "scratch"), key=lambda arm: arm != "sprkd+kd"),
-        drawn=(*DRAWN, "kd_strong", "sprkd+kd"),
-    )
     noisy: dict[str, Any] = {"corruptions": {"gaussian_noise": robustness.CORRUPTIONS["gaussian_noise"]}}
     noisy |= {"severities": (1, 3, 5), "weight_noise": (0.1,), "draws": 3, "epsilons": ()}
     return study.conclude(
-        *(about, workdir, dataset, every),
-        **{"settings": cli.settings(__name__), "seconds": seconds, "notes": notes, "output": launch.output},
+        *(about(dataset), workdir, dataset, every),
+        **{"settings": cli.settings(__name__), "seconds": seconds, "notes": notes, "split": launch.split},
+        **{"output": launch.output, "supersedes": launch.supersedes},
         flatness=study.flatness_of(dataset, runs, workdir / "flatness", num_images=256),
         densities=study.densities_of(dataset, drawn, workdir / "densities"),
         surfaces=study.surfaces_of(dataset, drawn, workdir / "surfaces"),
         robustness=study.robustness_of(dataset, every, workdir / "robustness", split=launch.split, **noisy),
         costs=study.costs_of(every),
+    )
+
+
+def about(dataset: data.Dataset) -> study.Study:
+    """The question, and what it compares."""
+    name, strong = DATA.value.dataset, shorter(epochs=STRONG_EPOCHS.value)
+    return study.Study(
+        "sprkd_malaria" if name == "malaria" else "sprkd",
+        f"Does a student of {name} gain from the saddles that its teachers passed?",
+        baseline="scratch",
+        metrics=("accuracy", "loss", "events", "hvps", "gradient_equivalents"),
+        scaled_down=f"{len(dataset.splits['train'])} training images"
+        f"{', where the study had 20,668' if name == 'malaria' else ''}; {shorter().epochs} epochs, where it had 500; "
+        f"strong teachers of {strong.epochs} epochs, likewise",
+        primary=PRIMARY,
+        margin=MARGIN,
+        drawn=(*DRAWN, "kd_strong", "sprkd+kd"),
     )
 
 

@@ -56,6 +56,46 @@ def test_uniform_nodes_of_a_bound_and_of_a_map_error():
     assert attribution_metrics.uniform_nodes(uniform, 0.005, quality(0.005, 0.5)) == (None, 16)
 
 
+@pytest.mark.parametrize("fewest", [2, 20, 32, 33, 40, 64, 65, 100])
+def test_the_fewest_nodes_are_found_on_both_sides_of_the_scan(benchmark, fewest):
+    assert benchmark.fewest_nodes(lambda nodes: nodes >= fewest, 100) == fewest
+    assert benchmark.fewest_nodes(lambda nodes: nodes >= fewest, fewest - 1) is None
+    # A number that passes among others that do not is found too, if it is small.
+    assert benchmark.fewest_nodes(lambda nodes: nodes == 7 or nodes >= fewest, 100) == min(fewest, 7)
+
+
+def test_captum_is_given_the_better_of_its_rules(benchmark, monkeypatch):
+    """The error of these maps is .99 / nodes by midpoints, 1.19 / nodes by the default rule."""
+    size = benchmark.Sizes("digits", 8, 1, 4, 6, (4,), 64, 128, 0, 2)
+    start = {"gauss_legendre": 1.19, "midpoint": 0.99, "trapezoid": 3.0}
+
+    def explain(worker, folder, *, nodes, rule, chunk=None):
+        if nodes != size.reference:
+            asked.add((worker, rule, chunk))
+        values = np.full((4, 1, 1, 1), 1 if nodes == size.reference else 1 + start[rule] / nodes)
+        return benchmark.Explained(values, [nodes] * 4, 0.0)
+
+    asked: set[tuple] = set()
+    monkeypatch.setattr(benchmark, "explain", explain)
+    adaptive = benchmark.Explained(np.full((4, 1, 1, 1), 1.0295), [17] * 4, 0.0)
+    fixed = {"kdjax": ("ours", {}), "captum by 1": ("captum", {})}
+    begun = benchmark.Begun(
+        "n", {"kdjax": np.ones(4)}, fixed, {}, {"kdjax adaptive 0.05": adaptive}, left_out=None
+    )
+    _, (row,) = benchmark.assess(begun, size, 1, [0.05], None)
+    assert row["by_rule"]["uniform_nodes"] == {"gauss_legendre": 24, "midpoint": 20}
+    assert (row["uniform_nodes"], row["uniform_rule"]) == (20, "midpoint")
+    assert row["uniform_nodes_of_equal_map_error"] == 34  # .99 / 34 < .0295 < .99 / 33
+    assert row["uniform"]["map_error_median"] == pytest.approx(0.99 / 20)
+    assert {("captum", "midpoint", 1), ("captum", "gauss_legendre", 1)} < asked
+    (said, same, *_) = benchmark.remarks([row | {"threads": 1}], {}, size)
+    assert said == "n: captum's fewest nodes for residual ≤ 0.05: 24 by gausslegendre, 20 by riemann_middle."
+    assert "the map error as at residual ≤ 0.05: 41 by gausslegendre, 34 by" in same
+    _, (row,) = benchmark.assess(begun, size._replace(most=16), 1, [0.05], None)
+    assert (row["uniform_nodes"], row["uniform_rule"]) == (None, None)
+    assert "over 16 by riemann_middle" in benchmark.remarks([row], {}, size._replace(most=16))[0]
+
+
 def test_other_scores_or_maps_are_refused():
     rng = np.random.default_rng(0)
     values, scores = rng.standard_normal((2, 4, 4, 3)), np.array([1.0, -2.0])

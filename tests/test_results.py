@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kdjax import files, results
@@ -28,6 +29,23 @@ OPTIONAL = {
             "n": [3, 3],
         }
     ],
+    "plan": [
+        {
+            "declared": "2026-11-30T10:00:00+00:00",
+            "metric": "accuracy",
+            "baseline": "a",
+            "primary": [["a", "c"]],
+            "chosen_on": "the rate: validation",
+            "margin": 0.01,
+        }
+    ],
+    "examples": {"train": 100, "test": 10},
+    "correct": {
+        "split": "test",
+        "examples": 10,
+        "arms": {"a": [results.pack(np.array([True, False] * 5))] * 3},
+    },
+    "supersedes": [{"result": "history/x.json", "why": "More seeds."}],
     "ratios": {"keras": {"median": 2.0, "low": 1.5, "high": 3.0}},
     "notes": ["A note."],
     "robustness": {
@@ -144,6 +162,41 @@ def test_every_optional_field_is_written_and_read_back(tmp_path):
     assert set(documented) - {"sha256"} == set(OPTIONAL)
 
 
+def test_answers_come_back_as_they_were():
+    rng = np.random.default_rng(0)
+    for examples in (1, 7, 8, 9, 369):
+        answers = rng.random((3, examples)) < 0.8
+        stored = {"examples": examples, "arms": {"kd": [results.pack(own) for own in answers]}}
+        np.testing.assert_array_equal(results.correct_of({"correct": stored}, "kd"), answers)
+    assert len(results.pack(np.ones(10_000, bool))) < 1700  # bytes of a student on the CIFAR-10 test split
+
+
+class TestHistory:
+    """A result that is superseded stays, and the later one says why."""
+
+    def test_the_earlier_file_is_kept_byte_for_byte_and_named(self, tmp_path):
+        path = tmp_path / "study.json"
+        for number, why in enumerate(["", "More seeds.", "A fault."]):
+            results.write(path, {**result(), "wall_clock_s": number, "commit": "0123456789"}, supersedes=why)
+        there = results.read(path)["supersedes"]
+        kept = ["history/study_01234567_.json", "history/study_01234567.json"]
+        assert there == [
+            {"result": kept[0], "why": "A fault."},
+            {"result": kept[1], "why": "More seeds."},
+        ]
+        assert [results.read(tmp_path / name)["wall_clock_s"] for name in kept] == [1, 0]
+        assert results.read(tmp_path / kept[0])["supersedes"] == there[1:]
+
+    def test_a_run_that_goes_on_writes_its_own_file_again(self, tmp_path):
+        path, plan = tmp_path / "study.json", OPTIONAL["plan"]
+        results.write(path, {**result(), "plan": [{**plan[0], "declared": "2025"}]})
+        results.write(path, {**result(), "plan": plan}, supersedes="A fault.")
+        results.write(path, {**result(), "plan": [*plan, plan[0]], "wall_clock_s": 9}, supersedes="A fault.")
+        assert len(list((tmp_path / "history").iterdir())) == 1
+        assert [one["why"] for one in results.read(path)["supersedes"]] == ["A fault."]
+        assert results.read(path)["wall_clock_s"] == 9
+
+
 NAN = float("nan")
 
 
@@ -175,6 +228,15 @@ NAN = float("nan")
         (["comparisons", 0, "low"], None, "comparisons/0/low needs a finite number"),
         (["comparisons", 0, "p"], 1.5, "comparisons/0/p needs a number between 0 and 1"),
         (["comparisons", 0, "n"], "five", "comparisons/0/n needs one number of repeats"),
+        (["plan", 0, "primary"], [["a"]], "plan/0/primary needs a list of pairs of arms"),
+        (["plan", 0, "margin"], 0, "plan/0/margin needs a number above 0 or null"),
+        (["plan", 0], {}, "plan/0 needs an object with 'declared'"),
+        (["examples", "test"], -1, "examples/test needs a number of examples"),
+        (["correct", "examples"], 17, "correct/arms/a needs the answers of 3 seeds to 17 examples, packed"),
+        (["correct", "arms", "a"], ["qoA="], "correct/arms/a needs the answers of 3 seeds"),
+        (["correct", "arms", "a"], [1, 2, 3], "correct/arms/a needs the answers of 3 seeds"),
+        (["correct", "arms", "b"], [], "correct/arms/b needs an arm of the result"),
+        (["supersedes", 0], {"result": "x"}, "supersedes/0 needs an object with 'why'"),
         (["ratios", "keras", "low"], 2.5, "ratios/keras needs 0 < low <= median <= high"),
         (["ratios", "keras"], 2.5, "ratios/keras needs an object with 'low'"),
         (["notes"], [1], "notes/0 needs a text, got 1"),

@@ -1,9 +1,9 @@
 """A study: its result, what it measures of finished arms, and the sentences that say what its tests say."""
 
 import json
+import re
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -118,7 +118,25 @@ class TestResult:
         assert weak.startswith("The arm teacher is less accurate than scratch: 0.00% (n = 1)")
         assert others == ["a note of the data", "kd, seed 3: resumed elsewhere"]
         names = {path.name for path in home.rglob("*") if path.is_file()}
-        assert names == {"results.json", "figure.png", "report.html", "mine.json", "mine.png"}
+        assert names == {
+            "results.json",
+            "figure.png",
+            "report.html",
+            "plan.json",
+            "mine.json",
+            "mine.png",
+        } | {f"{number}.json" for number in range(3)}
+
+    def test_holds_the_answers_to_every_test_example(self, concluded, arms, dataset):
+        _, result = concluded
+        assert result["examples"] == {"train": 48, "test": len(dataset.splits["test"])}
+        for arm, finished in arms.items():
+            answers = results.correct_of(result, arm)
+            assert answers.shape == (len(finished), len(dataset.splits["test"]))
+            if arm != "teacher":  # whose accuracy is made up here
+                np.testing.assert_allclose(
+                    answers.mean(1), [one.metrics["accuracy"] for one in finished], rtol=1e-6
+                )
 
 
 @pytest.mark.parametrize(
@@ -200,25 +218,35 @@ def test_costs_are_in_gradients_up_to_each_target():
 
 
 class TestNotes:
-    def test_welch_beside_the_interval_of_pairs(self):
-        a, b = [0.91, 0.93, 0.92], [0.90, 0.90, 0.905]
-        found = significance.welch(a, b)
-        said = study.welch_note("kd", "scratch", runs(kd=a, scratch=b))
-        assert said.startswith(f"kd against scratch: {100 * found.difference:+.2f} points")
-        assert f"p = {found.p:.2g}" in said
-        paired = scipy.stats.ttest_rel(a, b).confidence_interval()
-        assert f"; {100 * paired.low:+.2f} to {100 * paired.high:+.2f} seed by seed)." in said
-
-    def test_equivalence_needs_more_than_no_difference(self):
-        rng = np.random.default_rng(0)
-        plain, same, far, wild = (
-            rng.normal(m, s, 8) for m, s in ((0.9, 0.002), (0.9, 0.002), (0.95, 0.002), (0.9, 0.1))
+    def test_other_comparisons_are_by_seed_and_corrected_for_their_number(self):
+        a, b, c = [0.91, 0.93, 0.92], [0.90, 0.90, 0.905], [0.89, 0.88, 0.9]
+        said = study.comparison_notes(
+            runs(kd=a, scratch=b, other=c, short=[0.9]),
+            pairs=[("kd", "scratch"), ("kd", "other"), ("kd", "short")],
         )
-        said = study.tost_note(runs(scratch=plain, same=same, far=far, wild=wild), baseline="scratch")
-        assert "same (p =" in said
-        assert "far" not in said
-        assert "wild" not in said
-        assert "no arm" in study.tost_note(runs(scratch=plain, far=far), baseline="scratch")
+        p = [scipy.stats.ttest_rel(a, x).pvalue for x in (b, c)]
+        adjusted = significance.holm({"b": p[0], "c": p[1]})
+        low, high = scipy.stats.ttest_rel(a, b).confidence_interval()
+        assert said[0] == (
+            f"kd against scratch: {100 * np.mean(np.subtract(a, b)):+.2f} points of accuracy (95 % interval "
+            f"{100 * low:+.2f} to {100 * high:+.2f}, p = {adjusted['b']:.2g} after Holm's correction for 2, paired t)."
+        )
+        assert len(said) == 2
+
+    def test_equality_needs_more_than_no_difference(self):
+        rng = np.random.default_rng(0)
+        plain, far, wild = (rng.normal(m, s, 8) for m, s in ((0.9, 0.002), (0.95, 0.002), (0.9, 0.1)))
+        own = runs(scratch=plain, same=plain + rng.normal(0, 0.001, 8), far=far, wild=wild, equal=plain)
+        pairs = [(arm, "scratch") for arm in ("same", "far", "wild", "equal")]
+        said = study.equivalence_note(own, pairs=pairs, margin=0.01)
+        assert "within 1 points of accuracy" in said
+        assert "Holm's correction for 3" in said
+        assert "same and scratch are equal (difference" in said
+        assert "far and scratch are not shown to be" in said
+        assert "wild and scratch are not shown to be" in said
+        assert said.endswith("Not tested, for want of seeds or spread: equal and scratch.")
+        power = [float(value) for value in re.findall(r"power ([\d.]+)\)", said)]
+        assert power[0] > 0.9 > 0.1 > power[2]
 
     def test_the_main_effect_is_the_mean_over_pairs_with_an_interval_over_seeds(self):
         own = runs(a=[0.5, 0.6, 0.7], b=[0.51, 0.62, 0.73], c=[0.5, 0.5, 0.5], d=[0.52, 0.53, 0.54])
@@ -229,34 +257,44 @@ class TestNotes:
         with pytest.raises(KeyError):
             study.main_effect_note("x", (("a", "e"),), own)
 
-    def test_mcnemar_counts_the_seeds_that_differ_on_the_same_images(self, dataset, network):
-        def one(seed, constant=False):
-            params = jax.tree.map(np.array, network.init(seed)[0])
-            if constant:  # answers 0 to everything
-                params["Dense_1"]["kernel"][:] = 0
-                params["Dense_1"]["bias"][0] = 1
-            weights = Weights(params, {})
-            return run.Trained(
-                "", seed, network, dataset.normalisation, Fitted(weights, weights, 1, []), {}, {}
-            )
-
-        own = {
-            name: [one(0, name == "other"), one(1, name == "other")] for name in ("scratch", "same", "other")
-        }
-        ids = dataset.splits["train"]
-
-        def correct(arm, seed):
-            x = data.normalise(jnp.asarray(dataset.images[ids]), **dataset.normalisation._asdict())
-            logits = network.apply(*own[arm][seed].weights, x, train=False)[0].logits
-            return np.argmax(np.asarray(logits), -1) == dataset.labels[ids]
-
+    def test_mcnemar_counts_the_seeds_that_differ_on_the_same_images(self):
+        rng = np.random.default_rng(1)
+        plain = rng.random((3, 60)) < 0.7
+        other = plain.copy()
+        other[1, :30] ^= True  # one seed that differs in many, mostly to the worse
+        other[1, :30] &= rng.random(30) < 0.1
+        own = runs(scratch=[0.7] * 3, other=[0.7] * 3)
+        packed = {"scratch": [*map(results.pack, plain)], "other": [*map(results.pack, other)]}
+        ids = np.arange(60)
         wanted = sum(
-            significance.mcnemar(correct("other", k), correct("scratch", k), ids_a=ids, ids_b=ids).mid_p
-            < 0.05
-            for k in range(2)
+            significance.mcnemar(a, b, ids_a=ids, ids_b=ids).mid_p < 0.05
+            for a, b in zip(other, plain, strict=True)
         )
-        said = study.mcnemar_note(dataset, own, baseline="scratch", split="train")
-        assert f"same 0, other {wanted}." in said
+        assert wanted == 1
+        pairs = [("other", "scratch"), ("scratch", "scratch")]
+        said = study.mcnemar_note(packed, own, pairs=pairs, examples=60)
+        assert said.endswith("other and scratch 1 of 3, scratch and scratch 0 of 3.")
+
+
+class TestPlan:
+    def test_is_written_before_the_runs_and_every_change_stays(self, tmp_path):
+        about = study.Study("mine", "Does it help?", "scratch", chosen_on="the rate: validation")
+        first = study.declare(tmp_path, about, ["scratch", "kd", "teacher"])
+        assert study.declare(tmp_path, about, ["scratch", "kd", "teacher"]) == first
+        (entry,) = first
+        assert entry["primary"] == [["kd", "scratch"]]
+        assert (entry["chosen_on"], entry["metric"], entry["margin"]) == (
+            "the rate: validation",
+            "accuracy",
+            None,
+        )
+        more = study.declare(tmp_path, about, ["scratch", "kd", "hint"])
+        assert more[:1] == first
+        assert more[1]["primary"] == [["kd", "scratch"], ["hint", "scratch"]]
+
+    def test_only_primary_pairs_among_the_arms_are_compared(self):
+        about = study.Study("mine", "?", "scratch", primary=[("kd", "hint"), ("kd", "scratch")])
+        assert about.pairs(["scratch", "kd"]) == [("kd", "scratch")]
 
 
 def test_pictures_are_training_images_with_their_maps(dataset):

@@ -23,6 +23,7 @@ from experiments.cli.teachers import Teachers as Teachers
 from experiments.cli.teachers import ask as ask
 from experiments.cli.teachers import define_teacher as define_teacher
 from experiments.cli.teachers import teachers as teachers
+from experiments.cli.workdirs import begin as begin
 from experiments.cli.workdirs import check_disk as check_disk
 from experiments.cli.workdirs import claim_workdir as claim_workdir
 from experiments.cli.workdirs import released as released

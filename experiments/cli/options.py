@@ -17,9 +17,10 @@ T = TypeVar("T")
 
 flags.disclaim_key_flags()  # so that --help lists what is defined here as the experiment's own
 
-MAY_CHANGE = frozenset(
-    ("workdir", "output", "shared_cache", "data_dir", "jobs", "pod", "tensorboard", "devices", "save_every_s")
-)
+MAY_CHANGE = {
+    *("workdir", "output", "supersedes", "shared_cache", "data_dir"),
+    *("jobs", "pod", "tensorboard", "devices", "save_every_s"),
+}
 """Flags that say where and how fast something is computed, not what: they may change when a run is resumed."""
 
 
@@ -29,6 +30,9 @@ class Launch:
 
     workdir: str = option(None, "Where everything is written.")  # required
     output: str | None = option(None, "Also write the results to this file.")
+    supersedes: str = option(
+        "", "Why this result supersedes the one in --output, which is kept in history/ beside it."
+    )
     split: str = option(
         "test",
         "Split of the final numbers; validation while settings are chosen, which leaves the test split unread.",

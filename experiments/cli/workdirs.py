@@ -3,16 +3,45 @@
 import contextlib
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import jax
 
-from kdjax import files, models
+from experiments.cli.options import Launch
+from kdjax import files, models, results, study
 
 _LOCK = ".lock"  # the first file in every workdir
 _claimed: list[IO[str]] = []  # the open locks of this process
+
+
+def begin(launch: Launch, made_from: Mapping[str, Any], about: study.Study, arms: Iterable[str]) -> Path:
+    """Claims the workdir of a study and writes down what it will compare, before the first run.
+
+    ``made_from`` is that of :func:`claim_workdir`; ``arms`` are all that will be run.
+
+    Raises:
+      ValueError: as :func:`claim_workdir` does, or if ``--output`` holds a result of another run and nothing says why
+        this one supersedes it.
+    """
+    if launch.output and not launch.supersedes and Path(launch.output).exists():
+        there, ours = _declared(Path(launch.output)), _declared(Path(launch.workdir) / "results.json")
+        if there is None or there != ours:
+            raise ValueError(
+                f"--output={launch.output} holds the result of another run, and results stay. Name another file, or "
+                "say with --supersedes why this one supersedes it: the earlier one is then kept in history/ beside it."
+            )
+    workdir = claim_workdir(launch.workdir, made_from)
+    study.declare(workdir, about, arms)
+    return workdir
+
+
+def _declared(path: Path) -> str | None:
+    """When the study of a result was declared; None if there is none, or it is of before such times were kept."""
+    with contextlib.suppress(OSError, ValueError):
+        return results.read(path)["plan"][0]["declared"] if "plan" in results.read(path) else None
+    return None
 
 
 def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:

@@ -37,7 +37,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from experiments import cli
 from experiments.sweep import spaces, trials
-from kdjax import results, significance, train
+from kdjax import report, results, train
 from kdjax.callbacks import Callback, bar
 from kdjax.data.tfds_cache import did_you_mean
 from kdjax.study import TABLE, publish
@@ -291,10 +291,9 @@ def conclude(sweep: Sweep, start: float) -> dict[str, Any]:
     }
     arms = {name: found["arms"][sweep.arm] for name, found in runs.items()}
     seeds = {name: found["seeds"] for name, found in runs.items()}
-    comparisons = []
-    if min(map(len, seeds.values())) >= 3:
-        test = significance.welch(arms["chosen"][METRIC], arms["default"][METRIC])
-        comparisons = [{"metric": METRIC, "a": "chosen", "b": "default", **test._asdict()}]
+    stored = {name: found.get("correct", {}) for name, found in runs.items()}
+    answers = {name: own["arms"][sweep.arm] for name, own in stored.items() if own}
+    correct = {"correct": {**stored["chosen"], "arms": answers}} if len(answers) == len(arms) else {}
     default = spaces.in_words({name: sweep.settings[name] for name in sweep.space})
     result = results.make(
         "sweep",
@@ -304,7 +303,8 @@ def conclude(sweep: Sweep, start: float) -> dict[str, Any]:
         arm_seeds={} if seeds["chosen"] == seeds["default"] else {"chosen": seeds["chosen"]},
         arms=arms,
         curves={name: found["curves"][sweep.arm] for name, found in runs.items() if found.get("curves")},
-        comparisons=comparisons,
+        examples=runs["chosen"].get("examples", {}),
+        **correct,
         trials=[trials.as_record(trial) for trial in study.trials],
         trials_metric=f"validation_{METRIC}",
         notes=notes(study, best, seeds["default"])
@@ -312,6 +312,8 @@ def conclude(sweep: Sweep, start: float) -> dict[str, Any]:
         wall_clock_s=time.monotonic() - start,
         scaled_down=runs["chosen"]["scaled_down"],
     )
+    if (test := report.compare(result, METRIC, "chosen", "default")) is not None:
+        result["comparisons"] = [{"metric": METRIC, "a": "chosen", "b": "default", **test._asdict()}]
     publish(sweep.workdir, result, metrics=[metric for metric in TABLE if metric in arms["default"]])
     cli.say(f"results.json, figure.png and report.html are in {sweep.workdir}/, both runs in its final/.")
     return result

@@ -2,6 +2,7 @@
 
 * :func:`finding`: the main finding in one sentence.
 * :func:`markdown_table`: arms by metrics, for a terminal or a document.
+* :func:`compare`, :func:`is_reference`: how two arms are tested, and which are not.
 * :func:`fill_tables`: a Markdown document with all its marked tables written anew.
 * :func:`panels`, :func:`save_figure`: the figures of a result, and the main one as an image.
 * :func:`page`: one HTML file of one result or several, readable on a phone, light or dark, without a network.
@@ -13,4 +14,6 @@ from kdjax.report.figures import save_figure as save_figure
 from kdjax.report.pages import page as page
 from kdjax.report.tables import markdown_flatness as markdown_flatness
 from kdjax.report.tables import markdown_table as markdown_table
+from kdjax.report.text import compare as compare
 from kdjax.report.text import finding as finding
+from kdjax.report.text import is_reference as is_reference

@@ -1,8 +1,13 @@
-"""Tables in Markdown documents, kept equal to the result files.
+"""Tables and figures in Markdown documents, kept equal to the result files.
 
 A document marks the place of a table with ``<!-- results: NAME -->`` or ``<!-- results: NAME accuracy,loss -->``, and
 its end with ``<!-- end -->``. :func:`fill_tables` writes what stands between. ``<!-- results: NAME flatness -->`` marks
 the table of flatness.
+
+A figure in a sentence is marked in the line, with the name of the result, the metric and an arm, or a difference of two
+arms; a fourth field is ``size``, ``interval`` or ``p`` where only that is to be printed::
+
+    KD gains <!-- value: quickstart | accuracy | kd - scratch -->+8.3 points (95 % ...)<!-- end -->.
 
 A table with one row per study names its metric and, line by line, what to call a study and which arm of which result to
 compare with that result's baseline::
@@ -23,6 +28,7 @@ from kdjax.report import tables, text
 from kdjax.report.text import Result
 
 _PLACE = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_VALUE = re.compile(r"(<!-- value: (.+?) -->).*?(<!-- end -->)", re.DOTALL)
 _SUMMARY = re.compile(r"(<!-- summary: (\S+)\n(.*?)-->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -52,7 +58,52 @@ def fill_tables(document: str | os.PathLike[str], folder: str | os.PathLike[str]
         begin, metric, rows, end = match.groups()
         return f"{begin}\n{_summary(rows.splitlines(), metric, folder, link)}\n\n{end}"
 
-    return _SUMMARY.sub(place_summary, _PLACE.sub(place, document.read_text(encoding="utf-8")))
+    def place_value(match: re.Match[str]) -> str:
+        begin, fields, end = match.groups()
+        name, *which = (field.strip() for field in fields.split("|"))
+        return begin + value(results.read(folder / f"{name}.json"), *which) + end
+
+    filled = document.read_text(encoding="utf-8")
+    for pattern, written in ((_PLACE, place), (_SUMMARY, place_summary), (_VALUE, place_value)):
+        filled = pattern.sub(written, filled)
+    return filled
+
+
+def value(result: Result, metric: str, which: str, part: str = "") -> str:
+    """A figure for a sentence: an arm's mean and spread, or the difference of two arms with its interval.
+
+    Args:
+      result: as read.
+      metric: of the arms.
+      which: an arm, or two of them as "a - b".
+      part: of a difference, if not all: ``size``, ``interval`` or ``p``; each is not corrected for other comparisons.
+
+    Raises:
+      ValueError: if the result has no such arm or metric, or too few runs for a test.
+    """
+    a, _, b = which.partition(" - ")
+    for arm in filter(None, (a, b)):
+        if metric not in result["arms"].get(arm, {}):
+            raise ValueError(
+                f"{result['name']} has no {metric} of an arm {arm!r}, which a document asks for."
+            )
+    if not b:
+        decimals = text.decimals_of(result, metric)
+        return text.mean_sd(result["arms"][a][metric], text.metric_of(metric), decimals)
+    found = text.compare(result, metric, a, b)
+    if found is None:
+        raise ValueError(
+            f"{result['name']} has too few runs of {a} and {b} for a test, which a document asks for."
+        )
+    comparison = {"metric": metric, "a": a, "b": b, **found._asdict()}
+    size, _, rest = text.difference_text(result, comparison, tested=False).partition(" (95 % interval ")
+    interval = rest.rstrip(")")
+    parts = {"": f"{size} ({interval})", "size": size, "interval": interval, "p": text.p_text(found.p)}
+    if part not in parts:
+        raise ValueError(
+            f"a figure of a difference is all of it, size, interval or p; a document asks for {part!r}."
+        )
+    return parts[part]
 
 
 def _summary(rows: Sequence[str], metric: str, folder: Path, link: str) -> str:
@@ -87,12 +138,19 @@ def _section(result: Result, link: str, metrics: str | None) -> str:
         parts.append(tables.markdown_table(result, metrics=columns).rstrip())
         legend = tables.legend(result, tables.table(result, columns)[1])
         parts += [f"<sub>{legend}</sub>"] if legend else []
-    return "\n" + "\n\n".join([*parts, _provenance(result, link)]) + "\n"
+        parts += ["\n".join(f"- {sentence}" for sentence in _between(result))] if in_words else []
+    return "\n" + "\n\n".join(filter(None, [*parts, _provenance(result, link)])) + "\n"
+
+
+def _between(result: Result) -> list[str]:
+    """The comparisons of arms with another than the baseline, which stand in no cell of the table."""
+    baseline, others = text.baseline_of(result), text.comparisons(result)[1:]
+    return [text.comparison_sentence(result, one) for one in others if baseline not in (one["a"], one["b"])]
 
 
 def _provenance(result: Result, link: str) -> str:
     """Command, n, what was scaled down, machine, commit and file, in one line of small print."""
-    machine, n = result["hardware"], len(result["seeds"])
+    machine = result["hardware"]
     where = (
         f"{machine['cores']} {'core' if machine['cores'] == 1 else 'cores'} of {machine['cpu']}"
         if machine["backend"] == "cpu"
@@ -100,7 +158,12 @@ def _provenance(result: Result, link: str) -> str:
     )
     scaled = f"; {result['scaled_down']}" if result["scaled_down"] else ""
     dirty = " with uncommitted changes" if result["dirty"] else ""
+    folder = link.partition("(")[2].rpartition("/")[0]
+    history = "".join(
+        f"; supersedes [{one['result']}]({folder}/{one['result']}): {one['why']}"
+        for one in result.get("supersedes", ())
+    )
     return (
-        f"<sub>`{result['command']}`; n = {n}{scaled}; {where}, jax {result['versions'].get('jax', 'unknown')}; "
-        f"commit {result['commit'][:8]}{dirty}; {link}</sub>"
+        f"<sub>`{result['command']}`; {text.counts(result)}{scaled}; {where}, jax "
+        f"{result['versions'].get('jax', 'unknown')}; commit {result['commit'][:8]}{dirty}; {link}{history}</sub>"
     )

@@ -60,7 +60,7 @@ def _section(heading: str, result: Result) -> str:
         f'<p class="finding">{_esc(text.finding(result))}</p>',
         f'<p class="question">{_esc(result["question"])}</p>',
         _results(result) if result["arms"] else "",
-        _list("Further comparisons, not corrected for their number", others),
+        _list("Further comparisons", others),
         f'<div class="figures">{drawn}</div>' if drawn else "",
         _flatness(result) if result.get("flatness") else "",
         _list("Notes", result.get("notes", [])),
@@ -122,13 +122,12 @@ def _table(
 def _legend(result: Result, rows: Sequence[Sequence[Cell]]) -> str:
     """Explains only the signs that the table holds."""
     cells = [cell for row in rows for cell in row]
-    references = [arm for arm in result["arms"] if arm in text.REFERENCES and any(cell.p for cell in cells)]
+    references = [arm for arm in result["arms"] if text.is_reference(arm) and any(cell.p for cell in cells)]
     sentences = [
         "Mean ± standard deviation over n runs." if any("±" in cell.text for cell in cells) else "",
         "↑ more is better, ↓ less is better.",
         tables.legend(result, rows),
         *(f"The arm {arm} is a reference and is not tested." for arm in references),
-        "Bold: the best, where p < .05 against the runner-up." if any(cell.bold for cell in cells) else "",
     ]
     return " ".join(filter(None, sentences))
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kdjax import significance
 from kdjax.report import text
 from kdjax.report.text import Result
 
@@ -39,15 +40,16 @@ class Cell(NamedTuple):
 
 
 def markdown_table(result: Result, *, metrics: Sequence[str] | None = None) -> str:
-    """Arms by metrics as a Markdown table: mean ± sd over n seeds, and p of Welch's test against the baseline.
+    """Arms by metrics as a Markdown table: mean ± sd over n seeds, and p against the baseline.
 
-    The baseline is the second arm of the result's first comparison, or the first arm that is not the teacher. Holm's
-    method corrects the p of a column for their number; :func:`legend` explains the stars. Fractions are printed as
-    percent. The best mean of a column is bold if Welch's p against the runner-up is below .05. The teacher is listed,
-    but neither tested nor bold.
+    The baseline is the arm that most of the result's comparisons are with, or the first arm that is no teacher. Arms
+    are compared by seed, in accuracy also by test example where the result holds the answers; Holm's method corrects
+    the p of a column for all comparisons of the result; :func:`legend` explains the stars. Fractions are printed as
+    percent. The best mean of a column is bold if tests tell it from every other arm, after Holm's correction. Teachers
+    are listed, but neither tested nor bold.
 
-    Runs that never reached the target of a ``steps_to_X`` or ``paid_to_X`` (by their ``reached_X``) count with all
-    their steps, so the mean is a lower bound: "≥ 450 ± 266 (7 of 10 reached)".
+    A ``steps_to_X`` or ``paid_to_X`` is told by its median, with how many runs reached the target (``reached_X``), and
+    tested by ranks, in which those that never did are the last: "141 (9 of 10 reached)".
 
     Args:
       result: as read by :func:`kdjax.results.read`.
@@ -74,7 +76,7 @@ def table(result: Result, metrics: Sequence[str] | None = None) -> tuple[list[st
         if metric not in known:
             raise ValueError(f"{result['name']} has no metric {metric!r}; write one of {', '.join(known)}.")
     best = {metric: text.best_arm(result, metric) for metric in metrics}
-    tests = {metric: text.adjusted_p(result, metric, text.baseline_of(result)) for metric in metrics}
+    tests = {metric: text.adjusted_p(result, metric) for metric in metrics}
     rows = []
     for arm, measured in result["arms"].items():
         n = max((len(values) for values in measured.values()), default=0)
@@ -87,13 +89,13 @@ def _cell(result: Result, arm: str, name: str, p: float | None) -> Cell:
     measured = result["arms"][arm]
     if name not in measured:
         return Cell("\N{EN DASH}")
-    printed = text.mean_sd(measured[name], text.metric_of(name), text.decimals_of(result, name))
     tested = "" if p is None else f"{text.p_text(p)} {text.stars(p)}".rstrip()
-    reached = measured.get(re.sub(r"^(steps|paid)_to_", "reached_", name), [])
-    if name.startswith(("steps_to_", "paid_to_")) and not all(reached):
-        note = f"{sum(map(bool, reached))} of {len(reached)} reached"
-        return Cell(f"≥ {printed}", note, tested)
-    return Cell(printed, p=tested)
+    if name.startswith(text.TIMES):
+        found = significance.median_time(*text.censored(measured, name))
+        end = "> " + text.number(max(measured[name]), None)
+        note = "" if found.reached == found.n else f"{found.reached} of {found.n} reached"
+        return Cell(text.number(found.median, None) if np.isfinite(found.median) else end, note, tested)
+    return Cell(text.mean_sd(measured[name], text.metric_of(name), text.decimals_of(result, name)), p=tested)
 
 
 def markdown_flatness(result: Result) -> str:
@@ -112,18 +114,29 @@ def flatness_table(result: Result) -> tuple[list[str], list[list[Cell]]]:
 
 
 def legend(result: Result, rows: Sequence[Sequence[Cell]]) -> str:
-    """Explains the p, stars and lower bounds of a table; empty if it has none."""
-    cells = [cell for row in rows for cell in row]
-    sentences = []
-    if any(cell.note for cell in cells):
-        sentences += ["≥: a run that never reached the target counts with all its steps."]
-    if any(cell.p for cell in cells):
-        baseline = text.baseline_of(result)
-        starred = "; * p < .05, ** p < .01, *** p < .001" * any(cell.p.endswith("*") for cell in cells)
+    """Explains the p, stars, medians and bold numbers of a table, and what a single teacher cannot show."""
+    cells, arms, sentences = [cell for row in rows for cell in row], result["arms"], []
+    if any(name.startswith(text.TIMES) for measured in arms.values() for name in measured):
         sentences += [
-            f"p: Welch's test against {baseline}, with Holm's correction for the arms of a column{starred}."
+            "Steps and payments to a target are medians; the test ranks runs, those that never reached it last."
         ]
+    if any(cell.p for cell in cells):
+        starred = "; * p < .05, ** p < .01, *** p < .001" * any(cell.p.endswith("*") for cell in cells)
+        count, baseline = text.family_size(result), text.baseline_of(result)
+        of = f"Holm's correction for {count} comparisons" if count > 1 else "a single comparison"
+        sentences += [f"p: against {baseline}, by seed{_also(result)}, with {of}{starred}."]
+    if any(cell.bold for cell in cells):
+        sentences += ["Bold: the best, told from every other arm after Holm's correction."]
+    teachers = [
+        arm for arm in arms if text.is_reference(arm) and len(arms) > 1 and text.runs_of(result, arm) == 1
+    ]
+    if teachers and any(cell.p for cell in cells):
+        sentences += ["One teacher: what holds of it may not hold of another."]
     return " ".join(sentences)
+
+
+def _also(result: Result) -> str:
+    return ", of accuracy also by test example" if result.get("correct") else ""
 
 
 def flatness_legend(result: Result, rows: Sequence[Sequence[Cell]]) -> str:

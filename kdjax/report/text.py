@@ -1,7 +1,7 @@
 """Names and formats of metrics, and the finding of a result in sentences.
 
-One arm "beats" another only where p < .05; otherwise no difference "was found", with its interval. The teacher is a
-reference: it is listed, but never tested.
+One arm "beats" another only where p, after Holm's correction for all comparisons of the family, is below .05; otherwise
+no difference "was found", with its interval. Teachers are references: listed, but never tested.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdjax import significance
+from kdjax import results, significance
 
 Result = Mapping[str, Any]
 ALPHA = 0.05
@@ -56,8 +56,7 @@ METRICS = {
     "epochs_per_second": Metric("epochs per second", higher=True),
     "images_per_second": Metric("images per second", higher=True),
 }
-# Arms that are not tested against the baseline and never bold.
-REFERENCES = ("teacher",)
+TIMES = ("steps_to_", "paid_to_")  # metrics that are censored where reached_X is 0
 
 
 def metric_of(name: str) -> Metric:
@@ -69,6 +68,11 @@ def metric_of(name: str) -> Metric:
             title = name.replace(known, METRICS[known].title).replace("_", " ")
             return METRICS[known]._replace(title=title)
     return Metric(name.replace("_", " "))
+
+
+def is_reference(arm: str) -> bool:
+    """Whether an arm is a teacher: neither tested against the baseline nor bold."""
+    return arm == "teacher" or arm.endswith("_teacher")
 
 
 def finding(result: Result) -> str:
@@ -83,26 +87,43 @@ def finding(result: Result) -> str:
 
 
 def comparison_sentence(result: Result, comparison: Mapping[str, Any]) -> str:
-    """One comparison as a sentence, such as "kd beats scratch in accuracy by 2.3 points (95 % interval ...)."."""
+    """One of :func:`comparisons` as a sentence, such as "kd beats scratch in accuracy by 2.3 points (95 % ...)."."""
     name, a, b = (str(comparison[k]) for k in ("metric", "a", "b"))
-    metric, decimals = metric_of(name), decimals_of(result, name)
-    unit = " points" if metric.unit == "%" else f" {metric.unit}" if metric.unit else ""
-    difference, low, high = (metric.scale * comparison[k] for k in ("difference", "low", "high"))
-    n = comparison.get("n", ())
-    repeats = " + ".join(map(str, n if isinstance(n, Sequence) else [n]))
-    test = f"{p_text(comparison['p'])}, {comparison.get('test', 'Welch')}"
-    test += f", n = {repeats}" if repeats else ""
-    if comparison["p"] >= ALPHA:
-        interval = f"95 % interval {number(low, decimals, sign=True)} to {number(high, decimals, sign=True)}"
-        gap = number(difference, decimals, sign=True) + unit
-        return f"No difference in {metric.title} between {a} and {b} was found: {gap} ({interval}, {test})."
-    if difference < 0:
-        difference, low, high = -difference, -high, -low
+    metric, p = metric_of(name), comparison["p"]
+    if p >= ALPHA:
+        return f"No difference in {metric.title} between {a} and {b} was found: {difference_text(result, comparison)}."
     winner, loser = (a, b) if (comparison["difference"] > 0) == (metric.higher is not False) else (b, a)
     verb = "beats" if metric.higher is not None else "exceeds"
-    interval = f"95 % interval {number(low, decimals)} to {number(high, decimals)}"
-    size = number(difference, decimals) + unit
-    return f"{winner} {verb} {loser} in {metric.title} by {size} ({interval}, {test})."
+    size = difference_text(result, comparison, sign=False)
+    return f"{winner} {verb} {loser} in {metric.title} by {size}."
+
+
+def difference_text(
+    result: Result, comparison: Mapping[str, Any], *, sign: bool = True, tested: bool = True
+) -> str:
+    """The size of a difference with its interval, and how it was ``tested``, such as "+2.3 points (95 % interval ...)".
+
+    Without its ``sign`` a difference is told from the side of the larger arm.
+    """
+    name = str(comparison["metric"])
+    metric, decimals = metric_of(name), decimals_of(result, name)
+    unit = " points" if metric.unit == "%" else f" {metric.unit}" if metric.unit else ""
+    size, low, high = (metric.scale * comparison[k] for k in ("difference", "low", "high"))
+    if not sign and size < 0:
+        size, low, high = -size, -high, -low
+    interval = f"95 % interval {number(low, decimals, sign=sign)} to {number(high, decimals, sign=sign)}"
+    how = f", {_test_text(comparison)}" if tested else ""
+    return f"{number(size, decimals, sign=sign)}{unit} ({interval}{how})"
+
+
+def _test_text(comparison: Mapping[str, Any]) -> str:
+    """How a comparison was made, such as "p = .02 after Holm's correction for 3, paired t, n = 5"."""
+    n = comparison.get("n", ())
+    n = list(n) if isinstance(n, Sequence) else [n]
+    test, family = comparison.get("test", "Welch"), comparison.get("family", 1)
+    corrected = f" after Holm's correction for {family}" if family > 1 else ""
+    repeats = f", n = {' + '.join(map(str, n if test == 'Welch' else n[:1]))}" if n else ""
+    return f"{p_text(comparison['p'])}{corrected}, {test}{repeats}"
 
 
 def _ratio_sentence(ratios: Mapping[str, Mapping[str, float]]) -> str:
@@ -136,32 +157,80 @@ def _untested_sentence(result: Result) -> str:
     return f"{capital(metric_of(metric).title)}: {listing(found)} ({reason})."
 
 
-def comparisons(result: Result) -> list[Mapping[str, Any]]:
-    """The result's own comparisons, else Welch's test of every arm against the baseline on the first metric."""
-    if result.get("comparisons"):
-        return list(result["comparisons"])
-    b, metric = baseline_of(result), primary_of(result)
-    return [{"metric": metric, "a": a, "b": b} | t._asdict() for a, t in _tests(result, metric, b).items()]
+def comparisons(result: Result) -> list[dict[str, Any]]:
+    """The family of comparisons that a result is about, with p after Holm's correction for their number.
+
+    They are those that the result names, made anew from its numbers, or every arm against the baseline.
+    """
+    named = list(result.get("comparisons", ()))
+    if not named:
+        metric = primary_of(result)
+        named = [{"metric": metric, "a": a, "b": b} for a, b in _family(result)]
+    found = []
+    for one in named:
+        test = None if result.get("ratios") else compare(result, one["metric"], one["a"], one["b"])
+        if test is not None or "p" in one:
+            found.append({**one, **({} if test is None else test._asdict())})
+    adjusted = significance.holm({str(i): one["p"] for i, one in enumerate(found)})
+    return [{**one, "p": adjusted[str(i)], "family": len(found)} for i, one in enumerate(found)]
 
 
-def _tests(result: Result, metric: str | None, baseline: str | None) -> dict[str, significance.Comparison]:
-    """Welch's test of every arm against the baseline, where there is one."""
-    arms = [arm for arm in _competitors(result, metric) if arm != baseline]
-    tests = {arm: welch(result, metric, arm, baseline) for arm in arms}
-    return {arm: test for arm, test in tests.items() if test is not None}
+def compare(result: Result, metric: str | None, a: str, b: str) -> significance.Comparison | None:
+    """Tests arm a against b, by seed; accuracies also by test example where the result holds the answers.
 
-
-def welch(result: Result, metric: str | None, a: str, b: str | None) -> significance.Comparison | None:
-    """Welch's test; None for fewer than three seeds, constant values, or the timings of a benchmark."""
-    values = [result["arms"].get(arm, {}).get(metric, []) for arm in (a, b)]
-    if result.get("ratios") or min(map(len, values)) < 3 or not any(np.ptp(v) > 0 for v in values):
+    None for fewer than three seeds or constant values.
+    """
+    own, other = (_by_seed(result, arm, metric) for arm in (a, b))
+    vary = any(np.ptp([*values.values()]) > 0 for values in (own, other) if values)
+    if min(len(own), len(other)) < significance.FEWEST or not vary:
         return None
-    return significance.welch(*values)
+    answers = result.get("correct", {}).get("arms", {})
+    if metric != "accuracy" or not {a, b} <= set(answers):
+        return significance.compare(own, other)
+    shared = [seed for seed in own if seed in other]
+    pairs = len(shared) >= significance.FEWEST
+    rows = ([[*of].index(seed) for seed in shared] if pairs else slice(None) for of in (own, other))
+    tables = (results.correct_of(result, arm)[row] for arm, row in zip((a, b), rows, strict=True))
+    return significance.compare_accuracies(*tables, pairs=pairs)
 
 
-def adjusted_p(result: Result, metric: str, baseline: str | None) -> dict[str, float]:
-    """Welch's p of every arm against the baseline on a metric, with Holm's correction for their number."""
-    return significance.holm({arm: test.p for arm, test in _tests(result, metric, baseline).items()})
+def _by_seed(result: Result, arm: str | None, metric: str | None) -> dict[int, float]:
+    values = result["arms"].get(arm, {}).get(metric, [])
+    return dict(zip(result.get("arm_seeds", {}).get(arm, result["seeds"]), values, strict=False))
+
+
+def adjusted_p(result: Result, metric: str) -> dict[str, float]:
+    """The p of every arm that is compared with the baseline, after Holm's correction for all of the family."""
+    if result.get("ratios"):
+        return {}
+    family = {str(i): pair for i, pair in enumerate(_family(result))}
+    p = {i: _p_of(result, metric, *pair) for i, pair in family.items()}
+    adjusted = significance.holm({i: value for i, value in p.items() if value is not None})
+    baseline = baseline_of(result)
+    with_it = {i: pair for i, pair in family.items() if i in adjusted and baseline in pair}
+    return {b if a == baseline else a: adjusted[i] for i, (a, b) in with_it.items()}
+
+
+def _p_of(result: Result, metric: str, a: str, b: str) -> float | None:
+    if metric.startswith(TIMES):
+        return _p_sooner(result, metric, a, b)
+    found = compare(result, metric, a, b)
+    return None if found is None else found.p
+
+
+def _p_sooner(result: Result, metric: str, a: str, b: str) -> float | None:
+    """The rank test of times, in which runs that never reached the target are the last."""
+    arms = [censored(result["arms"].get(arm, {}), metric) for arm in (a, b)]
+    if min(len(times) for times, _ in arms) < significance.FEWEST:
+        return None
+    return significance.sooner(*arms[0], *arms[1]).p
+
+
+def censored(measured: Mapping[str, Sequence[float]], metric: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Times of an arm, and whether each run reached the target; all did where nothing is said of it."""
+    times = measured.get(metric, [])
+    target = next(metric.removeprefix(start) for start in TIMES if metric.startswith(start))
+    return times, measured.get(f"reached_{target}", [1.0] * len(times))
 
 
 def measured(result: Result) -> list[str]:
@@ -176,25 +245,67 @@ def primary_of(result: Result) -> str | None:
     return next(iter(first + known), None)
 
 
+def _family(result: Result) -> list[tuple[str, str]]:
+    """The pairs of arms that a result is about: those of its comparisons, else every arm with the baseline."""
+    arms, baseline = result["arms"], baseline_of(result)
+    named = [(str(one["a"]), str(one["b"])) for one in result.get("comparisons", ())]
+    if named:
+        return [pair for pair in dict.fromkeys(named) if set(pair) <= set(arms)]
+    return [
+        (arm, baseline) for arm in arms if baseline is not None and arm != baseline and not is_reference(arm)
+    ]
+
+
+def family_size(result: Result) -> int:
+    """The number of comparisons that p is corrected for."""
+    return len(_family(result))
+
+
+def runs_of(result: Result, arm: str) -> int:
+    """The number of runs of an arm."""
+    return len(result.get("arm_seeds", {}).get(arm, result["seeds"]))
+
+
+def counts(result: Result) -> str:
+    """How many runs, teachers, training and test images stand behind the numbers, as far as the result says."""
+    parts = [f"n = {len(result['seeds'])}"]
+    teachers = [runs_of(result, arm) for arm in result["arms"] if is_reference(arm)]
+    if teachers and len(teachers) < len(result["arms"]):
+        parts += [f"{max(teachers)} {'teachers' if max(teachers) > 1 else 'teacher'}"]
+    examples = dict(result.get("examples", {}))
+    if not examples and result.get("confusion"):  # an older result, whose counts are pooled over the runs
+        arm, matrix = next(iter(result["confusion"].items()))
+        examples["test"] = round(np.sum(matrix) / runs_of(result, arm))
+    parts += [f"{count:,} {split} images" for split, count in examples.items()]
+    return ", ".join(parts)
+
+
 def _competitors(result: Result, metric: str | None) -> list[str]:
-    return [arm for arm, metrics in result["arms"].items() if arm not in REFERENCES and metric in metrics]
+    """The arms that have a metric and are no references."""
+    return [arm for arm, metrics in result["arms"].items() if metric in metrics and not is_reference(arm)]
 
 
 def baseline_of(result: Result) -> str | None:
-    """The second arm of the first comparison, else the first arm that is not a reference."""
-    first = [c["b"] for c in result.get("comparisons", [])[:1] if c["b"] in result["arms"]]
-    return next(iter(first + [arm for arm in result["arms"] if arm not in REFERENCES]), None)
+    """The declared baseline; else the arm that most comparisons are with, or the first arm that is no reference."""
+    if result.get("plan") and result["plan"][-1]["baseline"] in result["arms"]:
+        return result["plan"][-1]["baseline"]
+    others = [one["b"] for one in result.get("comparisons", ()) if one["b"] in result["arms"]]
+    named = sorted(dict.fromkeys(others), key=lambda arm: -others.count(arm))
+    return next(iter(named + [arm for arm in result["arms"] if not is_reference(arm)]), None)
 
 
 def best_arm(result: Result, metric: str) -> str | None:
-    """The arm with the best mean, if Welch's p against the runner-up is below .05."""
-    higher = metric_of(metric).higher
-    arms = _competitors(result, metric)
-    if higher is None or len(arms) < 2:
+    """The arm with the best mean, if tests tell it from each other arm after Holm's correction."""
+    higher, arms = metric_of(metric).higher, _competitors(result, metric)
+    if higher is None or len(arms) < 2 or result.get("ratios"):
         return None
-    first, second, *_ = sorted(arms, key=lambda arm: np.mean(result["arms"][arm][metric]), reverse=higher)
-    test = welch(result, metric, first, second)
-    return first if test is not None and test.p < ALPHA else None
+    mean = {arm: np.mean(result["arms"][arm][metric]) for arm in arms}
+    best = (max if higher else min)(arms, key=lambda arm: mean[arm])
+    p = {arm: _p_of(result, metric, best, arm) for arm in arms if arm != best}
+    known = {arm: value for arm, value in p.items() if value is not None}
+    against_baseline = adjusted_p(result, metric).get(best, 0.0)  # what its own cell says
+    told = len(known) == len(p) and max([*significance.holm(known).values(), against_baseline]) < ALPHA
+    return best if told else None
 
 
 def decimals_of(result: Result, name: str) -> int | None:

@@ -10,17 +10,31 @@ Schema 2, by example::
 Every result has these fields. ``arms`` maps an arm to its metrics, and a metric to one number per seed (per repeat in a
 benchmark). ``flags`` holds every setting that influenced the numbers. ``dirty`` says whether tracked files differed
 from ``commit``. ``scaled_down`` says what is smaller than in the paper that the experiment follows; empty if nothing
-is. Fractions are stored as fractions, not as percent.
+is. Fractions are stored as fractions, not as percent. Runs of equal seed in two arms are a pair: they share the order
+of images, the teacher, and, where their networks are equal and no weights are given to them, the first weights.
 
 Optional fields; each arm in them is one of ``arms``:
 
 ``arm_seeds``
     arm → its seeds, if these are not ``seeds``, as for a single teacher.
+``plan``
+    what was written down before the first run, and each change since: a list of ``{"declared": time, "metric",
+    "baseline", "primary": [[a, b]], "chosen_on": text, "margin": number or null}``. ``primary`` are the comparisons
+    that the study is about, corrected as one family; ``chosen_on`` says what was chosen, and on which data; ``margin``
+    is the smallest difference that would matter.
+``examples``
+    split → number of examples.
+``correct``
+    ``{"split", "examples": int, "arms": {arm: [one text per seed]}}``: whether each student is right on each example of
+    the split, in the order of the data set; :func:`correct_of` unpacks it.
+``supersedes``
+    list of ``{"result": path of a result beside this file, "why": text}``: earlier results of the same question, which
+    stay. :func:`write` adds to it.
 ``curves``
     arm → metric → one list per seed, with one number or null per epoch.
 ``comparisons``
-    list of ``{"metric", "a", "b", "difference", "low", "high", "p", "n", "test"}``: a - b with its 95 % interval; the
-    last two may be missing.
+    list of ``{"metric", "a", "b", "difference", "low", "high", "p", "n", "test"}``: a - b with its 95 % interval and p,
+    not corrected; the last two may be missing. They are one family: :mod:`kdjax.report` corrects them for their number.
 ``ratios``
     peer → ``{"median", "low", "high"}``: how many times faster or smaller kdjax is.
 ``notes``
@@ -66,6 +80,9 @@ Optional fields; each arm in them is one of ``arms``:
 An experiment may add fields of its own. Schema 1 had the fields up to ``notes``; :func:`read` reads it too.
 """
 
+from kdjax.results.answers import correct_of as correct_of
+from kdjax.results.answers import pack as pack
+from kdjax.results.answers import unpack as unpack
 from kdjax.results.records import command_line as command_line
 from kdjax.results.records import make as make
 from kdjax.results.records import read as read

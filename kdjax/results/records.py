@@ -87,14 +87,42 @@ def make(
     return content
 
 
-def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+def write(path: str | os.PathLike[str], content: Mapping[str, Any], *, supersedes: str = "") -> None:
     """Checks a result of :func:`make` and writes it atomically, with a digest of its content.
+
+    Args:
+      path: of the file.
+      content: the result.
+      supersedes: why it supersedes the result that the file holds, which is then kept as ``history/NAME_COMMIT.json``
+        beside it and named in the field ``supersedes``. Without a reason, or for a later result of the same run (of one
+        ``plan``), the file is overwritten.
 
     Raises:
       ValueError: if it breaks the schema.
     """
+    path = Path(path)
+    earlier = read(path) if path.exists() and (supersedes or "plan" in content) else {}
+    if (
+        earlier.get("plan") and earlier["plan"][:1] == content.get("plan", [])[:1]
+    ):  # of the same run, before it went on
+        content = {**content, "supersedes": earlier.get("supersedes", [])}
+    elif earlier and supersedes:
+        content = {
+            **content,
+            "supersedes": [*_retire(path, earlier, supersedes), *earlier.get("supersedes", [])],
+        }
     schema.check(content)
     files.write_json(path, {**content, "sha256": files.digest_json(content)})
+
+
+def _retire(path: Path, earlier: Mapping[str, Any], why: str) -> list[dict[str, str]]:
+    """Copies a result that is superseded into the history beside it."""
+    home, kept = path.parent, Path("history") / f"{path.stem}_{earlier['commit'][:8]}{path.suffix}"
+    while (home / kept).exists():
+        kept = kept.with_stem(f"{kept.stem}_")
+    (home / kept).parent.mkdir(exist_ok=True)
+    files.write_bytes(home / kept, path.read_bytes())
+    return [{"result": kept.as_posix(), "why": why}]
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.results import answers
+
 SCHEMA = 2
 REQUIRED = {
     **dict.fromkeys(("name", "question", "command", "created", "commit", "scaled_down"), str),
@@ -65,6 +67,10 @@ def check(content: Any) -> None:
     for field, checked in _LISTS.items():
         for i, value in enumerate(_list(content.get(field, []), field)):
             checked(value, f"{field}/{i}")
+    for split, count in _items(content.get("examples", {}), "examples"):
+        _need(_is_count(count), f"examples/{split}", "a number of examples", count)
+    if "correct" in content:
+        _check_correct(content["correct"], "correct", seeds)
     for peer, ratio in _items(content.get("ratios", {}), "ratios"):
         low, median, high = (_get(ratio, name, f"ratios/{peer}") for name in ("low", "median", "high"))
         ordered = _are_numbers([low, median, high]) and 0 < low <= median <= high
@@ -176,6 +182,18 @@ def _check_comparison(comparison: Any, path: str) -> None:
     counts = n if isinstance(n, list | tuple) else [n]
     _need(all(map(_is_count, counts)), f"{path}/n", "one number of repeats, or one per arm", n)
     _TEXT(comparison.get("test", ""), f"{path}/test")
+
+
+def _check_correct(stored: Any, path: str, seeds: Mapping[str, int]) -> None:
+    _CORRECT(stored, path)
+    for arm, runs in stored["arms"].items():
+        _check_arm(arm, f"{path}/arms", seeds)
+        needed = f"the answers of {seeds[arm]} seeds to {stored['examples']} examples, packed"
+        try:
+            packed = [answers.unpack(run, stored["examples"]) for run in _list(runs, f"{path}/arms/{arm}")]
+        except (ValueError, TypeError):
+            packed = []
+        _need(len(packed) == seeds[arm], f"{path}/arms/{arm}", needed, runs)
 
 
 def _check_swept(sweep: Any, path: str) -> None:
@@ -342,6 +360,16 @@ _COMPARISON = _object(
     **dict.fromkeys(("difference", "low", "high"), _NUMBER),
     p=_rule("a number between 0 and 1", lambda v: 0 <= v <= 1, first=_NUMBER),
 )
+_PLAN = _object(
+    **dict.fromkeys(("declared", "metric", "baseline", "chosen_on"), _TEXT),
+    primary=_rule(
+        "a list of pairs of arms",
+        lambda v: all(isinstance(p, list | tuple) and len(p) == 2 for p in v),
+        first=_list,
+    ),
+    margin=_rule("a number above 0 or null", lambda v: v is None or (_is_number(v) and v > 0)),
+)
+_CORRECT = _object(split=_TEXT, examples=_rule("a number of examples", _is_count), arms=_items)
 _TRIAL = _object(
     number=_rule("a whole number of 0 or more", _is_count),
     settings=_items,
@@ -364,6 +392,8 @@ _PER_ARM: dict[str, Check] = {
 }
 _LISTS: dict[str, Check] = {
     "comparisons": _check_comparison,
+    "plan": _PLAN,
+    "supersedes": _object(result=_TEXT, why=_TEXT),
     "notes": _TEXT,
     "swept": _check_swept,
     "trials": _check_trial,

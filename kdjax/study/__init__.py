@@ -3,8 +3,10 @@
 from kdjax.study.conclusion import TABLE as TABLE
 from kdjax.study.conclusion import Study as Study
 from kdjax.study.conclusion import conclude as conclude
+from kdjax.study.conclusion import declare as declare
 from kdjax.study.conclusion import publish as publish
 from kdjax.study.conclusion import weak_teachers as weak_teachers
+from kdjax.study.measures import answers_of as answers_of
 from kdjax.study.measures import costs_of as costs_of
 from kdjax.study.measures import densities_of as densities_of
 from kdjax.study.measures import flatness_of as flatness_of
@@ -17,7 +19,6 @@ from kdjax.study.measures import with_costs as with_costs
 from kdjax.study.measures import with_metrics as with_metrics
 from kdjax.study.notes import Arms as Arms
 from kdjax.study.notes import comparison_notes as comparison_notes
+from kdjax.study.notes import equivalence_note as equivalence_note
 from kdjax.study.notes import main_effect_note as main_effect_note
 from kdjax.study.notes import mcnemar_note as mcnemar_note
-from kdjax.study.notes import tost_note as tost_note
-from kdjax.study.notes import welch_note as welch_note

@@ -1,16 +1,18 @@
-"""The result of a study: JSON, figure, report, and the table on the terminal."""
+"""A study: what it declares before its runs, and its result as JSON, figure, report, and the table on the terminal."""
 
+import datetime
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from kdjax import data, evaluate, report, results, significance
+from kdjax import data, evaluate, files, report, results, significance
 from kdjax.callbacks import say
-from kdjax.study.notes import Arms, accuracies
+from kdjax.study.measures import answers_of
+from kdjax.study.notes import Arms, accuracies, equivalence_note, mcnemar_note
 
 TABLE = ("accuracy", "best_accuracy", "loss", "f1", "ece", "agreement")  # metrics that the terminal shows
 CURVES = {"loss": "training_loss", "validation_accuracy": "validation_accuracy"}
@@ -25,7 +27,10 @@ class Study(NamedTuple):
       baseline: the arm that the others are compared with.
       metrics: what the terminal shows; the first is tested.
       scaled_down: what is smaller than in the publication it follows.
-      tested: the arms to compare with the baseline; all by default.
+      primary: the pairs of arms to compare, the first most important; each arm with the baseline by default. They are
+        corrected as one family, so that what nobody asked costs nothing.
+      chosen_on: what was chosen before, and on which data, such as "temperature and weight: validation, sweep_digits".
+      margin: the smallest difference in the first metric that would matter; None where equality is no question.
       drawn: the arms whose curves are kept and drawn; all by default.
     """
 
@@ -34,8 +39,42 @@ class Study(NamedTuple):
     baseline: str
     metrics: Sequence[str] = TABLE
     scaled_down: str = ""
-    tested: Sequence[str] | None = None
+    primary: Sequence[tuple[str, str]] | None = None
+    chosen_on: str = ""
+    margin: float | None = None
     drawn: Collection[str] | None = None
+
+    def pairs(self, arms: Iterable[str]) -> list[tuple[str, str]]:
+        """The primary comparisons among ``arms``."""
+        if self.primary is not None:
+            return [(a, b) for a, b in self.primary if {a, b} <= set(arms)]
+        return [(arm, self.baseline) for arm in arms if arm != self.baseline and not report.is_reference(arm)]
+
+
+def declare(workdir: Path, study: Study, arms: Iterable[str]) -> list[dict[str, Any]]:
+    """Writes down what a study will compare, before its first run, in ``workdir/plan.json``; returns all of that.
+
+    What is already there stays: if the study has changed since, what it is now is added with its time, and stands in
+    the result.
+    """
+    path = workdir / "plan.json"
+    try:
+        plan = files.read_sealed(path)
+    except (FileNotFoundError, files.Damaged):
+        plan = []
+    now = {
+        "metric": study.metrics[0],
+        "baseline": study.baseline,
+        "primary": [list(pair) for pair in study.pairs(arms)],
+        "chosen_on": study.chosen_on,
+        "margin": study.margin,
+    }
+    if not plan or {name: plan[-1][name] for name in now} != now:
+        declared = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        plan = [*plan, {"declared": declared, **now}]
+        if jax.process_index() == 0:
+            files.write_sealed(path, plan)
+    return plan
 
 
 def conclude(
@@ -48,9 +87,13 @@ def conclude(
     seconds: float,
     notes: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
+    supersedes: str = "",
+    split: str = "test",
     **measured: Any,
 ) -> dict[str, Any]:
     """Writes results.json, figure.png and report.html of finished arms, and prints the table and what was found.
+
+    The result holds every student's answers on the split, so that its intervals cover other test examples too.
 
     Args:
       study: what it is about.
@@ -61,10 +104,18 @@ def conclude(
       seconds: of the whole study.
       notes: for the reader of the result.
       output: also write the result to this file, and its figure beside it.
+      supersedes: why the result supersedes the one in ``output``, which is kept; see :func:`kdjax.results.write`.
+      split: that the runs were measured on.
       **measured: further fields of the result, such as ``robustness``, ``flatness`` and ``costs``.
     """
     seeds = {arm: [run.seed for run in runs] for arm, runs in arms.items()}
     weak = weak_teachers(arms, "scratch" if "scratch" in arms else study.baseline)
+    packed, examples = answers_of(dataset, arms, workdir / "answers", split=split), len(dataset.splits[split])
+    own = {arm: {run.seed for run in runs} for arm, runs in arms.items()}
+    tested = [(a, b) for a, b in study.pairs(arms) if len(own[a] & own[b]) >= significance.FEWEST]
+    found = [mcnemar_note(packed, arms, pairs=tested, examples=examples)] if tested else []
+    if study.margin is not None and tested:
+        found += [equivalence_note(arms, pairs=tested, margin=study.margin)]
     totals = {arm: _total([run.sums for run in runs]) for arm, runs in arms.items()}
     result = results.make(
         study.name,
@@ -83,18 +134,21 @@ def conclude(
             for arm, runs in arms.items()
             if runs[0].history and (study.drawn is None or arm in study.drawn)
         },
-        comparisons=_comparisons(study, arms),
+        plan=declare(workdir, study, arms),
+        examples={name: len(dataset.splits[name]) for name in ("train", split)},
+        correct={"split": split, "examples": examples, "arms": packed},
         calibration={arm: evaluate.reliability(sums) for arm, sums in totals.items()},
         confusion={arm: sums["confusion"].astype(int).tolist() for arm, sums in totals.items()},
         wall_clock_s=seconds,
         scaled_down=study.scaled_down,
-        notes=[*notes, *weak, *dataset.notes, *_of_trainings(arms)],
+        notes=[*notes, *found, *weak, *dataset.notes, *_of_trainings(arms)],
         class_names=list(dataset.class_names),
         **measured,
     )
+    result["comparisons"] = _comparisons(study, result)
     publish(workdir, result, metrics=study.metrics)
     if output and jax.process_index() == 0:
-        results.write(output, result)
+        results.write(output, result, supersedes=supersedes)
         report.save_figure(Path(output).with_suffix(".png"), result)
     for note in weak:
         say(f"note: {note}")
@@ -142,11 +196,8 @@ def _total(sums: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: np.sum([np.asarray(run[name]) for run in sums], axis=0) for name in sums[0]}
 
 
-def _comparisons(study: Study, arms: Arms) -> list[dict[str, Any]]:
-    found, metric, baseline = [], study.metrics[0], study.baseline
-    for arm in arms if study.tested is None else study.tested:
-        if arm in (baseline, "teacher") or min(len(arms[arm]), len(arms[baseline])) < 3:
-            continue
-        a, b = ([run.metrics[metric] for run in arms[key]] for key in (arm, baseline))
-        found.append({"metric": metric, "a": arm, "b": baseline, **significance.welch(a, b)._asdict()})
-    return found
+def _comparisons(study: Study, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The primary comparisons that enough seeds were run for, as they are before any correction."""
+    metric = study.metrics[0]
+    tests = {pair: report.compare(result, metric, *pair) for pair in study.pairs(result["arms"])}
+    return [{"metric": metric, "a": a, "b": b, **t._asdict()} for (a, b), t in tests.items() if t is not None]

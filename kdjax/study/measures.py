@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import checkpoints, data, files, flatness, robustness, saliency
+from kdjax import checkpoints, data, files, flatness, results, robustness, saliency
 from kdjax.callbacks import bar
 from kdjax.models import Network
 from kdjax.run import Trained, evaluation_batch_size
@@ -18,6 +18,33 @@ from kdjax.study.notes import Arms
 from kdjax.types import Normalisation
 
 REPEATS, CALLS = 15, 20  # of a latency: repeats that are reported, each the mean of calls
+
+
+def answers_of(
+    dataset: data.Dataset, arms: Arms, directory: Path, *, split: str = "test"
+) -> dict[str, list[str]]:
+    """Whether every run is right on each example of a split, packed: arm → one text per run.
+
+    :func:`kdjax.results.correct_of` unpacks them, in the order of ``dataset.splits[split]``.
+    """
+    ids = dataset.splits[split]
+    index, valid = data.evaluation_index(ids, batch_size=evaluation_batch_size(len(ids), 1))
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def right(network, normalisation, weights, images, labels):
+        inputs = data.normalise(images, **normalisation._asdict())
+        outputs, _ = network.apply(weights.params, weights.model_state, inputs, train=False)
+        return jnp.argmax(outputs.logits, -1) == labels
+
+    def measure(run: Trained) -> dict[str, Any]:
+        weights = jax.device_put(jax.device_get(run.weights), jax.local_devices()[0])
+        given = (run.network, run.normalisation, weights)
+        parts = [right(*given, dataset.images[rows], dataset.labels[rows]) for rows in index]
+        return {"correct": results.pack(np.stack(parts)[valid > 0])}
+
+    decides = {"data": dataset.fingerprint, "split": split}
+    found = of_every_run(arms, directory, decides, measure, label="answers")
+    return {arm: answers["correct"] for arm, answers in found.items()}
 
 
 def robustness_of(
@@ -102,8 +129,8 @@ def costs_of(arms: Arms) -> dict[str, dict[str, Any]]:
 
 
 def of_every_run(
-    arms: Arms, directory: Path, options: Any, measure: Callable[[Any], dict[str, float]], *, label: str
-) -> dict[str, dict[str, list[float]]]:
+    arms: Arms, directory: Path, options: Any, measure: Callable[[Any], dict[str, Any]], *, label: str
+) -> dict[str, dict[str, list[Any]]]:
     """Numbers about every run, as arm → name → one per run.
 
     Args:
@@ -113,7 +140,7 @@ def of_every_run(
       measure: run → its numbers by name.
       label: of the progress bar.
     """
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, list[Any]]] = {}
     with bar(label, total=sum(map(len, arms.values())), unit="network") as meter:
         for arm, runs in arms.items():
             scores = []

@@ -1,76 +1,102 @@
 """Tests of finished arms as sentences: the notes of a result."""
 
-import functools
 from collections.abc import Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kdjax import data, significance
+from kdjax import results, significance
 from kdjax.run import Trained
 
 Arms = Mapping[str, Sequence[Trained]]
 """Arm → one finished run per seed."""
 
-DELTA = 0.01  # accuracies nearer than this are equivalent
+Pairs = Sequence[tuple[str, str]]
 
 
-def welch_note(a: str, b: str, arms: Arms) -> str:
-    """Welch's test of the accuracies of two arms, and the interval of their differences seed by seed.
+def comparison_notes(arms: Arms, *, pairs: Pairs, factors: Mapping[str, Pairs] | None = None) -> list[str]:
+    """The difference in accuracy of each pair of arms, by seed, and the main effect of each factor.
 
-    Two students of one seed share their first weights and the order of images, which widens the first interval and not
-    the second.
+    These are comparisons beside those that a study is about; Holm's method corrects them for their own number.
+
+    Args:
+      arms: arm → one finished run per seed; tests of an arm that is not there, or has fewer than three, are left out.
+      pairs: of arms.
+      factors: factor → pairs of arms that differ in it, as in :func:`main_effect_note`.
     """
-    ours, theirs = accuracies(arms[a]), accuracies(arms[b])
-    found = significance.welch(ours, theirs)
-    paired = significance.t_interval((100 * np.subtract(ours, theirs)).tolist())
+
+    def there(*names: str) -> bool:
+        return all(len(arms.get(name, ())) >= significance.FEWEST for name in names)
+
+    tests = {f"{a} against {b}": _compared(arms, a, b) for a, b in pairs if there(a, b)}
+    adjusted = significance.holm({name: test.p for name, test in tests.items()})
+    return [
+        f"{name}: {100 * test.difference:+.2f} points of accuracy (95 % interval {100 * test.low:+.2f} to "
+        f"{100 * test.high:+.2f}, p = {adjusted[name]:.2g} after Holm's correction for {len(tests)}, {test.test})."
+        for name, test in tests.items()
+    ] + [
+        main_effect_note(factor, among, arms)
+        for factor, among in (factors or {}).items()
+        if there(*(name for pair in among for name in pair))
+    ]
+
+
+def equivalence_note(arms: Arms, *, pairs: Pairs, margin: float) -> str:
+    """Which pairs of arms are equally accurate within a margin, by two one-sided tests over pairs of seeds.
+
+    Args:
+      arms: arm → one finished run per seed.
+      pairs: of arms, with three or more seeds in common.
+      margin: the smallest difference that would matter, as a fraction.
+    """
+    found, flat = {}, []
+    for a, b in pairs:
+        own, other = _by_seed(arms[a]), _by_seed(arms[b])
+        shared = [seed for seed in own if seed in other]
+        values = [[of[seed] for seed in shared] for of in (own, other)]
+        try:
+            found[f"{a} and {b}"] = significance.equivalence(*values, delta=margin, pairs=True)
+        except ValueError:  # no spread, or too few seeds
+            flat.append(f"{a} and {b}")
+    adjusted = significance.holm({name: test.p for name, test in found.items()})
+    said = [
+        f"{name} {'are equal' if adjusted[name] < 0.05 else 'are not shown to be'} (difference "
+        f"{100 * test.difference:+.2f}, 90 % interval {100 * test.low:+.2f} to {100 * test.high:+.2f}, p = "
+        f"{adjusted[name]:.2g}; power {test.power:.2f})"
+        for name, test in found.items()
+    ]
+    left_out = f" Not tested, for want of seeds or spread: {', '.join(flat)}." if flat else ""
     return (
-        f"{a} against {b}: {100 * found.difference:+.2f} points of accuracy (95 % interval {100 * found.low:+.2f} to "
-        f"{100 * found.high:+.2f}, p = {found.p:.2g}, Welch, not corrected; {paired.low:+.2f} to {paired.high:+.2f} "
-        "seed by seed)."
+        f"Equality within {100 * margin:g} points of accuracy, by two one-sided tests with Holm's correction for "
+        f"{len(found)}; the power is that of finding equality where it holds: {'; '.join(said) or 'no pair'}.{left_out}"
     )
 
 
-def tost_note(arms: Arms, *, baseline: str) -> str:
-    """Which arms two one-sided tests find equivalent to the baseline, in accuracy."""
-    plain = accuracies(arms[baseline])
-    others = {name: accuracies(runs) for name, runs in arms.items() if name != baseline}
-    p = {name: significance.equivalence(own, plain, delta=DELTA).p for name, own in others.items()}
-    found = ", ".join(f"{name} (p = {value:.2g})" for name, value in p.items() if value < 0.05)
+def mcnemar_note(packed: Mapping[str, Sequence[str]], arms: Arms, *, pairs: Pairs, examples: int) -> str:
+    """How many students of each pair of arms differ from that of the same seed, by McNemar's test.
+
+    Args:
+      packed: arm → one text per run: whether it is right on each example, as :func:`kdjax.results.pack` packs it.
+      arms: arm → one finished run per seed.
+      pairs: of arms.
+      examples: of the split.
+    """
+
+    def differing(a: str, b: str) -> str:
+        right = [
+            {run.seed: results.unpack(one, examples) for run, one in zip(arms[arm], packed[arm], strict=True)}
+            for arm in (a, b)
+        ]
+        shared, ids = [seed for seed in right[0] if seed in right[1]], np.arange(examples)
+        tests = [significance.mcnemar(*(of[seed] for of in right), ids_a=ids, ids_b=ids) for seed in shared]
+        return f"{a} and {b} {sum(test.mid_p < 0.05 for test in tests)} of {len(tests)}"
+
     return (
-        f"Equal to {baseline} within {100 * DELTA:g} point of accuracy by two one-sided tests: {found or 'no arm'}; "
-        "not shown for the others, which are better, worse or vary too much."
+        "Students that differ from that of the same seed by McNemar's test on the same images (mid-p below .05, not "
+        f"corrected): {', '.join(differing(*pair) for pair in pairs)}."
     )
 
 
-def mcnemar_note(dataset: data.Dataset, arms: Arms, *, baseline: str, split: str) -> str:
-    """How many students of each arm differ from the baseline's student of the same seed, by McNemar's test."""
-    ids, network = dataset.splits[split], arms[baseline][0].network
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def right(normalisation, weights, images, labels):
-        inputs = data.normalise(images, **normalisation._asdict())
-        outputs, _ = network.apply(weights.params, weights.model_state, inputs, train=False)
-        return jnp.argmax(outputs.logits, -1) == labels
-
-    def correct(run: Trained) -> np.ndarray:
-        return np.asarray(right(run.normalisation, run.weights, dataset.images[ids], dataset.labels[ids]))
-
-    plain = [correct(run) for run in arms[baseline]]
-
-    def differing(name: str) -> int:
-        pairs = zip(map(correct, arms[name]), plain, strict=True)
-        return sum(significance.mcnemar(a, b, ids_a=ids, ids_b=ids).mid_p < 0.05 for a, b in pairs)
-
-    counts = ", ".join(f"{name} {differing(name)}" for name in arms if name != baseline)
-    return (
-        f"Students out of {len(plain)} that differ from that of the same seed of {baseline} by McNemar's test on the "
-        f"same images (mid-p below .05): {counts}."
-    )
-
-
-def main_effect_note(factor: str, pairs: Sequence[tuple[str, str]], arms: Arms) -> str:
+def main_effect_note(factor: str, pairs: Pairs, arms: Arms) -> str:
     """The mean difference in accuracy over pairs of arms that differ in one factor, with its interval over seeds."""
     each = np.mean([np.subtract(accuracies(arms[b]), accuracies(arms[a])) for a, b in pairs], axis=0)
     found = significance.t_interval((100 * each).tolist())
@@ -80,27 +106,14 @@ def main_effect_note(factor: str, pairs: Sequence[tuple[str, str]], arms: Arms) 
     )
 
 
-def comparison_notes(
-    arms: Arms, *, pairs: Sequence[tuple[str, str]], factors: Mapping[str, Sequence[tuple[str, str]]]
-) -> list[str]:
-    """Welch's test of each pair of arms, and the main effect of each factor.
-
-    Args:
-      arms: arm → one finished run per seed; tests of an arm that is not there, or has fewer than three, are left out.
-      pairs: of arms, as in :func:`welch_note`.
-      factors: factor → pairs of arms, as in :func:`main_effect_note`.
-    """
-
-    def there(*names: str) -> bool:
-        return all(len(arms.get(name, ())) >= 3 for name in names)
-
-    return [welch_note(a, b, arms) for a, b in pairs if there(a, b)] + [
-        main_effect_note(factor, among, arms)
-        for factor, among in factors.items()
-        if there(*(name for pair in among for name in pair))
-    ]
-
-
 def accuracies(runs: Sequence[Trained]) -> list[float]:
     """The test accuracy of each run."""
     return [run.metrics["accuracy"] for run in runs]
+
+
+def _by_seed(runs: Sequence[Trained]) -> dict[int, float]:
+    return {run.seed: run.metrics["accuracy"] for run in runs}
+
+
+def _compared(arms: Arms, a: str, b: str) -> significance.Comparison:
+    return significance.compare(_by_seed(arms[a]), _by_seed(arms[b]))

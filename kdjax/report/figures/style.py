@@ -9,7 +9,7 @@ import numpy as np
 
 from kdjax import significance
 from kdjax.extras import extra
-from kdjax.report.text import REFERENCES, Result
+from kdjax.report.text import Result, is_reference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,7 +101,7 @@ def _numbered(result: Result) -> dict[str, int]:
     """The arms and the lines of sweeps, which may have names of their own, with their number; references have -1."""
     swept = [line for sweep in result.get("swept", []) for line in sweep["arms"]]
     lines = dict.fromkeys([*result["arms"], *result.get("curves", {}), *swept], -1)
-    return lines | {arm: i for i, arm in enumerate(arm for arm in lines if arm not in REFERENCES)}
+    return lines | {arm: i for i, arm in enumerate(arm for arm in lines if not is_reference(arm))}
 
 
 def legend_below(ax: Axes, result: Result, labels: Mapping[str, str]) -> None:
