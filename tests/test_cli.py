@@ -5,7 +5,7 @@ import pytest
 from absl import flags
 
 from experiments import cli
-from kdjax import data, models
+from kdjax import data, models, results, study
 
 EXPERIMENT = """
 import dataclasses
@@ -285,6 +285,53 @@ class TestWorkdir:
         (workdir / "kd" / "summary_test.json").write_text("{}")  # work, which must not mix with another run's
         with pytest.raises(ValueError, match=r"holds another run \(temperature 3.0 there and 4.0 here\)"):
             cli.claim_workdir(str(workdir), settings | {"temperature": 4.0})
+
+    @pytest.fixture
+    def begin(self, tmp_path):
+        """Begins a study in a workdir, and writes what its result would hold of it."""
+
+        def begin(name, arms=("scratch", "kd"), *, supersedes="", **settings):
+            output = str(tmp_path / "out.json")
+            launch = cli.Launch(workdir=str(tmp_path / name), output=output, supersedes=supersedes)
+            about = study.Study("mine", "Does it help?", "scratch")
+            with cli.released():
+                workdir = cli.begin(launch, settings, about, arms)
+            plan = study.declare(workdir, about, arms)
+            numbers = {"question": "?", "flags": {}, "seeds": [0], "wall_clock_s": 1.0, "plan": plan}
+            result = results.make("mine", arms={arm: {"accuracy": [0.5]} for arm in arms}, **numbers)
+            results.write(workdir / "results.json", result)
+            results.write(launch.output, result, supersedes=supersedes)
+            return plan
+
+        return begin
+
+    def test_a_result_of_another_run_stays_unless_a_reason_is_given(self, begin, tmp_path):
+        begin("one")
+        begin("one", ("scratch", "kd", "hint"))  # the same run with one arm more
+        with pytest.raises(
+            ValueError, match=r"out.json holds the result of another run, and results stay.*--supersedes"
+        ):
+            begin("two")
+        assert not (tmp_path / "two").exists()
+        begin("two", supersedes="A fault in one.")
+        there = results.read(tmp_path / "out.json")["supersedes"]
+        assert [one["why"] for one in there] == ["A fault in one."]
+        assert set(results.read(tmp_path / there[0]["result"])["arms"]) == {"scratch", "kd", "hint"}
+
+    def test_what_is_compared_is_written_down_first_and_stays(self, begin, tmp_path):
+        first = begin("one")
+        assert first[0]["primary"] == [["kd", "scratch"]]
+        second = begin("one", ("scratch", "kd", "hint"))
+        assert second[:1] == first
+        assert second[1]["primary"] == [["kd", "scratch"], ["hint", "scratch"]]
+
+    def test_a_run_without_work_leaves_no_plan_to_the_next(self, tmp_path):
+        about = study.Study("mine", "Does it help?", "scratch")
+        for rate, arms in ((1.0, ["scratch", "kd"]), (0.1, ["scratch", "hint"])):
+            with cli.released():
+                workdir = cli.begin(cli.Launch(workdir=str(tmp_path / "run")), {"rate": rate}, about, arms)
+        (entry,) = study.declare(workdir, about, arms)
+        assert entry["primary"] == [["hint", "scratch"]]
 
     def test_in_use_is_refused_until_it_is_given_back(self, tmp_path):
         with cli.released():

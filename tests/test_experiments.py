@@ -436,6 +436,7 @@ def test_escape_smoke_leaves_the_saddle(tmp_path):
     np.testing.assert_allclose(ours["least_squares_gradients"], spent)
 
 
+@pytest.mark.once
 def test_quickstart_smoke_in_a_relative_path_with_spaces(tmp_path):
     command = ("experiments.quickstart", "--smoke", "--workdir=a run")
     for_users = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # much is computed here

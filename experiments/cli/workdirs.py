@@ -80,14 +80,18 @@ def claim_workdir(path: str, made_from: Mapping[str, Any]) -> Path:
             handle.close()
             raise ValueError(f"--workdir={path} is in use by another process; wait for it, or name another.")
         _claimed.append(handle)
+        if different:  # what that run wanted to compare is no earlier plan of this one
+            (workdir / "plan.json").unlink(missing_ok=True)
         files.write_sealed(record, wanted)
     return workdir
 
 
 def _holds_work(workdir: Path) -> bool:
-    """Whether a run has left more than its record; one that was refused, or diverged at once, has not."""
+    """Whether a run has left more than its record and plan; one that was refused, or diverged at once, has not."""
     return any(
-        path.is_file() and path.suffix not in (".tmp", _LOCK) and path.name not in ("run.json", _LOCK)
+        path.is_file()
+        and path.suffix not in (".tmp", _LOCK)
+        and path.name not in ("run.json", "plan.json", _LOCK)
         for path in workdir.rglob("*")
     )
 

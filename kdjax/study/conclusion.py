@@ -70,7 +70,7 @@ def declare(workdir: Path, study: Study, arms: Iterable[str]) -> list[dict[str, 
         "margin": study.margin,
     }
     if not plan or {name: plan[-1][name] for name in now} != now:
-        declared = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        declared = datetime.datetime.now(datetime.UTC).isoformat()  # to the microsecond: no two runs share it
         plan = [*plan, {"declared": declared, **now}]
         if jax.process_index() == 0:
             files.write_sealed(path, plan)
