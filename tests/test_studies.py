@@ -67,7 +67,10 @@ class TestMixingWeight:
         output = tmp_path / "kept.json"
         start(mixing_weight, *self.SMALL, f"--workdir={tmp_path / 'run'}", f"--output={output}")
         found, printed = results.read(output), capsys.readouterr().out
-        assert set(found["arms"]) == {"teacher", "a = 0", "a = 0.5", "a = 1"}
+        assert set(found["arms"]) == {"teacher", "chosen", "a = 0", "a = 0.5", "a = 1"}
+        (plan,) = found["plan"]
+        assert (plan["baseline"], plan["primary"]) == ("a = 1", [["chosen", "a = 1"]])
+        assert [(one["a"], one["b"]) for one in found["comparisons"]] == [("chosen", "a = 1")]
         assert found["seeds"] == [0, 1, 2]
         (swept,) = found["swept"]
         assert (swept["name"], swept["values"]) == ("hard_weight", [0, 0.5, 1])
@@ -83,8 +86,14 @@ class TestMixingWeight:
         assert len([*(tmp_path / "run" / "students").glob("*/network.json")]) == 9
 
         taken_up = f"--teacher_dir={tmp_path / 'run' / 'teacher' / '0'}"
-        start(mixing_weight, *self.SMALL, f"--workdir={tmp_path / 'next'}", f"--output={output}", taken_up)
+        following = (*self.SMALL, f"--workdir={tmp_path / 'next'}", f"--output={output}", taken_up)
+        with pytest.raises(ValueError, match="kept.json holds the result of another run, and results stay"):
+            start(mixing_weight, *following)
+        start(mixing_weight, *following, "--supersedes=Its teacher was taken up.")
         again = results.read(output)
+        (history,) = again["supersedes"]
+        assert history["why"] == "Its teacher was taken up."
+        assert results.read(tmp_path / history["result"])["arms"] == found["arms"]
         for arm in found["arms"].keys() - {"teacher"}:
             assert again["arms"][arm]["accuracy"] == found["arms"][arm]["accuracy"]
         assert (again["flags"]["teacher"], again["flags"]["teacher_epochs"]) == ("digits_teacher", None)
@@ -229,4 +238,5 @@ def test_the_example_study_compares_its_three_arms(alone, start, tmp_path):
         found = start(study, *command)
     assert list(found["arms"]) == ["teacher", "scratch", "label_smoothing", "kd"]
     assert found["seeds"] == [0, 1, 2]
-    assert any(note.startswith("kd against label_smoothing: ") for note in found["notes"])
+    pairs = [("kd", "label_smoothing"), ("kd", "scratch"), ("label_smoothing", "scratch")]
+    assert [(one["a"], one["b"]) for one in found["comparisons"]] == pairs
