@@ -17,11 +17,13 @@ After a check that all maps agree, it measures:
   floor); also kdjax's first call, which compiles.
 - Residual and map error of each rule at several numbers of nodes ("swept"). The error is
   |map - reference| / |reference| of signed values in the 2-norm per image; the reference has many midpoints.
-- Time to an equal residual ("equal"): captum at the fewest nodes, doubled from 16, at which the 90 % quantile over the
-  images of |sum of the map - difference of scores| / |difference of scores| is at most a bound, in its best chunks;
-  beside kdjax.attributions.adaptive_integrated_gradients with that bound for every image. captum's default call is
+- Time to an equal residual ("equal"): captum at the fewest nodes at which the 90 % quantile over the images of
+  |sum of the map - difference of scores| / |difference of scores| is at most a bound, in its best chunks, by its
+  default rule or its riemann_middle, whichever needs fewer; the notes name both. Every number up to 32 is tried, since
+  residuals do not fall evenly; more are doubled, then bisected. Beside it
+  kdjax.attributions.adaptive_integrated_gradients with that bound for every image. captum's default call is
   extrapolated from 50 nodes. A sum may be right where the map is not, so the errors of both maps are listed, and the
-  nodes that captum's rule needs for the adaptive map's error.
+  nodes that captum needs for the adaptive map's error.
 - Images per second of computing and caching adaptive maps ("filled"), and the hours that 50,000 images would take.
 
 Ratios are a peer's time over kdjax's in the same round, above 1 where kdjax is faster; of CPU time with one thread,
@@ -34,7 +36,9 @@ import statistics
 import sys
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -63,7 +67,7 @@ from experiments.benchmarks.attribution_metrics import (
     uniform_nodes,
     with_times,
 )
-from experiments.benchmarks.attributions_baselines import TWINS, Problem, write
+from experiments.benchmarks.attributions_baselines import CAPTUM_RULES, TWINS, Problem, write
 from experiments.benchmarks.timing import check_names, label, note, print_goals, thread_counts
 from experiments.benchmarks.workers import Worker, free_mib, versions_of, working
 from kdjax import data, methods, models, results, run, teacher
@@ -97,7 +101,9 @@ SMOKE = flags.DEFINE_bool("smoke", False, "Four digits, one epoch, few nodes, tw
 
 PACKAGES = {"captum": ["captum", "torch"], "torch": ["torch"]}
 RULES = ("gauss_legendre", "midpoint", "trapezoid")
-FEWEST = 16  # nodes, from which captum's are doubled
+FEWEST = 2  # nodes of captum's midpoints
+NEEDED = ("uniform_nodes", "uniform_nodes_of_equal_map_error")
+SCANNED = 32  # nodes, up to which every number is tried
 EQUAL_ROUNDS = 3  # hundreds of nodes take long
 CIFAR = 50_000
 FREE_SHARE = 0.8  # of the free memory that a call may take
@@ -242,6 +248,20 @@ def begin(
     return Begun(network, differences, fixed, adaptive, first, left_out)
 
 
+def fewest_nodes(passes: Callable[[int], bool], most: int) -> int | None:
+    """The fewest nodes that pass: the first up to SCANNED, else doubled, then bisected; None beyond ``most``."""
+    low = min(SCANNED, most)
+    scanned = next((nodes for nodes in range(FEWEST, low + 1) if passes(nodes)), None)
+    if scanned is not None:
+        return scanned
+    while low < most:
+        high = min(2 * low, most)
+        if passes(high):
+            return low + 1 + bisect_left(range(low + 1, high), True, key=passes)
+        low = high
+    return None
+
+
 def assess(
     begun: Begun, size: Sizes, chunk: int, bounds: Sequence[float], folder: Path
 ) -> tuple[dict[str, dict], list[dict[str, Any]]]:
@@ -263,20 +283,25 @@ def assess(
             for metric, number in quality.summary().items():
                 rules.setdefault(rule, {}).setdefault(metric, []).append([number])
     adaptive = {bound: judged(begun.first[adaptive_arm(bound)].values) for bound in bounds}
-    # Without captum kdjax computes the same rule, so that the search is the same.
-    options, worker = {"rule": "gauss_legendre"}, ours
+    # Without captum kdjax computes the same rules, so that the search is the same.
+    options, worker = {}, ours
     if captum_arm(chunk) in begun.fixed:
         options, worker = {"chunk": chunk}, begun.fixed[captum_arm(chunk)][0]
-    uniform: dict[int, Quality] = {}
-    nodes = FEWEST
-    while nodes <= size.most:
-        uniform[nodes] = judged(explain(worker, folder, nodes=nodes, **options).values)
-        if all(None not in uniform_nodes(uniform, *one) for one in adaptive.items()):
-            break
-        nodes *= 2
+    uniform: dict[str, dict[int, Quality]] = {rule: {} for rule in CAPTUM_RULES}
+
+    def passes(rule: str, which: int, bound: float, nodes: int) -> bool:
+        if nodes not in uniform[rule]:
+            uniform[rule][nodes] = judged(explain(worker, folder, nodes=nodes, rule=rule, **options).values)
+        return uniform_nodes({nodes: uniform[rule][nodes]}, bound, adaptive[bound])[which] is not None
+
     rows = []
     for bound, quality in adaptive.items():
-        needed, same_error = uniform_nodes(uniform, bound, quality)
+        by_rule = {
+            name: {
+                rule: fewest_nodes(partial(passes, rule, which, bound), size.most) for rule in CAPTUM_RULES
+            }
+            for which, name in enumerate(NEEDED)
+        }
         took = begun.first[adaptive_arm(bound)].nodes
         row = {
             "network": begun.network,
@@ -288,10 +313,14 @@ def assess(
                 "reached": reaches(quality.residuals, bound),
                 **quality.summary(),
             },
-            "uniform_nodes": needed,
-            "uniform_nodes_of_equal_map_error": same_error,
+            "by_rule": by_rule,
         }
-        rows.append(row if needed is None else row | {"uniform": uniform[needed].summary()})
+        for name, found in by_rule.items():
+            nodes, rule = min(((n, rule) for rule, n in found.items() if n is not None), default=(None, None))
+            row |= {name: nodes, name.replace("nodes", "rule"): rule}
+        if row["uniform_rule"]:
+            row["uniform"] = uniform[row["uniform_rule"]][row["uniform_nodes"]].summary()
+        rows.append(row)
     return rules, rows
 
 
@@ -312,8 +341,13 @@ def measure(
     turns = dict(begun.adaptive)
     if best is not None:
         captum, _ = begun.fixed[captum_arm(best)]
-        needed = {row[name] for row in rows for name in ("uniform_nodes", "uniform_nodes_of_equal_map_error")}
-        turns |= {uniform_arm(n): (captum, {"nodes": n, "chunk": best}) for n in sorted(needed - {None})}
+        # By the rule that needs them; as many nodes take as long by the other.
+        needed = {
+            row[name]: row[name.replace("nodes", "rule")] for row in rows for name in NEEDED if row[name]
+        }
+        turns |= {
+            uniform_arm(n): (captum, {"nodes": n, "chunk": best, "rule": needed[n]}) for n in sorted(needed)
+        }
     later = in_rounds(turns, min(size.rounds, EQUAL_ROUNDS), f"{where}, equal residual")
     for arm, (worker, options) in (begun.fixed | begun.adaptive).items():
         peak = worker.ask("memory", options=options)["peak_mib"]
@@ -498,22 +532,26 @@ def remarks(
     equal: Sequence[Mapping[str, Any]], networks: Mapping[str, run.Trained], size: Sizes
 ) -> list[str]:
     """Notes for the reader of the numbers."""
-    missed: dict[str, None] = {}
+    found: dict[str, None] = {}
     for row in equal:
+        for name, by_rule in row["by_rule"].items():
+            reached = f"{'' if name == NEEDED[0] else 'the map error as at '}residual ≤ {row['bound']:g}"
+            nodes = [f"{n or f'over {size.most}'} by {CAPTUM_RULES[rule]}" for rule, n in by_rule.items()]
+            found[f"{row['network']}: captum's fewest nodes for {reached}: {', '.join(nodes)}."] = None
         end = f"does not reach a residual of {row['bound']:g}; no time is compared there."
         if row["uniform_nodes"] is None:
-            missed[f"{row['network']}: captum's rule, with {size.most} nodes, {end}"] = None
+            found[f"{row['network']}: captum, with {size.most} nodes, {end}"] = None
         if not row["adaptive"]["reached"]:
-            missed[f"{row['network']}: the adaptive one, with the most that it takes, {end}"] = None
+            found[f"{row['network']}: the adaptive one, with the most that it takes, {end}"] = None
     return [
         *(f"{name}: validation accuracy {one.metrics['accuracy']:.1%}." for name, one in networks.items()),
-        *missed,
+        *found,
         "Ratios are of CPU time with one thread, else of wall-clock time, round by round. Seeds are rounds, not draws.",
         "A time of kdjax includes the residual of every image, one of captum does not. Not counted are the search for "
         "captum's number of nodes and kdjax's first calls, which are in first_calls_s.",
         "A residual under the bound is not a map error: adaptive nodes are chosen by the residual, which flatters "
-        'them. The errors of both maps are in "equal"; uniform_nodes_of_equal_map_error are those with which this '
-        "rule of captum's has at most the adaptive maps' median error, or null.",
+        'them. The errors of both maps are in "equal"; uniform_nodes_of_equal_map_error are those with which '
+        "captum has at most the adaptive maps' median error, or null.",
         "Adaptive steps serve every image that they can, uniform nodes nine of ten. Maps are cached on all cores.",
     ]
 

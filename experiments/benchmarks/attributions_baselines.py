@@ -10,9 +10,10 @@ weights of trained networks, the same for all. The jobs:
     memory   MiB held at once during such a call, beyond what the process held before (Linux only)
 
 Which attributions is said by "options". All workers know ``{"nodes": 50}``, fixed nodes by Gauss and Legendre, which
-is captum's default; captum also ``"chunk"``, how many nodes it takes at once, null for its default of all of them; and
-kdjax ``{"bound": .05}``, as many nodes as each image needs; ``{"nodes": 64, "rule": "midpoint"}``, any rule in a loop
-that is compiled once for all numbers of nodes; and ``{"gradients": 50}``, as many gradients and nothing else.
+is captum's default; captum also ``"chunk"``, how many nodes it takes at once, null for its default of all of them, and
+``"rule"``, one of CAPTUM_RULES; and kdjax ``{"bound": .05}``, as many nodes as each image needs; ``{"nodes": 64,
+"rule": "midpoint"}``, any rule in a loop that is compiled once for all numbers of nodes; and ``{"gradients": 50}``, as
+many gradients and nothing else.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +26,9 @@ from experiments.benchmarks.timing import cores, timed
 from experiments.benchmarks.workers import peak_mib, serve
 
 LONGEST = 1024  # nodes that the loop of any rule is compiled for; more of them are a multiple of it
+# kdjax's name → captum's. Its others converge as 1 / nodes: left and right sums, and trapezoids whose weights add up to
+# 1 - 1 / nodes.
+CAPTUM_RULES = {"gauss_legendre": "gausslegendre", "midpoint": "riemann_middle"}
 TWINS = ("resnet", "mobilenet_v2")  # what the networks' names begin with that torch_network knows
 
 
@@ -246,11 +250,16 @@ class Captum(Torch):
         """See :class:`Contender`. A chunk is said in nodes, since captum's own size may not be below the batch's."""
         chunk = options.get("chunk")
         size = None if chunk is None else chunk * len(self.images)
+        rule = CAPTUM_RULES[options.get("rule", "gauss_legendre")]
 
         def explain():
             method: Any = self.make(self.network)
             return method.attribute(
-                self.images, target=self.labels, n_steps=options["nodes"], internal_batch_size=size
+                self.images,
+                target=self.labels,
+                n_steps=options["nodes"],
+                method=rule,
+                internal_batch_size=size,
             )
 
         return explain

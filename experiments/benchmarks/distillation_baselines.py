@@ -4,22 +4,25 @@ r"""One framework that distils, in a process of its own; not run by hand.
 :mod:`experiments.benchmarks.workers` says. The workload is an ``.npz`` file with images, labels and initial weights,
 the same for all. The jobs:
 
-    losses      the plain and the KD loss of the first three batches, from the shared weights
-    settle      tries the framework's settings, keeps the fastest, and says how long the first epoch took
-    steps       seconds per step of the student on the labels alone (plain), and of distillation with the teacher in the
-                step (kd; kdjax gathers cached answers instead), in turns, so that their quotient is meaningful
-    precompute  kdjax only: seconds per image of computing the teacher's answers and writing them to disk
-    online      kdjax only: seconds per step with the teacher in the step
+    losses  the losses of the first three batches, from the shared weights
+    settle  tries the framework's settings, keeps the fastest of each arm, and says how long the first epochs took
+    steps   seconds per step of the student on the labels alone (plain) and with cached answers of the teacher (cached),
+            in turns, so that their quotient is meaningful; then with the teacher in the step (online); and seconds per
+            image of computing the teacher's answers (precompute), which kdjax also writes to disk
 
 Every framework is used as its users would: Keras by ``fit`` on NumPy arrays, PyTorch by a plain loop over resident
-channels-last tensors, kdjax by ``train.fit`` over resident uint8 arrays, which it normalises in the step.
+channels-last tensors, kdjax by ``train.fit`` over resident uint8 arrays, which it normalises in the step. Keras's own
+``Distiller`` runs the teacher in the step; cached answers are columns of its targets, beside the labels. torch_compile
+is the PyTorch loop with forward pass, loss and their gradient compiled; its answers are computed without.
 """
 
 import math
 import os
+import signal
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +34,9 @@ from experiments.benchmarks.workers import serve
 BATCH_SIZE, LEARNING_RATE, EPSILON = 64, 1e-3, 1e-7
 TEMPERATURE, HARD_WEIGHT = 3.0, 0.1
 LAYERS = ("Conv_0", "Conv_1", "Dense_0")
-PLAIN, KD, ONLINE = "plain", "kd", "online"
+ARMS = PLAIN, CACHED, ONLINE = "plain", "cached", "online"
+TEACHER_BATCHES = (16, 32, 64)  # of which the fastest computes the answers to cache
+COMPILE_SECONDS = 240  # that torch.compile may take for each arm
 
 
 class Workload:
@@ -78,7 +83,11 @@ class Clock:
 class Peer(Protocol):
     """One framework at one number of threads; made without arguments, which imports it."""
 
-    arms: tuple[str, ...]  # none: every framework does the same
+    arms: tuple[str, ...] = ()  # none: every framework does the same
+    turns: int = 1  # how often plain and cached steps alternate in one measurement
+    candidates: Sequence[Any]  # settings to try
+    options: dict[str, Any]  # arm → its setting, one of the candidates
+    teacher_batch: int = TEACHER_BATCHES[-1]
 
     def load(self, work: Workload) -> None:
         """Prepares the images, labels and networks."""
@@ -88,24 +97,42 @@ class Peer(Protocol):
         """Losses of the first three batches, trained on in order from the shared weights."""
         ...
 
-    def settle(self) -> dict[str, Any]:
-        """Chooses settings and warms up; returns them and the seconds of the first KD epoch."""
+    def precompute(self) -> dict[str, float]:
+        """Caches the teacher's answers to all images; returns seconds per image."""
         ...
-
-    turns: int  # how often plain and KD steps alternate in one measurement
 
     def measure(self, arm: str) -> dict[str, float]:
-        """Seconds per step, over at least one epoch that nothing is compiled in."""
+        """Seconds per step, over at least one epoch; the first call of a setting also compiles."""
         ...
+
+    def settle(self) -> dict[str, Any]:
+        """Chooses settings and warms up; returns them and the seconds of each arm's first epoch."""
+        found: dict[str, Any] = {}
+        for arm in ARMS:
+            times = []
+            for setting in self.candidates:
+                self.options[arm] = setting
+                start = time.perf_counter()
+                self.measure(arm)
+                found.setdefault(f"first_{arm}_epoch_s", time.perf_counter() - start)
+                times.append(min(self.measure(arm)["wall"] for _ in range(2)))
+            self.options[arm] = self.candidates[times.index(min(times))]
+        times = []
+        for self.teacher_batch in TEACHER_BATCHES:
+            self.precompute()  # compiles
+            times.append(self.precompute()["wall"])
+        self.teacher_batch = TEACHER_BATCHES[times.index(min(times))]
+        return {"settings": self.options | {"teacher_batch": self.teacher_batch}} | found
 
 
 # kdjax
 
 
-class Kdjax:
+class Kdjax(Peer):
     """The library as its experiments use it: resident arrays, cached answers, ``train.fit``."""
 
-    arms, turns = (), 5  # its two steps are nearly equal, and short
+    turns = 5  # its two steps are nearly equal, and short
+    candidates = (1, 10, 30)  # steps per dispatch
 
     def __init__(self):
         import jax
@@ -127,7 +154,7 @@ class Kdjax:
         }
         self.params = {name: _nested(work, name) for name in self.networks}
         self.tx = optax.adam(LEARNING_RATE, eps=EPSILON)
-        self.steps_per_dispatch, self.teacher_batch = 1, 64
+        self.options = dict.fromkeys(ARMS, 1)
         self.runs: dict[str, Callable] = {}
         self.resident: Any = None
 
@@ -140,7 +167,7 @@ class Kdjax:
         return {"logits": outputs.logits}
 
     def precompute(self) -> dict[str, float]:
-        """Seconds per image, from the end of the first chunk to that of the last, and seconds of the first."""
+        """See :class:`Peer`; from the end of the first chunk to that of the last. Also the seconds of the first."""
         from kdjax import teacher
 
         marks: list[tuple[int, Clock]] = []
@@ -187,7 +214,7 @@ class Kdjax:
 
         def make_batch(resident, index, key):
             batch = data.gather(resident["data"], index)
-            if arm == KD:
+            if arm == CACHED:
                 batch |= teacher.gather(resident["answers"], index)
             if arm == ONLINE:
                 batch = teacher.attach_online(online, resident["teacher"], batch)
@@ -233,7 +260,7 @@ class Kdjax:
             np.arange(len(self.work.images)),
             seed=0,
             batch_size=BATCH_SIZE,
-            steps_per_dispatch=self.steps_per_dispatch,
+            steps_per_dispatch=self.options[arm],
         )
         ends: list[Clock] = []
 
@@ -253,22 +280,8 @@ class Kdjax:
         return {"wall": wall / steps, "cpu": cpu / steps}
 
     def settle(self) -> dict[str, Any]:
-        """See :class:`Peer`."""
-        first_chunk = self.precompute()["first_chunk"]
-        start = time.perf_counter()
-        self._epochs(KD, 1)
-        first = time.perf_counter() - start
-        steps, times = {}, {}
-        for self.steps_per_dispatch in (1, 10, 30):
-            steps[self.steps_per_dispatch] = min(self.measure(KD)["wall"] for _ in range(3))
-        self.steps_per_dispatch = min(steps, key=steps.__getitem__)
-        for self.teacher_batch in (16, 32, 64):
-            times[self.teacher_batch] = self.precompute()["wall"]
-        self.teacher_batch = min(times, key=times.__getitem__)
-        self.measure(PLAIN)
-        self.measure(ONLINE)
-        settings = {"steps_per_dispatch": self.steps_per_dispatch, "fill_batch_size": self.teacher_batch}
-        return {"settings": settings, "first_epoch_s": first, "first_chunk_s": first_chunk}
+        """See :class:`Peer`; also the seconds of the first chunk of answers."""
+        return {"first_chunk_s": self.precompute()["first_chunk"]} | super().settle()
 
 
 def _nested(work: Workload, network: str) -> dict[str, dict[str, np.ndarray]]:
@@ -279,10 +292,8 @@ def _nested(work: Workload, network: str) -> dict[str, dict[str, np.ndarray]]:
 # Keras
 
 
-class Keras:
-    """Keras 3's own ``Distiller`` under ``fit``, on one of its backends."""
-
-    arms, turns = (), 1
+class Keras(Peer):
+    """Keras 3 under ``fit``, on one of its backends; its own ``Distiller`` where the teacher is in the step."""
 
     def __init__(self, backend: str):
         os.environ |= {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -293,12 +304,18 @@ class Keras:
 
             torch.set_num_threads(len(cores()))
         self.keras = keras
+        self.candidates = [{}]
+        if backend != "torch":  # whose trainer runs single steps only
+            self.candidates += [{"steps_per_execution": 10}]
+        if backend == "tensorflow":
+            self.candidates += [{"jit_compile": False}, {"jit_compile": False, "steps_per_execution": 10}]
 
     def load(self, work: Workload) -> None:
         """See :class:`Peer`."""
         self.work = work
-        self.inputs, self.labels = work.inputs(), work.labels
-        self.options: dict[str, Any] = {}
+        self.inputs = work.inputs()
+        self.targets: dict[str, Any] = dict.fromkeys(ARMS, work.labels)
+        self.options = {arm: {} for arm in ARMS}
         self.models: dict[str, Any] = {}
 
     def _network(self, name: str):
@@ -321,75 +338,82 @@ class Keras:
     def _model(self, arm: str):
         keras = self.keras
         model = self._network("student")
-        if arm == KD:
+        loss: Any = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if arm == CACHED:
+            loss = self._cached_loss
+        if arm == ONLINE:
             # Keras 3.15 takes its own default, the name "kl_divergence", for a function of logits: no softmax, no T².
             soft = keras.distillation.LogitsDistillation(TEMPERATURE, loss=keras.losses.KLDivergence())
             model = keras.distillation.Distiller(
                 self._network("teacher"), model, soft, student_loss_weight=HARD_WEIGHT
             )
-        model.compile(
-            keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            **self.options,
-        )
+        model.compile(keras.optimizers.Adam(LEARNING_RATE, epsilon=EPSILON), loss=loss, **self.options[arm])
         return model
+
+    def _cached_loss(self, targets, logits):
+        """The Distiller's, per example; the targets are the label and the teacher's logits."""
+        losses, ops = self.keras.losses, self.keras.ops
+        hard = losses.sparse_categorical_crossentropy(
+            ops.cast(targets[:, 0], "int32"), logits, from_logits=True
+        )
+        theirs, ours = (ops.softmax(x / TEMPERATURE) for x in (targets[:, 1:], logits))
+        return HARD_WEIGHT * hard + (1 - HARD_WEIGHT) * TEMPERATURE**2 * losses.kl_divergence(theirs, ours)
+
+    def precompute(self) -> dict[str, float]:
+        """See :class:`Peer`; the teacher is compiled as it is in the step."""
+        options = self.options[ONLINE]
+        key = f"teacher {options}"
+        if key not in self.models:
+            self.models[key] = self._network("teacher")
+            self.models[key].compile(**options)
+        clock = Clock()
+        answers = self.models[key].predict(self.inputs, batch_size=self.teacher_batch, verbose=0)
+        took = clock.per(len(self.inputs))
+        self.targets[CACHED] = np.column_stack([self.work.labels.astype(np.float32), answers])
+        return took
 
     def losses(self, arm: str) -> list[float]:
         """See :class:`Peer`."""
+        if arm == CACHED:
+            self.precompute()
         model, values = self._model(arm), []
         for where in self.work.first_batches():
             model.reset_metrics()
-            logs = model.train_on_batch(self.inputs[where], self.labels[where], return_dict=True)
-            values.append(float(logs["total_loss" if arm == KD else "loss"]))
+            logs = model.train_on_batch(self.inputs[where], self.targets[arm][where], return_dict=True)
+            values.append(float(logs["total_loss" if arm == ONLINE else "loss"]))
         return values
 
     def measure(self, arm: str) -> dict[str, float]:
         """See :class:`Peer`; the time of an epoch is taken between its callbacks, without the set-up of ``fit``."""
-        if arm not in self.models:
-            self.models[arm] = self._model(arm)
+        key = f"{arm} {self.options[arm]}"
+        if key not in self.models:
+            self.models[key] = self._model(arm)
         seen: list[dict[str, float]] = []
         clock: list[Clock] = []
         callback = self.keras.callbacks.LambdaCallback(
             on_epoch_begin=lambda epoch, logs: clock.append(Clock()),
             on_epoch_end=lambda epoch, logs: seen.append(clock[-1].per(self.work.steps)),
         )
-        self.models[arm].fit(
-            self.inputs, self.labels, batch_size=BATCH_SIZE, epochs=1, verbose=0, callbacks=[callback]
+        self.models[key].fit(
+            self.inputs, self.targets[arm], batch_size=BATCH_SIZE, epochs=1, verbose=0, callbacks=[callback]
         )
         return seen[-1]
-
-    def settle(self) -> dict[str, Any]:
-        """See :class:`Peer`."""
-        candidates: list[dict[str, Any]] = [{}]
-        if self.keras.backend.backend() != "torch":  # whose trainer runs single steps only
-            candidates += [{"steps_per_execution": 10}]
-        if self.keras.backend.backend() == "tensorflow":
-            candidates += [{"jit_compile": False}, {"jit_compile": False, "steps_per_execution": 10}]
-        first, found = 0.0, []
-        for self.options in candidates:
-            self.models = {}
-            start = time.perf_counter()
-            self.measure(KD)
-            first = first or time.perf_counter() - start
-            found.append((min(self.measure(KD)["wall"] for _ in range(2)), self.options, self.models))
-        _, self.options, self.models = min(found, key=lambda entry: entry[0])
-        self.measure(PLAIN)
-        return {"settings": self.options or {"compile": "defaults"}, "first_epoch_s": first}
 
 
 # PyTorch
 
 
-class Torch:
+class Torch(Peer):
     """A plain loop: resident channels-last tensors, the teacher under ``no_grad`` in the step."""
 
-    arms, turns = (), 1
+    candidates = ({}, {"foreach": True}, {"fused": True})  # of Adam
 
     def __init__(self):
         import torch
 
         torch.set_num_threads(len(cores()))
         self.torch = torch
+        self.make_network = _network_class()
 
     def load(self, work: Workload) -> None:
         """See :class:`Peer`."""
@@ -397,91 +421,130 @@ class Torch:
         self.inputs = self._channels_last(torch.from_numpy(work.inputs()).permute(0, 3, 1, 2))
         self.labels = torch.from_numpy(work.labels.astype(np.int64))
         self.teacher = self._network("teacher").eval()
-        self.options: dict[str, Any] = {}
+        self.answers: Any = None
+        self.options = {arm: {} for arm in ARMS}
         self.students: dict[str, tuple[Any, Any]] = {}
 
     def _channels_last(self, x):
         return x.contiguous(memory_format=self.torch.channels_last)
 
     def _network(self, name: str):
-        nn, F = self.torch.nn, self.torch.nn.functional
         first, second = self.work.widths(name)
-        conv_1, conv_2 = nn.Conv2d(1, first, 3, stride=2), nn.Conv2d(first, second, 3, stride=2)
-        dense = nn.Linear(self.work.weights(name)[2][0].shape[0], 10)
-
-        class Network(nn.Module):
-            """The tutorial's network; "same" padding of an even map falls to the right and below."""
-
-            def __init__(self):
-                super().__init__()
-                self.conv_1, self.conv_2, self.dense = conv_1, conv_2, dense
-
-            def forward(self, x):
-                x = F.leaky_relu(self.conv_1(F.pad(x, (0, 1, 0, 1))), 0.2)
-                x = F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 2, stride=1)
-                x = self.conv_2(F.pad(x, (0, 1, 0, 1)))
-                return self.dense(x.flatten(1))
-
+        network = self.make_network(first, second, self.work.weights(name)[2][0].shape[0])
+        layers = (network.conv_1, network.conv_2, network.dense)
         with self.torch.no_grad():
-            for layer, (kernel, bias) in zip((conv_1, conv_2, dense), self.work.weights(name), strict=True):
+            for layer, (kernel, bias) in zip(layers, self.work.weights(name), strict=True):
                 layer.weight.copy_(self.torch.from_numpy(_torch_order(kernel, second)))
                 layer.bias.copy_(self.torch.from_numpy(bias))
-        return Network().to(memory_format=self.torch.channels_last)
+        return network.to(memory_format=self.torch.channels_last)
 
-    def _fresh(self):
+    def _fresh(self, arm: str):
         student = self._network("student")
-        optimizer = self.torch.optim.Adam(student.parameters(), LEARNING_RATE, eps=EPSILON, **self.options)
+        optimizer = self.torch.optim.Adam(
+            student.parameters(), LEARNING_RATE, eps=EPSILON, **self.options[arm]
+        )
         return student, optimizer
 
-    def _step(self, arm: str, student, optimizer, inputs, labels):
+    def loss(self, arm: str, student, inputs, labels, answers):
+        """Of a batch; ``answers`` are the teacher's logits, or None."""
         F = self.torch.nn.functional
-        if arm == KD:
+        if arm == ONLINE:
             with self.torch.no_grad():
-                answers = F.log_softmax(self.teacher(inputs) / TEMPERATURE, 1)
-        optimizer.zero_grad(set_to_none=True)
+                answers = self.teacher(inputs)
         logits = student(inputs)
         loss = F.cross_entropy(logits, labels)
-        if arm == KD:
-            mine = F.log_softmax(logits / TEMPERATURE, 1)
-            soft = F.kl_div(mine, answers, reduction="batchmean", log_target=True)
-            loss = HARD_WEIGHT * loss + (1 - HARD_WEIGHT) * TEMPERATURE**2 * soft
+        if arm == PLAIN:
+            return loss
+        theirs, ours = (F.log_softmax(x / TEMPERATURE, 1) for x in (answers, logits))
+        soft = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        return HARD_WEIGHT * loss + (1 - HARD_WEIGHT) * TEMPERATURE**2 * soft
+
+    def _step(self, arm: str, student, optimizer, rows):
+        optimizer.zero_grad(set_to_none=True)
+        answers = self.answers[rows] if arm == CACHED else None
+        loss = self.loss(arm, student, self.inputs[rows], self.labels[rows], answers)
         loss.backward()
         optimizer.step()
         return loss.detach()
 
+    def precompute(self) -> dict[str, float]:
+        """See :class:`Peer`."""
+        clock = Clock()
+        with self.torch.no_grad():
+            parts = self.inputs.split(self.teacher_batch)
+            self.answers = self.torch.cat([self.teacher(part) for part in parts])
+        return clock.per(len(self.inputs))
+
     def losses(self, arm: str) -> list[float]:
         """See :class:`Peer`."""
-        pair = self._fresh()
-        batches = [(self.inputs[where], self.labels[where]) for where in self.work.first_batches()]
-        return [float(self._step(arm, *pair, *batch)) for batch in batches]
+        if arm == CACHED:
+            self.precompute()
+        pair = self._fresh(arm)
+        return [float(self._step(arm, *pair, rows)) for rows in self.work.first_batches()]
 
     def measure(self, arm: str) -> dict[str, float]:
         """See :class:`Peer`."""
-        pair = self.students.setdefault(arm, self._fresh())
-        epochs = 1 if arm == KD else 4
+        key = f"{arm} {self.options[arm]}"
+        if key not in self.students:
+            self.students[key] = self._fresh(arm)
+        epochs = 1 if arm == ONLINE else 4
         clock = Clock()
         for _ in range(epochs):
             total, order = 0, self.torch.randperm(len(self.labels))
             for step in range(self.work.steps):
                 rows = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
-                total = total + self._step(arm, *pair, self.inputs[rows], self.labels[rows])
+                total = total + self._step(arm, *self.students[key], rows)
             float(total)
         return clock.per(epochs * self.work.steps)
 
-    def settle(self) -> dict[str, Any]:
-        """See :class:`Peer`."""
-        start = time.perf_counter()
-        self.measure(KD)
-        first = time.perf_counter() - start
-        found = []
-        for self.options in ({}, {"foreach": True}, {"fused": True}):
-            self.students = {}
-            self.measure(PLAIN)
-            times = [self.measure(PLAIN)["wall"] for _ in range(3)]
-            found.append((min(times), self.options, self.students))
-        _, self.options, self.students = min(found, key=lambda entry: entry[0])
-        self.measure(KD)
-        return {"settings": {"Adam": self.options or "defaults"}, "first_epoch_s": first}
+
+class TorchCompiled(Torch):
+    """The same loop with ``torch.compile`` around the loss; ends the process where that fails or takes too long."""
+
+    def __init__(self):
+        # A cache of an earlier run would hide what compiling takes; a pool of compilers, that it is one thread's.
+        os.environ |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        super().__init__()
+        # Beyond its limit of recompilations PyTorch would quietly run uncompiled.
+        self.torch._dynamo.config.fail_on_recompile_limit_hit = True
+        self.loss = self.torch.compile(self.loss, dynamic=False)
+
+    def losses(self, arm: str) -> list[float]:
+        """See :class:`Peer`. All that compiles is compiled here."""
+
+        def late(*_):
+            raise TimeoutError(f"it took more than {COMPILE_SECONDS} s")
+
+        signal.signal(signal.SIGALRM, late)
+        signal.alarm(COMPILE_SECONDS)
+        try:
+            return super().losses(arm)
+        except Exception as error:
+            sys.exit(f"torch.compile does not run here: {(str(error) or repr(error)).splitlines()[0]}")
+        finally:
+            signal.alarm(0)
+
+
+def _network_class() -> Callable[..., Any]:
+    """Made once, so that all networks are of one class, for which PyTorch compiles once."""
+    from torch import nn
+    from torch.nn import functional as F
+
+    class Network(nn.Module):
+        """The tutorial's network; "same" padding of an even map falls to the right and below."""
+
+        def __init__(self, first: int, second: int, features: int):
+            super().__init__()
+            self.conv_1, self.conv_2 = nn.Conv2d(1, first, 3, stride=2), nn.Conv2d(first, second, 3, stride=2)
+            self.dense = nn.Linear(features, 10)
+
+        def forward(self, x):
+            x = F.leaky_relu(self.conv_1(F.pad(x, (0, 1, 0, 1))), 0.2)
+            x = F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 2, stride=1)
+            x = self.conv_2(F.pad(x, (0, 1, 0, 1)))
+            return self.dense(x.flatten(1))
+
+    return Network
 
 
 def _torch_order(kernel: np.ndarray, channels: int) -> np.ndarray:
@@ -502,30 +565,26 @@ FRAMEWORKS: dict[str, Callable[[], Peer]] = {
     "keras_tensorflow": lambda: Keras("tensorflow"),
     "keras_torch": lambda: Keras("torch"),
     "torch": Torch,
+    "torch_compile": TorchCompiled,
 }
 
 
 def in_turns(peer: Peer) -> dict[str, dict[str, float]]:
-    """Medians of plain and KD steps measured alternately."""
-    seen: dict[str, list[dict[str, float]]] = {PLAIN: [], KD: []}
+    """Seconds per step of every arm, and per image of precomputing; medians of plain and cached steps in turns."""
+    seen: dict[str, list[dict[str, float]]] = {PLAIN: [], CACHED: []}
     for _ in range(peer.turns):
         for arm, values in seen.items():
             values.append(peer.measure(arm))
-    return {arm: medians(values) for arm, values in seen.items()}
+    steps = {arm: medians(values) for arm, values in seen.items()}
+    return steps | {ONLINE: peer.measure(ONLINE), "precompute": peer.precompute()}
 
 
 def answer(peer: Peer, workload: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Does one job."""
     if asked["job"] == "losses":
         peer.load(Workload(workload))
-        return {arm: peer.losses(arm) for arm in (PLAIN, KD)}
-    jobs: dict[str, Callable[[], dict[str, Any]]] = {
-        "settle": peer.settle,
-        "steps": lambda: in_turns(peer),
-        "precompute": lambda: peer.precompute(),  # pyright: ignore[reportAttributeAccessIssue]
-        "online": lambda: peer.measure(ONLINE),
-    }
-    return jobs[asked["job"]]()
+        return {arm: peer.losses(arm) for arm in ARMS}
+    return {"settle": peer.settle, "steps": lambda: in_turns(peer)}[asked["job"]]()
 
 
 def main() -> None:
