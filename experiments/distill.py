@@ -183,6 +183,7 @@ def question(arms: Sequence[str] | Mapping[str, Any], source: cli.Teachers) -> s
         f"Does {STUDENT.value} learn more of {DATA.value.dataset} from {source.name} than from labels alone?",
         baseline=next(iter(arms)),
         scaled_down=LAUNCH.value.scaled_down,
+        chosen_on=LAUNCH.value.chosen_on,
     )
 
 

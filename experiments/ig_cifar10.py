@@ -200,6 +200,7 @@ def about(dataset: data.Dataset, images: Sized, teacher: str, students: Iterable
         scaled_down=f"{len(images)} images, {quick(RECIPE.value).epochs} epochs, {teacher} and {STUDENT.value}; the "
         "publication: 50,000, 100, MobileNetV2 and its first fourteen blocks",
         primary=PRIMARY,
+        chosen_on=LAUNCH.value.chosen_on,
         drawn=("scratch", "kd", "ig", "kd+ig"),
     )
 

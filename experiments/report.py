@@ -49,8 +49,8 @@ def main() -> None:
     for document in expand(DOCUMENTS.value):
         filled = report.fill_tables(document, root)
         files.write_text(document, filled)
-        if count := filled.count("<!-- end -->"):
-            print(f"{document}: {count} table{'s' * (count > 1)} from {root}.")
+        if found := report.count_places(filled):
+            print(f"{document}: {found} from {root}.")
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     if problems:

@@ -58,7 +58,9 @@ SADDLE_RULE = flags.DEFINE_enum("saddle_rule", "strong", list(recruit.RULES), "A
 RESIZE = flags.DEFINE_enum("resize", "select", ["select", "crop"], "How sprkd cuts a teacher to size.")
 ESCAPE = cli.define(methods.EscapeOptions())
 SEEDS = cli.define_seeds("0,1,2,3,4,5,6,7,8,9")
-LAUNCH = cli.define(cli.Launch(), only=("workdir", "output", "supersedes", "split", "jobs", "smoke"))
+LAUNCH = cli.define(
+    cli.Launch(), only=("workdir", "output", "supersedes", "split", "jobs", "chosen_on", "smoke")
+)
 MACHINE = cli.define(Machine(steps_per_dispatch=51), omit=("devices",))
 
 TARGETS = {"malaria": (0.25, 0.20, 0.16), "digits": (0.8, 0.5, 0.3), "mnist": (0.5, 0.4, 0.3)}  # of the loss
@@ -277,6 +279,7 @@ def about(dataset: data.Dataset) -> study.Study:
         f"{', where the study had 20,668' if name == 'malaria' else ''}; {shorter().epochs} epochs, where it had 500; "
         f"strong teachers of {strong.epochs} epochs, likewise",
         primary=PRIMARY,
+        chosen_on=LAUNCH.value.chosen_on,
         margin=MARGIN,
         drawn=(*DRAWN, "kd_strong", "sprkd+kd"),
     )

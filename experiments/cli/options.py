@@ -46,6 +46,7 @@ class Launch:
     pod: bool = option(False, "Join the processes of a TPU pod or cluster job first.")
     tensorboard: bool = option(False, "Write every epoch's numbers to workdir/tensorboard.")
     scaled_down: str = option("", "What is smaller than in the study followed; kept with the result.")
+    chosen_on: str = option("", "What was chosen before, and on which data; kept with the result.")
     smoke: bool = option(False, "The same code in seconds: few images, epochs and seeds.")
 
     def shorten(self, recipe: Recipe, *, epochs: int) -> Recipe:

@@ -69,8 +69,17 @@ def fill_tables(document: str | os.PathLike[str], folder: str | os.PathLike[str]
     return filled
 
 
+def count_places(text: str) -> str:
+    """How many tables and figures of results a document has, in words; empty if none."""
+    counts = {
+        "table": len([*_PLACE.finditer(text), *_SUMMARY.finditer(text)]),
+        "figure": len(_VALUE.findall(text)),
+    }
+    return " and ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items() if count)
+
+
 def value(result: Result, metric: str, which: str, part: str = "") -> str:
-    """A figure for a sentence: an arm's mean and spread, or the difference of two arms with its interval.
+    """A figure for a sentence: what the table says of an arm, or the difference of two arms with its interval.
 
     Args:
       result: as read.
@@ -88,8 +97,8 @@ def value(result: Result, metric: str, which: str, part: str = "") -> str:
                 f"{result['name']} has no {metric} of an arm {arm!r}, which a document asks for."
             )
     if not b:
-        decimals = text.decimals_of(result, metric)
-        return text.mean_sd(result["arms"][a][metric], text.metric_of(metric), decimals)
+        cell = tables.cell(result, a, metric)
+        return cell.text + f" ({cell.note})" * bool(cell.note)
     found = text.compare(result, metric, a, b)
     if found is None:
         raise ValueError(

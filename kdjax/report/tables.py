@@ -80,12 +80,13 @@ def table(result: Result, metrics: Sequence[str] | None = None) -> tuple[list[st
     rows = []
     for arm, measured in result["arms"].items():
         n = max((len(values) for values in measured.values()), default=0)
-        cells = [_cell(result, arm, m, tests[m].get(arm))._replace(bold=best[m] == arm) for m in metrics]
+        cells = [cell(result, arm, m, tests[m].get(arm))._replace(bold=best[m] == arm) for m in metrics]
         rows.append([Cell(arm), Cell(str(n)), *cells])
     return ["arm", "n", *map(_heading, metrics)], rows
 
 
-def _cell(result: Result, arm: str, name: str, p: float | None) -> Cell:
+def cell(result: Result, arm: str, name: str, p: float | None = None) -> Cell:
+    """What a table says of an arm on a metric, with its p."""
     measured = result["arms"][arm]
     if name not in measured:
         return Cell("\N{EN DASH}")
