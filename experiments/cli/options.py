@@ -19,9 +19,9 @@ flags.disclaim_key_flags()  # so that --help lists what is defined here as the e
 
 MAY_CHANGE = {
     *("workdir", "output", "supersedes", "shared_cache", "data_dir"),
-    *("jobs", "pod", "tensorboard", "devices", "save_every_s"),
+    *("jobs", "pod", "tensorboard", "devices", "save_every_s", "chosen_on"),
 }
-"""Flags that say where and how fast something is computed, not what: they may change when a run is resumed."""
+"""Flags that say where and how fast something is computed, or why, not what: they may change when a run is resumed."""
 
 
 @dataclasses.dataclass(frozen=True)
