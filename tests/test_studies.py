@@ -87,7 +87,7 @@ class TestMixingWeight:
 
         taken_up = f"--teacher_dir={tmp_path / 'run' / 'teacher' / '0'}"
         following = (*self.SMALL, f"--workdir={tmp_path / 'next'}", f"--output={output}", taken_up)
-        with pytest.raises(ValueError, match="kept.json holds the result of another run, and results stay"):
+        with pytest.raises(ValueError, match=r"kept\.json holds the result of another run, and results stay"):
             start(mixing_weight, *following)
         start(mixing_weight, *following, "--supersedes=Its teacher was taken up.")
         again = results.read(output)

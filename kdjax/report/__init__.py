@@ -8,6 +8,8 @@
 * :func:`page`: one HTML file of one result or several, readable on a phone, light or dark, without a network.
 """
 
+from kdjax.report.comparisons import compare as compare
+from kdjax.report.comparisons import is_reference as is_reference
 from kdjax.report.documents import count_places as count_places
 from kdjax.report.documents import fill_tables as fill_tables
 from kdjax.report.figures import panels as panels
@@ -15,6 +17,4 @@ from kdjax.report.figures import save_figure as save_figure
 from kdjax.report.pages import page as page
 from kdjax.report.tables import markdown_flatness as markdown_flatness
 from kdjax.report.tables import markdown_table as markdown_table
-from kdjax.report.text import compare as compare
 from kdjax.report.text import finding as finding
-from kdjax.report.text import is_reference as is_reference

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdjax import results
-from kdjax.report import tables, text
-from kdjax.report.text import Result
+from kdjax.report import comparisons, tables, text
+from kdjax.report.comparisons import Result
 
 _PLACE = re.compile(r"(<!-- results: (\S+)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 _VALUE = re.compile(r"(<!-- value: (.+?) -->).*?(<!-- end -->)", re.DOTALL)
@@ -99,7 +99,7 @@ def value(result: Result, metric: str, which: str, part: str = "") -> str:
     if not b:
         cell = tables.cell(result, a, metric)
         return cell.text + f" ({cell.note})" * bool(cell.note)
-    found = text.compare(result, metric, a, b)
+    found = comparisons.compare(result, metric, a, b)
     if found is None:
         raise ValueError(
             f"{result['name']} has too few runs of {a} and {b} for a test, which a document asks for."
@@ -124,7 +124,7 @@ def _summary(rows: Sequence[str], metric: str, folder: Path, link: str) -> str:
         name, _, arm = place.rpartition("/")
         result = results.read(folder / f"{name}.json")
         cells = {cell.text: rest for cell, *rest in tables.table(result, [metric])[1]}
-        (n, value), (_, base) = cells[arm], cells[text.baseline_of(result) or ""]
+        (n, value), (_, base) = cells[arm], cells[comparisons.baseline_of(result) or ""]
         lines.append(
             f"| [{study}]({link}/{name}.json) | {arm} | {n.text} | {base.text} | {value.text} | {value.small} |"
         )
@@ -153,7 +153,7 @@ def _section(result: Result, link: str, metrics: str | None) -> str:
 
 def _between(result: Result) -> list[str]:
     """The comparisons of arms with another than the baseline, which stand in no cell of the table."""
-    baseline, others = text.baseline_of(result), text.comparisons(result)[1:]
+    baseline, others = comparisons.baseline_of(result), comparisons.family(result)[1:]
     return [text.comparison_sentence(result, one) for one in others if baseline not in (one["a"], one["b"])]
 
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from kdjax import files
-from kdjax.report import figures, tables, text
+from kdjax.report import comparisons, figures, tables, text
+from kdjax.report.comparisons import Result
 from kdjax.report.figures.style import Panel, colours_of, svg
 from kdjax.report.tables import Cell
-from kdjax.report.text import Result
 
 _UNFOLDED = 5  # a list of more sentences is folded
 
@@ -51,7 +51,7 @@ def page(
 
 
 def _section(heading: str, result: Result) -> str:
-    tested = text.comparisons(result)[0 if result.get("ratios") else 1 :]
+    tested = comparisons.family(result)[0 if result.get("ratios") else 1 :]
     others = [text.comparison_sentence(result, comparison) for comparison in tested]
     scaled = f"<p><b>Scaled down:</b> {_esc(result['scaled_down'])}</p>" if result["scaled_down"] else ""
     drawn = "".join(map(_figure, figures.panels(result)))
@@ -122,7 +122,9 @@ def _table(
 def _legend(result: Result, rows: Sequence[Sequence[Cell]]) -> str:
     """Explains only the signs that the table holds."""
     cells = [cell for row in rows for cell in row]
-    references = [arm for arm in result["arms"] if text.is_reference(arm) and any(cell.p for cell in cells)]
+    references = [
+        arm for arm in result["arms"] if comparisons.is_reference(arm) and any(cell.p for cell in cells)
+    ]
     sentences = [
         "Mean ± standard deviation over n runs." if any("±" in cell.text for cell in cells) else "",
         "↑ more is better, ↓ less is better.",

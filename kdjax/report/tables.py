@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kdjax import significance
-from kdjax.report import text
-from kdjax.report.text import Result
+from kdjax.report import comparisons, text
+from kdjax.report.comparisons import Result
 
 # Measures of flatness and their column titles, in order.
 _FLATNESS = {
@@ -70,13 +70,16 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 
 def table(result: Result, metrics: Sequence[str] | None = None) -> tuple[list[str], list[list[Cell]]]:
     """Headings and rows of cells of the table that :func:`markdown_table` describes."""
-    known = text.measured(result)
+    known = comparisons.measured(result)
     metrics = known if metrics is None else list(metrics)
     for metric in metrics:
         if metric not in known:
             raise ValueError(f"{result['name']} has no metric {metric!r}; write one of {', '.join(known)}.")
-    best = {metric: text.best_arm(result, metric) for metric in metrics}
-    tests = {metric: text.adjusted_p(result, metric) for metric in metrics}
+    best = {
+        metric: comparisons.best_arm(result, metric, higher=text.metric_of(metric).higher)
+        for metric in metrics
+    }
+    tests = {metric: comparisons.adjusted_p(result, metric) for metric in metrics}
     rows = []
     for arm, measured in result["arms"].items():
         n = max((len(values) for values in measured.values()), default=0)
@@ -91,8 +94,8 @@ def cell(result: Result, arm: str, name: str, p: float | None = None) -> Cell:
     if name not in measured:
         return Cell("\N{EN DASH}")
     tested = "" if p is None else f"{text.p_text(p)} {text.stars(p)}".rstrip()
-    if name.startswith(text.TIMES):
-        found = significance.median_time(*text.censored(measured, name))
+    if name.startswith(comparisons.TIMES):
+        found = significance.median_time(*comparisons.censored(measured, name))
         end = "> " + text.number(max(measured[name]), None)
         note = "" if found.reached == found.n else f"{found.reached} of {found.n} reached"
         return Cell(text.number(found.median, None) if np.isfinite(found.median) else end, note, tested)
@@ -117,19 +120,21 @@ def flatness_table(result: Result) -> tuple[list[str], list[list[Cell]]]:
 def legend(result: Result, rows: Sequence[Sequence[Cell]]) -> str:
     """Explains the p, stars, medians and bold numbers of a table, and what a single teacher cannot show."""
     cells, arms, sentences = [cell for row in rows for cell in row], result["arms"], []
-    if any(name.startswith(text.TIMES) for measured in arms.values() for name in measured):
+    if any(name.startswith(comparisons.TIMES) for measured in arms.values() for name in measured):
         sentences += [
             "Steps and payments to a target are medians; the test ranks runs, those that never reached it last."
         ]
     if any(cell.p for cell in cells):
         starred = "; * p < .05, ** p < .01, *** p < .001" * any(cell.p.endswith("*") for cell in cells)
-        count, baseline = text.family_size(result), text.baseline_of(result)
+        count, baseline = comparisons.family_size(result), comparisons.baseline_of(result)
         of = f"Holm's correction for {count} comparisons" if count > 1 else "a single comparison"
         sentences += [f"p: against {baseline}, by seed{_also(result)}, with {of}{starred}."]
     if any(cell.bold for cell in cells):
         sentences += ["Bold: the best, told from every other arm after Holm's correction."]
     teachers = [
-        arm for arm in arms if text.is_reference(arm) and len(arms) > 1 and text.runs_of(result, arm) == 1
+        arm
+        for arm in arms
+        if comparisons.is_reference(arm) and len(arms) > 1 and comparisons.runs_of(result, arm) == 1
     ]
     if teachers and any(cell.p for cell in cells):
         sentences += ["One teacher: what holds of it may not hold of another."]

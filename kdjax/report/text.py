@@ -10,10 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdjax import results, significance
+from kdjax import significance
+from kdjax.report.comparisons import (
+    ALPHA,
+    Result,
+    competitors,
+    family,
+    is_reference,
+    primary_of,
+    runs_of,
+)
 
-Result = Mapping[str, Any]
-ALPHA = 0.05
 RATIOS_IN_WORDS = 6  # with more, a sentence counts the peers instead of naming each
 
 
@@ -56,7 +63,6 @@ METRICS = {
     "epochs_per_second": Metric("epochs per second", higher=True),
     "images_per_second": Metric("images per second", higher=True),
 }
-TIMES = ("steps_to_", "paid_to_")  # metrics that are censored where reached_X is 0
 
 
 def metric_of(name: str) -> Metric:
@@ -70,11 +76,6 @@ def metric_of(name: str) -> Metric:
     return Metric(name.replace("_", " "))
 
 
-def is_reference(arm: str) -> bool:
-    """Whether an arm is a teacher: neither tested against the baseline nor bold."""
-    return arm == "teacher" or arm.endswith("_teacher")
-
-
 def finding(result: Result) -> str:
     """One sentence with the main finding: the ratios of a benchmark, else the first comparison, else the means.
 
@@ -82,12 +83,12 @@ def finding(result: Result) -> str:
     """
     if result.get("ratios"):
         return _ratio_sentence(result["ratios"])
-    tested = comparisons(result)
+    tested = family(result)
     return comparison_sentence(result, tested[0]) if tested else _untested_sentence(result)
 
 
 def comparison_sentence(result: Result, comparison: Mapping[str, Any]) -> str:
-    """One of :func:`comparisons` as a sentence, such as "kd beats scratch in accuracy by 2.3 points (95 % ...)."."""
+    """One comparison of the family as a sentence: "kd beats scratch in accuracy by 2.3 points (95 % ...)."."""
     name, a, b = (str(comparison[k]) for k in ("metric", "a", "b"))
     metric, p = metric_of(name), comparison["p"]
     if p >= ALPHA:
@@ -120,8 +121,8 @@ def _test_text(comparison: Mapping[str, Any]) -> str:
     """How a comparison was made, such as "p = .02 after Holm's correction for 3, paired t, n = 5"."""
     n = comparison.get("n", ())
     n = list(n) if isinstance(n, Sequence) else [n]
-    test, family = comparison.get("test", "Welch"), comparison.get("family", 1)
-    corrected = f" after Holm's correction for {family}" if family > 1 else ""
+    test, count = comparison.get("test", "Welch"), comparison.get("family", 1)
+    corrected = f" after Holm's correction for {count}" if count > 1 else ""
     repeats = f", n = {' + '.join(map(str, n if test == 'Welch' else n[:1]))}" if n else ""
     return f"{p_text(comparison['p'])}{corrected}, {test}{repeats}"
 
@@ -152,118 +153,9 @@ def _untested_sentence(result: Result) -> str:
     if metric is None:
         return "This result holds no measured arms."
     found = [f"{arm} {mean_text(result, arm, metric)}" for arm, m in result["arms"].items() if metric in m]
-    n = min((len(result["arms"][arm][metric]) for arm in _competitors(result, metric)), default=0)
+    n = min((len(result["arms"][arm][metric]) for arm in competitors(result, metric)), default=0)
     reason = f"{n} run{'s' * (n != 1)} per arm, too few for a test" if 0 < n < 3 else "nothing to compare"
     return f"{capital(metric_of(metric).title)}: {listing(found)} ({reason})."
-
-
-def comparisons(result: Result) -> list[dict[str, Any]]:
-    """The family of comparisons that a result is about, with p after Holm's correction for their number.
-
-    They are those that the result names, made anew from its numbers, or every arm against the baseline.
-    """
-    named = list(result.get("comparisons", ()))
-    if not named:
-        metric = primary_of(result)
-        named = [{"metric": metric, "a": a, "b": b} for a, b in _family(result)]
-    found = []
-    for one in named:
-        test = None if result.get("ratios") else compare(result, one["metric"], one["a"], one["b"])
-        if test is not None or "p" in one:
-            found.append({**one, **({} if test is None else test._asdict())})
-    adjusted = significance.holm({str(i): one["p"] for i, one in enumerate(found)})
-    return [{**one, "p": adjusted[str(i)], "family": len(found)} for i, one in enumerate(found)]
-
-
-def compare(result: Result, metric: str | None, a: str, b: str) -> significance.Comparison | None:
-    """Tests arm a against b, by seed; accuracies also by test example where the result holds the answers.
-
-    None for fewer than three seeds or constant values.
-    """
-    own, other = (_by_seed(result, arm, metric) for arm in (a, b))
-    vary = any(np.ptp([*values.values()]) > 0 for values in (own, other) if values)
-    if min(len(own), len(other)) < significance.FEWEST or not vary:
-        return None
-    answers = result.get("correct", {}).get("arms", {})
-    if metric != "accuracy" or not {a, b} <= set(answers):
-        return significance.compare(own, other)
-    shared = [seed for seed in own if seed in other]
-    pairs = len(shared) >= significance.FEWEST
-    rows = ([[*of].index(seed) for seed in shared] if pairs else slice(None) for of in (own, other))
-    tables = (results.correct_of(result, arm)[row] for arm, row in zip((a, b), rows, strict=True))
-    return significance.compare_accuracies(*tables, pairs=pairs)
-
-
-def _by_seed(result: Result, arm: str | None, metric: str | None) -> dict[int, float]:
-    values = result["arms"].get(arm, {}).get(metric, [])
-    return dict(zip(result.get("arm_seeds", {}).get(arm, result["seeds"]), values, strict=False))
-
-
-def adjusted_p(result: Result, metric: str) -> dict[str, float]:
-    """The p of every arm that is compared with the baseline, after Holm's correction for all of the family."""
-    if result.get("ratios"):
-        return {}
-    family = {str(i): pair for i, pair in enumerate(_family(result))}
-    p = {i: _p_of(result, metric, *pair) for i, pair in family.items()}
-    adjusted = significance.holm({i: value for i, value in p.items() if value is not None})
-    baseline = baseline_of(result)
-    with_it = {i: pair for i, pair in family.items() if i in adjusted and baseline in pair}
-    return {b if a == baseline else a: adjusted[i] for i, (a, b) in with_it.items()}
-
-
-def _p_of(result: Result, metric: str, a: str, b: str) -> float | None:
-    if metric.startswith(TIMES):
-        return _p_sooner(result, metric, a, b)
-    found = compare(result, metric, a, b)
-    return None if found is None else found.p
-
-
-def _p_sooner(result: Result, metric: str, a: str, b: str) -> float | None:
-    """The rank test of times, in which runs that never reached the target are the last."""
-    arms = [censored(result["arms"].get(arm, {}), metric) for arm in (a, b)]
-    if min(len(times) for times, _ in arms) < significance.FEWEST:
-        return None
-    return significance.sooner(*arms[0], *arms[1]).p
-
-
-def censored(measured: Mapping[str, Sequence[float]], metric: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Times of an arm, and whether each run reached the target; all did where nothing is said of it."""
-    times = measured.get(metric, [])
-    target = next(metric.removeprefix(start) for start in TIMES if metric.startswith(start))
-    return times, measured.get(f"reached_{target}", [1.0] * len(times))
-
-
-def measured(result: Result) -> list[str]:
-    """All metrics of the arms, in order of appearance."""
-    return list(dict.fromkeys(metric for metrics in result["arms"].values() for metric in metrics))
-
-
-def primary_of(result: Result) -> str | None:
-    """The metric of the first comparison, else the first metric of the arms."""
-    known = measured(result)
-    first = [c["metric"] for c in result.get("comparisons", [])[:1] if c["metric"] in known]
-    return next(iter(first + known), None)
-
-
-def _family(result: Result) -> list[tuple[str, str]]:
-    """The pairs of arms that a result is about: those of its comparisons, else every arm with the baseline."""
-    arms, baseline = result["arms"], baseline_of(result)
-    named = [(str(one["a"]), str(one["b"])) for one in result.get("comparisons", ())]
-    if named:
-        return [pair for pair in dict.fromkeys(named) if set(pair) <= set(arms)]
-    return [
-        (arm, baseline) for arm in arms if baseline is not None and arm != baseline and not is_reference(arm)
-    ]
-
-
-def family_size(result: Result) -> int:
-    """The number of comparisons that p is corrected for."""
-    return len(_family(result))
-
-
-def runs_of(result: Result, arm: str) -> int:
-    """The number of runs of an arm."""
-    return len(result.get("arm_seeds", {}).get(arm, result["seeds"]))
 
 
 def counts(result: Result) -> str:
@@ -278,34 +170,6 @@ def counts(result: Result) -> str:
         examples["test"] = round(np.sum(matrix) / runs_of(result, arm))
     parts += [f"{count:,} {split} images" for split, count in examples.items()]
     return ", ".join(parts)
-
-
-def _competitors(result: Result, metric: str | None) -> list[str]:
-    """The arms that have a metric and are no references."""
-    return [arm for arm, metrics in result["arms"].items() if metric in metrics and not is_reference(arm)]
-
-
-def baseline_of(result: Result) -> str | None:
-    """The declared baseline; else the arm that most comparisons are with, or the first arm that is no reference."""
-    if result.get("plan") and result["plan"][-1]["baseline"] in result["arms"]:
-        return result["plan"][-1]["baseline"]
-    others = [one["b"] for one in result.get("comparisons", ()) if one["b"] in result["arms"]]
-    named = sorted(dict.fromkeys(others), key=lambda arm: -others.count(arm))
-    return next(iter(named + [arm for arm in result["arms"] if not is_reference(arm)]), None)
-
-
-def best_arm(result: Result, metric: str) -> str | None:
-    """The arm with the best mean, if tests tell it from each other arm after Holm's correction."""
-    higher, arms = metric_of(metric).higher, _competitors(result, metric)
-    if higher is None or len(arms) < 2 or result.get("ratios"):
-        return None
-    mean = {arm: np.mean(result["arms"][arm][metric]) for arm in arms}
-    best = (max if higher else min)(arms, key=lambda arm: mean[arm])
-    p = {arm: _p_of(result, metric, best, arm) for arm in arms if arm != best}
-    known = {arm: value for arm, value in p.items() if value is not None}
-    against_baseline = adjusted_p(result, metric).get(best, 0.0)  # what its own cell says
-    told = len(known) == len(p) and max([*significance.holm(known).values(), against_baseline]) < ALPHA
-    return best if told else None
 
 
 def decimals_of(result: Result, name: str) -> int | None:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from kdjax import files
 from kdjax.extras import extra
+from kdjax.report.comparisons import Result
 from kdjax.report.figures import curvature, networks, runs, searches
 from kdjax.report.figures.style import MUTED, STYLE, Panel
-from kdjax.report.text import Result
 
 
 def panels(result: Result) -> list[Panel]:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from kdjax.report import text
+from kdjax.report.comparisons import Result
 from kdjax.report.figures import style
 from kdjax.report.figures.style import Axes, Panel
-from kdjax.report.text import Result
 
 _LEVELS = 9  # most contour lines of a surface
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from kdjax.report import text
+from kdjax.report.comparisons import Result
 from kdjax.report.figures import style
 from kdjax.report.figures.style import Axes, Panel, Table
-from kdjax.report.text import Result
 
 _MATRICES = 3  # arms that get a confusion matrix
 _NUMBERED = 12  # classes up to which its cells hold numbers

@@ -6,22 +6,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kdjax.report import text
+from kdjax.report import comparisons, text
+from kdjax.report.comparisons import Result
 from kdjax.report.figures import style
 from kdjax.report.figures.style import Axes, Panel
-from kdjax.report.text import Result
 
 
 def arm_panels(result: Result) -> list[Panel]:
     """The ratios of a benchmark, and the arms by the metric in question."""
     found = [ratio_panel(result)] if result.get("ratios") else []
-    primary = text.primary_of(result)
+    primary = comparisons.primary_of(result)
     return found if primary is None else [*found, dot_panel(result, metric=primary)]
 
 
 def curve_panels(result: Result) -> list[Panel]:
     """One figure per metric that has curves; the metric in question comes first."""
-    primary = text.primary_of(result)
+    primary = comparisons.primary_of(result)
     names = dict.fromkeys(m for curves in result.get("curves", {}).values() for m in curves)
     ordered = sorted(names, key=lambda name: primary is None or primary not in name)
     return [curve_panel(result, metric=name) for name in ordered]

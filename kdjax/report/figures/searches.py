@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from kdjax.report import text
+from kdjax.report.comparisons import Result
 from kdjax.report.figures import style
 from kdjax.report.figures.style import Axes, Panel, Table
-from kdjax.report.text import Result
 
 
 def swept_panels(result: Result) -> list[Panel]:

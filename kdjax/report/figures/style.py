@@ -9,7 +9,7 @@ import numpy as np
 
 from kdjax import significance
 from kdjax.extras import extra
-from kdjax.report.text import Result, is_reference
+from kdjax.report.comparisons import Result, is_reference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
