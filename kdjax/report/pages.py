@@ -5,6 +5,7 @@ import html
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from kdjax import files
 from kdjax.report import comparisons, figures, tables, text
@@ -140,17 +141,32 @@ def _provenance(result: Result) -> str:
     minutes, seconds = divmod(round(result["wall_clock_s"]), 60)
     duration = f"{minutes} min {seconds} s" if minutes else f"{result['wall_clock_s']:g} s"
     flags = (f"<code>--{_esc(str(k))}={_esc(str(v))}</code>" for k, v in result["flags"].items())
+    said = {
+        "Declared before the first run": [_declared(plan) for plan in result.get("plan", ())[:1]],
+        "Changed since": [_declared(plan) for plan in result.get("plan", ())[1:]],
+        "Supersedes": [f"{one['result']}: {one['why']}" for one in result.get("supersedes", ())],
+    }
     pairs = {
         "Command": f"<code>{_esc(result['command'])}</code>",
         "Made": _esc(f"{result['created']}, in {duration}"),
         "Commit": f"<code>{_esc(commit)}</code>",
         "Seeds": _esc(", ".join(map(str, result["seeds"]))),
+        "Runs and images": _esc(text.counts(result)),
+        **{name: "<br>".join(map(_esc, lines)) for name, lines in said.items() if lines},
         "Hardware": _esc(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in result["hardware"].items())),
         "Versions": _esc(", ".join(f"{k} {v}" for k, v in result["versions"].items())),
         "Flags": "<br>".join(flags),
     }
     listed = "".join(f"<dt>{name}</dt><dd>{content}</dd>" for name, content in pairs.items())
     return f"<details><summary>How this was made</summary><dl>{listed}</dl></details>"
+
+
+def _declared(plan: Mapping[str, Any]) -> str:
+    """What a study wrote down, and when, in a sentence."""
+    pairs = ", ".join(f"{a} with {b}" for a, b in plan["primary"])
+    margin = f"; equal within {plan['margin']:g}" if plan["margin"] else ""
+    chosen = f"; chosen before: {plan['chosen_on']}" if plan["chosen_on"] else ""
+    return f"{plan['declared'][:16]}: {plan['metric']} of {pairs or 'no pair'}{margin}{chosen}"
 
 
 def _esc(words: str) -> str:
