@@ -755,6 +755,85 @@ def test_command_fills_the_tables_of_files_patterns_and_directories(command, tmp
     assert not [*tmp_path.rglob("*.html")]
 
 
+class TestFiguresInSentences:
+    """A number in a document's prose comes from its result file."""
+
+    def filled(self, mark, tmp_path, **content):
+        results.write(tmp_path / "x.json", {**DESCRIBED, **content})
+        (tmp_path / "a.md").write_text(f"KD gains <!-- value: {mark} -->9.9<!-- end --> here.\n")
+        return re.sub("<!--.*?-->", "", report.fill_tables(tmp_path / "a.md", tmp_path)).strip()
+
+    def test_a_mean_and_a_difference_with_its_parts(self, tmp_path):
+        assert self.filled("x | accuracy | kd", tmp_path) == "KD gains 97.2 ± 0.5 here."
+        low, high = (100 * v for v in stats.ttest_rel(KD, SCRATCH).confidence_interval(0.95))
+        size, interval = (
+            f"+{100 * np.mean(np.subtract(KD, SCRATCH)):.1f} points",
+            f"+{low:.1f} to +{high:.1f}",
+        )
+        for part, text in {
+            "": f"{size} ({interval})",
+            "size": size,
+            "interval": interval,
+            "p": "p < .001",
+        }.items():
+            mark = f"x | accuracy | kd - scratch{' | ' * bool(part)}{part}"
+            assert self.filled(mark, tmp_path) == f"KD gains {text} here."
+
+    def test_a_time_with_how_many_runs_got_there(self, tmp_path):
+        times = {"accuracy": KD, "steps_to_1": [3, 9, 4, 9, 5], "reached_1": [1, 0, 1, 0, 1]}
+        said = self.filled("x | steps_to_1 | kd", tmp_path, arms={"kd": times})
+        assert said == "KD gains 5.00 (3 of 5 reached) here."
+
+    @pytest.mark.parametrize(
+        ("mark", "said"),
+        [
+            ("x | accuracy | hint", "quickstart has no accuracy of an arm 'hint', which a document asks for"),
+            ("x | loss | kd", "no loss of an arm 'kd'"),
+            ("x | accuracy | kd - scratch | q", "size, interval or p; a document asks for 'q'"),
+        ],
+    )
+    def test_what_is_not_there_is_named(self, mark, said, tmp_path):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            self.filled(mark, tmp_path)
+
+
+def test_small_print_counts_teachers_and_images_and_names_what_is_superseded(tmp_path):
+    arms = {"teacher": {"accuracy": [0.99]}, **make()["arms"]}
+    history = [{"result": "history/x_0.json", "why": "Another arm was read on the test split."}]
+    more = {"examples": {"train": 1234, "test": 369}, "supersedes": history, "arm_seeds": {"teacher": [0]}}
+    text = filled("x", {**make(arms, **more), "hardware": DESCRIBED["hardware"]}, tmp_path)
+    assert "; n = 5, 1 teacher, 1,234 train images, 369 test images; " in text
+    assert (
+        "supersedes [history/x_0.json](./history/x_0.json): Another arm was read on the test split.</sub>"
+        in text
+    )
+    assert "One teacher: what holds of it may not hold of another." in text
+    assert "One teacher" not in filled("x", DESCRIBED, tmp_path)
+
+
+def test_a_page_tells_what_was_declared_and_what_is_superseded(tmp_path):
+    first = {"declared": "2026-11-30T10:00:00+00:00", "metric": "accuracy", "baseline": "scratch"}
+    first |= {"primary": [["kd", "scratch"]], "chosen_on": "the rate: validation", "margin": 0.01}
+    later = {**first, "declared": "2026-12-01T10:00:00+00:00", "primary": [], "margin": None, "chosen_on": ""}
+    history = [{"result": "history/x_0.json", "why": "A fault."}]
+    words = Reader(page_of(make(plan=[first, later], supersedes=history), tmp_path)).all_text()
+    declared = "2026-11-30T10:00: accuracy of kd with scratch; equal within 0.01; chosen before: the rate: validation"
+    assert declared in words
+    assert "Changed since" in words
+    assert "2026-12-01T10:00: accuracy of no pair" in words
+    assert "history/x_0.json: A fault." in words
+    plain = Reader(page_of(make(), tmp_path)).all_text()
+    assert "Declared" not in plain
+    assert "Supersedes" not in plain
+
+
+def test_comparisons_that_stand_in_no_cell_are_sentences(tmp_path):
+    arms = {**make()["arms"], "hint": {"accuracy": [0.966, 0.962, 0.975, 0.961, 0.968]}}
+    pairs = [{**comparison(KD, SCRATCH)}, {**comparison(KD, SCRATCH), "b": "hint"}]
+    text = filled("x", {**make(arms, comparisons=pairs), "hardware": DESCRIBED["hardware"]}, tmp_path)
+    assert "\n- kd beats hint in accuracy by 0.5 points (" in text
+
+
 def test_a_page_tells_how_many_results_are_drawn(tmp_path):
     seen = []
     report.page({"a": make(), "b": make()}, path=tmp_path / "page.html", progress=seen.append)
