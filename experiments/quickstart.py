@@ -2,7 +2,7 @@ r"""Does a small network learn more from a large one than from the labels alone,
 
     python -m experiments.quickstart
 
-The whole data flow on real data in about a minute on two CPU cores, without a download: scikit-learn's 1,797
+The whole data flow on real data in under two minutes on two CPU cores, without a download: scikit-learn's 1,797
 handwritten digits. A teacher is trained on the whole training split; its answers for every image are computed once,
 cached and verified; a much smaller student then learns from only --num_train of those images, over five seeds, and is
 measured on the test split. It learns from their labels alone (scratch), with the teacher's
@@ -12,7 +12,7 @@ experiments.ig_cifar10), or starting from weights selected from the teacher, wit
 came to rest.
 
 Leaves in runs/quickstart/: the checkpoints of every run, results.json, figure.png and report.html. Expect kd to beat
-scratch, and sprkd+kd to beat kd; the numbers stand in BUILD_NOTES.md, from experiments/results/quickstart.json.
+scratch, and sprkd+kd to beat kd; the numbers stand in docs/results/quickstart.md.
 
 References:
   Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531, 2015. Hernandez et al., Knowledge
