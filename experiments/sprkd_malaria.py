@@ -19,6 +19,9 @@ Every seed has weak teachers of its own, trained for --weak_epochs, whose scored
   weights (weight selection, Xu et al., https://arxiv.org/abs/2311.18823, by norms), or of a weak teacher's snapshots:
   its strongest saddle by --saddle_rule, and the controls; init_saddle_3, of three teachers.
 
+With --until_loss all arms are measured at about the same training loss, so that their flatness can be compared: the
+curvature falls with the loss by itself.
+
 A step is one gradient. gradient_equivalents is what an arm cost in all: 1.5 gradients for a Hessian-vector product and
 a third for a loss (benchmarks/escape.json); the training of teachers is not counted.
 
@@ -27,6 +30,8 @@ again continues where it was stopped. --jobs processes train side by side.
 """
 
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +62,12 @@ REGION_FROM = flags.DEFINE_enum("region_from", "strong", SOURCES, "What sprkd's 
 SADDLE_RULE = flags.DEFINE_enum("saddle_rule", "strong", list(recruit.RULES), "A strong saddle, to sprkd.")
 RESIZE = flags.DEFINE_enum("resize", "select", ["select", "crop"], "How sprkd cuts a teacher to size.")
 ESCAPE = cli.define(methods.EscapeOptions())
+UNTIL_LOSS = flags.DEFINE_float(
+    "until_loss",
+    None,
+    "Measure students after the epoch whose training loss is first below this; trains them twice.",
+    0,
+)
 SEEDS = cli.define_seeds("0,1,2,3,4,5,6,7,8,9")
 LAUNCH = cli.define(
     cli.Launch(), only=("workdir", "output", "supersedes", "split", "jobs", "chosen_on", "smoke")
@@ -151,6 +162,8 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
     # By default without the arm that is sprkd itself.
     same = "" if flags.FLAGS["arms"].value else f"init_{REGION_FROM.value}"
     arms = {name: ARMS[name](shapes) for name in WANTED.value if name != same}
+    if UNTIL_LOSS.value is not None:
+        check_until_loss(arms)
     worker, workdir = cli.my_task("experiments.sprkd_malaria"), Path(launch.workdir)
     if worker is None:
         made_from = settings | {"data": dataset.fingerprint, "teacher_data": wide.fingerprint}
@@ -197,7 +210,7 @@ def train(
 ) -> tuple[dict[str, list[run.Trained]], dict[str, int]]:
     """The students of every arm; and of how many seeds of an arm a teacher had no strong saddle."""
     runs: dict[str, list[run.Trained]] = {name: [] for name in arms}
-    fallbacks, trainers = dict.fromkeys(arms, 0), {}
+    fallbacks, makers = dict.fromkeys(arms, 0), {}
     shapes, settings, workdir = student.init(0)[0], cli.settings(__name__), Path(LAUNCH.value.workdir)
     for seed in seeds:
         for name, arm in arms.items():
@@ -207,14 +220,46 @@ def train(
                 fallbacks[name] += not region.strong
                 more["init"] = (methods.start_at if arm.region.start else methods.towards)(region.params)
                 more["settings"] = settings | {"region": checkpoints.digest_tree(region.params)}
-            if arm.answers or name not in trainers:  # answers belong to one seed
+            if arm.answers or name not in makers:  # answers belong to one seed
                 number = seed % STRONG_TEACHERS.value if arm.answers == "strong" else seed
                 signal = source.answers(arm.answers, number) if arm.answers else None
                 method = arm.method + methods.Method(record=methods.cost)
-                options = {"teacher": signal, **measured_on()}
-                trainers[name] = run.make_trainer(student, method, dataset, shorter(), **options)
-            runs[name].append(trainers[name](seed, workdir / name / str(seed), arm=name, **more))
+                given, options = (student, method, dataset), {"teacher": signal, **measured_on()}
+                makers[name] = functools.cache(functools.partial(run.make_trainer, *given, **options))
+            home, more = workdir / name / str(seed), {"arm": name, **more}
+            whole = makers[name](recipe=shorter())(seed, home, **more)
+            runs[name].append(stopped(whole, makers[name], home / "until_loss", **more))
     return runs, fallbacks
+
+
+def check_until_loss(arms: Mapping[str, Arm]) -> None:
+    """Refuses what cannot be stopped at an equal loss."""
+    if taught := [name for name, arm in arms.items() if arm.answers]:
+        raise ValueError(
+            f"--until_loss compares losses of the labels, and {', '.join(taught)} minimise another; leave them out of "
+            "--arms."
+        )
+    if RECIPE.value.schedule != "constant":
+        raise ValueError(
+            f"--until_loss trains the first epochs of a run again, which --schedule={RECIPE.value.schedule} would "
+            "change; use --schedule=constant."
+        )
+
+
+def stopped(
+    whole: run.Trained, make: Callable[..., Callable[..., run.Trained]], home: Path, **more: Any
+) -> run.Trained:
+    """The run; with --until_loss its first epochs again, to the one whose loss fell below it, if one did."""
+    below = [r for r in whole.history if UNTIL_LOSS.value is not None and r["loss"] < UNTIL_LOSS.value]
+    if not below:
+        return whole
+    again = make(recipe=shorter(epochs=round(below[0]["epoch"])))(whole.seed, home, **more)
+    if not math.isclose(again.history[-1]["loss"], below[0]["loss"], rel_tol=0.05):
+        raise ValueError(
+            f"{home} ends at a loss of {again.history[-1]['loss']:.3g}, and the run that it repeats had "
+            f"{below[0]['loss']:.3g} after as many epochs: what is trained depends on the length of the run."
+        )
+    return again
 
 
 def region_of(region: Region, source: recruit.Teachers, shapes: Params, seed: int) -> recruit.Region:
@@ -250,6 +295,13 @@ def report(
             "snapshot of strongest negative curvature stood in."
             for arm, n in fallbacks.items()
             if n
+        ),
+        *(
+            f"{arm}: {n} of {count} runs never came below the training loss of --until_loss={UNTIL_LOSS.value:g}, and "
+            "are measured at their end."
+            for arm, own in runs.items()
+            if UNTIL_LOSS.value is not None
+            and (n := sum(one.history[-1]["loss"] >= UNTIL_LOSS.value for one in own))
         ),
         *study.comparison_notes(runs, pairs=COMPARED),
     ]

@@ -15,10 +15,14 @@ import numpy as np
 import optax
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 
 from experiments import cli, distill
 from experiments.cli import launching
 from kdjax import data, methods, models, report, results, train
+from kdjax.run import Trained
+from kdjax.train import Fitted
+from kdjax.types import Weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -404,6 +408,46 @@ class TestSprkdMalaria:
         assert found["arms"]["scratch"]["gradient_equivalents"] == [steps] * len(found["seeds"])
         assert set(found["flatness"]) == set(arms)
         assert any("McNemar" in note for note in found["notes"])
+
+    def test_a_run_ends_where_its_loss_first_falls_below_the_target(self, sprkd_malaria, tmp_path):
+        losses = [2.0, 0.4, 0.6, 0.3]
+
+        def trained(losses):
+            history = [{"epoch": float(k + 1), "loss": loss} for k, loss in enumerate(losses)]
+            fitted = Fitted(Weights({}, {}), Weights({}, {}), 1, history)
+            return Trained("scratch", 7, None, None, fitted, {}, {})
+
+        def make(recipe, last=None):
+            def train(seed, home, **more):
+                assert (seed, home, more) == (7, tmp_path, {"arm": "scratch"})
+                return trained([*losses[: recipe.epochs - 1], last or losses[recipe.epochs - 1]])
+
+            return train
+
+        flags.FLAGS(["test", "--workdir=unused"])
+        whole, more = trained(losses), {"arm": "scratch"}
+        for target, epochs in ((3.0, 1), (0.5, 2), (0.35, 4), (0.1, 4)):
+            with flagsaver.flagsaver(until_loss=target):
+                assert len(sprkd_malaria.stopped(whole, make, tmp_path, **more).history) == epochs
+        other = functools.partial(make, last=0.2)
+        with (
+            flagsaver.flagsaver(until_loss=0.5),
+            pytest.raises(ValueError, match="what is trained depends on the length of the run"),
+        ):
+            sprkd_malaria.stopped(whole, other, tmp_path, **more)
+
+    @pytest.mark.parametrize(
+        ("argument", "said"),
+        [
+            ("--arms=scratch,kd_strong", "kd_strong minimise another; leave them out of --arms"),
+            ("--schedule=cosine", "--schedule=cosine would change"),
+        ],
+    )
+    def test_an_equal_loss_is_refused_where_it_is_none(self, sprkd_malaria, start, tmp_path, argument, said):
+        own = (f"--workdir={tmp_path / 'run'}", "--arms=scratch,init_only", "--until_loss=0.1", argument)
+        with pytest.raises(ValueError, match=said):
+            start(sprkd_malaria, *self.NETWORKS, *own)
+        assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(
         ("argument", "said"),

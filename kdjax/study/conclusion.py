@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from kdjax import data, evaluate, files, report, results, significance
+from kdjax import data, evaluate, files, report, results
 from kdjax.callbacks import say
 from kdjax.study.measures import answers_of
 from kdjax.study.notes import Arms, accuracies, equivalence_note, mcnemar_note
@@ -112,7 +112,7 @@ def conclude(
     weak = weak_teachers(arms, "scratch" if "scratch" in arms else study.baseline)
     packed, examples = answers_of(dataset, arms, workdir / "answers", split=split), len(dataset.splits[split])
     own = {arm: {run.seed for run in runs} for arm, runs in arms.items()}
-    tested = [(a, b) for a, b in study.pairs(arms) if len(own[a] & own[b]) >= significance.FEWEST]
+    tested = [(a, b) for a, b in study.pairs(arms) if own[a] & own[b]]
     found = [mcnemar_note(packed, arms, pairs=tested, examples=examples)] if tested else []
     if study.margin is not None and tested:
         found += [equivalence_note(arms, pairs=tested, margin=study.margin)]
