@@ -20,7 +20,7 @@ A student's maps are compared with its teacher's (map_correlation), and evaluate
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -190,16 +190,17 @@ def report(
     return study.conclude(asked, workdir, dataset, arms, **more)
 
 
-def about(dataset: data.Dataset, images: Sized, teacher: str, students: Iterable[str]) -> study.Study:
+def about(dataset: data.Dataset, images: Sized, teacher: str, students: Collection[str]) -> study.Study:
     """The question, and what it compares."""
+    first, *_ = own = [arm for arm in students if arm in ARMS]  # of the first student
     return study.Study(
         "ig_cifar10",
         f"Does a student of {dataset.name} gain from seeing where its teacher looks?",
-        baseline=next(iter(students)),
+        baseline=first,
         metrics=("accuracy", "best_accuracy", "agreement", "map_correlation", "deletion", "insertion"),
         scaled_down=f"{len(images)} images, {quick(RECIPE.value).epochs} epochs, {teacher} and {STUDENT.value}; the "
         "publication: 50,000, 100, MobileNetV2 and its first fourteen blocks",
-        primary=PRIMARY,
+        primary=[p for p in PRIMARY if set(p) <= set(students)] or [(a, first) for a in own if a != first],
         chosen_on=LAUNCH.value.chosen_on,
         drawn=("scratch", "kd", "ig", "kd+ig"),
     )

@@ -424,7 +424,7 @@ class TestSprkdMalaria:
 
             return train
 
-        flags.FLAGS(["test", "--workdir=unused"])
+        flags.FLAGS(["test", "--workdir=unused", "--nosmoke"])
         whole, more = trained(losses), {"arm": "scratch"}
         for target, epochs in ((3.0, 1), (0.5, 2), (0.35, 4), (0.1, 4)):
             with flagsaver.flagsaver(until_loss=target):

@@ -15,7 +15,7 @@ RESULT = {"name": "x", "arms": {"kd": {"accuracy": [0.9, 0.8, 0.7]}}}
     [
         ("sklearn", lambda: data.load("digits")),
         ("scipy", lambda: significance.welch([0.1, 0.2, 0.3], [0.2, 0.3, 0.5])),
-        ("statsmodels", lambda: significance.equivalence([0.1, 0.2, 0.3], [0.2, 0.3, 0.5], delta=0.1)),
+        ("statsmodels", lambda: significance.seeds_needed(1.0, 0.5)),
         ("matplotlib", lambda: report.save_figure("x.png", RESULT)),
         (
             "PIL",

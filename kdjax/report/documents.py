@@ -18,6 +18,7 @@ compare with that result's baseline::
     <!-- end -->
 """
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -48,11 +49,13 @@ def fill_tables(document: str | os.PathLike[str], folder: str | os.PathLike[str]
     """
     folder, document = Path(folder), Path(document)
     link = Path(os.path.relpath(folder, document.parent)).as_posix()
+    read = functools.cache(
+        lambda name: results.read(folder / f"{name}.json")
+    )  # a page may hold many figures of one
 
     def place(match: re.Match[str]) -> str:
         begin, name, metrics, end = match.groups()
-        result = results.read(folder / f"{name}.json")
-        return begin + _section(result, f"[{name}.json]({link}/{name}.json)", metrics) + end
+        return begin + _section(read(name), f"[{name}.json]({link}/{name}.json)", metrics) + end
 
     def place_summary(match: re.Match[str]) -> str:
         begin, metric, rows, end = match.groups()
@@ -61,7 +64,7 @@ def fill_tables(document: str | os.PathLike[str], folder: str | os.PathLike[str]
     def place_value(match: re.Match[str]) -> str:
         begin, fields, end = match.groups()
         name, *which = (field.strip() for field in fields.split("|"))
-        return begin + value(results.read(folder / f"{name}.json"), *which) + end
+        return begin + value(read(name), *which) + end
 
     filled = document.read_text(encoding="utf-8")
     for pattern, written in ((_PLACE, place), (_SUMMARY, place_summary), (_VALUE, place_value)):

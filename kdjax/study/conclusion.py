@@ -45,9 +45,9 @@ class Study(NamedTuple):
     drawn: Collection[str] | None = None
 
     def pairs(self, arms: Iterable[str]) -> list[tuple[str, str]]:
-        """The primary comparisons among ``arms``."""
-        if self.primary is not None:
-            return [(a, b) for a, b in self.primary if {a, b} <= set(arms)]
+        """The primary comparisons among ``arms``; each arm with the baseline where there is none."""
+        if found := [(a, b) for a, b in self.primary or () if {a, b} <= set(arms)]:
+            return found
         return [(arm, self.baseline) for arm in arms if arm != self.baseline and not report.is_reference(arm)]
 
 
