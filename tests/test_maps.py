@@ -354,8 +354,9 @@ class TestSaliency:
 
 def test_comparison_notes_are_of_arms_with_three_runs(digits):
     one = trained(models.from_linen(OnePixel(3, 3), digits.image_shape), digits)
-    runs = [one._replace(metrics={"accuracy": a}) for a in (0.5, 0.6, 0.7)]
-    arms = {"a": runs, "b": runs[::-1], "c": runs[:2]}
+    runs = [one._replace(metrics={"accuracy": a}, seed=seed) for seed, a in enumerate((0.5, 0.6, 0.7))]
+    others = [run_._replace(metrics={"accuracy": a}) for run_, a in zip(runs, (0.6, 0.5, 0.7), strict=True)]
+    arms = {"a": runs, "b": others, "c": runs[:2]}
     notes = study.comparison_notes(
         arms,
         pairs=[("a", "b"), ("a", "c"), ("a", "d")],
