@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -20,7 +21,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment compiles them as for users.
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     quick = "--xla_cpu_use_fusion_emitters=false"
-    if quick not in os.environ.get("XLA_FLAGS", ""):  # a worker has it from the process that started it
+    known = importlib.metadata.version("jaxlib").startswith(
+        "0.10."
+    )  # XLA ends a process that gives it an unknown flag
+    if known and quick not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):  # a worker has it from the process that started it
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 
 import jax

@@ -23,8 +23,6 @@ import pytest
 
 from kdjax import checkpoints, files
 
-pytestmark = pytest.mark.as_for_users
-
 ROOT = Path(__file__).resolve().parent.parent
 
 

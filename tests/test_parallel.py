@@ -17,8 +17,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from kdjax import parallel
 
-pytestmark = pytest.mark.as_for_users
-
 ROOT = Path(__file__).resolve().parent.parent
 
 

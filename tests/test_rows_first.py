@@ -14,8 +14,6 @@ from jax import lax
 from kdjax import models
 from kdjax.models import layers, rows_first
 
-pytestmark = pytest.mark.as_for_users
-
 IMAGES = 8  # the smallest batch in this layout
 
 

@@ -21,7 +21,7 @@ KD, AVERAGED = methods.kd() + methods.hint(student=("map",), teacher=("map",)), 
 TRACED = []
 
 # One network alone and among many is to round alike, which XLA unoptimised does not.
-pytestmark = [pytest.mark.usefixtures("optimised_module"), pytest.mark.as_for_users]
+pytestmark = pytest.mark.usefixtures("optimised_module")
 
 
 def counted(outputs, batch):

@@ -20,8 +20,6 @@ from kdjax import teacher
 from kdjax.teacher import cache
 from kdjax.types import Outputs
 
-pytestmark = pytest.mark.as_for_users
-
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = Outputs(jax.ShapeDtypeStruct((2, 3), jnp.float32), {})
 SETTINGS = {"name": "linear", "views": "centre"}

@@ -15,8 +15,6 @@ import pytest
 from kdjax import data, parallel, train
 from kdjax.types import Outputs
 
-pytestmark = pytest.mark.as_for_users
-
 CLASSES, FEATURES = 3, 4
 
 

@@ -13,8 +13,6 @@ import pytest
 from kdjax import data, evaluate, models, parallel, train, vmapped
 from kdjax.types import Outputs
 
-pytestmark = pytest.mark.as_for_users
-
 SEEDS, WEIGHTS = (3, 4, 3), (1.0, 1.0, 0.25)
 NOISE = 0.3
 

@@ -77,9 +77,12 @@ def sooner(times_a: Values, reached_a: Values, times_b: Values, reached_b: Value
     arms = [_censored("sooner", *arm) for arm in ((times_a, reached_a), (times_b, reached_b))]
     if min(times.size for times, _ in arms) < 3:
         raise ValueError("sooner needs three runs or more in each arm; run more seeds.")
-    a, b = (np.where(reached, times, np.inf) for times, reached in arms)
-    test = stats.mannwhitneyu(b, a)
-    return Sooner(float(test.statistic) / (a.size * b.size), float(test.pvalue), (a.size, b.size))
+    late = np.concatenate([np.where(reached, times, np.inf) for times, reached in arms])
+    ranks, n = stats.rankdata(late), (arms[0][0].size, arms[1][0].size)
+    if np.ptp(ranks) == 0:  # no run is sooner than another
+        return Sooner(0.5, 1.0, n)
+    test = stats.mannwhitneyu(ranks[n[0] :], ranks[: n[0]])
+    return Sooner(float(test.statistic) / (n[0] * n[1]), float(test.pvalue), n)
 
 
 def _censored(test: str, times: Values, reached: Values) -> tuple[np.ndarray, np.ndarray]:
