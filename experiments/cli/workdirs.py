@@ -39,8 +39,8 @@ def begin(launch: Launch, made_from: Mapping[str, Any], about: study.Study, arms
 
 def _declared(path: Path) -> str | None:
     """When the study of a result was declared; None if there is none, or it is of before such times were kept."""
-    with contextlib.suppress(OSError, ValueError):
-        return results.read(path)["plan"][0]["declared"] if "plan" in results.read(path) else None
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        return results.read(path)["plan"][0]["declared"]
     return None
 
 

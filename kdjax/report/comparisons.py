@@ -140,10 +140,13 @@ def baseline_of(result: Result) -> str | None:
     return next(iter(named + [arm for arm in result["arms"] if not is_reference(arm)]), None)
 
 
-def best_arm(result: Result, metric: str, *, higher: bool | None) -> str | None:
+def best_arm(
+    result: Result, metric: str, *, higher: bool | None, against_baseline: Mapping[str, float]
+) -> str | None:
     """The arm with the best mean, if tests tell it from each other arm after Holm's correction.
 
-    ``higher`` says whether more is better, None that neither is.
+    ``higher`` says whether more is better, None that neither is. ``against_baseline`` is :func:`adjusted_p`, which must
+    not say otherwise.
     """
     arms = competitors(result, metric)
     if higher is None or len(arms) < 2 or result.get("ratios"):
@@ -152,6 +155,6 @@ def best_arm(result: Result, metric: str, *, higher: bool | None) -> str | None:
     best = (max if higher else min)(arms, key=lambda arm: mean[arm])
     p = {arm: _p_of(result, metric, best, arm) for arm in arms if arm != best}
     known = {arm: value for arm, value in p.items() if value is not None}
-    against_baseline = adjusted_p(result, metric).get(best, 0.0)  # what its own cell says
-    told = len(known) == len(p) and max([*significance.holm(known).values(), against_baseline]) < ALPHA
+    corrected = [*significance.holm(known).values(), against_baseline.get(best, 0.0)]
+    told = len(known) == len(p) and max(corrected) < ALPHA
     return best if told else None

@@ -147,8 +147,9 @@ def _section(result: Result, link: str, metrics: str | None) -> str:
         rows = [list(map(tables.Cell, row)) for row in printed]
         parts.append(tables.markdown(["compared with", "times", "low", "high"], rows).rstrip())
     if columns or not ratios:
-        parts.append(tables.markdown_table(result, metrics=columns).rstrip())
-        legend = tables.legend(result, tables.table(result, columns)[1])
+        head, rows = tables.table(result, columns)
+        parts.append(tables.markdown(head, rows).rstrip())
+        legend = tables.legend(result, rows)
         parts += [f"<sub>{legend}</sub>"] if legend else []
         parts += ["\n".join(f"- {sentence}" for sentence in _between(result))] if in_words else []
     return "\n" + "\n\n".join(filter(None, [*parts, _provenance(result, link)])) + "\n"

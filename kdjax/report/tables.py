@@ -75,11 +75,13 @@ def table(result: Result, metrics: Sequence[str] | None = None) -> tuple[list[st
     for metric in metrics:
         if metric not in known:
             raise ValueError(f"{result['name']} has no metric {metric!r}; write one of {', '.join(known)}.")
+    tests = {metric: comparisons.adjusted_p(result, metric) for metric in metrics}
     best = {
-        metric: comparisons.best_arm(result, metric, higher=text.metric_of(metric).higher)
+        metric: comparisons.best_arm(
+            result, metric, higher=text.metric_of(metric).higher, against_baseline=tests[metric]
+        )
         for metric in metrics
     }
-    tests = {metric: comparisons.adjusted_p(result, metric) for metric in metrics}
     rows = []
     for arm, measured in result["arms"].items():
         n = max((len(values) for values in measured.values()), default=0)

@@ -102,27 +102,26 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any], *, supersede
     """
     path = Path(path)
     earlier = read(path) if path.exists() and (supersedes or "plan" in content) else {}
+    history = earlier.get("supersedes", [])
     if (
         earlier.get("plan") and earlier["plan"][:1] == content.get("plan", [])[:1]
-    ):  # of the same run, before it went on
-        content = {**content, "supersedes": earlier.get("supersedes", [])}
+    ):  # the same run, which went on
+        content = {**content, "supersedes": history}
     elif earlier and supersedes:
-        content = {
-            **content,
-            "supersedes": [*_retire(path, earlier, supersedes), *earlier.get("supersedes", [])],
-        }
+        kept = {"result": _retire(path, earlier["commit"]), "why": supersedes}
+        content = {**content, "supersedes": [kept, *history]}
     schema.check(content)
     files.write_json(path, {**content, "sha256": files.digest_json(content)})
 
 
-def _retire(path: Path, earlier: Mapping[str, Any], why: str) -> list[dict[str, str]]:
-    """Copies a result that is superseded into the history beside it."""
-    home, kept = path.parent, Path("history") / f"{path.stem}_{earlier['commit'][:8]}{path.suffix}"
-    while (home / kept).exists():
+def _retire(path: Path, commit: str) -> str:
+    """Copies a result that is superseded into the history beside it, and returns where it is from there."""
+    kept = Path("history") / f"{path.stem}_{commit[:8]}{path.suffix}"
+    while (path.parent / kept).exists():
         kept = kept.with_stem(f"{kept.stem}_")
-    (home / kept).parent.mkdir(exist_ok=True)
-    files.write_bytes(home / kept, path.read_bytes())
-    return [{"result": kept.as_posix(), "why": why}]
+    (path.parent / kept).parent.mkdir(exist_ok=True)
+    files.write_bytes(path.parent / kept, path.read_bytes())
+    return kept.as_posix()
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

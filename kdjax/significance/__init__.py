@@ -17,6 +17,7 @@ from kdjax.significance.examples import accuracy_interval as accuracy_interval
 from kdjax.significance.examples import compare_accuracies as compare_accuracies
 from kdjax.significance.examples import mcnemar as mcnemar
 from kdjax.significance.means import FEWEST as FEWEST
+from kdjax.significance.means import ROUNDING as ROUNDING
 from kdjax.significance.means import Comparison as Comparison
 from kdjax.significance.means import Interval as Interval
 from kdjax.significance.means import Margin as Margin

@@ -111,8 +111,7 @@ def conclude(
     seeds = {arm: [run.seed for run in runs] for arm, runs in arms.items()}
     weak = weak_teachers(arms, "scratch" if "scratch" in arms else study.baseline)
     packed, examples = answers_of(dataset, arms, workdir / "answers", split=split), len(dataset.splits[split])
-    own = {arm: {run.seed for run in runs} for arm, runs in arms.items()}
-    tested = [(a, b) for a, b in study.pairs(arms) if own[a] & own[b]]
+    tested = [(a, b) for a, b in study.pairs(arms) if set(seeds[a]) & set(seeds[b])]
     found = [mcnemar_note(packed, arms, pairs=tested, examples=examples)] if tested else []
     if study.margin is not None and tested:
         found += [equivalence_note(arms, pairs=tested, margin=study.margin)]

@@ -53,10 +53,13 @@ def equivalence_note(arms: Arms, *, pairs: Pairs, margin: float) -> str:
         own, other = _by_seed(arms[a]), _by_seed(arms[b])
         shared = [seed for seed in own if seed in other]
         values = [[of[seed] for seed in shared] for of in (own, other)]
-        try:
-            found[f"{a} and {b}"] = significance.equivalence(*values, delta=margin, pairs=True)
-        except ValueError:  # no spread, or too few seeds
+        if (
+            len(shared) < significance.FEWEST
+            or np.ptp(np.subtract(values[0], values[1])) < significance.ROUNDING
+        ):
             flat.append(f"{a} and {b}")
+        else:
+            found[f"{a} and {b}"] = significance.equivalence(*values, delta=margin, pairs=True)
     adjusted = significance.holm({name: test.p for name, test in found.items()})
     said = [
         f"{name} {'are equal' if adjusted[name] < 0.05 else 'are not shown to be'} (difference "
