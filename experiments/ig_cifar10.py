@@ -20,7 +20,7 @@ A student's maps are compared with its teacher's (map_correlation), and evaluate
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,7 @@ MORE_STUDENTS = cli.may_change(flags.DEFINE_list("more_students", [], "For scrat
 RECIPE = cli.define(Recipe(epochs=30, padding=4, flip=True, evaluate_every=5))
 SGD = Recipe(12, 64, 0.05, optimizer="sgd", schedule="cosine", weight_decay=5e-4, padding=4, flip=True)
 RESNET = cli.Teacher("resnet20", teacher_num_train=0)
-TEACHER = cli.define_teacher(
-    SGD, defaults=RESNET, omit=("teacher_answers", "teacher_seeds", "teacher_label_noise")
-)
+TEACHER = cli.define_teacher(SGD, defaults=RESNET, omit=("teacher_answers", "teacher_label_noise"))
 SEEDS = cli.define_seeds()
 TEMPERATURE = flags.DEFINE_float("temperature", 2.5, "Softening of both logits.", 1e-3)
 SOFT_WEIGHT = flags.DEFINE_float("soft_weight", 0.01, "Of the teacher's logits; 1 minus it of labels.", 0, 1)
@@ -124,22 +122,30 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
     worker, workdir = cli.my_task("experiments.ig_cifar10"), Path(launch.workdir)
     if worker is None:
         made_from = source.made_from | {"student_data": few.fingerprint}
-        cli.begin(launch, made_from, about(few, few.splits["train"], source.name, students), students)
+        cli.begin(launch, made_from, about(few, source.name, students), students)
     watch = [ProgressBar(), *callbacks]
-    (trained,) = source.train(workdir, watch)
-    signal, maps = ask(trained, few, workdir)
+    trained = source.train(workdir, watch)
+    answers = [ask(teacher, few, workdir, number) for number, teacher in enumerate(trained)]
     if worker is None and launch.jobs > 1:
         cli.in_children("experiments.ig_cifar10", range(launch.jobs))
-    arms, options = {"teacher": [trained]}, {"machine": machine, "split": launch.split}
+    arms: dict[str, list[run.Trained]] = {"teacher": trained}
+    options = {"machine": machine, "split": launch.split}
     more: dict[str, Any] = {"settings": source.settings, "callbacks": watch}
     for arm in list(students) if worker is None else list(students)[worker :: launch.jobs]:
         network, (method, perturbed) = students[arm]
-        given = teachers.perturb(teachers.with_maps(signal, maps, method.teacher_features), few, perturbed)
-        train = run.make_trainer(network, method, few, recipe, teacher=given, **options)
-        home = workdir / "students" / arm
-        arms[arm] = [train(seed, home / str(seed), arm=arm, **more) for seed in seeds]
+        home, arms[arm] = workdir / "students" / arm, []
+        for number, (signal, maps) in enumerate(answers):  # the students take turns among the teachers
+            given = teachers.perturb(
+                teachers.with_maps(signal, maps, method.teacher_features), few, perturbed
+            )
+            train = run.make_trainer(network, method, few, recipe, teacher=given, **options)
+            own = seeds[number :: len(answers)]
+            arms[arm] += [train(seed, home / str(seed), arm=arm, **more) for seed in own]
+    if worker is not None:
+        return None
+    teacher_of = {seed: trained[i % len(trained)] for i, seed in enumerate(seeds)}
     more = {"settings": source.settings, "seconds": time.monotonic() - start}
-    return report(few, arms, maps, **more) if worker is None else None
+    return report(few, arms, teacher_of, [maps for _, maps in answers], **more)
 
 
 def quick(recipe: Recipe) -> Recipe:
@@ -159,38 +165,43 @@ def students_of(dataset: data.Dataset, teacher: Outputs) -> dict[str, tuple[mode
 
 
 def ask(
-    teacher: run.Trained, dataset: data.Dataset, workdir: Path
+    teacher: run.Trained, dataset: data.Dataset, workdir: Path, number: int
 ) -> tuple[teachers.TeacherSignal, teachers.Explanations]:
-    """The teacher's logits, and its maps with attention, computed or read back."""
+    """A teacher's logits, and its maps with attention, computed or read back."""
     launch, machine = LAUNCH.value, MACHINE.value
-    signal = cli.ask(teacher, dataset, workdir / "teacher_answers", launch=launch, machine=machine)
+    home = workdir / "teacher_answers" / str(number)
+    signal = cli.ask(teacher, dataset, home, launch=launch, machine=machine)
     decides = {"fingerprint": dataset.fingerprint, "weights": checkpoints.digest_tree(teacher.weights)}
     stages = methods.stages(teacher.network.output_shapes.features)
     asked: dict[str, Any] = {"stages": stages, "tolerance": IG_TOLERANCE.value}
     devices = parallel.local_devices(machine.devices)
-    with cli.shared_cache(launch.shared_cache, workdir / "maps", **decides, **asked) as home:
+    with cli.shared_cache(launch.shared_cache, workdir / "maps" / str(number), **decides, **asked) as home:
         return signal, teachers.explain(teacher, dataset, directory=home, devices=devices, **asked)
 
 
 def report(
-    dataset: data.Dataset, arms: study.Arms, maps: teachers.Explanations, **more: Any
+    dataset: data.Dataset,
+    arms: study.Arms,
+    teacher_of: Mapping[int, run.Trained],
+    maps: Sequence[teachers.Explanations],
+    **more: Any,
 ) -> dict[str, Any]:
     """Metrics of the students' maps, tests, and the result."""
-    launch, workdir, (teacher,) = LAUNCH.value, Path(LAUNCH.value.workdir), arms["teacher"]
+    launch, workdir = LAUNCH.value, Path(LAUNCH.value.workdir)
     students = {arm: runs for arm, runs in arms.items() if arm != "teacher"}
-    options = {"teacher": teacher, "split": launch.split, "tolerance": IG_TOLERANCE.value}
+    options = {"teacher_of": teacher_of, "split": launch.split, "tolerance": IG_TOLERANCE.value}
     metrics = study.saliency_of(dataset, students, workdir / "saliency", **options)
-    arms = {"teacher": [teacher], **study.with_metrics(students, metrics)}
+    arms = {"teacher": arms["teacher"], **study.with_metrics(students, metrics)}
     more |= {"costs": study.costs_of(arms)} if launch.split == "test" else {}
-    notes = [maps.note, *study.comparison_notes(arms, pairs=PAIRS, factors=FACTORS)]
-    overlays = study.pictures(dataset, maps.answers["map"])
+    notes = [of.note for of in maps] + study.comparison_notes(arms, pairs=PAIRS, factors=FACTORS)
+    overlays = study.pictures(dataset, maps[0].answers["map"])
     more |= {"output": launch.output, "supersedes": launch.supersedes, "split": launch.split}
     more |= {"notes": notes, "overlays": overlays}
-    asked = about(dataset, maps.nodes, teacher.network.name, students)
+    asked = about(dataset, arms["teacher"][0].network.name, students)
     return study.conclude(asked, workdir, dataset, arms, **more)
 
 
-def about(dataset: data.Dataset, images: Sized, teacher: str, students: Collection[str]) -> study.Study:
+def about(dataset: data.Dataset, teacher: str, students: Collection[str]) -> study.Study:
     """The question, and what it compares."""
     first, *_ = own = [arm for arm in students if arm in ARMS]  # of the first student
     return study.Study(
@@ -198,8 +209,8 @@ def about(dataset: data.Dataset, images: Sized, teacher: str, students: Collecti
         f"Does a student of {dataset.name} gain from seeing where its teacher looks?",
         baseline=first,
         metrics=("accuracy", "best_accuracy", "agreement", "map_correlation", "deletion", "insertion"),
-        scaled_down=f"{len(images)} images, {quick(RECIPE.value).epochs} epochs, {teacher} and {STUDENT.value}; the "
-        "publication: 50,000, 100, MobileNetV2 and its first fourteen blocks",
+        scaled_down=f"{len(dataset.splits['train'])} images, {quick(RECIPE.value).epochs} epochs, {teacher} and "
+        f"{STUDENT.value}; the publication: 50,000, 100, MobileNetV2 and its first fourteen blocks",
         primary=[p for p in PRIMARY if set(p) <= set(students)] or [(a, first) for a in own if a != first],
         chosen_on=LAUNCH.value.chosen_on,
         drawn=("scratch", "kd", "ig", "kd+ig"),

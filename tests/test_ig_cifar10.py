@@ -96,13 +96,14 @@ def test_from_the_command_line_by_two_workers(tmp_path):
         "--student=digits_student",
         "--split=validation",
     ]
-    command += ["--arms=scratch,kd+match,at/misaligned", "--more_students=mlp"]
+    command += ["--arms=scratch,kd+match,at/misaligned", "--more_students=mlp", "--teacher_seeds=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     found = results.read(tmp_path / "run" / "results.json")
     students = ["scratch", "at/misaligned", "kd+match", "scratch (mlp)", "kd (mlp)", "kd+ig (mlp)"]
     assert list(found["arms"]) == ["teacher", *students]
+    assert found["arm_seeds"]["teacher"] == [0, 1] and found["seeds"] == [0, 2, 1]  # the students took turns
     for arm in students:
         assert all(-1 <= value <= 1 for value in found["arms"][arm]["map_correlation"])
         assert len(set(found["arms"][arm]["loss"])) == 3

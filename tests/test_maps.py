@@ -344,12 +344,23 @@ class TestSaliency:
     def test_of_every_run_is_kept_and_joins_its_metrics(self, digits, tmp_path, monkeypatch):
         teacher = trained(models.from_linen(OnePixel(3, 3), digits.image_shape), digits)
         arms = {"a": [teacher._replace(metrics={"accuracy": 0.5})]}
-        options = {"teacher": teacher, "num_images": 5}
+        options = {"teacher_of": {0: teacher}, "num_images": 5}
         found = study.saliency_of(digits, arms, tmp_path, **options)
         (run_,) = study.with_metrics(arms, found)["a"]
         assert run_.metrics == {"accuracy": 0.5, **{name: values[0] for name, values in found["a"].items()}}
         monkeypatch.setattr(saliency, "_explainer", None)
         assert study.saliency_of(digits, arms, tmp_path, **options) == found
+
+    def test_every_run_is_measured_with_the_teacher_of_its_seed(self, digits, tmp_path):
+        one, other = (
+            trained(models.from_linen(OnePixel(*pixel), digits.image_shape), digits)
+            for pixel in ((3, 3), (0, 7))
+        )
+        arms = {"a": [one, one._replace(seed=1)]}
+        found = study.saliency_of(digits, arms, tmp_path, teacher_of={0: one, 1: other}, num_images=5)
+        same, apart = found["a"]["map_correlation"]
+        assert same == pytest.approx(1.0) and apart < 0.9
+        assert apart == pytest.approx(self.measured(digits, (0, 7))["map_correlation"])  # it is symmetric
 
 
 def test_comparison_notes_are_of_arms_with_three_runs(digits):

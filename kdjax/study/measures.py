@@ -97,11 +97,19 @@ def surfaces_of(dataset: data.Dataset, arms: Arms, directory: Path, **options: A
 
 
 def saliency_of(
-    dataset: data.Dataset, arms: Arms, directory: Path, *, teacher: Trained, **options: Any
+    dataset: data.Dataset, arms: Arms, directory: Path, *, teacher_of: Mapping[int, Trained], **options: Any
 ) -> dict[str, dict[str, list[float]]]:
-    """:func:`kdjax.saliency.make_measure` of every run: arm → measure → one per run."""
-    measure = saliency.make_measure(dataset, teacher, **options)
-    decides = [dataset.fingerprint, checkpoints.digest_tree(teacher.weights), options]
+    """:func:`kdjax.saliency.make_measure` of every run, with the teacher of its seed: arm → measure → one per run."""
+    digests = {seed: checkpoints.digest_tree(teacher.weights) for seed, teacher in teacher_of.items()}
+    key_of = {seed: (teacher.network, digests[seed]) for seed, teacher in teacher_of.items()}
+    distinct = {key_of[seed]: teacher for seed, teacher in teacher_of.items()}
+    # A teacher's own maps are computed once.
+    measures = {key: saliency.make_measure(dataset, teacher, **options) for key, teacher in distinct.items()}
+
+    def measure(run: Trained) -> dict[str, float]:
+        return measures[key_of[run.seed]](run)
+
+    decides = [dataset.fingerprint, digests, options]
     return of_every_run(arms, directory, decides, measure, label="saliency")
 
 
