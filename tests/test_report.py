@@ -779,6 +779,31 @@ class TestFiguresInSentences:
             mark = f"x | accuracy | kd - scratch{' | ' * bool(part)}{part}"
             assert self.filled(mark, tmp_path) == f"KD gains {text} here."
 
+    def test_p_is_corrected_as_in_the_headline(self, tmp_path):
+        hint = [0.953, 0.946, 0.960, 0.951, 0.957]
+        values = {"scratch": SCRATCH, "kd": KD, "hint": hint}
+        pairs = [comparison(KD, SCRATCH), {**comparison(hint, SCRATCH), "a": "hint"}]
+        of = {"arms": {arm: {"accuracy": v} for arm, v in values.items()}, "comparisons": pairs}
+        p = stats.ttest_rel(hint, SCRATCH).pvalue  # the larger one, which Holm leaves as it is
+        assert 0.01 < p < 0.1
+        said = self.filled("x | accuracy | hint - scratch | corrected p", tmp_path, **of)
+        assert said == f"KD gains p = {p:.3f} here.".replace("0.", ".")
+        fewer = stats.ttest_rel(KD[:3], SCRATCH[:3]).pvalue
+        assert 0.0005 < fewer < 0.001 < 2 * fewer
+        of["arms"] = {arm: {"accuracy": v[:3]} for arm, v in values.items()}
+        said = self.filled("x | accuracy | kd - scratch | corrected p", tmp_path, **of, seeds=[0, 1, 2])
+        assert said == f"KD gains p = {2 * fewer:.3f} here.".replace("0.", ".")
+
+    def test_a_ratio_of_a_benchmark(self, tmp_path):
+        ratios = {"step: torch": {"median": 1.1649, "low": 0.98, "high": 12.345}}
+        for part, text in (
+            ("", "1.16× (0.98× to 12.3×)"),
+            (" | size", "1.16×"),
+            (" | interval", "0.98× to 12.3×"),
+        ):
+            said = self.filled(f"x | times | step: torch{part}", tmp_path, ratios=ratios)
+            assert said == f"KD gains {text} here."
+
     def test_a_time_with_how_many_runs_got_there(self, tmp_path):
         times = {"accuracy": KD, "steps_to_1": [3, 9, 4, 9, 5], "reached_1": [1, 0, 1, 0, 1]}
         said = self.filled("x | steps_to_1 | kd", tmp_path, arms={"kd": times})
@@ -789,7 +814,13 @@ class TestFiguresInSentences:
         [
             ("x | accuracy | hint", "quickstart has no accuracy of an arm 'hint', which a document asks for"),
             ("x | loss | kd", "no loss of an arm 'kd'"),
-            ("x | accuracy | kd - scratch | q", "size, interval or p; a document asks for 'q'"),
+            (
+                "x | accuracy | kd - scratch | q",
+                "no 'q' of accuracy 'kd - scratch', which a document asks for; there",
+            ),
+            ("x | accuracy | kd | p", "there is no part of it"),
+            ("x | accuracy | scratch - kd | corrected p", "there is size, interval, p"),
+            ("x | times | torch", "no ratio 'torch'"),
         ],
     )
     def test_what_is_not_there_is_named(self, mark, said, tmp_path):

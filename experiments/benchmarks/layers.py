@@ -8,7 +8,8 @@ step) is timed in rounds, and in every round once in each form: kdjax's, XLA's o
 ``lax.scan``, for a few cases XLA's too, and, where torch is installed, PyTorch in channels-last layout with the same
 number of threads. A ratio is the peer's time over kdjax's in the same round, above 1 where kdjax is faster; its low and
 high are those of all rounds; "torch, kdjax in scan" is how a run trains. With one thread the clock is the process's CPU
-time, which a busy machine disturbs least; with more it is the wall clock.
+time, which a busy machine disturbs least; with more it is the wall clock, and "kdjax on N devices" trains the network
+by ``pmap``, a part of the batch on a simulated device per core, in a scan.
 
 Expect every "torch" ratio of the Keras student above 1 and "xla in scan" of it around 15.
 """
@@ -25,7 +26,7 @@ from experiments import cli
 from experiments.benchmarks import layers_baselines
 from experiments.benchmarks.layers_cases import LAYERS, NETWORKS, layer_case, native_forms, network_case
 from experiments.benchmarks.timing import clock, clock_note, in_turns, over, pin, said
-from kdjax import results
+from kdjax import parallel, results
 
 OUTPUT = flags.DEFINE_string("output", None, "Result file to write.", required=True)
 THREADS = flags.DEFINE_integer("threads", 1, "CPU cores that every form may use.", lower_bound=1)
@@ -60,7 +61,23 @@ def jax_arms(case: str) -> dict[str, tuple[Callable[[], Any], int]]:
         arms["kdjax in scan"] = compiled(SCANNED, native=False)
     if case in XLA_IN_SCAN:
         arms["xla in scan"] = compiled(SCANNED, native=True)
+    if case in NETWORKS and jax.local_device_count() > 1:
+        arms[f"kdjax on {jax.local_device_count()} devices"] = on_devices(case)
     return arms
+
+
+def on_devices(case: str) -> tuple[Callable[[], Any], int]:
+    """The steps of a network by ``pmap`` on all devices, each with its part of the batch."""
+    name, batch, *rest = NETWORKS[case]
+    devices = jax.local_devices()
+    step, carry = network_case(name, batch // len(devices), *rest, native=False, axis_name=parallel.AXIS)
+
+    def looped(carry):
+        return jax.lax.scan(lambda carry, _: (step(carry), None), carry, length=SCANNED)[0]
+
+    program = parallel.data_parallel(looped, replicated=1, devices=devices)
+    carry = parallel.replicate(carry, devices)
+    return lambda: jax.block_until_ready(program(carry)), SCANNED
 
 
 def torch_arm(case: str) -> dict[str, tuple[Callable[[], Any], int]]:
@@ -90,14 +107,17 @@ def compare(case: str, times: dict[str, list[float]]) -> dict[str, dict[str, flo
         for peer, found in times.items()
         if not peer.startswith("kdjax")
     }
-    if "torch" in times and "kdjax in scan" in times:
-        ratios[f"{case}: torch, kdjax in scan"] = over(times["torch"], times["kdjax in scan"])
+    if "torch" in times:
+        for form in times:
+            if form.startswith("kdjax "):
+                ratios[f"{case}: torch, {form}"] = over(times["torch"], times[form])
     return ratios
 
 
 def main() -> None:
     """Times every case and writes one result file."""
     pin(THREADS.value)
+    jax.config.update("jax_num_cpu_devices", THREADS.value)
     start = time.perf_counter()
     wanted = [c for c in [*LAYERS, *NETWORKS] if not CASES.value or c.startswith(tuple(CASES.value))]
     arms, ratios = {}, {}

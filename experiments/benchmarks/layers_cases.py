@@ -101,8 +101,20 @@ def layer_case(
     return run, (x, 0.1 * jax.random.normal(key, kernel))
 
 
-def network_case(name: str, batch: int, shape: tuple[int, ...], classes: int, trains: bool, *, native: bool):
-    """``(carry) -> carry`` that takes a step of Adam, or only scores a batch, and its carry."""
+def network_case(
+    name: str,
+    batch: int,
+    shape: tuple[int, ...],
+    classes: int,
+    trains: bool,
+    *,
+    native: bool,
+    axis_name: str | None = None,
+):
+    """``(carry) -> carry`` that takes a step of Adam, or only scores a batch, and its carry.
+
+    Under ``axis_name`` gradients and statistics are averaged over devices, as :mod:`kdjax.train` does.
+    """
     module = models.build(name, num_classes=classes)
     if native and isinstance(module, MalariaCnn):
         module = LinenMalaria(module)
@@ -121,6 +133,8 @@ def network_case(name: str, batch: int, shape: tuple[int, ...], classes: int, tr
             ), updated
 
         gradients, model_state = jax.grad(loss, has_aux=True)(params)
+        if axis_name is not None:
+            gradients, model_state = jax.lax.pmean((gradients, model_state), axis_name)
         updates, opt_state = tx.update(gradients, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, model_state, count + 1, x
 

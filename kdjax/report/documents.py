@@ -5,9 +5,11 @@ its end with ``<!-- end -->``. :func:`fill_tables` writes what stands between. `
 the table of flatness.
 
 A figure in a sentence is marked in the line, with the name of the result, the metric and an arm, or a difference of two
-arms; a fourth field is ``size``, ``interval`` or ``p`` where only that is to be printed::
+arms; or with ``times`` and a ratio of a benchmark. A fourth field prints a part alone: ``size``, ``interval``, ``p`` or
+``corrected p``, after Holm's correction for the comparisons that the result is about::
 
     KD gains <!-- value: quickstart | accuracy | kd - scratch -->+8.3 points (95 % ...)<!-- end -->.
+    PyTorch takes <!-- value: benchmarks/layers | times | resnet8 step: torch -->1.07× (0.76× to 1.08×)<!-- end -->.
 
 A table with one row per study names its metric and, line by line, what to call a study and which arm of which result to
 compare with that result's baseline::
@@ -82,26 +84,51 @@ def count_places(text: str) -> str:
 
 
 def value(result: Result, metric: str, which: str, part: str = "") -> str:
-    """A figure for a sentence: what the table says of an arm, or the difference of two arms with its interval.
+    """A figure for a sentence: what the table says of an arm, a difference of two arms, or a ratio, with its interval.
 
     Args:
       result: as read.
-      metric: of the arms.
-      which: an arm, or two of them as "a - b".
-      part: of a difference, if not all: ``size``, ``interval`` or ``p``; each is not corrected for other comparisons.
+      metric: of the arms; ``times`` for a ratio of a benchmark.
+      which: an arm, two of them as "a - b", or the name of a ratio.
+      part: if not all: ``size`` or ``interval``; of a difference also ``p``, which like the interval is not corrected
+        for other comparisons, or ``corrected p``.
 
     Raises:
-      ValueError: if the result has no such arm or metric, or too few runs for a test.
+      ValueError: if the result has no such arm, metric, ratio or comparison, or too few runs for a test.
     """
     a, _, b = which.partition(" - ")
-    for arm in filter(None, (a, b)):
-        if metric not in result["arms"].get(arm, {}):
-            raise ValueError(
-                f"{result['name']} has no {metric} of an arm {arm!r}, which a document asks for."
-            )
-    if not b:
+    if metric == "times":
+        parts = _parts_of_ratio(result, which)
+    elif b:
+        parts = _parts_of_difference(result, metric, a, b)
+    else:
+        _check_arm(result, metric, a)
         cell = tables.cell(result, a, metric)
-        return cell.text + f" ({cell.note})" * bool(cell.note)
+        parts = {"": cell.text + f" ({cell.note})" * bool(cell.note)}
+    if part not in parts:
+        raise ValueError(
+            f"{result['name']} has no {part!r} of {metric} {which!r}, which a document asks for; there is "
+            f"{', '.join(filter(None, parts)) or 'no part of it'}."
+        )
+    return parts[part]
+
+
+def _check_arm(result: Result, metric: str, arm: str) -> None:
+    if metric not in result["arms"].get(arm, {}):
+        raise ValueError(f"{result['name']} has no {metric} of an arm {arm!r}, which a document asks for.")
+
+
+def _parts_of_ratio(result: Result, name: str) -> dict[str, str]:
+    ratio = result.get("ratios", {}).get(name)
+    if ratio is None:
+        raise ValueError(f"{result['name']} has no ratio {name!r}, which a document asks for.")
+    size, low, high = (text.times(ratio[k]) for k in ("median", "low", "high"))
+    return {"": f"{size} ({low} to {high})", "size": size, "interval": f"{low} to {high}"}
+
+
+def _parts_of_difference(result: Result, metric: str, a: str, b: str) -> dict[str, str]:
+    for arm in (a, b):
+        _check_arm(result, metric, arm)
     found = comparisons.compare(result, metric, a, b)
     if found is None:
         raise ValueError(
@@ -111,11 +138,10 @@ def value(result: Result, metric: str, which: str, part: str = "") -> str:
     size, _, rest = text.difference_text(result, comparison, tested=False).partition(" (95 % interval ")
     interval = rest.rstrip(")")
     parts = {"": f"{size} ({interval})", "size": size, "interval": interval, "p": text.p_text(found.p)}
-    if part not in parts:
-        raise ValueError(
-            f"a figure of a difference is all of it, size, interval or p; a document asks for {part!r}."
-        )
-    return parts[part]
+    for one in comparisons.family(result):
+        if (one["metric"], one["a"], one["b"]) == (metric, a, b):
+            parts["corrected p"] = text.p_text(one["p"])
+    return parts
 
 
 def _summary(rows: Sequence[str], metric: str, folder: Path, link: str) -> str:
