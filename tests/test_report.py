@@ -809,6 +809,19 @@ class TestFiguresInSentences:
         said = self.filled("x | steps_to_1 | kd", tmp_path, arms={"kd": times})
         assert said == "KD gains 5.00 (3 of 5 reached) here."
 
+    def test_times_are_compared_by_rank(self, tmp_path):
+        kd, scratch = [3, 9, 4, 9, 5], [9, 9, 8, 9, 9]
+        arms = {
+            "scratch": {"steps_to_1": scratch, "reached_1": [0, 0, 1, 0, 0]},
+            "kd": {"steps_to_1": kd, "reached_1": [1, 0, 1, 0, 1]},
+        }
+        p = stats.mannwhitneyu([3, 99, 4, 99, 5], [99, 99, 8, 99, 99], method="asymptotic").pvalue
+        for part in ("p", "corrected p"):
+            said = self.filled(f"x | steps_to_1 | kd - scratch | {part}", tmp_path, arms=arms)
+            assert float(said.split("= ")[1].split()[0]) == pytest.approx(p, abs=0.005)
+        with pytest.raises(ValueError, match="has no 'size'"):
+            self.filled("x | steps_to_1 | kd - scratch | size", tmp_path, arms=arms)
+
     @pytest.mark.parametrize(
         ("mark", "said"),
         [
@@ -819,7 +832,7 @@ class TestFiguresInSentences:
                 "no 'q' of accuracy 'kd - scratch', which a document asks for; there",
             ),
             ("x | accuracy | kd | p", "there is no part of it"),
-            ("x | accuracy | scratch - kd | corrected p", "there is size, interval, p"),
+            ("x | accuracy | scratch - kd | corrected p", "there is size, interval, p."),
             ("x | times | torch", "no ratio 'torch'"),
         ],
     )

@@ -31,8 +31,8 @@ def family(result: Result) -> list[dict[str, Any]]:
         test = None if result.get("ratios") else compare(result, one["metric"], one["a"], one["b"])
         if test is not None or "p" in one:
             found.append({**one, **({} if test is None else test._asdict())})
-    adjusted = significance.holm({str(i): one["p"] for i, one in enumerate(found)})
-    return [{**one, "p": adjusted[str(i)], "family": len(found)} for i, one in enumerate(found)]
+    adjusted = significance.holm({i: one["p"] for i, one in enumerate(found)})
+    return [{**one, "p": adjusted[i], "family": len(found)} for i, one in enumerate(found)]
 
 
 def compare(result: Result, metric: str | None, a: str, b: str) -> significance.Comparison | None:
@@ -59,19 +59,22 @@ def _by_seed(result: Result, arm: str | None, metric: str | None) -> dict[int, f
     return dict(zip(result.get("arm_seeds", {}).get(arm, result["seeds"]), values, strict=False))
 
 
-def adjusted_p(result: Result, metric: str) -> dict[str, float]:
-    """The p of every arm that is compared with the baseline, after Holm's correction for all of the family."""
+def corrected(result: Result, metric: str) -> dict[tuple[str, str], float]:
+    """The p of every pair of arms that a result is about in one metric, after Holm's correction for all of them."""
     if result.get("ratios"):
         return {}
-    pairs = {str(i): pair for i, pair in enumerate(_pairs(result))}
-    p = {i: _p_of(result, metric, *pair) for i, pair in pairs.items()}
-    adjusted = significance.holm({i: value for i, value in p.items() if value is not None})
-    baseline = baseline_of(result)
-    with_it = {i: pair for i, pair in pairs.items() if i in adjusted and baseline in pair}
-    return {b if a == baseline else a: adjusted[i] for i, (a, b) in with_it.items()}
+    p = {pair: p_of(result, metric, *pair) for pair in _pairs(result)}
+    return significance.holm({pair: value for pair, value in p.items() if value is not None})
 
 
-def _p_of(result: Result, metric: str, a: str, b: str) -> float | None:
+def adjusted_p(result: Result, metric: str) -> dict[str, float]:
+    """The p of every arm that is compared with the baseline, after Holm's correction for all of the family."""
+    baseline, found = baseline_of(result), corrected(result, metric)
+    return {b if a == baseline else a: p for (a, b), p in found.items() if baseline in (a, b)}
+
+
+def p_of(result: Result, metric: str, a: str, b: str) -> float | None:
+    """The p of two arms in one metric, not corrected; of times by rank. None where :func:`compare` has none."""
     if metric.startswith(TIMES):
         return _p_sooner(result, metric, a, b)
     found = compare(result, metric, a, b)
@@ -153,7 +156,7 @@ def best_arm(
         return None
     mean = {arm: np.mean(result["arms"][arm][metric]) for arm in arms}
     best = (max if higher else min)(arms, key=lambda arm: mean[arm])
-    p = {arm: _p_of(result, metric, best, arm) for arm in arms if arm != best}
+    p = {arm: p_of(result, metric, best, arm) for arm in arms if arm != best}
     known = {arm: value for arm, value in p.items() if value is not None}
     corrected = [*significance.holm(known).values(), against_baseline.get(best, 0.0)]
     told = len(known) == len(p) and max(corrected) < ALPHA

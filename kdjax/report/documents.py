@@ -129,19 +129,21 @@ def _parts_of_ratio(result: Result, name: str) -> dict[str, str]:
 def _parts_of_difference(result: Result, metric: str, a: str, b: str) -> dict[str, str]:
     for arm in (a, b):
         _check_arm(result, metric, arm)
-    found = comparisons.compare(result, metric, a, b)
-    if found is None:
+    p, corrected = comparisons.p_of(result, metric, a, b), comparisons.corrected(result, metric)
+    if p is None:
         raise ValueError(
             f"{result['name']} has too few runs of {a} and {b} for a test, which a document asks for."
         )
+    parts = {"p": text.p_text(p)}
+    if (a, b) in corrected:
+        parts["corrected p"] = text.p_text(corrected[a, b])
+    found = None if metric.startswith(comparisons.TIMES) else comparisons.compare(result, metric, a, b)
+    if found is None:  # times are compared by rank: there is no mean of those that never came
+        return parts
     comparison = {"metric": metric, "a": a, "b": b, **found._asdict()}
     size, _, rest = text.difference_text(result, comparison, tested=False).partition(" (95 % interval ")
     interval = rest.rstrip(")")
-    parts = {"": f"{size} ({interval})", "size": size, "interval": interval, "p": text.p_text(found.p)}
-    for one in comparisons.family(result):
-        if (one["metric"], one["a"], one["b"]) == (metric, a, b):
-            parts["corrected p"] = text.p_text(one["p"])
-    return parts
+    return {"": f"{size} ({interval})", "size": size, "interval": interval, **parts}
 
 
 def _summary(rows: Sequence[str], metric: str, folder: Path, link: str) -> str:

@@ -1,14 +1,15 @@
 """The means of one arm or two over a handful of seeds: intervals, tests, equivalence, and how many seeds to run."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from kdjax.extras import extra
 
 Values = Sequence[float] | np.ndarray
+Key = TypeVar("Key", bound=Hashable)
 
 FEWEST = 3  # repeats per arm, for any test or interval
 ROUNDING = 1e-12  # a spread below this part of the largest value is rounding error
@@ -193,11 +194,11 @@ def equivalence(a: Values, b: Values, *, delta: float, alpha: float = 0.05, pair
     return Margin(*compared[:3], float(p), delta, compared.n, max(0.0, float(power)))
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's adjusted p of each arm: at most alpha of all tables then call any arm different by chance.
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+    """Holm's adjusted p of each comparison: at most alpha of all tables then call any arm different by chance.
 
     Args:
-      p_values: arm → p of its comparison with the baseline on one metric, of every arm that was tested.
+      p_values: what was compared, such as an arm with the baseline → its p, of every comparison that was made.
 
     Raises:
       ValueError: if a p is not between 0 and 1.
@@ -205,15 +206,15 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     References:
       Holm, A simple sequentially rejective multiple test procedure, 1979.
     """
-    outside = [f"{arm}: {p}" for arm, p in p_values.items() if not 0 <= p <= 1]
+    outside = [f"{key}: {p}" for key, p in p_values.items() if not 0 <= p <= 1]
     if outside:
         raise ValueError(f"holm needs p-values between 0 and 1, got {', '.join(outside)}.")
     # statsmodels' multipletests would do, but it collects garbage in each call: .1 s in a process that holds figures.
     adjusted, largest = {}, 0.0
-    for rank, arm in enumerate(sorted(p_values, key=lambda arm: p_values[arm])):
-        largest = max(largest, min((len(p_values) - rank) * p_values[arm], 1.0))
-        adjusted[arm] = largest
-    return {arm: adjusted[arm] for arm in p_values}
+    for rank, key in enumerate(sorted(p_values, key=lambda key: p_values[key])):
+        largest = max(largest, min((len(p_values) - rank) * p_values[key], 1.0))
+        adjusted[key] = largest
+    return {key: adjusted[key] for key in p_values}
 
 
 def seeds_needed(sd: float, delta: float, *, power: float = 0.8, alpha: float = 0.05) -> int:
