@@ -68,9 +68,10 @@ def jax_arms(case: str) -> dict[str, tuple[Callable[[], Any], int]]:
 
 def on_devices(case: str) -> tuple[Callable[[], Any], int]:
     """The steps of a network by ``pmap`` on all devices, each with its part of the batch."""
-    name, batch, *rest = NETWORKS[case]
+    name, batch, shape, classes, trains = NETWORKS[case]
     devices = jax.local_devices()
-    step, carry = network_case(name, batch // len(devices), *rest, native=False, axis_name=parallel.AXIS)
+    own = (name, batch // len(devices), shape, classes, trains)
+    step, carry = network_case(*own, native=False, axis_name=parallel.AXIS)
 
     def looped(carry):
         return jax.lax.scan(lambda carry, _: (step(carry), None), carry, length=SCANNED)[0]
