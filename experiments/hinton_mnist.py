@@ -18,7 +18,6 @@ References:
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,9 +31,8 @@ from experiments import cli
 from kdjax import data, evaluate, methods, run, study
 from kdjax import teacher as teachers
 from kdjax.callbacks import ProgressBar
-from kdjax.models import Network
 from kdjax.recipe import Recipe
-from kdjax.types import Normalisation, Weights
+from kdjax.types import Weights
 
 DATA = cli.define(cli.Data(dataset="mnist"), only=("dataset", "data_dir", "image_size", "skip_broken"))
 KD = cli.define(methods.KdOptions(temperature=20.0))
@@ -138,32 +136,21 @@ def without(dataset: data.Dataset, digit: int) -> data.Dataset:
     return dataset._replace(splits={**dataset.splits, "train": train[dataset.labels[train] != digit]})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def logits(network: Network, normalisation: Normalisation, weights: Weights, images: jax.Array) -> jax.Array:
-    """A network's logits of images in [0, 255]."""
-    inputs = data.normalise(images, **normalisation._asdict())
-    return network.apply(weights.params, weights.model_state, inputs, train=False)[0].logits
-
-
 def corrected(dataset: data.Dataset, student: run.Trained, digit: int) -> run.Trained:
     """A student whose bias for the digit is raised by what makes the fewest errors in validation."""
-    splits = dataset.splits
-
-    def logits_and_labels(weights: Weights, split: str) -> tuple[np.ndarray, np.ndarray]:
-        parts = np.array_split(splits[split], -(-len(splits[split]) // 1000))
-        found = [logits(student.network, student.normalisation, weights, dataset.images[p]) for p in parts]
-        return np.concatenate([np.asarray(x) for x in found]), dataset.labels[splits[split]]
-
-    shift = evaluate.best_shift(*logits_and_labels(student.weights, "validation"), digit)
+    labels = {split: dataset.labels[dataset.splits[split]] for split in ("validation", "test")}
+    scores = study.logits_of(student, dataset, split="validation")
+    shift = evaluate.best_shift(scores, labels["validation"], digit)
     last = max(student.weights.params)  # of the dense layers, which are numbered
     params = {**student.weights.params, last: dict(student.weights.params[last])}
     params[last]["bias"] = params[last]["bias"].at[digit].add(shift)
     weights = Weights(params, student.weights.model_state)
-    scores, labels = map(jnp.asarray, logits_and_labels(weights, "test"))
-    sums = evaluate.metric_sums(scores, labels, valid=jnp.ones(len(labels), jnp.float32))
+    found = student._replace(fitted=student.fitted._replace(last=weights, history=[]))  # nothing was trained
+    scores = jnp.asarray(study.logits_of(found, dataset))
+    valid = jnp.ones(len(scores), jnp.float32)
+    sums = evaluate.metric_sums(scores, jnp.asarray(labels["test"]), valid=valid)
     metrics = evaluate.summarise(sums) | {"bias_shift": shift}
-    fitted = student.fitted._replace(last=weights, history=[])  # nothing was trained
-    return student._replace(fitted=fitted, sums=jax.device_get(sums), metrics=metrics)
+    return found._replace(sums=jax.device_get(sums), metrics=metrics)
 
 
 def counted(student: run.Trained, digit: int) -> run.Trained:

@@ -288,7 +288,7 @@ def subset(dataset: Dataset, ids: Int[np.ndarray, " ids"]) -> Dataset:
 
 def with_label_noise(
     dataset: Dataset, ids: Int[np.ndarray, " ids"], *, fraction: float, seed: int
-) -> tuple[Dataset, Int[np.ndarray, " mislabelled"]]:
+) -> Dataset:
     """Gives exactly ``round(fraction * len(ids))`` examples a wrong label, uniform over the wrong classes.
 
     Hashes of the example ids decide: the examples with the lowest become wrong, so a larger fraction adds to a smaller
@@ -303,7 +303,7 @@ def with_label_noise(
       seed: of the choice of examples and labels.
 
     Returns:
-      The data set with the new labels and ``mislabelled``, and the sorted ids of the mislabelled examples.
+      The data set with the new labels, and with the sorted ids of the mislabelled examples as ``mislabelled``.
 
     Raises:
       ValueError: if ``fraction`` is outside [0, 1], ids are repeated or out of range, or there is a single class.
@@ -323,7 +323,7 @@ def with_label_noise(
     shift = 1 + (which * (dataset.num_classes - 1)).astype(np.int32)
     labels = dataset.labels.copy()
     labels[mislabelled] = (labels[mislabelled] + shift) % dataset.num_classes
-    return dataset._replace(labels=labels, mislabelled=mislabelled, content=""), mislabelled
+    return dataset._replace(labels=labels, mislabelled=mislabelled, content="")
 
 
 def digest(dataset: Dataset) -> str:

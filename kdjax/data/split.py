@@ -45,7 +45,7 @@ def split(
     splits = datasets.split_ids(dataset, groups=datasets.groups_of(dataset, pattern) if pattern else None)
     labels = dataset.labels
     if label_noise:  # before sampling: an example has the same label in every sample
-        dataset, _ = datasets.with_label_noise(dataset, splits["train"], fraction=label_noise, seed=0)
+        dataset = datasets.with_label_noise(dataset, splits["train"], fraction=label_noise, seed=0)
     splits["train"] = _sample(splits["train"], num_train, "num_train", clip)
     splits["validation"] = _sample(splits["validation"], num_validation, "num_validation", clip)
     used = np.sort(np.concatenate(list(splits.values())))

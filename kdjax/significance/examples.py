@@ -28,8 +28,8 @@ class McNemar(NamedTuple):
 def mcnemar(correct_a: Any, correct_b: Any, *, ids_a: Any, ids_b: Any) -> McNemar:
     """McNemar's test of two students on the same test examples, by the examples on which only one is right.
 
-    It compares these two trained students. To compare two methods, train several seeds of each and use :func:`welch`.
-    Choose ``p`` or ``mid_p`` before looking at either.
+    It compares these two trained students. To compare two methods, train several seeds of each and use
+    :func:`compare_accuracies`. Choose ``p`` or ``mid_p`` before looking at either.
 
     Args:
       correct_a: one flag per test example: whether the first student is right.
@@ -59,7 +59,7 @@ def mcnemar(correct_a: Any, correct_b: Any, *, ids_a: Any, ids_b: Any) -> McNema
         raise ValueError(
             f"mcnemar needs both students on the same test examples, got {_some(first - second)} only for the first "
             f"and {_some(second - first)} only for the second. Test both on one split. Accuracies of several seeds on "
-            "different splits are compared by welch."
+            "different splits are compared by compare."
         )
     only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
     if only_a == only_b == 0:
@@ -180,8 +180,8 @@ def _flags(correct: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
     ids = ids[order]
     if (ids[1:] == ids[:-1]).any():
         raise ValueError(
-            "mcnemar needs each test example once, got an id twice. Test one run of each student, or compare the "
-            "accuracies of all runs by welch."
+            "mcnemar needs each test example once, got an id twice. Test one run of each student, or compare all "
+            "runs by compare_accuracies."
         )
     return correct[order].astype(bool), ids
 

@@ -10,6 +10,7 @@ from kdjax.study.measures import answers_of as answers_of
 from kdjax.study.measures import costs_of as costs_of
 from kdjax.study.measures import densities_of as densities_of
 from kdjax.study.measures import flatness_of as flatness_of
+from kdjax.study.measures import logits_of as logits_of
 from kdjax.study.measures import of_every_run as of_every_run
 from kdjax.study.measures import pictures as pictures
 from kdjax.study.measures import robustness_of as robustness_of

@@ -9,15 +9,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from kdjax import checkpoints, data, files, flatness, results, robustness, saliency
 from kdjax.callbacks import bar
 from kdjax.models import Network
 from kdjax.run import Trained, evaluation_batch_size
 from kdjax.study.notes import Arms
-from kdjax.types import Normalisation
+from kdjax.types import Normalisation, Weights
 
 REPEATS, CALLS = 15, 20  # of a latency: repeats that are reported, each the mean of calls
+
+
+def logits_of(
+    run: Trained, dataset: data.Dataset, *, split: str = "test"
+) -> Float[np.ndarray, "examples classes"]:
+    """A run's logits of every example of a split, in the order of ``dataset.splits[split]``."""
+    ids = dataset.splits[split]
+    index, valid = data.evaluation_index(ids, batch_size=evaluation_batch_size(len(ids), 1))
+    weights = jax.device_put(jax.device_get(run.weights), jax.local_devices()[0])
+    parts = [_logits(run.network, run.normalisation, weights, dataset.images[rows]) for rows in index]
+    return np.stack(parts)[valid > 0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(network: Network, normalisation: Normalisation, weights: Weights, images: Array) -> Array:
+    inputs = data.normalise(images, **normalisation._asdict())
+    return network.apply(weights.params, weights.model_state, inputs, train=False)[0].logits
 
 
 def answers_of(
@@ -27,20 +45,10 @@ def answers_of(
 
     :func:`kdjax.results.correct_of` unpacks them, in the order of ``dataset.splits[split]``.
     """
-    ids = dataset.splits[split]
-    index, valid = data.evaluation_index(ids, batch_size=evaluation_batch_size(len(ids), 1))
-
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def right(network, normalisation, weights, images, labels):
-        inputs = data.normalise(images, **normalisation._asdict())
-        outputs, _ = network.apply(weights.params, weights.model_state, inputs, train=False)
-        return jnp.argmax(outputs.logits, -1) == labels
+    labels = dataset.labels[dataset.splits[split]]
 
     def measure(run: Trained) -> dict[str, Any]:
-        weights = jax.device_put(jax.device_get(run.weights), jax.local_devices()[0])
-        given = (run.network, run.normalisation, weights)
-        parts = [right(*given, dataset.images[rows], dataset.labels[rows]) for rows in index]
-        return {"correct": results.pack(np.stack(parts)[valid > 0])}
+        return {"correct": results.pack(logits_of(run, dataset, split=split).argmax(-1) == labels)}
 
     decides = {"data": dataset.fingerprint, "split": split}
     found = of_every_run(arms, directory, decides, measure, label="answers")
