@@ -100,6 +100,7 @@ PAIRS = (  # beside those: what a signal adds to distillation; whether it must b
     *((arm, f"{arm}/misaligned") for arm in ("kd", "ig", "at", "kd+ig", "kd+crop")),
     ("ig", "ig/noise"),
 )
+MARGIN = 0.005  # of accuracy: less is no reason to compute maps
 FACTORS = {
     "kd": (("scratch", "kd"), ("ig", "kd+ig"), ("at", "kd+at"), ("ig+at", "kd+ig+at")),
     "ig": (("scratch", "ig"), ("kd", "kd+ig"), ("at", "ig+at"), ("kd+at", "kd+ig+at")),
@@ -213,6 +214,7 @@ def about(dataset: data.Dataset, teacher: str, students: Collection[str]) -> stu
         f"{STUDENT.value}; the publication: 50,000, 100, MobileNetV2 and its first fourteen blocks",
         primary=[p for p in PRIMARY if set(p) <= set(students)] or [(a, first) for a in own if a != first],
         chosen_on=LAUNCH.value.chosen_on,
+        margin=MARGIN,
         drawn=("scratch", "kd", "ig", "kd+ig"),
     )
 
