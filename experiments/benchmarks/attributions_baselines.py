@@ -108,7 +108,8 @@ class Kdjax:
         from flax.traverse_util import unflatten_dict
 
         array = self.jax.numpy.asarray
-        self.module = self.models.build(problem.name, num_classes=problem.num_classes)
+        # Through apply_fn, as the library applies networks: it chooses the layout of the maps.
+        self.apply = self.models.apply_fn(self.models.build(problem.name, num_classes=problem.num_classes))
         variables = unflatten_dict({tuple(k.split("/")): array(x) for k, x in problem.weights.items()})
         self.arguments = variables, array(problem.images), array(problem.labels)
         self.jax.clear_caches()
@@ -120,7 +121,8 @@ class Kdjax:
 
     def score(self, variables):
         """The logit of each image's label."""
-        return self.attributions.class_score(lambda x: self.module.apply(variables, x, train=False).logits)
+        params, state = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+        return self.attributions.class_score(lambda x: self.apply(params, state, x, train=False)[0].logits)
 
     def gradient(self, variables, points, labels):
         """One gradient of all images."""
