@@ -93,6 +93,8 @@ def check(recipe: Recipe, num_examples: int, *, of: str = "the students'") -> No
 class Machine:
     """Where a training runs, and how often it is saved; decides speed, not results."""
 
-    devices: int | None = option(None, "Devices of this process to use; all by default.", least=1)
+    devices: int | None = option(
+        None, "Devices of this process to use, all by default; a CPU is divided into so many.", least=1
+    )
     steps_per_dispatch: int = option(32, "Most steps that one call to the device runs.", least=1)
     save_every_s: float = option(60.0, "Least seconds between two checkpoints of a run.", least=0.0)

@@ -21,8 +21,10 @@ import hashlib, os, sys
 import jax, jax.numpy as jnp
 from absl import flags
 from experiments import cli
+from kdjax.recipe import Machine
 
 LAUNCH = cli.define(cli.Launch(), only=("workdir",))
+MACHINE = cli.define(Machine(), only=("devices",))
 TEMPERATURE = flags.DEFINE_float("temperature", 3.0, "Of nothing.", lower_bound=0.0)
 DO = flags.DEFINE_string("do", "print", "What is done.")
 
@@ -35,6 +37,7 @@ def main():
     if DO.value == "work":
         print("ready", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+    print(jax.local_device_count(), "devices")
     print("0.9 ± 0.1 ↑", jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))(jnp.ones((3, 3)))[0, 0])
 
 
@@ -123,6 +126,20 @@ def test_so_it_is_in_other_cases(program, alone, monkeypatch, capfd, tmp_path):
     code, line = said(cli.claim_workdir, tmp_path / "file" / "run", {})
     assert code == 2
     assert "would have to be a directory" in line
+
+
+@pytest.mark.once
+def test_a_cpu_is_divided_into_as_many_devices_as_are_asked_for(start, tmp_path):
+    simulated = "--xla_force_host_platform_device_count=2"
+    running = {
+        "1 devices": start(f"--workdir={tmp_path / 'one'}", XLA_FLAGS=""),
+        "3 devices": start(f"--workdir={tmp_path / 'three'}", "--devices=3", XLA_FLAGS=""),
+        "2 devices": start(f"--workdir={tmp_path / 'two'}", "--devices=3", XLA_FLAGS=simulated),
+    }
+    for said, process in running.items():
+        code, output, errors = outcome(process)
+        assert code == 0, errors
+        assert said in output
 
 
 def test_what_training_says_when_it_is_stopped_is_passed_on(capfd):
