@@ -30,6 +30,12 @@ NOT_METHODS = {
     "mask_positions": "mgd's masks in detection",
     "mixup_targets": "mixup in the recipe weights two cross-entropies instead",
     "ofd_margin": "for a normalisation right before the ReLU; ofd measures its margin",
+    **dict.fromkeys(
+        ("class_map", "bayesian_class_map", "bayesian_logit_weights", "least_squares_class_map"),
+        "made once, of a teacher of other classes",
+    ),
+    "map_classes": "turns a teacher's logits into those of other classes, for any method on logits",
+    "check_class_map": "refuses what is no map",
     "spread_top_k": "the other reading of stored probabilities; top_k_kl assumes less",
     "squared_error": "for regression",
     "sum_and_count": "for void labels, as masked_mean",

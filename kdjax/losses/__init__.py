@@ -25,6 +25,12 @@ has probability zero for the teacher; losses on the logits themselves (:func:`sq
 label that the student masks is infinite.
 """
 
+from kdjax.losses.class_maps import bayesian_class_map as bayesian_class_map
+from kdjax.losses.class_maps import bayesian_logit_weights as bayesian_logit_weights
+from kdjax.losses.class_maps import check_class_map as check_class_map
+from kdjax.losses.class_maps import class_map as class_map
+from kdjax.losses.class_maps import least_squares_class_map as least_squares_class_map
+from kdjax.losses.class_maps import map_classes as map_classes
 from kdjax.losses.features import activation_boundary as activation_boundary
 from kdjax.losses.features import attention_transfer as attention_transfer
 from kdjax.losses.features import factor_transfer as factor_transfer
