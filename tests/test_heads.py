@@ -40,6 +40,11 @@ def embedding(params, maps):
     return -jnp.diagonal(jax.nn.log_softmax(scores))
 
 
+def orthogonal(params, maps):
+    projected = heads.OrthogonalProjection(6).apply({"params": params}, maps.mean((1, 2)))
+    return features.vkd(projected, TEACHER.mean((1, 2)))
+
+
 def vid_head(params, maps):
     mean, log_scale = heads.VidHead(6).apply({"params": params}, maps)
     return features.vid(mean, TEACHER, log_scale=log_scale)
@@ -95,6 +100,7 @@ OBJECTIVES = {
             "teacher": init(heads.Embedding(8), TEACHER),
         },
     ),
+    "orthogonal": (orthogonal, lambda: init(heads.OrthogonalProjection(6), jnp.ones((1, 5)))),
     "vid_head": (vid_head, lambda: init(heads.VidHead(6), MAPS)),
     "translator": (translator, lambda: init(heads.FactorTranslator(3), MAPS, train=False)),
     "paraphraser": (paraphraser, lambda: init(heads.FactorParaphraser(3), MAPS)),
@@ -123,6 +129,20 @@ def test_every_parameter_receives_a_gradient(name):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
         # A leaf that is only rounding away from zero is one that the loss does not train.
         assert np.abs(leaf).max() > 1e-6, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("width", [3, 6, 9])
+def test_an_orthogonal_projection_keeps_what_fits(width):
+    module = heads.OrthogonalProjection(6)
+    kernel = np.random.default_rng(3).normal(size=(width, 6)).astype(np.float32)
+    matrix = module.apply({"params": {"kernel": kernel}}, jnp.eye(width))
+    gram = matrix @ matrix.T if width < 6 else matrix.T @ matrix
+    np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-6)
+    # Its span is the kernel's, and an orthonormal kernel is the matrix itself.
+    long, basis = (x.T if width < 6 else x for x in (kernel, np.asarray(matrix)))
+    np.testing.assert_allclose(basis @ (basis.T @ long), long, atol=1e-5)
+    again = module.apply({"params": {"kernel": matrix}}, jnp.eye(width))
+    np.testing.assert_allclose(again, matrix, atol=1e-6)
 
 
 def test_embeddings_have_unit_length_and_a_zero_row_stays_zero():

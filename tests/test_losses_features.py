@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from scipy import special
 
 from kdjax.losses import features
 
@@ -372,3 +373,22 @@ class TestMasks:
     def test_refuses_a_fraction_that_leaves_nothing(self, fraction):
         with pytest.raises(ValueError, match=f"below 1, got {fraction}"):
             features.mask_channels(jax.random.key(0), jnp.ones((1, 2, 2, 3)), fraction=fraction)
+
+
+class TestVkd:
+    @given(arrays.arrays(np.float32, (2, 3, 5), elements=st.floats(-30, 30, width=32, allow_subnormal=False)))
+    @settings(deadline=None, max_examples=15)
+    def test_is_hubers_distance_from_the_normalised_teacher(self, pair):
+        student, teacher = pair.astype(float)
+        normalised = (teacher - teacher.mean(-1, keepdims=True)) / np.sqrt(
+            teacher.var(-1, keepdims=True) + 1e-5
+        )
+        wanted = special.huber(1, student - normalised).mean(-1)
+        np.testing.assert_allclose(features.vkd(*pair), wanted, rtol=1e-3, atol=1e-4)
+
+    def test_no_gradient_reaches_the_teacher_whose_scale_counts_nothing(self):
+        student, teacher = random(3, 5), random(3, 5, seed=1)
+        value = features.vkd(student, teacher)
+        np.testing.assert_allclose(features.vkd(student, 50 * teacher + 7), value, rtol=1e-3)
+        gradient = jax.grad(lambda t: jnp.sum(features.vkd(student, t)))(teacher)
+        np.testing.assert_array_equal(gradient, 0)

@@ -44,6 +44,7 @@ from kdjax.losses.features import ofd as ofd
 from kdjax.losses.features import ofd_margin as ofd_margin
 from kdjax.losses.features import reviewkd as reviewkd
 from kdjax.losses.features import vid as vid
+from kdjax.losses.features import vkd as vkd
 from kdjax.losses.logits import confidence_penalty as confidence_penalty
 from kdjax.losses.logits import dist as dist
 from kdjax.losses.logits import dkd as dkd

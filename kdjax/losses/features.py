@@ -16,6 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from kdjax.losses._checks import Exponent, Fraction, NonNegative, checked
@@ -395,6 +396,33 @@ def mask_positions(
       code: .65 or .45 in detection (one- or two-stage), .75 in segmentation.
     """
     return _mask(key, features, (*features.shape[:-1], 1), fraction)
+
+
+@checked
+def vkd(
+    student_embedding: Float[Array, "*batch width"], teacher_embedding: Float[Array, "*batch width"]
+) -> Float[Array, "*batch"]:
+    r"""VkD: smooth L1 distance of a projected embedding from the teacher's, normalised to mean 0 and variance 1.
+
+    .. math:: \frac1D \sum_d h\left(s_d - \frac{t_d - \mu(t)}{\sqrt{\sigma^2(t) + 10^{-5}}}\right), \quad
+              h(x) = \begin{cases} x^2 / 2 & |x| < 1 \\ |x| - 1/2 & \text{else} \end{cases}
+
+    Args:
+      student_embedding: of the student's pooled features, by :class:`kdjax.models.heads.OrthogonalProjection`, which
+        keeps distances between examples, so that the student and not the projection has to learn.
+      teacher_embedding: pooled features of the teacher; constant under differentiation.
+
+    Returns:
+      One non-negative value per example. Reduce with ``jnp.mean``.
+
+    References:
+      Miles, Elezi, Deng, `VkD: Improving Knowledge Distillation using Orthogonal Projections
+      <https://arxiv.org/abs/2403.06213>`_, 2024, as in the authors' code for image classification. Weight there: 1.
+    """
+    teacher = _constant(teacher_embedding)
+    teacher -= jnp.mean(teacher, axis=-1, keepdims=True)
+    teacher *= jax.lax.rsqrt(jnp.mean(jnp.square(teacher), axis=-1, keepdims=True) + 1e-5)
+    return jnp.mean(optax.losses.huber_loss(_float(student_embedding), teacher), axis=-1)
 
 
 @checked

@@ -336,6 +336,11 @@ def mgd(weight: float = 7e-5, *, student: Select = last_stage, teacher: Select |
 # Relations between the examples of a batch.
 
 
+def vkd(weight: float = 1.0, *, student: Select = embedding, teacher: Select | None = None) -> Method:
+    """VkD: an orthogonal projection of the embedding (Miles et al., 2024: 1)."""
+    return _with_head("vkd", weight, learned.OrthogonalProjections, student, teacher)
+
+
 def rkd(weight: float = 1.0, *, student: Select = embedding, teacher: Select | None = None) -> Method:
     """Relational KD, RKD, distances and angles (Park et al., 2019). CRD benchmark: 25 and 50."""
 
@@ -402,7 +407,7 @@ METHODS: dict[str, Callable[..., Method]] = {
         *(soft_target_cross_entropy, squared_logits, dkd, dist, logit_standardised_kl, confidence_penalty),
         *(teacher_free_kl, jensen_shannon, top_k_kl, label_smoothing_cross_entropy, correlation_distance),
         *(noisy_teacher, privileged, hint, attention_transfer, factor_transfer, nst, fsp),
-        *(activation_boundary, ofd, reviewkd, vid, mgd, rkd, rkd_distance, rkd_angle, pkt),
+        *(activation_boundary, ofd, reviewkd, vid, mgd, vkd, rkd, rkd_distance, rkd_angle, pkt),
         *(similarity_preserving, correlation_congruence, info_nce, cka, crd),
     )
 }

@@ -140,6 +140,16 @@ class MaskedGeneration(nn.Module):
         return jnp.mean(losses.mgd(heads.Generator(t.shape[-1])(masked), t))
 
 
+class OrthogonalProjections(nn.Module):
+    """The student's embedding, projected orthogonally to the width of the teacher's."""
+
+    @nn.compact
+    def __call__(self, student: View, teacher: View, batch: Batch, *, train: bool) -> Array:
+        """The loss of the projected embedding."""
+        (s,), (t,) = student.features, teacher.features
+        return jnp.mean(losses.vkd(heads.OrthogonalProjection(t.shape[-1])(s), t))
+
+
 class Congruence(nn.Module):
     """The student's embedding, mapped linearly to the width of the teacher's.
 

@@ -85,6 +85,34 @@ class Embedding(nn.Module):
         return jnp.where(alive, x * jax.lax.rsqrt(jnp.where(alive, energy, 1)), 0)
 
 
+class OrthogonalProjection(nn.Module):
+    """Projects an embedding linearly by a matrix whose shorter side is orthonormal.
+
+    For :func:`kdjax.losses.vkd`. To more features than it is given, it keeps all distances between examples; to fewer,
+    it keeps those within a subspace. The trained parameter is any matrix of full rank, and the matrix is the
+    orthonormal factor of its QR decomposition.
+
+    Attributes:
+      features: the teacher's width.
+
+    References:
+      Miles, Elezi, Deng, `VkD <https://arxiv.org/abs/2403.06213>`_, 2024, section 3.1, there by a matrix exponential.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch width"]) -> Float[Array, "batch features"]:
+        """Returns the projected embedding, float32."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.orthogonal(), shape, jnp.float32)
+        wider = shape[1] > shape[0]
+        basis, upper = jnp.linalg.qr(kernel.T if wider else kernel)
+        # So that an orthonormal parameter is the matrix itself.
+        basis = basis * jnp.where(jnp.diagonal(upper) < 0, -1, 1)[None]
+        return x.astype(jnp.float32) @ (basis.T if wider else basis)
+
+
 class VidHead(nn.Module):
     """Predicts the teacher's map: its mean from the student's by three 1x1 convolutions, its variance per channel.
 
