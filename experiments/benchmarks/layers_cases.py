@@ -113,11 +113,13 @@ def network_case(
 ):
     """``(carry) -> carry`` that takes a step of Adam, or only scores a batch, and its carry.
 
-    Under ``axis_name`` gradients and statistics are averaged over devices, as :mod:`kdjax.train` does.
+    Gradients and statistics are averaged over the devices of ``axis_name``, as :mod:`kdjax.train` does.
     """
     module = models.build(name, num_classes=classes)
     if native and isinstance(module, MalariaCnn):
         module = LinenMalaria(module)
+    if hasattr(module, "axis_name"):
+        module = module.clone(axis_name=axis_name)
     params, model_state = models.init(module, shape, seed=0)
     apply, tx = models.apply_fn(module), optax.adam(1e-3)
     x, y = jax.random.normal(jax.random.key(1), (batch, *shape)), jnp.arange(batch) % classes
