@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 from experiments import cli
@@ -73,12 +74,14 @@ def on_devices(case: str) -> tuple[Callable[[], Any], int]:
     own = (name, batch // len(devices), shape, classes, trains)
     step, carry = network_case(*own, native=False, axis_name=parallel.AXIS)
 
-    def looped(carry):
-        return jax.lax.scan(lambda carry, _: (step(carry), None), carry, length=SCANNED)[0]
+    *state, images = carry
+
+    def looped(state, images):
+        return jax.lax.scan(lambda c, _: (step(c), None), (*state, images), length=SCANNED)[0][:-1]
 
     program = parallel.data_parallel(looped, replicated=1, devices=devices)
-    carry = parallel.replicate(carry, devices)
-    return lambda: jax.block_until_ready(program(carry)), SCANNED
+    state, images = parallel.replicate(state, devices), jnp.tile(images, (len(devices), 1, 1, 1))
+    return lambda: jax.block_until_ready(program(state, images)), SCANNED
 
 
 def torch_arm(case: str) -> dict[str, tuple[Callable[[], Any], int]]:
