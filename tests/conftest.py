@@ -20,14 +20,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # Tests compile thousands of programs and run most of them once: compiled as for users, they take twice the time in all.
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment compiles them as for users.
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
-    quick = "--xla_cpu_use_fusion_emitters=false"
-    known = importlib.metadata.version("jaxlib").startswith(
-        "0.10."
-    )  # XLA ends a process that gives it an unknown flag
-    if known and quick not in os.environ.get(
-        "XLA_FLAGS", ""
-    ):  # a worker has it from the process that started it
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
+    quick, given = "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")
+    # XLA ends a process that gives it an unknown flag; a worker has it from the process that started it.
+    if importlib.metadata.version("jaxlib").startswith("0.10.") and quick not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {quick}".strip()
 
 import jax
 import jaxtyping

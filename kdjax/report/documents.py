@@ -100,7 +100,7 @@ def value(result: Result, metric: str, which: str, part: str = "") -> str:
     if metric == "times":
         parts = _parts_of_ratio(result, which)
     elif b:
-        parts = _parts_of_difference(result, metric, a, b)
+        parts = _parts_of_difference(result, metric, a, b, part)
     else:
         _check_arm(result, metric, a)
         cell = tables.cell(result, a, metric)
@@ -126,19 +126,23 @@ def _parts_of_ratio(result: Result, name: str) -> dict[str, str]:
     return {"": f"{size} ({low} to {high})", "size": size, "interval": f"{low} to {high}"}
 
 
-def _parts_of_difference(result: Result, metric: str, a: str, b: str) -> dict[str, str]:
+def _parts_of_difference(result: Result, metric: str, a: str, b: str, part: str) -> dict[str, str]:
     for arm in (a, b):
         _check_arm(result, metric, arm)
-    p, corrected = comparisons.p_of(result, metric, a, b), comparisons.corrected(result, metric)
+    times = metric.startswith(
+        comparisons.TIMES
+    )  # compared by rank: there is no mean of those that never came
+    found = None if times else comparisons.compare(result, metric, a, b)
+    p = comparisons.p_of(result, metric, a, b) if times else found and found.p
     if p is None:
         raise ValueError(
             f"{result['name']} has too few runs of {a} and {b} for a test, which a document asks for."
         )
     parts = {"p": text.p_text(p)}
-    if (a, b) in corrected:
-        parts["corrected p"] = text.p_text(corrected[a, b])
-    found = None if metric.startswith(comparisons.TIMES) else comparisons.compare(result, metric, a, b)
-    if found is None:  # times are compared by rank: there is no mean of those that never came
+    if part == "corrected p":  # which tests every pair of the family
+        corrected = comparisons.corrected(result, metric).get((a, b))
+        parts |= {} if corrected is None else {part: text.p_text(corrected)}
+    if found is None:
         return parts
     comparison = {"metric": metric, "a": a, "b": b, **found._asdict()}
     size, _, rest = text.difference_text(result, comparison, tested=False).partition(" (95 % interval ")

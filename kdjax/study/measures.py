@@ -109,13 +109,12 @@ def saliency_of(
 ) -> dict[str, dict[str, list[float]]]:
     """:func:`kdjax.saliency.make_measure` of every run, with the teacher of its seed: arm → measure → one per run."""
     digests = {seed: checkpoints.digest_tree(teacher.weights) for seed, teacher in teacher_of.items()}
-    key_of = {seed: (teacher.network, digests[seed]) for seed, teacher in teacher_of.items()}
-    distinct = {key_of[seed]: teacher for seed, teacher in teacher_of.items()}
-    # A teacher's own maps are computed once.
+    # One for each teacher, whose own maps it computes once.
+    distinct = {id(teacher): teacher for teacher in teacher_of.values()}
     measures = {key: saliency.make_measure(dataset, teacher, **options) for key, teacher in distinct.items()}
 
     def measure(run: Trained) -> dict[str, float]:
-        return measures[key_of[run.seed]](run)
+        return measures[id(teacher_of[run.seed])](run)
 
     decides = [dataset.fingerprint, digests, options]
     return of_every_run(arms, directory, decides, measure, label="saliency")
