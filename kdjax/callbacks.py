@@ -4,13 +4,14 @@ A callback is passed to the run, and called with the run that it is about. What 
 checkpoints stay.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from kdjax import train
+from kdjax import checkpoints, train
+from kdjax.types import Weights
 
 
 class RunId(NamedTuple):
@@ -104,6 +105,40 @@ class TensorBoard(Callback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+class KeepWeights(Callback):
+    """Keeps a run's weights after given steps, which :meth:`read` finds again.
+
+    Args:
+      directory: of the weights of one run.
+      steps: after which they are kept; a dispatch must end there, as one does at the end of every epoch.
+      identity: of the run, as JSON; weights of another one are refused.
+    """
+
+    def __init__(self, directory: Path, steps: Collection[int], identity: Mapping[str, Any]):
+        self._directory, self._steps, self._identity = directory, set(steps), dict(identity)
+
+    def on_dispatch(self, run: RunId, state: train.TrainState, step: int) -> train.TrainState:
+        """Writes them; the training goes on unchanged."""
+        if step in self._steps:
+            weights = train.weights_of(state)
+            checkpoints.save(self._directory / str(step), step, weights, meta={}, identity=self._identity)
+        return state
+
+    def read(self, step: int, like: Weights) -> Weights:
+        """The weights after a step, in the shapes of ``like``.
+
+        Raises:
+          ValueError: if they are missing, damaged, or of another run.
+        """
+        found = checkpoints.restore(self._directory / str(step), like, identity=self._identity)
+        if found is None:
+            raise ValueError(
+                f"{self._directory} lacks the weights after step {step}; delete the run that it belongs to, and train "
+                "it again."
+            )
+        return found.tree
 
 
 def say(text: str) -> None:

@@ -14,7 +14,7 @@ EXPERIMENTS = ROOT / "experiments"
 
 LAYERS = [
     {"types", "files", "extras", "interrupts", "options"},
-    {"parallel", "significance", "data"},
+    {"parallel", "significance", "data", "representations"},
     {"losses", "models", "curvature", "landscape", "attributions", "checkpoints", "results"},
     {"teacher", "saddles", "train", "evaluate", "report"},
     {"transforms", "robustness", "vmapped", "callbacks", "export"},

@@ -167,9 +167,10 @@ class TestEveryMethod:
         function = methods.METHODS[name]
         weight = next(iter(inspect.signature(function).parameters.values()))
         assert (weight.name, weight.default > 0) == ("weight", True)
-        (term,) = function(0.25).terms
+        term, *others = function(0.25).terms
         assert (term.name, term.weight, function().terms[0].weight) == (name, 0.25, weight.default)
-        if name != "rkd":  # two losses
+        assert [other.name for other in others] == ["refilled_triplets"] * (name == "refilled")
+        if name not in ("rkd", "refilled"):  # of several losses
             assert callable(getattr(losses, name))
 
     def test_every_loss_is_used_by_a_method_or_it_is_said_why_not(self):
@@ -226,7 +227,9 @@ class TestTerms:
             assert np.isfinite(terms(method, teacher=None)[name])
             assert method.terms[0].teacher_free
         for name in methods.METHODS.keys() - set(free):
-            with pytest.raises(ValueError, match=f"{name} needs a teacher: pass teacher="):
+            with pytest.raises(
+                ValueError, match=f"{name}(, refilled_triplets)? needs a teacher: pass teacher="
+            ):
                 bind(methods.METHODS[name](), None)
 
 
@@ -255,7 +258,7 @@ class TestHeads:
 
     @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices; conftest.py simulates them")
     def test_two_devices_see_the_whole_batch(self):
-        names = ("rkd", "dist", "similarity_preserving", "ofd", "hint")
+        names = ("rkd", "dist", "similarity_preserving", "ofd", "hint", "refilled")
         bound = bind(sum((methods.METHODS[name]() for name in names), start=methods.labels()))
         params, state = some_heads(bound)
 
@@ -267,7 +270,7 @@ class TestHeads:
         whole = on_one_device(run)(*inputs)
         halves = jax.tree.map(lambda x: x.reshape(2, ROWS // 2, *x.shape[1:]), inputs)
         halves = jax.pmap(run, axis_name=parallel.AXIS, devices=jax.devices()[:2])(*halves)
-        assert set(whole) == {"hard", *names}
+        assert set(whole) == {"hard", "refilled_triplets", *names}
         for term, value in whole.items():
             np.testing.assert_allclose(halves[term][0], value, rtol=2e-4, atol=1e-5)
 

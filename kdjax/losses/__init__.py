@@ -62,6 +62,10 @@ from kdjax.losses.maps import gradient_match as gradient_match
 from kdjax.losses.maps import map_distance as map_distance
 from kdjax.losses.reductions import masked_mean as masked_mean
 from kdjax.losses.reductions import sum_and_count as sum_and_count
+from kdjax.losses.refilled import centre_logits as centre_logits
+from kdjax.losses.refilled import class_centres as class_centres
+from kdjax.losses.refilled import local_kl as local_kl
+from kdjax.losses.refilled import triplet_relations as triplet_relations
 from kdjax.losses.regression import best_hard_weight as best_hard_weight
 from kdjax.losses.regression import squared_error as squared_error
 from kdjax.losses.relations import CrdMemory as CrdMemory

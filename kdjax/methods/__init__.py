@@ -241,10 +241,11 @@ def top_k_kl(weight: float = 0.9, *, k: int = 5, temperature: float = 4.0) -> Me
     return Method(0.1, (Term("top_k_kl", weight, term),))
 
 
-def label_smoothing_cross_entropy(weight: float = 1.0) -> Method:
-    """Label smoothing of .1 in place of the labels, without a teacher (Szegedy et al., 2016)."""
+def label_smoothing_cross_entropy(weight: float = 1.0, *, smoothing: float = 0.1) -> Method:
+    """Label smoothing in place of the labels, without a teacher (Szegedy et al., 2016: .1)."""
     loss = losses.label_smoothing_cross_entropy
-    return _on_logits(loss, weight, 0.0, teacher=False, labels=True, smoothing=0.1)
+    method = _on_logits(loss, weight, 0.0, teacher=False, labels=True, smoothing=smoothing)
+    return dataclasses.replace(method, terms=(method.terms[0]._replace(settings={"smoothing": smoothing}),))
 
 
 def correlation_distance(weight: float = 1.0) -> Method:
@@ -392,6 +393,35 @@ def cka(weight: float = 1.0, *, student: Select = last_stage, teacher: Select | 
     return _on_features(losses.cka, weight, student, teacher, axis_name=AXIS)
 
 
+def refilled(
+    weight: float = 25.0,
+    *,
+    triplet_weight: float = 500.0,
+    student: Select = embedding,
+    teacher: Select | None = None,
+) -> Method:
+    """REFILLED, from a teacher of any classes (Ye et al., 2020; code: 1000 and 100, which are 500 and 25 here).
+
+    Triplets have a first stage of their own, in the authors' code half of all epochs; then the teacher's embedding
+    classifies by the centres of the batch. The teacher's logits aren't read.
+    """
+
+    def triplets(student: View, teacher: View, batch: Batch) -> Float[Array, ""]:
+        (s,), (t,) = student.features, teacher.features
+        return losses.triplet_relations(s, t, batch["label"], axis_name=AXIS)
+
+    def local(student: View, teacher: View, batch: Batch) -> Float[Array, ""]:
+        (t,), label = teacher.features, batch["label"]
+        classes = student.logits.shape[-1]
+        centres = losses.class_centres(t, label, num_classes=classes, axis_name=AXIS)
+        target = losses.centre_logits(t, centres)
+        return jnp.mean(losses.local_kl(student.logits, target, label, axis_name=AXIS))
+
+    second = Term("refilled", weight, local, None, student, teacher, reads_labels=True)
+    first = Term("refilled_triplets", triplet_weight, triplets, None, student, teacher, FIRST_STAGE, True)
+    return Method(1.0, (second, first))
+
+
 def crd(weight: float = 0.8, *, student: Select = embedding, teacher: Select | None = None) -> Method:
     """Contrastive representation distillation, CRD, with a memory of all examples (Tian et al., 2020: .8)."""
 
@@ -408,7 +438,7 @@ METHODS: dict[str, Callable[..., Method]] = {
         *(teacher_free_kl, jensen_shannon, top_k_kl, label_smoothing_cross_entropy, correlation_distance),
         *(noisy_teacher, privileged, hint, attention_transfer, factor_transfer, nst, fsp),
         *(activation_boundary, ofd, reviewkd, vid, mgd, vkd, rkd, rkd_distance, rkd_angle, pkt),
-        *(similarity_preserving, correlation_congruence, info_nce, cka, crd),
+        *(similarity_preserving, correlation_congruence, info_nce, cka, refilled, crd),
     )
 }
 """Methods whose first argument is their weight, by name. Beside them: :func:`labels` and :func:`kd`."""

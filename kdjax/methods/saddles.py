@@ -89,11 +89,15 @@ def sprkd_paper(region: Params) -> Method:
 
 
 def start_at(
-    params: Params, model_state: ModelState | None = None
+    params: Params, model_state: ModelState | None = None, *, other_classes: bool = False
 ) -> Callable[[int, train.TrainState], train.TrainState]:
     """A run's ``init`` that starts the student at these weights; heads start as they would.
 
-    Without ``model_state`` its statistics, such as those of batch normalisation, start as they would too.
+    Args:
+      params: of a network like the student.
+      model_state: its statistics, such as those of batch normalisation; None starts them as they would.
+      other_classes: whether that network had other classes, as a pretrained one has: arrays of another shape than the
+        student's, which are those of the last layer, start as they would.
     """
 
     def init(seed: int, state: train.TrainState) -> train.TrainState:
@@ -101,6 +105,9 @@ def start_at(
         heads = isinstance(state.params, Mapping) and state.params.keys() == {"student", "heads"}
 
         def replaced(old: Any, new: Any) -> Any:
+            if other_classes:
+                own = old["student"] if heads else old
+                new = jax.tree.map(lambda o, n: n if np.shape(n) == np.shape(o) else o, own, new)
             copied = jax.tree.map(jnp.array, new)
             return {**old, "student": copied} if heads else copied
 

@@ -273,3 +273,4 @@ from kdjax.models.network import Network as Network  # noqa: E402, needs the fun
 from kdjax.models.network import from_equinox as from_equinox  # noqa: E402
 from kdjax.models.network import from_linen as from_linen  # noqa: E402
 from kdjax.models.network import from_nnx as from_nnx  # noqa: E402
+from kdjax.models.probed import probed as probed  # noqa: E402

@@ -11,13 +11,14 @@ With a directory a run can be killed at any moment: the same call continues it, 
 
 * :func:`train`: one network. :func:`make_trainer`: the same, compiled once for many seeds.
 * :func:`train_many`: many seeds or settings in one program.
-* :func:`load`, :func:`describe`, :func:`save`: finished networks on disk.
+* :func:`load`, :func:`describe`, :func:`save`: finished networks on disk. :func:`measured`: one that is in memory.
 * :func:`check`: what can be refused before anything is trained.
 """
 
 from kdjax.run.finished import Trained as Trained
 from kdjax.run.finished import describe as describe
 from kdjax.run.finished import load as load
+from kdjax.run.finished import measured as measured
 from kdjax.run.finished import save as save
 from kdjax.run.many import Many as Many
 from kdjax.run.many import train_many as train_many

@@ -147,16 +147,38 @@ def load(
             f"{directory}/weights does not hold the weights that network.json beside it is about; start the run that "
             "trained it again, which repairs them."
         )
-    normalisation = Normalisation(tuple(there["mean"]), tuple(there["std"]))
-    own = dataset._replace(normalisation=normalisation)
+    own = dataset._replace(normalisation=Normalisation(tuple(there["mean"]), tuple(there["std"])))
+    return measured(there["arm"], there["seed"], network, found.tree, own, split=split, machine=machine)
+
+
+def measured(
+    arm: str,
+    seed: int,
+    network: Network,
+    weights: Weights,
+    dataset: data.Dataset,
+    *,
+    split: str = "test",
+    machine: Machine = HERE,
+) -> Trained:
+    """A network whose weights are there already, measured on a split, as a run without a history.
+
+    Args:
+      arm: its name in a study.
+      seed: of its training.
+      network: whose weights they are.
+      weights: parameters and statistics.
+      dataset: after :func:`kdjax.data.split`; with the normalisation that the network was trained under.
+      split: to measure it on.
+      machine: devices.
+    """
     recipe = Recipe(batch_size=len(parallel.local_devices(machine.devices)) * jax.process_count())
-    plan = plans.make_plan(network, methods.labels(), own, recipe, None, machine)
-    weights = parallel.replicate(found.tree, plan.devices)
+    plan = plans.make_plan(network, methods.labels(), dataset, recipe, None, machine)
+    weights = parallel.replicate(weights, plan.devices)
     sums = plans.evaluator(plan, split)(*weights)
     fitted = train_loop.Fitted(weights, weights, 0, [])
-    return Trained(
-        there["arm"], there["seed"], network, normalisation, fitted, evaluate.summarise(sums), sums
-    )
+    scores = evaluate.summarise(sums)
+    return Trained(arm, seed, network, dataset.normalisation, fitted, scores, sums)
 
 
 def _check_fits(directory: Any, there: Mapping[str, Any], dataset: data.Dataset) -> None:

@@ -6,9 +6,11 @@ from kdjax.study.conclusion import conclude as conclude
 from kdjax.study.conclusion import declare as declare
 from kdjax.study.conclusion import publish as publish
 from kdjax.study.conclusion import weak_teachers as weak_teachers
+from kdjax.study.measures import agreement_of as agreement_of
 from kdjax.study.measures import answers_of as answers_of
 from kdjax.study.measures import costs_of as costs_of
 from kdjax.study.measures import densities_of as densities_of
+from kdjax.study.measures import embeddings_of as embeddings_of
 from kdjax.study.measures import flatness_of as flatness_of
 from kdjax.study.measures import logits_of as logits_of
 from kdjax.study.measures import of_every_run as of_every_run
@@ -16,6 +18,7 @@ from kdjax.study.measures import pictures as pictures
 from kdjax.study.measures import robustness_of as robustness_of
 from kdjax.study.measures import saliency_of as saliency_of
 from kdjax.study.measures import surfaces_of as surfaces_of
+from kdjax.study.measures import with_class_accuracy as with_class_accuracy
 from kdjax.study.measures import with_costs as with_costs
 from kdjax.study.measures import with_metrics as with_metrics
 from kdjax.study.notes import Arms as Arms

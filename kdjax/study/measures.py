@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from kdjax import checkpoints, data, files, flatness, results, robustness, saliency
+from kdjax import checkpoints, data, evaluate, files, flatness, representations, results, robustness, saliency
 from kdjax.callbacks import bar
 from kdjax.models import Network
 from kdjax.run import Trained, evaluation_batch_size
 from kdjax.study.notes import Arms
-from kdjax.types import Normalisation, Weights
+from kdjax.types import Normalisation, Outputs, Weights
 
 REPEATS, CALLS = 15, 20  # of a latency: repeats that are reported, each the mean of calls
 
@@ -28,14 +28,96 @@ def logits_of(
     ids = dataset.splits[split]
     index, valid = data.evaluation_index(ids, batch_size=evaluation_batch_size(len(ids), 1))
     weights = jax.device_put(jax.device_get(run.weights), jax.local_devices()[0])
-    parts = [_logits(run.network, run.normalisation, weights, dataset.images[rows]) for rows in index]
-    return np.stack(parts)[valid > 0]
+    look = functools.partial(_looked, run.network, run.normalisation, (), weights)
+    return np.stack([look(dataset.images[rows]).logits for rows in index])[valid > 0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(network: Network, normalisation: Normalisation, weights: Weights, images: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _looked(
+    network: Network, normalisation: Normalisation, names: tuple[str, ...], weights: Weights, images: Array
+) -> Outputs:
+    """A network's logits, and those of its features that are named."""
     inputs = data.normalise(images, **normalisation._asdict())
-    return network.apply(weights.params, weights.model_state, inputs, train=False)[0].logits
+    outputs, _ = network.apply(weights.params, weights.model_state, inputs, train=False)
+    return Outputs(outputs.logits, {name: outputs.features[name] for name in names})
+
+
+def agreement_of(
+    dataset: data.Dataset,
+    arms: Arms,
+    directory: Path,
+    *,
+    predicted: Int[np.ndarray, " examples"],
+    split: str = "test",
+) -> dict[str, dict[str, list[float]]]:
+    """How often each run predicts what its teacher predicts, where that is right and where it is wrong.
+
+    A student that only becomes more accurate agrees more where the teacher is right; one that learns from the teacher
+    also shares its errors (Stanton et al., `Does Knowledge Distillation Really Work?
+    <https://arxiv.org/abs/2106.05945>`_, 2021).
+
+    Args:
+      dataset: of the students.
+      arms: arm → finished runs.
+      directory: where each run's numbers are kept.
+      predicted: the classes that the teacher predicts, in the order of ``dataset.splits[split]``.
+      split: of the examples.
+
+    Returns:
+      arm → ``agreement_right`` and ``agreement_wrong``, shares of the examples that the teacher classifies
+      rightly and wrongly → one per run. Without such examples the fraction is 1.
+    """
+    labels = dataset.labels[dataset.splits[split]]
+    parts = {"agreement_right": predicted == labels, "agreement_wrong": predicted != labels}
+
+    def measure(run: Trained) -> dict[str, float]:
+        same = logits_of(run, dataset, split=split).argmax(-1) == predicted
+        return {name: float(same[part].mean()) if part.any() else 1.0 for name, part in parts.items()}
+
+    decides = {"data": dataset.fingerprint, "split": split, "teacher": checkpoints.digest_tree(predicted)}
+    return of_every_run(arms, directory, decides, measure, label="agreement")
+
+
+def embeddings_of(run: Trained, dataset: data.Dataset, *, crops: int = 16) -> dict[str, float]:
+    """What a network's embeddings and logits keep of the validation images of its own data set.
+
+    Returns:
+      ``class_separation``, and ``mutual_information``, nats, of the difference of two logits for random crops: of the
+      images of the two classes with most images; see :mod:`kdjax.representations`.
+    """
+    ids = dataset.splits["validation"]
+    labels, weights = dataset.labels[ids], jax.device_put(jax.device_get(run.weights), jax.local_devices()[0])
+    look = functools.partial(_looked, run.network, run.normalisation, ("embedding",), weights)
+    parts = np.array_split(dataset.images[ids], max(len(ids) // 500, 1))
+    vectors = np.concatenate([look(part).features["embedding"] for part in parts])
+    first, second = np.argsort(-np.bincount(labels, minlength=2), kind="stable")[:2]
+    pair = jnp.asarray(dataset.images[ids[np.isin(labels, (first, second))]])
+
+    def margin(crop: int) -> Array:
+        keys = data.example_keys(jax.random.key(crop), jnp.arange(len(pair)))
+        logits = look(data.crop_and_flip(pair, keys, padding=4, flip=True)).logits
+        return logits[:, first] - logits[:, second]
+
+    return {
+        "class_separation": representations.class_separation(vectors, labels),
+        "mutual_information": representations.mutual_information(
+            np.stack([margin(n) for n in range(crops)], 1)
+        ),
+    }
+
+
+def with_class_accuracy(run: Trained, dataset: data.Dataset, classes: Sequence[str]) -> Trained:
+    """Adds to a run's metrics the accuracy of each of some classes, their mean, and the mean of the other classes.
+
+    They are ``accuracy_NAME``, ``accuracy_chosen`` and, if there are others, ``accuracy_other``.
+    """
+    _, recall, _ = evaluate.per_class(run.sums)
+    chosen = np.isin(dataset.class_names, list(classes))
+    found = {f"accuracy_{name}": float(recall[dataset.class_names.index(name)]) for name in classes}
+    found["accuracy_chosen"] = float(recall[chosen].mean())
+    if not chosen.all():
+        found["accuracy_other"] = float(recall[~chosen].mean())
+    return run._replace(metrics=run.metrics | found)
 
 
 def answers_of(

@@ -132,7 +132,13 @@ def answers(
     return TeacherSignal(cached.arrays, shapes, views=options["views"], identity=identity)
 
 
-def from_file(path: str | os.PathLike[str], dataset: data.Dataset, *, loaded: data.Dataset) -> TeacherSignal:
+def from_file(
+    path: str | os.PathLike[str],
+    dataset: data.Dataset,
+    *,
+    loaded: data.Dataset,
+    other_classes: bool = False,
+) -> TeacherSignal:
     """Reads the answers of a teacher in any framework from an ``.npz``.
 
     The file holds ``logits [n, classes]``; further arrays ``[n, ...]`` are features by name, such as ``embedding`` or
@@ -144,6 +150,7 @@ def from_file(path: str | os.PathLike[str], dataset: data.Dataset, *, loaded: da
       path: of the file.
       dataset: after :func:`kdjax.data.split`.
       loaded: the same data set before it was split.
+      other_classes: whether the logits may be of other classes than the data set's, for :func:`translate`.
 
     Raises:
       ValueError: if the file is no such file, or its rows belong to other images.
@@ -171,9 +178,10 @@ def from_file(path: str | os.PathLike[str], dataset: data.Dataset, *, loaded: da
     missing = [str(name) for name in dataset.example_ids.tolist() if str(name) not in row_of]
     if missing:
         raise ValueError(f"{path} has no answers for {len(missing)} examples, such as {missing[0]}.")
-    classes = dataset.num_classes
-    if found["logits"].ndim != 2 or found["logits"].shape[1] != classes:
-        raise ValueError(f"logits of {path} must be [n, {classes}], got {list(found['logits'].shape)}.")
+    classes, shape = dataset.num_classes, found["logits"].shape
+    if len(shape) != 2 or not (shape[1] == classes or (other_classes and shape[1])):
+        wanted = "classes" if other_classes else classes
+        raise ValueError(f"logits of {path} must be [n, {wanted}], got {list(shape)}.")
     if wrong := [name for name, rows in found.items() if len(rows) != len(ids)]:
         raise ValueError(f"{wrong[0]} of {path} has {len(found[wrong[0]])} rows for {len(ids)} examples.")
     rows = [row_of[str(name)] for name in dataset.example_ids.tolist()]
