@@ -1,9 +1,9 @@
 r"""Does a teacher of other classes help a student? CIFAR-100 teaches CIFAR-10.
 
-    python -m experiments.class_transfer --data_dir=data --workdir=runs/class_transfer --num_train=450 --epochs=143
+    python -m experiments.class_transfer --data_dir=data --workdir=runs/class_transfer --last_stage
     python -m experiments.class_transfer --data_dir=data --workdir=runs/class_transfer_full --teacher=wrn_40_2 \
         --student=wrn_16_2 --teacher_epochs=200 --epochs=200 --batch_size=128 --learning_rate=0.1 --optimizer=sgd \
-        --weight_decay=5e-4 --teacher_mode=online
+        --weight_decay=5e-4 --teacher_mode=online --num_train=0 --evaluate_every=20
 
 Beckerbauer, Prakash and Dongmo (2024) propose to distil a CIFAR-100 teacher into a small CIFAR-10 student, and give no
 numbers. An arm is METHOD or METHOD@TEACHER. Methods:
@@ -36,7 +36,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Array
 
 from experiments import cli
 from kdjax import data, losses, methods, models, parallel, representations, run, study
@@ -47,12 +46,12 @@ from kdjax.recipe import Machine, Recipe
 from kdjax.teacher import TeacherSignal
 from kdjax.types import Outputs, Weights
 
-DATA = cli.define(cli.Data(dataset="cifar10", num_train=450), omit=("label_noise",))
+DATA = cli.define(cli.Data(dataset="cifar10", num_train=448), omit=("label_noise",))
 TEACHER_DATASET = flags.DEFINE_string("teacher_dataset", "cifar100", "What the teacher learns; as --dataset.")
 STUDENT = flags.DEFINE_string(
     "student", "resnet8_w50", "A name in kdjax.models.MODELS, or path/mine.py:build."
 )
-RECIPE = cli.define(Recipe(143, schedule="cosine", padding=4, flip=True, evaluate_every=143))
+RECIPE = cli.define(Recipe(200, schedule="cosine", padding=4, flip=True, evaluate_every=200))
 SGD = Recipe(12, 128, 0.1, optimizer="sgd", schedule="cosine", weight_decay=5e-4, padding=4, flip=True)
 OMITTED = ("teacher_dir", "teacher_num_train", "teacher_label_noise", "teacher_seeds")
 TEACHER = cli.define_teacher(SGD, defaults=cli.Teacher("resnet20"), omit=OMITTED)
@@ -71,7 +70,7 @@ CLASS_MAP = flags.DEFINE_string(
     "Of names: a CSV with the columns teacher_class and classes, which are separated by spaces.",
 )
 CLASSES = flags.DEFINE_list("classes", [], "Classes of the student to transfer and measure; all by default.")
-MAPPED = ("names", "least_squares", "blm", "blm_plus", "blm_logits", "probe")
+MAPPED = ("names", *teachers.WAYS)
 FEATURES = ("refilled", "hint", "attention_transfer", "vkd", "rkd", "similarity_preserving", "cka", "crd")
 CONTROLS = ("probe@random", "blm_plus@random", "vkd@random", "similarity_preserving@random")
 ARMS = cli.may_change(
@@ -106,32 +105,26 @@ class Arm(NamedTuple):
     transferred: bool = False
 
 
-class Asked(NamedTuple):
-    """What a teacher says of the student's images.
-
-    Attributes:
-      signal: its answers.
-      logits: of the unaugmented training images.
-      labels: of these.
-      probe: fitted to them; None without embeddings.
-      predicted: by the probe, on the split that is measured.
-    """
+class Said(NamedTuple):
+    """A teacher's answers as a student is given them, those about unaugmented images, and a probe fitted to these."""
 
     signal: TeacherSignal
-    logits: Array
-    labels: Array
+    centre: TeacherSignal
     probe: representations.Probe | None
-    predicted: np.ndarray | None
 
 
 def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
     """Teachers, their answers, students, report; returns the result, or None in a worker of --jobs."""
     start, launch, settings = time.monotonic(), LAUNCH.value, cli.settings(__name__)
-    dataset, others = load(), load(dataset=TEACHER_DATASET.value, num_train=0)
-    arms, recipe, seeds = arms_of(), quick(RECIPE.value), SEEDS.value[: 2 if launch.smoke else None]
+    dataset, arms = load(), arms_of()
+    recipe, seeds = quick(RECIPE.value), SEEDS.value[: 2 if launch.smoke else None]
     student, from_file = cli.network(STUDENT.value, dataset), None
     if (path := TEACHER.value.teacher_answers) is not None:
         from_file = teachers.from_file(path, dataset, loaded=DATA.value.read(), other_classes=True)
+    alone = from_file is not None and {(a.teacher or FULL, a.transferred) for a in arms.values()} == {
+        (FULL, False)
+    }
+    others = dataset if alone else load(dataset=TEACHER_DATASET.value, num_train=0)
     compared = check(arms, student, dataset, others, from_file)
     worker, workdir = cli.my_task(MODULE), Path(launch.workdir)
     if worker is None:
@@ -145,17 +138,18 @@ def main(callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
     taught = {n: trained(n, **options) for n in dict.fromkeys(names) if n != FULL or from_file is None}
 
     @functools.lru_cache(maxsize=1)  # answers may be large
-    def said(name: str) -> Asked:
+    def said(name: str) -> Said:
         if name not in taught:
             assert from_file is not None
-            return learnt(from_file, from_file, dataset)
+            return probed(from_file, from_file, dataset)
         features = {f for arm in arms if arms[arm].teacher == name for f in compared[arm]}
         return ask(taught[name], dataset, sorted({EMBEDDING, *features}), workdir)
 
     probes, predicted = {}, None
     if worker is None:  # which also caches what the workers will read
         for name in dict.fromkeys(reversed(names)):  # FULL last
-            probes[name], predicted = said(name).probe, said(name).predicted
+            probes[name] = said(name).probe
+        predicted = predictions(said(FULL), dataset)
     init = None
     if any(arm.transferred for arm in arms.values()):
         pretrained = trained("pretrained", spec=STUDENT.value, **options)
@@ -353,8 +347,8 @@ def trained(
         return finished
 
 
-def ask(teacher: run.Trained, dataset: data.Dataset, features: Sequence[str], workdir: Path) -> Asked:
-    """What a teacher says of the student's images, and its probe."""
+def ask(teacher: run.Trained, dataset: data.Dataset, features: Sequence[str], workdir: Path) -> Said:
+    """What a teacher says of the student's images."""
     recipe, home = RECIPE.value, workdir / "teacher_answers" / teacher.arm
     asked = functools.partial(cli.ask, teacher, dataset, launch=LAUNCH.value, machine=MACHINE.value)
     move = {"padding": recipe.padding, "flip": recipe.flip}
@@ -362,30 +356,22 @@ def ask(teacher: run.Trained, dataset: data.Dataset, features: Sequence[str], wo
     centre = signal
     if signal.answers is None:
         centre = asked(home / "centre", mode="centre", features=[EMBEDDING])
-    return learnt(signal, centre, dataset)
+    return probed(signal, centre, dataset)
 
 
-def learnt(signal: TeacherSignal, centre: TeacherSignal, dataset: data.Dataset) -> Asked:
-    """A teacher's answers about unaugmented images, and a probe fitted to the training labels."""
+def probed(signal: TeacherSignal, centre: TeacherSignal, dataset: data.Dataset) -> Said:
+    """Answers with a probe, where there are embeddings to fit it to."""
+    has = EMBEDDING in (centre.answers or {})
+    return Said(signal, centre, teachers.probe_of(centre, dataset) if has else None)
 
-    def about(split: str, name: str) -> np.ndarray:
-        assert centre.answers is not None
-        return np.asarray(centre.answers[name][dataset.splits[split], 0], np.float32)
 
-    logits, labels = (
-        about("train", "logits"),
-        {name: dataset.labels[ids] for name, ids in dataset.splits.items()},
-    )
-    probe = predicted = None
-    if EMBEDDING in (centre.answers or {}):
-        probe = representations.linear_probe(
-            about("train", EMBEDDING),
-            labels["train"],
-            num_classes=dataset.num_classes,
-            validation=(about("validation", EMBEDDING), labels["validation"]),
-        )
-        predicted = (about(LAUNCH.value.split, EMBEDDING) @ probe.kernel + probe.bias).argmax(-1)
-    return Asked(signal, jnp.asarray(logits), jnp.asarray(labels["train"]), probe, predicted)
+def predictions(said: Said, dataset: data.Dataset) -> np.ndarray | None:
+    """The classes that a probed teacher predicts on the split that is measured."""
+    if said.probe is None:
+        return None
+    assert said.centre.answers is not None
+    rows = said.centre.answers[EMBEDDING][dataset.splits[LAUNCH.value.split], 0].astype(np.float32)
+    return (rows @ said.probe.kernel + said.probe.bias).argmax(-1)
 
 
 # Their answers, in the student's classes.
@@ -411,28 +397,22 @@ def read_class_map(path: str, others: data.Dataset, dataset: data.Dataset) -> np
 
 
 def answering(
-    arm: Arm, asked: Asked, features: Sequence[str], dataset: data.Dataset, others: data.Dataset
+    arm: Arm, said: Said, features: Sequence[str], dataset: data.Dataset, others: data.Dataset
 ) -> TeacherSignal:
     """The teacher's answers as an arm reads them: logits of the student's classes, and the features it compares."""
-    signal, counted = asked.signal, (asked.logits, asked.labels)
-    options: dict[str, Any] = {"num_classes": dataset.num_classes}
-    given: dict[str, Any] = {"features": features}
-    if arm.answer == "kd":
-        signal = teachers.translate(signal, lambda said: said["logits"], made_from="kd", **given)
+    options: dict[str, Any] = {"features": features, "temperature": KD.value.temperature}
+    if arm.answer == "names":
+        signal = teachers.through_map(
+            said.signal, read_class_map(CLASS_MAP.value, others, dataset), **options
+        )
+    elif arm.answer == "kd":
+        signal = teachers.translate(said.signal, lambda one: one["logits"], features=features, made_from="kd")
     elif arm.answer == "probe":
-        assert asked.probe is not None
-        signal = teachers.through_probe(signal, asked.probe, **given)
-    elif arm.answer == "blm_logits":
-        signal = teachers.through_weights(signal, losses.bayesian_logit_weights(*counted, **options), **given)
+        assert said.probe is not None
+        signal = teachers.through_probe(said.signal, said.probe, features=features)
     else:
-        if arm.answer == "names":
-            matrix = read_class_map(CLASS_MAP.value, others, dataset)
-        elif arm.answer == "least_squares":
-            matrix = losses.least_squares_class_map(*counted, **options)
-        else:
-            plus = {"smoothing": 0.0, "top_k": TOP_K.value} if arm.answer == "blm_plus" else {}
-            matrix = losses.bayesian_class_map(*counted, **options, **plus)
-        signal = teachers.through_map(signal, matrix, temperature=KD.value.temperature, **given)
+        options |= {"top_k": TOP_K.value, "fitted_to": said.centre}
+        signal = teachers.in_classes(said.signal, dataset, arm.answer, **options)
     return teachers.about_classes(signal, dataset, CLASSES.value) if CLASSES.value else signal
 
 

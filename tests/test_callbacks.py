@@ -3,11 +3,12 @@
 import sys
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
 from kdjax import data, methods, models, run
-from kdjax.callbacks import Callback, ProgressBar, TensorBoard
+from kdjax.callbacks import Callback, KeepWeights, ProgressBar, TensorBoard
 from kdjax.recipe import Machine, Recipe
 
 
@@ -54,6 +55,31 @@ def test_every_epoch_is_seen_once_and_the_newest_again_when_a_run_goes_on(traine
     assert seen(Stop()) == [start, *epochs[:2], ("end", None), ("stopped",)]
     assert seen() == [start, *epochs[1:], ("end", 3)]
     assert seen() == [start, epochs[2], ("end", 3)]
+
+
+def test_kept_weights_are_those_after_their_step_also_of_a_run_that_was_stopped(trainer, tmp_path):
+    class Weights(Callback):
+        def __init__(self):
+            self.seen = {}
+
+        def on_dispatch(self, run, state, step):
+            self.seen[step] = jax.device_get(state.params)
+            return state
+
+    keep, seen = KeepWeights(tmp_path / "kept", [3, 9], {"seed": 0}), Weights()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(0, tmp_path / "run", callbacks=[keep, seen, Stop()])
+    finished = trainer(0, tmp_path / "run", callbacks=[keep, seen])
+    for step in (3, 9):
+        found = keep.read(step, finished.weights)
+        jax.tree.map(np.testing.assert_array_equal, found.params, seen.seen[step])
+    jax.tree.map(
+        np.testing.assert_array_equal, keep.read(9, finished.weights).params, finished.weights.params
+    )
+    with pytest.raises(ValueError, match="lacks the weights after step 6; delete the run"):
+        keep.read(6, finished.weights)
+    with pytest.raises(ValueError, match="seed"):
+        KeepWeights(tmp_path / "kept", [3], {"seed": 1}).read(3, finished.weights)
 
 
 def events(directory):

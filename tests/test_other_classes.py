@@ -140,6 +140,64 @@ def test_signals_of_different_maps_are_different_runs(signal, matrix):
     assert len({str(way.identity) for way in ways}) == len(ways)
 
 
+class TestLearntWays:
+    """Each is what the losses say of the unaugmented training images, whichever form the student is given."""
+
+    @pytest.mark.parametrize("way", teachers.WAYS)
+    def test_are_learnt_from_the_training_labels_alone(self, signal, dataset, way):
+        found = teachers.in_classes(signal, dataset, way, temperature=2.0, top_k=2)
+        ids = dataset.splits["train"]
+        logits, labels = jnp.asarray(signal.answers["logits"][ids, 0], jnp.float32), dataset.labels[ids]
+        options = {"num_classes": CLASSES}
+        learners = {
+            "least_squares": lambda: losses.least_squares_class_map(logits, jnp.asarray(labels), **options),
+            "blm": lambda: losses.bayesian_class_map(logits, jnp.asarray(labels), **options),
+            "blm_plus": lambda: losses.bayesian_class_map(
+                logits, jnp.asarray(labels), **options, smoothing=0.0, top_k=2
+            ),
+            "blm_logits": lambda: losses.bayesian_logit_weights(logits, jnp.asarray(labels), **options),
+            "probe": lambda: representations.linear_probe(
+                signal.answers["embedding"][ids, 0].astype(np.float32),
+                labels,
+                **options,
+                validation=(
+                    signal.answers["embedding"][dataset.splits["validation"], 0].astype(np.float32),
+                    dataset.labels[dataset.splits["validation"]],
+                ),
+            ),
+        }
+        learnt = learners[way]()
+        if way == "probe":
+            expected = teachers.through_probe(signal, learnt)
+        elif way == "blm_logits":
+            expected = teachers.through_weights(signal, learnt)
+        else:
+            expected = teachers.through_map(signal, learnt, temperature=2.0)
+        close(found.answers["logits"], expected.answers["logits"].astype(np.float64))
+        shuffled = dataset._replace(
+            labels=np.where(np.isin(np.arange(len(dataset.labels)), ids), dataset.labels, 0)
+        )
+        if way != "probe":  # which chooses its penalty on validation
+            again = teachers.in_classes(signal, shuffled, way, temperature=2.0, top_k=2)
+            assert again.identity == found.identity
+
+    def test_views_and_a_teacher_in_the_step_learn_from_cached_answers(self, teacher, signal, dataset):
+        online = teachers.answers(teacher, dataset, mode="online", features=["embedding"])
+        found = teachers.in_classes(online, dataset, "blm", temperature=2.0, fitted_to=signal)
+        cached = teachers.in_classes(signal, dataset, "blm", temperature=2.0)
+        rows = found.online(found.weights, jnp.asarray(dataset.images[:4], jnp.float32))["logits"]
+        close(rows, cached.answers["logits"][:4, 0].astype(np.float64), 2e-2)
+        with pytest.raises(ValueError, match="no cached answers"):
+            teachers.in_classes(online, dataset, "blm", temperature=2.0)
+
+    def test_what_cannot_be_learnt_is_refused(self, teacher, dataset, signal, tmp_path):
+        with pytest.raises(ValueError, match="least_squares, blm, blm_plus, blm_logits, probe, got 'names'"):
+            teachers.in_classes(signal, dataset, "names", temperature=1.0)
+        logits = teachers.answers(teacher, dataset, directory=tmp_path)
+        with pytest.raises(ValueError, match="embedding of the training images"):
+            teachers.in_classes(logits, dataset, "probe", temperature=1.0)
+
+
 class TestSomeClasses:
     def test_the_others_have_no_soft_loss_and_no_gradient(self, signal, dataset, matrix):
         found = teachers.about_classes(teachers.through_weights(signal, matrix), dataset, ["bee"])

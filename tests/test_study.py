@@ -4,12 +4,13 @@ import json
 import re
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
-from kdjax import data, flatness, methods, models, results, run, significance, study
+from kdjax import data, flatness, methods, models, representations, results, run, significance, study
 from kdjax.recipe import Machine, Recipe
 from kdjax.study import measures
 from kdjax.train import Fitted
@@ -195,6 +196,53 @@ class TestMeasures:
         assert len(found["kd"]["latency_ms"]) == 3
         assert all(value > 0 for value in found["kd"]["latency_ms"])
         assert len(timed) == 1
+
+
+class TestAgreement:
+    def test_is_told_apart_by_whether_the_teacher_was_right(self, dataset, arms, tmp_path):
+        labels = dataset.labels[dataset.splits["test"]]
+        predicted = np.where(np.arange(len(labels)) % 3 == 0, (labels + 1) % CLASSES, labels)
+        found = study.agreement_of(dataset, arms, tmp_path, predicted=predicted)
+        for arm, finished in arms.items():
+            for number, one in enumerate(finished):
+                same = study.logits_of(one, dataset).argmax(-1) == predicted
+                right = predicted == labels
+                assert found[arm]["agreement_right"][number] == same[right].mean()
+                assert found[arm]["agreement_wrong"][number] == same[~right].mean()
+
+    def test_of_a_teacher_that_is_always_right_is_accuracy(self, dataset, arms, tmp_path):
+        labels = dataset.labels[dataset.splits["test"]]
+        found = study.agreement_of(dataset, {"kd": arms["kd"]}, tmp_path, predicted=labels)["kd"]
+        np.testing.assert_allclose(found["agreement_right"], [one.metrics["accuracy"] for one in arms["kd"]])
+        assert found["agreement_wrong"] == [1.0] * 3
+
+
+def test_accuracy_of_chosen_classes_is_over_their_own_examples(dataset, arms):
+    (one, *_), labels = arms["kd"], dataset.labels[dataset.splits["test"]]
+    right = study.logits_of(one, dataset).argmax(-1) == labels
+    each = [right[labels == k].mean() for k in range(CLASSES)]
+    found = study.with_class_accuracy(one, dataset, ["c", "a"]).metrics
+    assert (found["accuracy_a"], found["accuracy_c"]) == (each[0], each[2])
+    assert found["accuracy_chosen"] == pytest.approx((each[0] + each[2]) / 2)
+    assert found["accuracy_other"] == each[1]
+    assert "accuracy_other" not in study.with_class_accuracy(one, dataset, ["a", "b", "c"]).metrics
+
+
+def test_embeddings_are_measured_on_the_validation_images(dataset):
+    network = models.from_linen(models.build("mlp", num_classes=CLASSES, widths=(5,)), SHAPE)
+    weights = Weights(*network.init(0))
+    one = run.measured("one", 0, network, weights, dataset, split="validation")
+    ids = dataset.splits["validation"]
+    inputs = data.normalise(jnp.asarray(dataset.images[ids]), **dataset.normalisation._asdict())
+    vectors = np.asarray(network.apply(*weights, inputs, train=False)[0].features["embedding"])
+    has = np.any(vectors != 0, axis=1)
+    assert not has.all()  # a zero embedding has no direction, and does not end a study
+    found = study.embeddings_of(one, dataset, crops=4)
+    expected = representations.class_separation(vectors[has], dataset.labels[ids][has])
+    assert found["class_separation"] == pytest.approx(expected, rel=1e-4)
+    assert found["mutual_information"] <= np.log(len(ids))
+    dead = one._replace(fitted=one.fitted._replace(last=jax.tree.map(jnp.zeros_like, one.weights)))
+    assert study.embeddings_of(dead, dataset, crops=2).keys() == {"mutual_information"}
 
 
 def test_costs_are_in_gradients_up_to_each_target():

@@ -1,5 +1,6 @@
 """What else is measured of finished runs; kept beside them, and not measured again for equal weights and options."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -82,8 +83,9 @@ def embeddings_of(run: Trained, dataset: data.Dataset, *, crops: int = 16) -> di
     """What a network's embeddings and logits keep of the validation images of its own data set.
 
     Returns:
-      ``class_separation``, and ``mutual_information``, nats, of the difference of two logits for random crops: of the
-      images of the two classes with most images; see :mod:`kdjax.representations`.
+      ``mutual_information``, nats, of the difference of two logits for random crops of the images of the two classes
+      with most images; ``class_separation``, without embeddings that are zero, and not where it is undefined. See
+      :mod:`kdjax.representations`.
     """
     ids = dataset.splits["validation"]
     labels, weights = dataset.labels[ids], jax.device_put(jax.device_get(run.weights), jax.local_devices()[0])
@@ -98,12 +100,15 @@ def embeddings_of(run: Trained, dataset: data.Dataset, *, crops: int = 16) -> di
         logits = look(data.crop_and_flip(pair, keys, padding=4, flip=True)).logits
         return logits[:, first] - logits[:, second]
 
-    return {
-        "class_separation": representations.class_separation(vectors, labels),
+    found = {
         "mutual_information": representations.mutual_information(
             np.stack([margin(n) for n in range(crops)], 1)
-        ),
+        )
     }
+    turned = np.linalg.norm(vectors, axis=1) > 0
+    with contextlib.suppress(ValueError):
+        found["class_separation"] = representations.class_separation(vectors[turned], labels[turned])
+    return found
 
 
 def with_class_accuracy(run: Trained, dataset: data.Dataset, classes: Sequence[str]) -> Trained:

@@ -5,8 +5,8 @@
   :func:`from_file`: the same of a teacher in any framework, from an ``.npz`` of its answers.
 * :func:`explain`: cached integrated-gradients maps of the training images; :func:`with_maps` adds them to a signal;
   :func:`perturb` makes it a control.
-* :func:`through_map`, :func:`through_weights`, :func:`through_probe`: a teacher of other classes, in the student's;
-  :func:`about_classes` keeps what it says of some.
+* :func:`in_classes`: a teacher of other classes, in those of the student; :func:`through_map`, :func:`through_weights`,
+  :func:`through_probe`: by a map or a probe of your own; :func:`about_classes` keeps what it says of some classes.
 """
 
 from kdjax.teacher.cache import TeacherCache as TeacherCache
@@ -19,7 +19,10 @@ from kdjax.teacher.cache import verify as verify
 from kdjax.teacher.maps import Explanations as Explanations
 from kdjax.teacher.maps import explain as explain
 from kdjax.teacher.maps import with_maps as with_maps
+from kdjax.teacher.other_classes import WAYS as WAYS
 from kdjax.teacher.other_classes import about_classes as about_classes
+from kdjax.teacher.other_classes import in_classes as in_classes
+from kdjax.teacher.other_classes import probe_of as probe_of
 from kdjax.teacher.other_classes import through_map as through_map
 from kdjax.teacher.other_classes import through_probe as through_probe
 from kdjax.teacher.other_classes import through_weights as through_weights

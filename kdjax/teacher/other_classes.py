@@ -2,8 +2,8 @@
 
 ::
 
-    matrix = losses.bayesian_class_map(logits, labels, num_classes=10)  # on the student's training images
-    signal = through_map(signal, matrix, temperature=4.0)  # its logits are of the student's classes now
+    signal = answers(teacher, dataset, features=["embedding"], directory="runs/answers")
+    signal = in_classes(signal, dataset, "blm_plus", temperature=4.0)  # logits of the classes of the data set
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kdjax import checkpoints, data, losses
-from kdjax.representations import Probe
+from kdjax.representations import Probe, linear_probe
 from kdjax.teacher import cache
 from kdjax.teacher.signal import TeacherSignal
 from kdjax.types import Outputs, Weights
@@ -61,6 +61,79 @@ def translate(
         changes["online"] = online
     identity = {**signal.identity, "translated": made_from, "features": list(features)}
     return signal._replace(**changes, maps=(), identity=identity)
+
+
+WAYS = ("least_squares", "blm", "blm_plus", "blm_logits", "probe")
+"""What :func:`in_classes` learns from labels."""
+
+
+def in_classes(
+    signal: TeacherSignal,
+    dataset: data.Dataset,
+    way: str,
+    *,
+    temperature: float,
+    top_k: int = 3,
+    features: Sequence[str] = (),
+    fitted_to: TeacherSignal | None = None,
+) -> TeacherSignal:
+    """A teacher's answers in the classes of a data set, by what is learnt from its training labels.
+
+    Args:
+      signal: of the teacher.
+      dataset: of the student.
+      way: ``least_squares``, ``blm`` or ``blm_plus``, a map of classes; ``blm_logits``, weights of logits; ``probe``, a
+        linear classifier on the feature "embedding". See :func:`kdjax.losses.least_squares_class_map`,
+        :func:`~kdjax.losses.bayesian_class_map`, :func:`~kdjax.losses.bayesian_logit_weights` and :func:`probe_of`.
+      temperature: of the loss that compares the answers.
+      top_k: of ``blm_plus``.
+      features: of the teacher that the student is given.
+      fitted_to: cached answers to learn from; those of ``signal`` by default.
+
+    Raises:
+      ValueError: if there is no such way, or there are no cached answers to learn from.
+    """
+    if way not in WAYS:
+        raise ValueError(f"answers are put into other classes by {', '.join(WAYS)}, got {way!r}.")
+    fitted_to = fitted_to or signal
+    if way == "probe":
+        return through_probe(signal, probe_of(fitted_to, dataset), features=features)
+    logits, labels = map(jnp.asarray, _about(fitted_to, dataset, "train", "logits"))
+    classes: dict[str, Any] = {"num_classes": dataset.num_classes}
+    if way == "blm_logits":
+        weights = losses.bayesian_logit_weights(logits, labels, **classes)
+        return through_weights(signal, weights, features=features)
+    if way == "least_squares":
+        matrix = losses.least_squares_class_map(logits, labels, **classes)
+    else:
+        plus: dict[str, Any] = {"smoothing": 0.0, "top_k": top_k} if way == "blm_plus" else {}
+        matrix = losses.bayesian_class_map(logits, labels, **classes, **plus)
+    return through_map(signal, matrix, temperature=temperature, features=features)
+
+
+def probe_of(signal: TeacherSignal, dataset: data.Dataset) -> Probe:
+    """A linear classifier of a data set on a teacher's embeddings; see :func:`kdjax.representations.linear_probe`.
+
+    Raises:
+      ValueError: if the signal is not cached, or lacks the feature "embedding".
+    """
+    rows, labels = _about(signal, dataset, "train", "embedding")
+    validation = _about(signal, dataset, "validation", "embedding")
+    return linear_probe(rows, labels, num_classes=dataset.num_classes, validation=validation)
+
+
+def _about(
+    signal: TeacherSignal, dataset: data.Dataset, split: str, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """An answer about the unaugmented images of a split, and their labels."""
+    if signal.answers is None or name not in signal.answers:
+        there = "no cached answers" if signal.answers is None else ", ".join(signal.answers)
+        raise ValueError(
+            f"the teacher's {name} of the training images is learnt from, and the signal has {there}: "
+            f"ask for it, answers(..., features=['embedding'], directory=...)."
+        )
+    ids = dataset.splits[split]
+    return np.asarray(signal.answers[name][ids, 0], np.float32), dataset.labels[ids]
 
 
 def through_map(
