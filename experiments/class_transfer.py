@@ -59,7 +59,11 @@ KEPT = flags.DEFINE_list("teacher_keep", ["1", "2", "4", "8"], "Epochs whose wei
 MODE = flags.DEFINE_enum("teacher_mode", "views", teachers.MODES, "As in experiments.distill.")
 VIEWS = flags.DEFINE_integer("views", 4, "Cached views per image in the mode views.", 2)
 KD = cli.define(methods.KdOptions(temperature=4.0, hard_weight=0.5, soft_weight=0.5))
-WEIGHTS = flags.DEFINE_list("weights", [], "Weights of methods, if not the published: hint=50,rkd=2.")
+WEIGHTS = flags.DEFINE_list(
+    "weights",
+    [],
+    "Weights of methods, if not the published: hint=50,rkd=2; of a map or probe the soft weight, 1 minus it of labels.",
+)
 LAST_STAGE = flags.DEFINE_bool(
     "last_stage", False, "hint and attention_transfer compare the last stage alone: less to cache."
 )
@@ -202,7 +206,11 @@ def arms_of() -> dict[str, Arm]:
                 raise ValueError(f"{said}: {name} has no teacher, so write {name} for {arm}.")
             found[arm] = Arm(methods.labels(), transferred=name == "finetuned")
         elif name in MAPPED or name == "kd":
-            found[arm] = Arm(soft, teacher or FULL, name)
+            method = soft
+            if name in weights:
+                own = {"soft_weight": weights[name], "hard_weight": 1 - weights[name]}
+                method = methods.kd(**vars(KD.value) | own)
+            found[arm] = Arm(method, teacher or FULL, name)
         else:
             method = methods.named(name, kd=soft, weights=weights)
             if LAST_STAGE.value and name in ("hint", "attention_transfer"):
