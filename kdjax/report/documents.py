@@ -172,7 +172,9 @@ def _section(result: Result, link: str, metrics: str | None) -> str:
         return f"\n{tables.markdown_flatness(result)}\n{_provenance(result, link)}\n"
     ratios, columns = result.get("ratios", {}), metrics.split(",") if metrics else None
     # A table alone is clearer than a sentence of many ratios or of means without a test.
-    in_words = len(ratios) <= text.RATIOS_IN_WORDS if ratios else bool(result.get("comparisons"))
+    tested = {one["metric"] for one in result.get("comparisons", ())}
+    shown = bool(tested) if columns is None else bool(tested & set(columns))
+    in_words = len(ratios) <= text.RATIOS_IN_WORDS if ratios else shown
     parts = [text.finding(result)] if in_words else []
     if ratios:
         printed = [(peer, *(f"{r[k]:#.3g}" for k in ("median", "low", "high"))) for peer, r in ratios.items()]

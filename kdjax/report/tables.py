@@ -46,7 +46,7 @@ def markdown_table(result: Result, *, metrics: Sequence[str] | None = None) -> s
     are compared by seed, in accuracy also by test example where the result holds the answers; Holm's method corrects
     the p of a column for all comparisons of the result; :func:`legend` explains the stars. Fractions are printed as
     percent. The best mean of a column is bold if tests tell it from every other arm, after Holm's correction. Teachers
-    are listed, but neither tested nor bold.
+    are listed, but neither tested nor bold. An arm that has none of the metrics is left out.
 
     A ``steps_to_X`` or ``paid_to_X`` is told by its median, with how many runs reached the target (``reached_X``), and
     tested by ranks, in which those that never did are the last: "141 (9 of 10 reached)".
@@ -84,6 +84,8 @@ def table(result: Result, metrics: Sequence[str] | None = None) -> tuple[list[st
     }
     rows = []
     for arm, measured in result["arms"].items():
+        if not measured.keys() & set(metrics):
+            continue
         n = max((len(values) for values in measured.values()), default=0)
         cells = [cell(result, arm, m, tests[m].get(arm))._replace(bold=best[m] == arm) for m in metrics]
         rows.append([Cell(arm), Cell(str(n)), *cells])
