@@ -1,5 +1,6 @@
 """A launched process: how it ends, what it says, and what of its surroundings it does without."""
 
+import json
 import os
 import signal
 import subprocess
@@ -270,6 +271,28 @@ def test_a_worker_that_ends_early_ends_those_before_it(tmp_path, monkeypatch, ta
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
     with pytest.raises(error, match=said):
         cli.in_children("worker", ["wait", task], logs=logs)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="this system cannot say which cores a process has"
+)
+def test_workers_share_the_cores_of_their_parent(tmp_path, monkeypatch):
+    (tmp_path / "worker.py").write_text("import os; print(sorted(os.sched_getaffinity(0)))")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["worker"])
+    cores = sorted(os.sched_getaffinity(0))
+
+    def given(count, **options):
+        logs = [tmp_path / f"{number}.log" for number in range(count)]
+        cli.in_children("worker", list(range(count)), logs=logs, **options)
+        assert sorted(os.sched_getaffinity(0)) == cores  # the parent keeps its own
+        return [json.loads(log.read_text()) for log in logs]
+
+    assert given(1) == [cores]
+    shares = given(2)
+    assert shares == ([cores[::2], cores[1::2]] if len(cores) > 1 else [cores, cores])
+    assert given(len(cores) + 1) == [cores] * (len(cores) + 1)
+    assert given(2, gpus=["0", "1"]) == [cores, cores]
 
 
 def test_a_process_that_is_no_worker_has_no_task(monkeypatch):

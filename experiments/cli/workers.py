@@ -70,7 +70,8 @@ def in_children(
                 # stdin is a pipe that breaks when this process ends, which the child waits for. A group of its own,
                 # since a terminal sends Ctrl-C to the whole group of this process.
                 pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
-                children.append(subprocess.Popen(command, env=environment, process_group=0, **pipes))
+                with _on_cores(number, 1 if gpus else len(tasks)):
+                    children.append(subprocess.Popen(command, env=environment, process_group=0, **pipes))
         codes: list[int | None] = []
         while not received:
             codes = [child.poll() for child in children]
@@ -83,6 +84,23 @@ def in_children(
     for number, code in enumerate(codes):
         if code:
             _raise(number, code, logs)
+
+
+@contextlib.contextmanager
+def _on_cores(number: int, of: int) -> Iterator[None]:
+    """Gives what is started within its share of this process's cores, where the system can and there are enough.
+
+    Two processes that each compute with all cores wait for each other.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if of < 2 or len(cores) < of:
+        yield
+        return
+    os.sched_setaffinity(0, cores[number::of])  # of this thread, which a child inherits
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def _raise(number: int, code: int, logs: Sequence[Path]) -> None:
