@@ -208,6 +208,8 @@ def arms_of() -> dict[str, Arm]:
         elif name in MAPPED or name == "kd":
             method = soft
             if name in weights:
+                if weights[name] > 1:
+                    raise ValueError(f"--weights: {name}={weights[name]:g} must be a share from 0 to 1.")
                 own = {"soft_weight": weights[name], "hard_weight": 1 - weights[name]}
                 method = methods.kd(**vars(KD.value) | own)
             found[arm] = Arm(method, teacher or FULL, name)
@@ -215,7 +217,7 @@ def arms_of() -> dict[str, Arm]:
             method = methods.named(name, kd=soft, weights=weights)
             if LAST_STAGE.value and name in ("hint", "attention_transfer"):
                 given = {"weight": weights[name]} if name in weights else {}
-                method = methods.labels() + methods.METHODS[name](**given, student=methods.last_stage)
+                method = methods.METHODS[name](**given, student=methods.last_stage)
             found[arm] = Arm(method, teacher or FULL, "probe")
     return found
 
@@ -249,6 +251,10 @@ def check(
         raise ValueError(
             f"--classes={','.join(CLASSES.value)}: {dataset.name} has no class {unknown[0]}; it has "
             f"{', '.join(dataset.class_names)}."
+        )
+    if CLASSES.value and MODE.value == "online":
+        raise ValueError(
+            "--classes needs cached answers: use --teacher_mode=views or centre in place of online."
         )
     teacher, compared = cli.network(TEACHER.value.teacher, others), {}
     for name, arm in arms.items():
@@ -451,7 +457,7 @@ def report(
     arms = {**references, **students}
     if predicted is not None:
         options: dict[str, Any] = {"predicted": predicted, "split": launch.split}
-        arms = study.with_metrics(arms, study.agreement_of(dataset, arms, workdir / "agreement", **options))
+        arms = study.with_metrics(arms, study.agreement_of(dataset, arms, workdir / "answers", **options))
     if CLASSES.value:
         arms = {
             name: [study.with_class_accuracy(one, dataset, CLASSES.value) for one in runs]

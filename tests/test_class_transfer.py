@@ -172,6 +172,8 @@ def test_a_file_of_answers_stands_in_for_the_teacher(study, start, files, tmp_pa
         (["--arms=scratch,kd"], "the teacher's classes are not the student's"),
         (["--arms=scratch,vkd", "--classes=one"], "compares features of all images"),
         (["--arms=scratch,blm", "--classes=six"], "has no class six"),
+        (["--arms=scratch,blm", "--classes=one", "--teacher_mode=online"], "--classes needs cached answers"),
+        (["--arms=scratch,blm", "--weights=blm=2"], "blm=2 must be a share from 0 to 1"),
         (["--num_train=2"], "leaves no training image of"),
         (["--class_map=missing.csv"], "must be a CSV with the columns teacher_class and classes"),
         (["--teacher_mode=centre", "--views=3"], "caches no augmented views"),

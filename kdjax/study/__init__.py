@@ -15,6 +15,7 @@ from kdjax.study.measures import flatness_of as flatness_of
 from kdjax.study.measures import logits_of as logits_of
 from kdjax.study.measures import of_every_run as of_every_run
 from kdjax.study.measures import pictures as pictures
+from kdjax.study.measures import predictions_of as predictions_of
 from kdjax.study.measures import robustness_of as robustness_of
 from kdjax.study.measures import saliency_of as saliency_of
 from kdjax.study.measures import surfaces_of as surfaces_of

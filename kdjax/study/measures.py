@@ -60,7 +60,7 @@ def agreement_of(
     Args:
       dataset: of the students.
       arms: arm → finished runs.
-      directory: where each run's numbers are kept.
+      directory: where each run's predictions are kept; those of :func:`answers_of` are the same.
       predicted: the classes that the teacher predicts, in the order of ``dataset.splits[split]``.
       split: of the examples.
 
@@ -70,13 +70,13 @@ def agreement_of(
     """
     labels = dataset.labels[dataset.splits[split]]
     parts = {"agreement_right": predicted == labels, "agreement_wrong": predicted != labels}
-
-    def measure(run: Trained) -> dict[str, float]:
-        same = logits_of(run, dataset, split=split).argmax(-1) == predicted
-        return {name: float(same[part].mean()) if part.any() else 1.0 for name, part in parts.items()}
-
-    decides = {"data": dataset.fingerprint, "split": split, "teacher": checkpoints.digest_tree(predicted)}
-    return of_every_run(arms, directory, decides, measure, label="agreement")
+    return {
+        arm: {
+            name: [float(np.mean(own[part] == predicted[part])) if part.any() else 1.0 for own in runs]
+            for name, part in parts.items()
+        }
+        for arm, runs in predictions_of(dataset, arms, directory, split=split).items()
+    }
 
 
 def embeddings_of(run: Trained, dataset: data.Dataset, *, crops: int = 16) -> dict[str, float]:
@@ -133,13 +133,21 @@ def answers_of(
     :func:`kdjax.results.correct_of` unpacks them, in the order of ``dataset.splits[split]``.
     """
     labels = dataset.labels[dataset.splits[split]]
+    found = predictions_of(dataset, arms, directory, split=split)
+    return {arm: [results.pack(predicted == labels) for predicted in runs] for arm, runs in found.items()}
+
+
+def predictions_of(
+    dataset: data.Dataset, arms: Arms, directory: Path, *, split: str = "test"
+) -> dict[str, list[np.ndarray]]:
+    """The class that every run predicts for each example of a split: arm → int[examples] per run."""
 
     def measure(run: Trained) -> dict[str, Any]:
-        return {"correct": results.pack(logits_of(run, dataset, split=split).argmax(-1) == labels)}
+        return {"predicted": logits_of(run, dataset, split=split).argmax(-1).tolist()}
 
-    decides = {"data": dataset.fingerprint, "split": split}
+    decides = {"data": dataset.fingerprint, "split": split, "measure": "predicted"}
     found = of_every_run(arms, directory, decides, measure, label="answers")
-    return {arm: answers["correct"] for arm, answers in found.items()}
+    return {arm: [np.asarray(one) for one in answers["predicted"]] for arm, answers in found.items()}
 
 
 def robustness_of(
