@@ -92,7 +92,10 @@ class Contender(Protocol):
 
 
 class Kdjax:
-    """``kdjax.attributions`` in jitted functions of weights, images and labels."""
+    """``kdjax.attributions`` in compiled functions of weights, images and labels.
+
+    Several threads are as many devices, which divide the images, as those of ``--devices`` do.
+    """
 
     arms: tuple[str, ...] = ("kdjax",)
 
@@ -102,6 +105,8 @@ class Kdjax:
         from kdjax import attributions, models
 
         self.jax, self.attributions, self.models = jax, attributions, models
+        self.devices = len(cores())
+        jax.config.update("jax_num_cpu_devices", self.devices)
 
     def load(self, problem: Problem) -> np.ndarray:
         """See :class:`Contender`."""
@@ -111,13 +116,20 @@ class Kdjax:
         # Through apply_fn, as the library applies networks: it chooses the layout of the maps.
         self.apply = self.models.apply_fn(self.models.build(problem.name, num_classes=problem.num_classes))
         variables = unflatten_dict({tuple(k.split("/")): array(x) for k, x in problem.weights.items()})
-        self.arguments = variables, array(problem.images), array(problem.labels)
+        if len(problem.labels) % self.devices:
+            raise ValueError(f"{len(problem.labels)} images can't be divided among {self.devices} devices.")
+        divided = (array(x).reshape(self.devices, -1, *x.shape[1:]) for x in (problem.images, problem.labels))
+        self.arguments = variables, *divided
         self.jax.clear_caches()
         self.programs: dict[str, Callable] = {}
-        score = self.jax.jit(lambda v, x, labels: self.score(v)(x, labels))
+        score = self.compiled(lambda v, x, labels: self.score(v)(x, labels))
         variables, images, labels = self.arguments
         at_images, at_zeros = (score(variables, x, labels) for x in (images, 0 * images))
-        return np.asarray(at_images) - np.asarray(at_zeros)
+        return np.ravel(at_images) - np.ravel(at_zeros)
+
+    def compiled(self, function: Callable, shared: int = 0) -> Callable:
+        """A function of weights, divided images and labels, and of ``shared`` more arguments, on all devices."""
+        return self.jax.pmap(function, in_axes=(None, 0, 0, *[None] * shared))
 
     def score(self, variables):
         """The logit of each image's label."""
@@ -149,10 +161,10 @@ class Kdjax:
 
         return images * self.jax.lax.fori_loop(0, count, add, self.jax.numpy.zeros_like(images))
 
-    def program(self, name: str, make: Callable[[], Callable]) -> Callable:
-        """A jitted function, the same for the same name."""
+    def program(self, name: str, make: Callable[[], Callable], shared: int = 0) -> Callable:
+        """A compiled function, the same for the same name."""
         if name not in self.programs:
-            self.programs[name] = self.jax.jit(make())
+            self.programs[name] = self.compiled(make(), shared)
         return self.programs[name]
 
     def prepare(self, options: Mapping[str, Any]) -> Callable[[], Any]:
@@ -170,7 +182,7 @@ class Kdjax:
             found = self.attributions.quadrature(options["nodes"], options["rule"])
             rest = -options["nodes"] % LONGEST
             nodes, weights = (self.jax.numpy.asarray(np.pad(x, (0, rest)), "float32") for x in found)
-            looped = self.program("looped", lambda: self.looped)
+            looped = self.program("looped", lambda: self.looped, shared=3)
             return lambda: ready(looped(variables, images, labels, nodes, weights, options["nodes"]))
         if "bound" in options:
             bound = options["bound"]
@@ -182,9 +194,10 @@ class Kdjax:
 
     def read(self, raw: Any, options: Mapping[str, Any]) -> Found:
         """See :class:`Contender`."""
-        if "rule" in options:
-            return Found(np.asarray(raw), [options["nodes"]] * len(raw))
-        return Found(np.asarray(raw.values), np.asarray(raw.nodes).tolist())
+        values = np.asarray(raw if "rule" in options else raw.values)
+        values = values.reshape(-1, *values.shape[2:])
+        nodes = [options["nodes"]] * len(values) if "rule" in options else np.ravel(raw.nodes).tolist()
+        return Found(values, nodes)
 
 
 # PyTorch
