@@ -154,7 +154,7 @@ def main() -> None:
                 )
             )
     result = results.make(
-        "many",
+        "vmapped",
         question="Is it faster to train many students in one program than one after the other, and in which form?",
         flags={"rounds": ROUNDS.value},
         seeds=list(range(ROUNDS.value)),
