@@ -75,7 +75,7 @@ def save(
     """
     if step < 0 or keep < 1:
         raise ValueError(f"save needs step >= 0 and keep >= 1, got step={step} and keep={keep}.")
-    arrays = _host_arrays(tree)
+    arrays = named_arrays(tree)
     meta, owner = files.json_ready(meta), files.json_ready(dict(identity or {}))
     if jax.process_count() > 1 and not _identical(json.dumps([step, meta, owner]) + digest_tree(arrays)):
         raise ValueError(
@@ -143,7 +143,7 @@ def restore(
 
 def digest_tree(tree: PyTree) -> str:
     """Returns one SHA-256 over the paths, dtypes, shapes and bytes of a tree, whatever the order of its dicts."""
-    lines = sorted(f"{name} {_digest_array(value)}" for name, value in _host_arrays(tree).items())
+    lines = sorted(f"{name} {_digest_array(value)}" for name, value in named_arrays(tree).items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -174,7 +174,12 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
     return leaves
 
 
-def _host_arrays(tree: PyTree) -> dict[str, np.ndarray]:
+def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
+    """The leaves of a tree as NumPy arrays, by path, as in ``params/Dense_0/kernel``.
+
+    Raises:
+      ValueError: if two leaves have one name, or one is no array.
+    """
     arrays = {}
     for name, leaf in _named_leaves(tree).items():
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -61,6 +61,19 @@ def read_sealed(path: Any, *, identity: Mapping[str, Any] | None = None) -> Any:
       Mismatch: if it was written with another identity; the message says what differs.
       FileNotFoundError: if there is none.
     """
+    content = _opened(path)
+    if identity is not None and (different := differences(content["identity"], json_ready(dict(identity)))):
+        raise Mismatch(f"{path} was written by another run ({different}).")
+    return content["body"]
+
+
+def identity_of(path: Any) -> dict[str, Any]:
+    """What :func:`write_sealed` was told that a file belongs to; raises as :func:`read_sealed` does."""
+    return _opened(path)["identity"]
+
+
+def _opened(path: Any) -> dict[str, Any]:
+    """Identity and body of a sealed file that is intact."""
     data = as_path(path).read_bytes()
     try:
         sealed = json.loads(data)
@@ -72,9 +85,7 @@ def read_sealed(path: Any, *, identity: Mapping[str, Any] | None = None) -> Any:
         ) from None
     if not intact:
         raise Damaged(f"{path} is damaged: its content does not match the digest inside it.")
-    if identity is not None and (different := differences(content["identity"], json_ready(dict(identity)))):
-        raise Mismatch(f"{path} was written by another run ({different}).")
-    return content["body"]
+    return content
 
 
 def cached(path: Any, compute: Callable[[], Any], *, identity: Mapping[str, Any], writes: bool = True) -> Any:

@@ -23,7 +23,12 @@ from kdjax import interrupts, train
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def launch(main: Callable[[], Any], *, before: Callable[[Sequence[str]], None] = lambda argv: None) -> None:
+def launch(
+    main: Callable[..., Any],
+    *,
+    takes: str = "",
+    before: Callable[[Sequence[str]], None] = lambda argv: None,
+) -> None:
     """Parses the flags and runs ``main``.
 
     Wrong input ends in one sentence and exit code 2; help exits 0. A process that is asked to stop says in one line
@@ -31,6 +36,7 @@ def launch(main: Callable[[], Any], *, before: Callable[[Sequence[str]], None] =
 
     Args:
       main: the experiment.
+      takes: what arguments that are no flags are, if it takes some; they are passed to ``main`` as a list.
       before: called with the arguments before they are parsed, for a program whose flags depend on them.
     """
     stopping.end_on_signals(_advice)
@@ -50,10 +56,10 @@ def launch(main: Callable[[], Any], *, before: Callable[[Sequence[str]], None] =
         warnings.showwarning = lambda message, *_, **__: compilation_cache.note(str(message))
         with _refusing():
             compilation_cache.keep()
-            if len(argv) > 1:
+            if len(argv) > 1 and not takes:
                 raise ValueError(f"unexpected arguments {argv[1:]}: every option is a flag, --NAME=VALUE.")
             simulate_devices()
-            main()
+            main(*([list(argv[1:])] if takes else []))
 
     app.run(guarded, flags_parser=parse)
 

@@ -1,5 +1,7 @@
 """Images and labels as arrays addressed by index: loading, splits, batches, augmentation and normalisation."""
 
+from kdjax.data.about import licence_of as licence_of
+from kdjax.data.about import resize_of as resize_of
 from kdjax.data.augmentation import crop_and_flip as crop_and_flip
 from kdjax.data.augmentation import example_keys as example_keys
 from kdjax.data.augmentation import mixup as mixup

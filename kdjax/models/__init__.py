@@ -29,7 +29,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from kdjax.models import rows_first
+from kdjax.models import layers, rows_first
 from kdjax.models.cnn import DigitsCnn, KerasCnn, MalariaCnn
 from kdjax.models.mlp import Mlp
 from kdjax.models.mobilenet import MobileNetV2
@@ -175,7 +175,8 @@ def apply_fn(module: nn.Module) -> ApplyFn:
             return native(params, model_state, rows_first.from_nhwc(inputs), key)
 
         compiled = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments))
-        if not compiled or not getattr(module, "takes_rows_first", False) or not rows_first.suits(inputs):
+        takes_rows_first = getattr(module, "takes_rows_first", False) and not layers.only_native()
+        if not compiled or not takes_rows_first or not rows_first.suits(inputs):
             return native(*arguments)
         return jax.lax.platform_dependent(*arguments, cpu=on_cpu, default=native)
 

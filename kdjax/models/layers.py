@@ -16,14 +16,15 @@ The gradients of convolutions are ``custom_vjp`` rules. So ``jax.jvp`` of a netw
 ``jax.linearize`` of its ``jax.grad`` works, as Hessian-vector products need, and so does reverse over reverse.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float
@@ -258,7 +259,7 @@ def as_nhwc(x: Array) -> Array:
 def flattened(x: Array) -> Float[Array, "batch features"]:
     """Maps as one vector per image, in the order of height, width, channels."""
     x = as_nhwc(x)
-    return x.reshape(len(x), -1)
+    return x.reshape(x.shape[0], -1)
 
 
 def outputs(logits: Array, features: Mapping[str, Array]) -> Outputs:
@@ -393,10 +394,30 @@ def _patches(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
     return patches.reshape(-1, patches.shape[-1])
 
 
+_native_only = contextvars.ContextVar("native_only", default=False)
+
+
+@contextlib.contextmanager
+def native_forms() -> Iterator[None]:
+    """Within, networks are traced as XLA's own operations in NHWC whatever the platform, for other programs to read."""
+    before = _native_only.set(True)
+    try:
+        yield
+    finally:
+        _native_only.reset(before)
+
+
+def only_native() -> bool:
+    """Whether a network is being traced within :func:`native_forms`."""
+    return _native_only.get()
+
+
 def by_platform(
     *arrays: Array, cpu: Callable[..., Array], native: Callable[..., Array], options: Any
 ) -> Array:
     """Chooses the form when the program is compiled for a platform."""
+    if _native_only.get():
+        return native(*arrays, *options)
     forms = {"cpu": cpu, "default": native}
     bound = {name: lambda *arrays, form=form: form(*arrays, *options) for name, form in forms.items()}
     return lax.platform_dependent(*arrays, **bound)
@@ -557,9 +578,7 @@ _depthwise = by_form(
 
 
 def _native_max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
-    return lax.reduce_window(
-        x, np.array(-np.inf, x.dtype), lax.max, (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0))
-    )
+    return nn.max_pool(x, window_shape=window, strides=strides, padding=pads)
 
 
 def _cpu_max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:

@@ -84,6 +84,7 @@ from kdjax.results.answers import correct_of as correct_of
 from kdjax.results.answers import pack as pack
 from kdjax.results.answers import unpack as unpack
 from kdjax.results.records import command_line as command_line
+from kdjax.results.records import environment as environment
 from kdjax.results.records import make as make
 from kdjax.results.records import read as read
 from kdjax.results.records import write as write

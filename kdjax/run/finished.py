@@ -96,13 +96,14 @@ def save(
 
 
 def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``network.json`` says of the finished run in a directory.
+    """What ``network.json`` says of the finished run in a directory, and as ``identity`` what the run was made from.
 
     Raises:
       ValueError: if there is no finished run, or the file is damaged.
     """
+    path = Path(directory) / "network.json"
     try:
-        return files.read_sealed(Path(directory) / "network.json")
+        return files.read_sealed(path) | {"identity": files.identity_of(path)}
     except FileNotFoundError:
         raise ValueError(
             f"{directory} holds no finished network (network.json is missing); name the directory of a finished run, "
