@@ -16,7 +16,7 @@ LAYERS = [
     {"types", "files", "extras", "interrupts", "options"},
     {"parallel", "significance", "data", "representations"},
     {"losses", "models", "curvature", "landscape", "attributions", "checkpoints", "results"},
-    {"teacher", "saddles", "train", "evaluate", "report"},
+    {"teacher", "saddles", "train", "evaluate", "report", "quantisation"},
     {"transforms", "robustness", "vmapped", "callbacks", "export"},
     {"recipe", "methods"},
     {"pipeline", "flatness", "saliency"},

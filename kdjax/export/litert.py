@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from kdjax.export.quiet import quiet
-from kdjax.export.source import NORMALISE, Source
+from kdjax.export.source import NORMALISE, Ranges, Source
 from kdjax.extras import extra
 from kdjax.models import layers
 
@@ -65,7 +65,8 @@ def _unknown(error: str, stablehlo: str) -> str:
 def convert_int8(source: Source) -> bytes:
     """An int8 file with the inputs and outputs of the float one: uint8 pixels, normalised in float, and float logits.
 
-    Weights have a scale per output channel. Activations have the range that occurs on the calibration images.
+    Kernels have a scale per output channel. Activations have the range that occurs on the calibration images, or that
+    the student has learnt.
 
     Raises:
       ValueError: if an operation has no counterpart, or the calibration images are too few or of another shape.
@@ -89,6 +90,11 @@ def convert_int8(source: Source) -> bytes:
     content = convert(source)
     recipe = recipe_manager.RecipeManager()
     recipe.add_static_config(".*", TFLOperationName.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
+    if source.ranges is not None and source.ranges.weight_bits < 8:
+        for operation in (TFLOperationName.CONV_2D, TFLOperationName.FULLY_CONNECTED):
+            recipe.add_static_config(
+                ".*", operation, activation_num_bits=8, weight_num_bits=source.ranges.weight_bits
+            )
     for regex, operation in ((f"/{NORMALISE}/", "*"), (".*", "INPUT"), (".*", "OUTPUT")):
         recipe.add_quantization_config(
             regex, TFLOperationName(operation), algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE
@@ -99,10 +105,48 @@ def convert_int8(source: Source) -> bytes:
     with quiet():
         ranges = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
         ranges.calibrate({SIGNATURE: [{INPUT: batch} for batch in batches]}, recipe)
+        found = ranges.get_model_qsvs()
+        if source.ranges is not None:
+            found |= _learnt(content, source.ranges)
         made = quantizer.Quantizer(bytearray(content), recipe.get_quantization_recipe())
-        quantised: Any = made.quantize(ranges.get_model_qsvs()).quantized_model
+        quantised: Any = made.quantize(found).quantized_model
     return bytes(quantised)
 
+
+def _learnt(content: bytes, ranges: Ranges) -> dict[str, dict[str, np.ndarray]]:
+    """Learnt ranges by the names of the tensors of a float file.
+
+    Its operations are in the order of the student's steps, which is checked by their kinds.
+    """
+    interpreter = _undelegated(content)
+    names = {tensor["index"]: tensor["name"] for tensor in interpreter.get_tensor_details()}
+    last: list[tuple[str, str]] = []
+    for operation in interpreter._get_ops_details():
+        kind, output = KINDS.get(operation["op_name"]), names[operation["outputs"][0]]
+        if f"/{NORMALISE}/" in output:
+            last = [("images", output)]
+        elif kind is not None:
+            last.append((kind, output))
+    kinds = tuple(kind for kind, _ in last)
+    if kinds != ranges.points:
+        raise ValueError(
+            f"LiteRT has made other operations of this network ({', '.join(kinds)}) than it was trained with "
+            f"({', '.join(ranges.points)})."
+        )
+    return {
+        name: {"min": low[None], "max": high[None]}
+        for (_, name), low, high in zip(last, ranges.low, ranges.high, strict=True)
+    }
+
+
+KINDS = {
+    "CONV_2D": "conv",
+    "DEPTHWISE_CONV_2D": "depthwise",
+    "FULLY_CONNECTED": "dense",
+    "ADD": "add",
+    "MEAN": "mean",
+}
+"""LiteRT's operations as steps of :mod:`kdjax.quantisation.graph`."""
 
 MIN_CALIBRATION = 16
 """Images, below which the ranges of activations are a guess."""

@@ -10,11 +10,28 @@ from jaxtyping import Float, UInt8
 
 from kdjax import data
 from kdjax.models import Network
+from kdjax.quantisation import RANGES, Quantised
 from kdjax.teacher import TrainedNetwork
 from kdjax.types import Normalisation, Weights
 
 NORMALISE = "normalise"
 """The scope in which pixels are normalised, which int8 quantisation leaves in float."""
+
+
+class Ranges(NamedTuple):
+    """What a student with fake quantisation has learnt to round to.
+
+    Attributes:
+      points: what is rounded, in order; see :class:`kdjax.quantisation.Quantised`.
+      low: smallest value at each point.
+      high: largest.
+      weight_bits: of the integers of the kernels.
+    """
+
+    points: tuple[str, ...]
+    low: Float[np.ndarray, " points"]
+    high: Float[np.ndarray, " points"]
+    weight_bits: int
 
 
 class Source(NamedTuple):
@@ -25,12 +42,14 @@ class Source(NamedTuple):
       image_shape: height, width and channels.
       batch_size: images per call; None for any number.
       calibration: training images, by which int8 activations are given their ranges.
+      ranges: in place of those, if the student has learnt them.
     """
 
     function: Callable[[Any], Any]
     image_shape: tuple[int, ...]
     batch_size: int | None
     calibration: UInt8[np.ndarray, "n height width channels"] | None = None
+    ranges: Ranges | None = None
 
     @property
     def images(self) -> jax.ShapeDtypeStruct:
@@ -51,6 +70,16 @@ def logits_of(
 
 
 def function_of(student: TrainedNetwork) -> Callable[[Any], Any]:
-    """:func:`logits_of` of images alone, with the student's weights as constants."""
-    weights = jax.tree.map(np.asarray, student.weights)
-    return lambda images: logits_of(student.network, student.normalisation, weights, images)
+    """:func:`logits_of` of images alone, with the student's weights as constants and without fake quantisation."""
+    network, weights = student.network, jax.tree.map(np.asarray, student.weights)
+    if isinstance(network, Quantised):
+        network, weights = network.inner, network.without_ranges(weights)
+    return lambda images: logits_of(network, student.normalisation, weights, images)
+
+
+def ranges_of(student: TrainedNetwork) -> Ranges | None:
+    """The ranges that a student with fake quantisation has learnt."""
+    if not isinstance(student.network, Quantised):
+        return None
+    learnt = jax.tree.map(np.asarray, student.weights.model_state[RANGES])
+    return Ranges(student.network.points, learnt["low"], learnt["high"], student.network.weight_bits)

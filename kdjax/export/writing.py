@@ -1,6 +1,7 @@
 """A trained student written as a bundle, with each format checked against JAX before it counts."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,8 @@ import numpy as np
 from kdjax import checkpoints, data, files, results
 from kdjax.export import bundle, checks, litert, onnx, stablehlo
 from kdjax.export.checks import Limits
-from kdjax.export.source import Source, function_of
+from kdjax.export.source import Source, function_of, logits_of, ranges_of
+from kdjax.quantisation import Quantised
 from kdjax.teacher import TrainedNetwork
 
 DEFAULT = Limits()
@@ -87,14 +89,17 @@ def write(
     _check(student, dataset, formats, batch_size)
     images, labels = checks.images_of(dataset)
     function, calibration = function_of(student), dataset.images[dataset.splits["train"][:CALIBRATION]]
-    reference = checks.run(jax.jit(function), images, min(len(images), 250))
+    answer = jax.jit(functools.partial(logits_of, student.network, student.normalisation, student.weights))
+    reference = checks.run(answer, images, min(len(images), 250))
     with bundle.written_whole(home) as partial:
         described = {}
         for name in formats:
             made = FORMATS[name]
             size = batch_size if batch_size is not None else None if made.any_batch else 1
             try:
-                content = made.convert(Source(function, dataset.image_shape, size, calibration))
+                content = made.convert(
+                    Source(function, dataset.image_shape, size, calibration, ranges_of(student))
+                )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             found = checks.compare(checks.run(made.opened(content), images, size or 250), reference, labels)
@@ -165,6 +170,10 @@ def _check(
             raise ValueError(f"formats={name} is not known; there are {', '.join(FORMATS)}.")
         if batch_size not in (None, 1) and not FORMATS[name].any_batch:
             raise ValueError(f"batch_size={batch_size}: a file of {name} takes one image; use batch_size=1.")
+        if isinstance(student.network, Quantised) and not FORMATS[name].quantised:
+            raise ValueError(
+                f"formats={name} is of floats, and this student was trained to compute in integers; use litert_int8."
+            )
     if student.network.image_shape != dataset.image_shape:
         raise ValueError(
             f"the student takes images of shape {student.network.image_shape}, {dataset.name} has "

@@ -69,7 +69,7 @@ def conv(
     """
     strides = _pair(strides)
     pads = _pads(x, _pair(kernel.shape[:2]), strides, padding)
-    return (rows_first.conv if x.ndim == 5 else _conv)(x, kernel, strides, pads)
+    return (rows_first.conv if x.ndim == 5 else padded_conv)(x, kernel, strides, pads)
 
 
 def depthwise_conv(
@@ -93,8 +93,8 @@ def depthwise_conv(
     strides = _pair(strides)
     pads = _pads(x, _pair(kernel.shape[:2]), strides, padding)
     if x.ndim == 5:  # measured: no faster rows first
-        return rows_first.from_nhwc(_depthwise(rows_first.to_nhwc(x), kernel, strides, pads))
-    return _depthwise(x, kernel, strides, pads)
+        return rows_first.from_nhwc(padded_depthwise_conv(rows_first.to_nhwc(x), kernel, strides, pads))
+    return padded_depthwise_conv(x, kernel, strides, pads)
 
 
 def max_pool(
@@ -117,7 +117,7 @@ def max_pool(
     """
     window, strides = _pair(window_shape), _pair(1 if strides is None else strides)
     pads = _pads(x, window, strides, padding)
-    return (rows_first.max_pool if x.ndim == 5 else _max_pool)(x, window, strides, pads)
+    return (rows_first.max_pool if x.ndim == 5 else padded_max_pool)(x, window, strides, pads)
 
 
 class Conv(nn.Module):
@@ -519,7 +519,8 @@ def _cpu_conv_dw(x: Array, kernel: Array, dy: Array, strides: Pair, pads: Pads) 
     return total.reshape(kernel.shape).astype(kernel.dtype)
 
 
-_conv = by_form(_cpu_conv, _cpu_conv_dx, _cpu_conv_dw, native=_native_conv, options=2)
+padded_conv = by_form(_cpu_conv, _cpu_conv_dx, _cpu_conv_dw, native=_native_conv, options=2)
+""":func:`conv` in NHWC: ``(x, kernel, strides, pads)`` with the padding before and after each axis."""
 
 
 # Depthwise convolution
@@ -569,9 +570,10 @@ def _native_depthwise(x: Array, kernel: Array, strides: Pair, pads: Pads) -> Arr
     return _native_conv(x, kernel, strides, pads, groups=x.shape[-1])
 
 
-_depthwise = by_form(
+padded_depthwise_conv = by_form(
     _cpu_depthwise, _cpu_depthwise_dx, _cpu_depthwise_dw, native=_native_depthwise, options=2
 )
+""":func:`depthwise_conv` in NHWC: ``(x, kernel, strides, pads)``."""
 
 
 # Max-pooling
@@ -594,15 +596,16 @@ def _cpu_max_pool_tangent(x: Array, y: Array, dx: Array, window: Pair, strides: 
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
+def padded_max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
+    """:func:`max_pool` in NHWC, with the padding before and after each axis."""
     return by_platform(x, cpu=_cpu_max_pool, native=_native_max_pool, options=(window, strides, pads))
 
 
-@_max_pool.defjvp
+@padded_max_pool.defjvp
 def _max_pool_jvp(window, strides, pads, primals, tangents):
     options = (window, strides, pads)
     (x,), (dx,) = primals, tangents
-    y = _max_pool(x, *options)
+    y = padded_max_pool(x, *options)
 
     def native(x, y, dx, *options):
         del y
