@@ -129,9 +129,10 @@ def exported(student: run.Trained, dataset: data.Dataset, workdir: Path) -> str:
     formats, limits = ["litert_int8"], export.Limits(accuracy_drop=0.01)
     bundle = export.write(workdir / "bundles" / student.arm, student, dataset, formats=formats, limits=limits)
     found = bundle.description["formats"]["litert_int8"]["checked"]
+    said = export.summary(bundle)[0].partition(": ")[2]
     return (
-        f"The file of {student.arm}, seed {student.seed} ({export.summary(bundle)[0].partition(': ')[2]}); its logits are "
-        f"at most {255 * found['difference']:.1f} of 255 units from those of JAX with fake quantisation."
+        f"The file of {student.arm}, seed {student.seed} ({said}); its logits are at most "
+        f"{255 * found['difference']:.1f} of 255 units from those of JAX with fake quantisation."
     )
 
 

@@ -580,7 +580,8 @@ padded_depthwise_conv = by_form(
 
 
 def _native_max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
-    return nn.max_pool(x, window_shape=window, strides=strides, padding=pads)
+    padding: Any = pads  # which is annotated as text, and may be pairs
+    return nn.max_pool(x, window_shape=window, strides=strides, padding=padding)
 
 
 def _cpu_max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:

@@ -4,14 +4,17 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from kdjax import models, parallel
+from kdjax.models import layers
 from kdjax.types import ApplyFn, ModelState, Outputs, Params, Weights
 
 
@@ -46,6 +49,17 @@ class Network:
     def num_parameters(self) -> int:
         """Number of trainable numbers."""
         return models.count_parameters(self.weight_shapes.params)
+
+    @functools.cached_property
+    def multiply_adds(self) -> int:
+        """Multiplications with an addition in convolutions and matrix products, for the logits of one image."""
+        image = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
+        apply: Any = self.apply
+        with layers.native_forms():
+            traced = jax.make_jaxpr(lambda w, x: apply(*w, x, train=False)[0].logits)(
+                self.weight_shapes, image
+            )
+        return _multiply_adds(traced.jaxpr)
 
 
 def from_linen(module: nn.Module, image_shape: Sequence[int]) -> Network:
@@ -181,6 +195,23 @@ def as_outputs(found: Any) -> Outputs:
         "a network returns logits [batch, classes], (logits, features) with features by name, or "
         f"kdjax.types.Outputs; this one returned {jax.tree.map(jnp.shape, found)}."
     )
+
+
+def _multiply_adds(jaxpr: Any) -> int:
+    """Those of a program and of what it calls."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        size = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+        if eqn.primitive.name == "conv_general_dilated":
+            kernel, features = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec[0]
+            total += size * math.prod(kernel) // kernel[features]
+        elif eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+        else:
+            inner = sum(map(_multiply_adds, core.jaxprs_in_params(eqn.params)))
+            total += inner * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else inner
+    return total
 
 
 def _described(init: Any, call: Any, shape: tuple[int, ...], build: Callable[..., Any]) -> Network:
