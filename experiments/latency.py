@@ -50,7 +50,9 @@ NETWORKS = flags.DEFINE_list(
 )
 BUNDLES = flags.DEFINE_list("bundles", [], "Bundles in place of networks.")
 RUNTIMES = flags.DEFINE_list("runtimes", ["jax", "litert", "litert_int8", "onnx"], "What to compare.")
-THREADS = flags.DEFINE_list("threads", ["1", "2"], "Numbers of threads.")
+THREADS = flags.DEFINE_list(
+    "threads", [], "Numbers of threads; by default 1 and 2, where there are two cores."
+)
 ROUNDS = flags.DEFINE_integer("rounds", 3, "Processes per contender.", 1)
 SECONDS = flags.DEFINE_float("seconds", 2.0, "Of warm calls in each process.", 0.0)
 SMOKE = flags.DEFINE_bool("smoke", False, "The smallest network, one round.")
@@ -88,7 +90,7 @@ class Untrained(NamedTuple):
 def main() -> dict[str, Any]:
     """Writes the files, measures all contenders, reports."""
     start = time.monotonic()
-    threads, runtimes = thread_counts(THREADS.value, smoke=SMOKE.value), available()
+    runtimes, threads = available(), thread_counts(THREADS.value, smoke=SMOKE.value)
     seconds, rounds = (0.1, 1) if SMOKE.value else (SECONDS.value, ROUNDS.value)
     with tempfile.TemporaryDirectory() as directory:
         bundles = bundles_of(Path(directory), [name for name in runtimes if name != "jax"])

@@ -50,6 +50,7 @@ NOTES = [
     "Blur and translation are in pixels, of strengths made for pictures of 32x32. One pixel of an 8x8 digit is "
     "an eighth of it, so hardly any network stands them here.",
     "All students of sprkd+kd start from the same weights, so they differ less than those of other arms.",
+    "make web builds a page on which one can draw a digit for the student of kd, seed 0, and for its teacher.",
 ]
 
 

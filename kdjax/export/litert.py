@@ -30,7 +30,7 @@ def convert(source: Source) -> bytes:
     ir, passmanager, converter = imported
     with layers.native_forms():
         # Lowered for a TPU, since a CPU's StableHLO may call libraries that exist in JAX alone.
-        lowered = jax.jit(source.function).trace(source.images).lower(lowering_platforms=("tpu",))
+        lowered = jax.jit(source.function).trace(source.images()).lower(lowering_platforms=("tpu",))
     text, context = lowered.as_text(debug_info=True), ir.Context()
     converter.prepare_mlir_context(context)
     try:

@@ -4,8 +4,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdjax.export.quiet import quiet
@@ -27,12 +25,10 @@ def convert(source: Source) -> bytes:
         import jax2onnx
         from jax2onnx.converter import conversion_api
 
-    batch: Any = "B" if source.batch_size is None else source.batch_size
-    images = jax.ShapeDtypeStruct((batch, *source.image_shape), jnp.uint8)
     with layers.native_forms(), _unoptimised(conversion_api), quiet():
         try:
             model: Any = jax2onnx.to_onnx(
-                source.function, [images], input_names=[INPUT], output_names=[OUTPUT]
+                source.function, [source.images("B")], input_names=[INPUT], output_names=[OUTPUT]
             )
         except Exception as error:  # it raises nearly anything where an operation is unknown
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -51,10 +51,10 @@ class Source(NamedTuple):
     calibration: UInt8[np.ndarray, "n height width channels"] | None = None
     ranges: Ranges | None = None
 
-    @property
-    def images(self) -> jax.ShapeDtypeStruct:
-        """Of one call with a fixed number of images."""
-        return jax.ShapeDtypeStruct((self.batch_size, *self.image_shape), jnp.uint8)
+    def images(self, batch_size: Any = None) -> jax.ShapeDtypeStruct:
+        """Of one call; with another number of images, which may be symbolic, where the source has none."""
+        batch_size = self.batch_size if self.batch_size is not None else batch_size
+        return jax.ShapeDtypeStruct((batch_size, *self.image_shape), jnp.uint8)
 
 
 def logits_of(

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import export
 
@@ -20,15 +19,14 @@ def convert(source: Source) -> bytes:
     Raises:
       ValueError: if the network reads the number of images while it is traced, and that number is to be any.
     """
-    images, any_batch = source.images, source.batch_size is None
-    if any_batch:
-        batch = export.symbolic_shape("batch")
-        images = jax.ShapeDtypeStruct((*batch, *source.image_shape), jnp.uint8)
+    (batch,), any_batch = export.symbolic_shape("batch"), source.batch_size is None
     with extra("export"), layers.native_forms():
         import flatbuffers  # noqa: F401, which jax.export needs without saying so
 
         try:
-            return bytes(export.export(jax.jit(source.function), platforms=PLATFORMS)(images).serialize())
+            return bytes(
+                export.export(jax.jit(source.function), platforms=PLATFORMS)(source.images(batch)).serialize()
+            )
         except (TypeError, ValueError, jax.errors.InconclusiveDimensionOperation) as error:
             if not any_batch:
                 raise
