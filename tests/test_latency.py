@@ -30,7 +30,8 @@ def test_smoke_measures_every_runtime_that_is_installed(latency, start, tmp_path
         assert 0 < metrics["latency_ms"][0] <= metrics["p95_ms"][0] < metrics["load_ms"][0]
         assert metrics["images"][0] >= 17
         assert (metrics["parameters"], metrics["multiply_adds"]) == ([1626], [8192])
-        assert metrics["peak_mib"][0] > 10
+    peaks = [found["arms"][f"digits_student, {name}, 1 thread"]["peak_mib"][0] for name in ("jax", "litert")]
+    assert 10 < peaks[1] < 0.6 * peaks[0], "a phone's runtime does not bring JAX along"
     sizes = [
         found["arms"][f"digits_student, {name}, 1 thread"]["file_kb"][0] for name in ("litert", "litert_int8")
     ]

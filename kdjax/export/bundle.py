@@ -122,6 +122,8 @@ def read_images(
     from kdjax.data import photos
 
     height, width, channels = bundle.description["image_shape"]
+    if channels not in (1, 3):
+        raise ValueError(f"this student takes {channels} channels, and photos have 1 or 3; give it pixels.")
     resize = {"cover": photos.fit, "stretch": photos.stretch}[bundle.description["preprocessing"]["resize"]]
     found = []
     for path in paths:
