@@ -1,7 +1,9 @@
 r"""How long does one image take, in JAX and in the exported files?
 
     python -m experiments.latency --output=experiments/results/latency.json
-    python -m experiments.latency --networks=mobilenet_v2,mobilenet_v2_cut5 --output=runs/latency.json
+    python -m experiments.latency --runtimes=jax,litert --threads=1 --output=experiments/results/latency_ladder.json \
+        --networks=mobilenet_v2,mobilenet_v2_cut3,mobilenet_v2_cut5,mobilenet_v2_cut7,mobilenet_v2_cut9,\
+    mobilenet_v2_cut11,mobilenet_v2_cut13,mobilenet_v2_cut15,mobilenet_v2_cut17
     python -m experiments.latency --bundles=teacher,student --output=runs/latency.json
 
 Takes about half an hour. Networks of kdjax.models (with fresh weights: values don't matter for speed), or bundles of
@@ -38,13 +40,8 @@ OUTPUT = flags.DEFINE_string("output", None, "Result file to write.", required=T
 NETWORKS = flags.DEFINE_list(
     "networks",
     [
-        "digits_student",
-        "malaria_student",
-        "resnet8_w50",
-        "resnet8",
-        "resnet20",
-        "wrn_16_2",
-        "mobilenet_v2_w25",
+        *("digits_teacher", "digits_student", "malaria_teacher", "malaria_student"),
+        *("resnet20", "resnet8", "resnet8_w50", "mobilenet_v2_w25"),
     ],
     "Names in kdjax.models.MODELS.",
 )
