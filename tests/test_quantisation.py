@@ -1,6 +1,6 @@
 """Fake quantisation computes what an integer runtime computes; networks with it train, and are exported as they are."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,32 +16,10 @@ from kdjax.export.source import ranges_of
 from kdjax.models import Network
 from kdjax.quantisation import graph
 from kdjax.recipe import Recipe
-from kdjax.types import Normalisation, Weights
+from kdjax.types import Weights
+from tests.test_export import COLOUR, GREY, Student, with_statistics
 
 RNG = np.random.default_rng(0)
-COLOUR = Normalisation((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-GREY = Normalisation((0.4,), (0.3,))
-
-
-class Student(NamedTuple):
-    network: Network
-    weights: Weights
-    normalisation: Normalisation
-
-
-def with_statistics(weights: Weights) -> Weights:
-    """Weights whose batch statistics and biases matter."""
-    rng = np.random.default_rng(1)
-
-    def drawn(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")[2]
-        if name in ("mean", "bias"):
-            return jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32)
-        return (
-            jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), jnp.float32) if name in ("var", "scale") else leaf
-        )
-
-    return jax.tree.map_with_path(drawn, weights)
 
 
 def student_of(module: Any, shape: tuple[int, int, int]) -> Student:
