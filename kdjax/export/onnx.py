@@ -1,6 +1,7 @@
 """ONNX by jax2onnx, whose package asks for an older Orbax than kdjax and so needs an installation of its own."""
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,8 +23,8 @@ def convert(source: Source) -> bytes:
       ModuleNotFoundError: if it is not installed.
     """
     with _installed(), quiet():
-        import jax2onnx
-        from jax2onnx.converter import conversion_api
+        jax2onnx: Any = importlib.import_module("jax2onnx")
+        conversion_api: Any = importlib.import_module("jax2onnx.converter.conversion_api")
 
     with layers.native_forms(), _unoptimised(conversion_api), quiet():
         try:
@@ -41,7 +42,7 @@ def convert(source: Source) -> bytes:
 def opened(data: bytes, *, num_threads: int = 1) -> Callable[[np.ndarray], np.ndarray]:
     """The function in a file, run by onnxruntime: uint8 images to logits."""
     with _installed():
-        import onnxruntime
+        onnxruntime: Any = importlib.import_module("onnxruntime")
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = num_threads
