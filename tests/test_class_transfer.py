@@ -197,7 +197,7 @@ def test_data_sets_of_two_shapes_are_refused(study, start, files, tmp_path):
 
 @pytest.fixture(scope="module")
 def rows(study):
-    with open(flags.FLAGS["class_map"].default, newline="", encoding="utf-8") as file:
+    with open(study.REVIEWED, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
