@@ -159,8 +159,8 @@ def raise_together(error: BaseException | None, *, doing: str) -> None:
 # Trees and arrays
 
 
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path, as in ``params/Dense_0/kernel``."""
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves by path, as in ``params/Dense_0/kernel``; a ValueError if two have one name."""
     leaves, taken = {}, set()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "value"
@@ -181,7 +181,7 @@ def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
       ValueError: if two leaves have one name, or one is no array.
     """
     arrays = {}
-    for name, leaf in _named_leaves(tree).items():
+    for name, leaf in named_leaves(tree).items():
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise ValueError(
                 f"{name!r} is a typed PRNG key, which does not serialise: keep a seed and a counter and use "
@@ -362,14 +362,14 @@ def _try_read(step_path: Any, target: PyTree, identity: Mapping[str, Any] | None
         problem = problem or "another process could not verify it"
     if problem is not None:
         return problem, None
-    leaves = [_like(leaf, arrays[name]) for name, leaf in _named_leaves(target).items()]
+    leaves = [_like(leaf, arrays[name]) for name, leaf in named_leaves(target).items()]
     return None, (jax.tree.unflatten(jax.tree.structure(target), leaves), manifest["meta"])
 
 
 def _check_structure(step_path: Any, saved: dict[str, Any], target: PyTree) -> None:
     """Refuses before reading: Orbax would cast a float32 to a bfloat16 without a word."""
     wanted = {}
-    for name, leaf in _named_leaves(target).items():
+    for name, leaf in named_leaves(target).items():
         typed = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
         wanted[name] = f"{typed.dtype.name}{list(typed.shape)}"
     found = {name: f"{array['dtype']}{array['shape']}" for name, array in saved.items()}
@@ -392,7 +392,7 @@ def _read_arrays(step_path: Any, described: dict[str, Any]) -> dict[str, np.ndar
     arrays = {name: np.empty(a["shape"], jnp.dtype(a["dtype"])) for name, a in described.items()}
     nested = _nest({name: array for name, array in arrays.items() if array.size})
     if nested:
-        arrays |= _named_leaves(_orbax()[1](step_path / "arrays", nested))
+        arrays |= named_leaves(_orbax()[1](step_path / "arrays", nested))
     for name, array in arrays.items():
         if _digest_array(array) != described[name]["sha256"]:
             raise _Damaged(f"array {name} is not the one that was saved")

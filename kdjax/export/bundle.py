@@ -150,8 +150,7 @@ def _read_weights(path: Path, shapes: Weights) -> Weights:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no .npz of plain arrays ({error}).") from error
-    leaves = jax.tree_util.tree_flatten_with_path(shapes._asdict())[0]
-    wanted = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf.shape for p, leaf in leaves}
+    wanted = {name: leaf.shape for name, leaf in checkpoints.named_leaves(shapes._asdict()).items()}
     if different := files.differences({name: array.shape for name, array in arrays.items()}, wanted):
         raise ValueError(f"{path} holds the weights of another network ({different}).")
     values = [jnp.asarray(arrays[name]) for name in wanted]

@@ -1,7 +1,7 @@
 """Whether an exported file says what the network in JAX says, on images that it has to say it about."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,11 @@ def compare(
     return found
 
 
+def accuracy_lost(found: Mapping[str, Any]) -> float:
+    """By how much a file of :func:`compare` is less accurate than JAX; 0 where no image had a label."""
+    return found.get("accuracy_jax", 0.0) - found.get("accuracy", 0.0)
+
+
 def verdict(found: dict[str, Any], limits: Limits, *, quantised: bool) -> str:
     """Why a file must not be used; empty if it may be."""
     if not np.isfinite(found["difference"]):
@@ -70,7 +75,7 @@ def verdict(found: dict[str, Any], limits: Limits, *, quantised: bool) -> str:
             f"a logit differs from JAX's by {found['difference']:.2g} of their range on {found['images']:,} images "
             f"(allowed: {limits.difference:g})"
         )
-    drop = found.get("accuracy_jax", 0.0) - found.get("accuracy", 0.0)
+    drop = accuracy_lost(found)
     if quantised and drop > limits.accuracy_drop:
         return (
             f"it loses {100 * drop:.1f} points of accuracy on {found['test_images']:,} test images (allowed: "

@@ -111,28 +111,7 @@ def write(
         written = {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(partial.iterdir())
         }
-        description = {
-            "network": dict(student.network.description),
-            "parameters": student.network.num_parameters,
-            "weights": checkpoints.digest_tree(student.weights),
-            "image_shape": list(dataset.image_shape),
-            "normalisation": student.normalisation._asdict(),
-            "preprocessing": {
-                "decode": "EXIF orientation applied, transparency on white, the first of several frames",
-                "colour": "grey" if dataset.image_shape[2] == 1 else "RGB",
-                "resize": data.resize_of(dataset.name),
-                "filter": "Lanczos",
-            },
-            "class_names": list(dataset.class_names),
-            "signature": {
-                "image": {"dtype": "uint8", "shape": ["batch", *dataset.image_shape], "range": [0, 255]},
-                "logits": {"dtype": "float32", "shape": ["batch", dataset.num_classes]},
-            },
-            "data": {
-                "name": dataset.name,
-                "licence": data.licence_of(dataset.name),
-                "splits": {name: len(ids) for name, ids in dataset.splits.items()},
-            },
+        description = _description(student, dataset) | {
             "metrics": dict(metrics or {}),
             "provenance": dict(provenance or {}),
             "exported": {"limits": dataclasses.asdict(limits), **results.environment()},
@@ -143,6 +122,33 @@ def write(
     return bundle.load(home, network=student.network)
 
 
+def _description(student: TrainedNetwork, dataset: data.Dataset) -> dict[str, Any]:
+    """What using a student takes to know, whatever the formats."""
+    return {
+        "network": dict(student.network.description),
+        "parameters": student.network.num_parameters,
+        "weights": checkpoints.digest_tree(student.weights),
+        "image_shape": list(dataset.image_shape),
+        "normalisation": student.normalisation._asdict(),
+        "preprocessing": {
+            "decode": "EXIF orientation applied, transparency on white, the first of several frames",
+            "colour": "grey" if dataset.image_shape[2] == 1 else "RGB",
+            "resize": data.resize_of(dataset.name),
+            "filter": "Lanczos",
+        },
+        "class_names": list(dataset.class_names),
+        "signature": {
+            "image": {"dtype": "uint8", "shape": ["batch", *dataset.image_shape], "range": [0, 255]},
+            "logits": {"dtype": "float32", "shape": ["batch", dataset.num_classes]},
+        },
+        "data": {
+            "name": dataset.name,
+            "licence": data.licence_of(dataset.name),
+            "splits": {name: len(ids) for name, ids in dataset.splits.items()},
+        },
+    }
+
+
 def summary(written: bundle.Bundle) -> list[str]:
     """One line per format of a bundle: its file, size, and how it was checked."""
     lines = []
@@ -150,7 +156,7 @@ def summary(written: bundle.Bundle) -> list[str]:
         found = form["checked"]
         said = f"{form['file']} ({form['bytes'] / 1e3:,.1f} kB)"
         if FORMATS[name].quantised:
-            lost = 100 * (found.get("accuracy_jax", 0.0) - found.get("accuracy", 0.0))
+            lost = 100 * checks.accuracy_lost(found)
             said += (
                 f", the class of JAX on {found['agreement']:.1%} of {found['images']:,} images, {lost:.1f} points of "
                 f"accuracy lost on {found['test_images']:,} test images"
