@@ -88,11 +88,9 @@ def test_every_network_of_a_study_becomes_a_litert_file_that_equals_jax(name):
     assert np.abs(found - wanted).max() <= 1e-5 * np.ptp(wanted)
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet8_w25", "digits_student", "mobilenet_v2_w25_cut5", "malaria_student"]
-)
+@pytest.mark.parametrize("name", STUDIES)
 def test_a_stablehlo_file_takes_any_number_of_images(name):
-    shape = STUDIES.get(name, (32, 32, 3))
+    shape = STUDIES[name]
     student, images = student_of(name, shape), RNG.integers(0, 256, (5, *shape), np.uint8)
     answer = stablehlo.opened(stablehlo.convert(source_of(student, None)))
     wanted = expected(student, images)
@@ -344,12 +342,10 @@ def test_what_onnx_needs_is_said_where_it_is_missing(monkeypatch):
         onnx.convert(source_of(student))
 
 
-@pytest.mark.parametrize(
-    "name", ["digits_student", "resnet8_w25", "malaria_student", "mobilenet_v2_w25_cut5"]
-)
+@pytest.mark.parametrize("name", STUDIES)
 def test_an_onnx_file_equals_jax(name):
     pytest.importorskip("jax2onnx", reason="jax2onnx has an installation of its own")
-    shape = STUDIES.get(name, (32, 32, 3))
+    shape = STUDIES[name]
     student, images = student_of(name, shape), RNG.integers(0, 256, (5, *shape), np.uint8)
     answer = onnx.opened(onnx.convert(source_of(student, None)))
     wanted = expected(student, images)

@@ -581,6 +581,9 @@ padded_depthwise_conv = by_form(
 
 def _native_max_pool(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
     padding: Any = pads  # which is annotated as text, and may be pairs
+    for name in ("VALID", "SAME"):  # by which jax2onnx knows it: it takes pairs for VALID
+        if list(pads) == [tuple(p) for p in lax.padtype_to_pads(size(x), window, strides, name)]:
+            padding = name
     return nn.max_pool(x, window_shape=window, strides=strides, padding=padding)
 
 
