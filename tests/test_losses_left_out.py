@@ -125,6 +125,10 @@ CASES = {
         lambda s, t, y: losses.logit_standardised_kl(s, t),
         lambda s, t, y: 4 * kl(*(log_softmax(standardised(x), 2.0) for x in (t, s))),
     ),
+    "wttm": Case(
+        lambda s, t, y: losses.wttm(s, t, temperature=2.0),
+        lambda s, t, y: np.exp(log_softmax(t) / 2.0).sum(-1) * kl(log_softmax(t, 2.0), log_softmax(s)),
+    ),
     "confidence_penalty": Case(
         lambda s, t, y: losses.confidence_penalty(s),
         lambda s, t, y: -cross_entropy(log_softmax(s), log_softmax(s)),
@@ -232,6 +236,7 @@ class TestMaskedByOneAlone:
             "jensen_shannon",
             "dist",
             "logit_standardised_kl",
+            "wttm",
             "privileged",
         ],
     )

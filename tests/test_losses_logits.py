@@ -48,6 +48,7 @@ ROWS = {
     "dkd": Row(losses.dkd, zero=True),
     "dist": Row(lambda s, t, y: losses.dist(s, t, temperature=2.0), per_example=False),
     "logit_standardised_kl": Row(lambda s, t, y: losses.logit_standardised_kl(s, t), zero=True),
+    "wttm": Row(lambda s, t, y: losses.wttm(s, t, temperature=3.0)),
     "confidence_penalty": Row(
         lambda s, t, y: losses.confidence_penalty(s), teacher=False, non_negative=False
     ),
@@ -224,6 +225,7 @@ class TestEveryLoss:
             "dkd",
             "dist",
             "logit_standardised_kl",
+            "wttm",
             "jensen_shannon",
             "teacher_free_kl",
             "top_k_kl",
@@ -362,6 +364,27 @@ def test_standardised_logits_forget_scale_and_shift(s, t, scale, shift):
     np.testing.assert_allclose(
         losses.logit_standardised_kl(scale * s + shift, t), plain, rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0, 10.0])
+def test_wttm_equals_the_authors(temperature):
+    found = np.load(Path(__file__).parent / "goldens" / "wttm.npz")
+    student, teacher = (jnp.asarray(GOLDENS[f"logits_{who}"]) for who in ("student", "teacher"))
+
+    def mean(student):
+        return jnp.mean(losses.wttm(student, teacher, temperature=temperature))
+
+    value, gradient = jax.jit(jax.value_and_grad(mean))(student)
+    np.testing.assert_allclose(value, found[f"{temperature:g}/loss"], rtol=1e-5)
+    wanted = found[f"{temperature:g}/gradient"]
+    np.testing.assert_allclose(gradient, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_wttm_weighs_a_doubtful_teacher_by_the_number_of_classes_and_a_certain_one_by_one():
+    s, _ = pair(shape=(1, 5))
+    certain, doubtful = jnp.asarray([[100.0, 0, 0, 0, 0]]), jnp.zeros((1, 5))
+    np.testing.assert_allclose(losses.wttm(s, certain), kl(s, certain / 5.0), rtol=1e-5)
+    np.testing.assert_allclose(losses.wttm(s, doubtful), 5 ** (1 - 1 / 5) * kl(s, doubtful), rtol=1e-5)
 
 
 def test_confidence_penalty_is_the_divergence_from_uniform_less_log_classes():

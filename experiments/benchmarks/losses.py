@@ -112,6 +112,7 @@ def logit_cases(sizes: Sizes, rng: np.random.Generator) -> dict[str, Case]:
         "dkd": case("dkd", s, t, y),
         "dist": case("dist", s, t, temperature=4.0),
         "logit_standardised_kl": case("logit_standardised_kl", s, t),
+        "wttm": case("wttm", s, t),
         "confidence_penalty": case("confidence_penalty", s),
         "teacher_free_kl": case("teacher_free_kl", s, y),
         "jensen_shannon": case("jensen_shannon", s, t, temperature=4.0),

@@ -64,6 +64,14 @@ def logit_standardised_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return f.kl_div(log_p, q, reduction="none").sum(1).mean() * 4
 
 
+def wttm(student: Tensor, teacher: Tensor) -> Tensor:
+    """Zheng and Yang, at T = 5."""
+    p = f.softmax(teacher, 1) ** 0.2
+    weight = p.sum(1)
+    each = f.kl_div(f.log_softmax(student, 1), p / weight[:, None], reduction="none").sum(1)
+    return (weight * each).mean()
+
+
 def confidence_penalty(student: Tensor) -> Tensor:
     """From the formula."""
     return (f.softmax(student, 1) * f.log_softmax(student, 1)).sum(1).mean()

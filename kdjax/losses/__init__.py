@@ -56,6 +56,7 @@ from kdjax.losses.logits import soft_target_kl as soft_target_kl
 from kdjax.losses.logits import squared_logits as squared_logits
 from kdjax.losses.logits import teacher_free_kl as teacher_free_kl
 from kdjax.losses.logits import top_k_kl as top_k_kl
+from kdjax.losses.logits import wttm as wttm
 from kdjax.losses.maps import attention_map as attention_map
 from kdjax.losses.maps import attribution_map as attribution_map
 from kdjax.losses.maps import gradient_match as gradient_match

@@ -247,6 +247,42 @@ def logit_standardised_kl(
 
 
 @checked
+def wttm(
+    student_logits: Float[Array, "*batch classes"],
+    teacher_logits: Float[Array, "*batch classes"],
+    *,
+    temperature: Temperature = 5.0,
+) -> Float[Array, "*batch"]:
+    r"""Weighted transformed teacher matching (WTTM): only the teacher is softened, and doubtful examples weigh more.
+
+    .. math:: U \, \mathrm{KL}(\sigma(t / T) \,\|\, \sigma(s)), \quad U = \sum_k \sigma(t)_k^{1/T}
+
+    The weight U of an example is 1 where the teacher is certain and :math:`C^{1 - 1/T}` where it predicts all C classes
+    alike. Without it the loss is transformed teacher matching (TTM), ``soft_target_kl(s, t / T)``. Neither has the factor
+    T²: the student's own temperature is 1, so its gradient does not shrink as T grows.
+
+    Args:
+      student_logits: logits of the student.
+      teacher_logits: logits of the teacher; constant under differentiation.
+      temperature: T > 0 of the teacher, one over the authors' exponent γ.
+
+    Returns:
+      One non-negative value per example, in nats; zero where the student predicts the softened teacher.
+
+    Raises:
+      ValueError: if the temperature is not above 0.
+
+    References:
+      Zheng, Yang, `Knowledge Distillation Based on Transformed Teacher Matching <https://arxiv.org/abs/2402.11148>`_,
+      2024, section 4. In the authors' example T 5 and weight 4 beside hard weight 1.
+    """
+    student, teacher = _live_pair(student_logits, teacher_logits)
+    softened = _normalise(teacher) / temperature
+    weight = jnp.sum(jnp.exp(softened), axis=-1)
+    return weight * _divergence(_normalise(softened), _normalise(student))
+
+
+@checked
 def confidence_penalty(student_logits: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
     r"""Confidence penalty: negative entropy of the prediction.
 

@@ -215,6 +215,11 @@ def logit_standardised_kl(weight: float = 9.0) -> Method:
     return _on_logits(losses.logit_standardised_kl, weight)
 
 
+def wttm(weight: float = 4.0) -> Method:
+    """Weighted transformed teacher matching (Zheng and Yang, 2024, an example in their code: 4, T = 5, labels 1)."""
+    return _on_logits(losses.wttm, weight, 1.0)
+
+
 def confidence_penalty(weight: float = 0.1) -> Method:
     """Confidence penalty, without a teacher (Pereyra et al., 2017, on CIFAR-10: .1)."""
     return _on_logits(losses.confidence_penalty, weight, 1.0, teacher=False)
@@ -434,7 +439,15 @@ def crd(weight: float = 0.8, *, student: Select = embedding, teacher: Select | N
 METHODS: dict[str, Callable[..., Method]] = {
     function.__name__: function
     for function in (
-        *(soft_target_cross_entropy, squared_logits, dkd, dist, logit_standardised_kl, confidence_penalty),
+        *(
+            soft_target_cross_entropy,
+            squared_logits,
+            dkd,
+            dist,
+            logit_standardised_kl,
+            wttm,
+            confidence_penalty,
+        ),
         *(teacher_free_kl, jensen_shannon, top_k_kl, label_smoothing_cross_entropy, correlation_distance),
         *(noisy_teacher, privileged, hint, attention_transfer, factor_transfer, nst, fsp),
         *(activation_boundary, ofd, reviewkd, vid, mgd, vkd, rkd, rkd_distance, rkd_angle, pkt),
