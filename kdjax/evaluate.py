@@ -121,6 +121,38 @@ def reliability(sums: Mapping[str, Any]) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in bins.items()}
 
 
+def exaggeration(
+    student: Float[np.ndarray, "examples classes"], teacher: Float[np.ndarray, "examples classes"]
+) -> float:
+    """How much surer a student becomes where its teacher becomes surer: 1 if it copies the teacher's confidence.
+
+    The slope of the least-squares line of the student's log-odds of the teacher's prediction over the teacher's own.
+    Above 1 the student exaggerates: it is surer than its teacher where that is sure, and doubts more where it doubts.
+
+    Args:
+      student: its logits.
+      teacher: the teacher's, of the same examples.
+
+    Returns:
+      The slope; NaN where the teacher is equally sure of all examples.
+
+    References:
+      Nagarajan et al., `On student-teacher deviations in distillation: does it pay to disobey?
+      <https://arxiv.org/abs/2301.12923>`_, 2023, sections 3 and 4.
+    """
+    predicted = teacher.argmax(1)[:, None]
+    x, y = (_log_odds(np.asarray(logits, np.float64), predicted) for logits in (teacher, student))
+    spread = np.sum((x - x.mean()) ** 2)
+    return float(np.sum((x - x.mean()) * (y - y.mean())) / spread) if spread else float("nan")
+
+
+def _log_odds(logits: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """Log p / (1 - p) of a class per example, without computing p, which rounds to 1."""
+    others = logits.copy()
+    np.put_along_axis(others, of, -np.inf, 1)
+    return np.take_along_axis(logits, of, 1)[:, 0] - np.logaddexp.reduce(others, axis=1)
+
+
 def best_shift(
     logits: Float[np.ndarray, "examples classes"], label: Int[np.ndarray, " examples"], target: int
 ) -> float:

@@ -156,6 +156,7 @@ def test_label_noise_perturbs_exactly(fraction):
     assert np.array_equal(dataset.labels, before)
     assert np.array_equal(perturbed, np.flatnonzero(noisy.labels != before))
     assert len(perturbed) == round(fraction * 800)
+    assert np.array_equal(noisy.true_labels, before[perturbed])
     assert np.isin(perturbed, ids).all()
     assert noisy.labels.dtype == np.int32
     assert noisy.labels.min() >= 0
@@ -179,6 +180,7 @@ def test_label_noise_is_nested_and_keyed_by_example_id(drawn, fractions, classes
     rows = np.array(drawn.draw(st.lists(st.integers(0, 119), unique=True, min_size=1)))
     part = datasets.subset(large, rows)
     assert set(rows[part.mislabelled]) == set(large.mislabelled) & set(rows)
+    assert np.array_equal(part.true_labels, dataset.labels[rows[part.mislabelled]])
     order = np.array(drawn.draw(st.permutations(range(120))))
     place = np.argsort(order)  # of each example in the other order
     moved = datasets.with_label_noise(

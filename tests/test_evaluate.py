@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special, stats
 from sklearn import metrics as sklearn_metrics
 
 from kdjax import data, evaluate, parallel
@@ -141,6 +142,26 @@ def test_on_simulated_devices_no_call_starts_before_the_last_has_ended(monkeypat
 def test_refuses_to_summarise_nothing():
     with pytest.raises(ValueError, match="at least one valid example"):
         summary(*scores(4)[:2], valid=np.zeros(4, np.float32))
+
+
+class TestExaggeration:
+    @given(seed=st.integers(0, 2**32 - 1), classes=st.integers(2, 6))
+    @settings(deadline=None)
+    def test_is_the_slope_of_log_odds(self, seed, classes):
+        rng = np.random.default_rng(seed)
+        teacher, student = rng.normal(size=(2, 20, classes)).astype(np.float32)
+        rows, of = np.arange(20), teacher.argmax(1)
+        x, y = (special.logit(special.softmax(z, axis=1)[rows, of].astype(float)) for z in (teacher, student))
+        wanted = stats.linregress(x, y).slope
+        assert evaluate.exaggeration(student, teacher) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+
+    def test_of_a_copy_is_one_and_of_twice_the_log_odds_two(self):
+        teacher = np.array([[1.0, 0], [0, 3], [60, -60]], np.float32)
+        assert evaluate.exaggeration(teacher + 5, teacher) == pytest.approx(1)
+        assert evaluate.exaggeration(2 * teacher, teacher) == pytest.approx(2)
+
+    def test_of_a_teacher_that_is_equally_sure_of_all_is_undefined(self):
+        assert np.isnan(evaluate.exaggeration(np.eye(3), np.eye(3)))
 
 
 class TestBestShift:

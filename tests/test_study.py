@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from kdjax import data, flatness, methods, models, representations, results, run, significance, study
+from kdjax import (
+    data,
+    evaluate,
+    flatness,
+    methods,
+    models,
+    representations,
+    results,
+    run,
+    significance,
+    study,
+)
 from kdjax.recipe import Machine, Recipe
 from kdjax.study import measures
 from kdjax.train import Fitted
@@ -215,6 +226,37 @@ class TestAgreement:
         found = study.agreement_of(dataset, {"kd": arms["kd"]}, tmp_path, predicted=labels)["kd"]
         np.testing.assert_allclose(found["agreement_right"], [one.metrics["accuracy"] for one in arms["kd"]])
         assert found["agreement_wrong"] == [1.0] * 3
+
+
+class TestDenoising:
+    def test_counts_true_and_wrong_labels_of_the_mislabelled_images(self, dataset, arms, tmp_path):
+        train = dataset.splits["train"]
+        noisy = data.with_label_noise(dataset, train, fraction=0.5, seed=0)
+        found = study.denoising_of(noisy, arms, tmp_path)
+        wrong = noisy.mislabelled
+        assert len(wrong) == len(train) // 2
+        everything = dataset._replace(splits={"test": wrong})
+        for arm, finished in arms.items():
+            for number, one in enumerate(finished):
+                predicted = study.logits_of(one, everything).argmax(-1)
+                assert found[arm]["corrected"][number] == (predicted == dataset.labels[wrong]).mean()
+                assert found[arm]["memorised"][number] == (predicted == noisy.labels[wrong]).mean()
+
+    def test_needs_a_wrong_label(self, dataset, arms, tmp_path):
+        with pytest.raises(ValueError, match="no training image of arrays was given a wrong label"):
+            study.denoising_of(dataset, arms, tmp_path)
+
+
+def test_exaggeration_is_that_of_every_run_against_one_teacher(dataset, arms, tmp_path):
+    teacher = study.logits_of(arms["scratch"][0], dataset)
+    found = study.exaggeration_of(dataset, arms, tmp_path, teacher=teacher)
+    assert found["scratch"]["exaggeration"][0] == pytest.approx(1)
+    other = study.logits_of(arms["kd"][1], dataset)
+    assert found["kd"]["exaggeration"][1] == evaluate.exaggeration(other, teacher)
+    # Another teacher is another question, though it predicts the same classes.
+    with pytest.warns(UserWarning, match="computed again"):
+        again = study.exaggeration_of(dataset, arms, tmp_path, teacher=2 * teacher)
+    assert again["scratch"]["exaggeration"][0] != found["scratch"]["exaggeration"][0]
 
 
 def test_accuracy_of_chosen_classes_is_over_their_own_examples(dataset, arms):

@@ -27,7 +27,7 @@ GROUP_PATTERNS = {"malaria": r"C\d+(?:P\d+)?"}
 class Dataset(NamedTuple):
     """Labelled images in memory; row ``i`` of every array is example ``i``. Constant by convention.
 
-    :func:`load` and :func:`from_arrays` leave the last four fields empty; :func:`kdjax.data.split` fills them.
+    :func:`load` and :func:`from_arrays` leave the last five fields empty; :func:`kdjax.data.split` fills them.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Dataset(NamedTuple):
     splits: Mapping[str, np.ndarray] = {}  # ids under "train", "validation" and "test"
     normalisation: Normalisation = Normalisation((), ())  # of the training images
     mislabelled: np.ndarray = np.zeros(0, np.int64)  # ids of training examples that were given a wrong label
+    true_labels: np.ndarray = np.zeros(0, np.int32)  # of the mislabelled examples, in their order
     content: str = ""  # :func:`digest`, kept because it takes a third of a second for CIFAR
 
     @property
@@ -283,7 +284,8 @@ def subset(dataset: Dataset, ids: Int[np.ndarray, " ids"]) -> Dataset:
     rows = ("images", "labels", "example_ids", "official_split")
     fields = {name: getattr(dataset, name)[ids] for name in rows}
     mislabelled = np.flatnonzero(np.isin(ids, dataset.mislabelled))
-    return dataset._replace(**fields, splits={}, mislabelled=mislabelled, content="")
+    true_labels = dataset.true_labels[np.searchsorted(dataset.mislabelled, np.asarray(ids)[mislabelled])]
+    return dataset._replace(**fields, splits={}, mislabelled=mislabelled, true_labels=true_labels, content="")
 
 
 def with_label_noise(
@@ -303,7 +305,8 @@ def with_label_noise(
       seed: of the choice of examples and labels.
 
     Returns:
-      The data set with the new labels, and with the sorted ids of the mislabelled examples as ``mislabelled``.
+      The data set with the new labels, with the sorted ids of the mislabelled examples as ``mislabelled``, and with
+      their labels before as ``true_labels``.
 
     Raises:
       ValueError: if ``fraction`` is outside [0, 1], ids are repeated or out of range, or there is a single class.
@@ -323,7 +326,9 @@ def with_label_noise(
     shift = 1 + (which * (dataset.num_classes - 1)).astype(np.int32)
     labels = dataset.labels.copy()
     labels[mislabelled] = (labels[mislabelled] + shift) % dataset.num_classes
-    return dataset._replace(labels=labels, mislabelled=mislabelled, content="")
+    return dataset._replace(
+        labels=labels, mislabelled=mislabelled, true_labels=dataset.labels[mislabelled], content=""
+    )
 
 
 def digest(dataset: Dataset) -> str:

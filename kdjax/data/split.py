@@ -36,7 +36,8 @@ def split(
       clip: take all examples where there are fewer than asked for, instead of raising.
 
     Returns:
-      The data set with ``splits``, ``normalisation`` (from its training images), ``mislabelled`` and ``content``.
+      The data set with ``splits``, ``normalisation`` (from its training images), ``mislabelled``, ``true_labels`` and
+      ``content``.
 
     Raises:
       ValueError: if a split would be empty, or has fewer examples than asked for.

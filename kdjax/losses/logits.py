@@ -258,8 +258,8 @@ def wttm(
     .. math:: U \, \mathrm{KL}(\sigma(t / T) \,\|\, \sigma(s)), \quad U = \sum_k \sigma(t)_k^{1/T}
 
     The weight U of an example is 1 where the teacher is certain and :math:`C^{1 - 1/T}` where it predicts all C classes
-    alike. Without it the loss is transformed teacher matching (TTM), ``soft_target_kl(s, t / T)``. Neither has the factor
-    T²: the student's own temperature is 1, so its gradient does not shrink as T grows.
+    alike. Without it the loss is transformed teacher matching (TTM), ``soft_target_kl(s, t / T)``. Neither has the
+    factor T²: the student's own temperature is 1, so its gradient does not shrink as T grows.
 
     Args:
       student_logits: logits of the student.

@@ -9,8 +9,10 @@ from kdjax.study.conclusion import weak_teachers as weak_teachers
 from kdjax.study.measures import agreement_of as agreement_of
 from kdjax.study.measures import answers_of as answers_of
 from kdjax.study.measures import costs_of as costs_of
+from kdjax.study.measures import denoising_of as denoising_of
 from kdjax.study.measures import densities_of as densities_of
 from kdjax.study.measures import embeddings_of as embeddings_of
+from kdjax.study.measures import exaggeration_of as exaggeration_of
 from kdjax.study.measures import flatness_of as flatness_of
 from kdjax.study.measures import logits_of as logits_of
 from kdjax.study.measures import of_every_run as of_every_run

@@ -79,6 +79,62 @@ def agreement_of(
     }
 
 
+def denoising_of(dataset: data.Dataset, arms: Arms, directory: Path) -> dict[str, dict[str, list[float]]]:
+    """What each run predicts for the training images that were given a wrong label.
+
+    Args:
+      dataset: of the students, with mislabelled examples.
+      arms: arm → finished runs.
+      directory: where each run's predictions are kept.
+
+    Returns:
+      arm → ``corrected`` and ``memorised``, the shares of these images whose true and whose wrong label is predicted →
+      one per run.
+
+    Raises:
+      ValueError: if no training image has a wrong label.
+    """
+    if not len(dataset.mislabelled):
+        raise ValueError(f"no training image of {dataset.name} was given a wrong label: use label_noise.")
+    wrong = dataset._replace(splits={**dataset.splits, "mislabelled": dataset.mislabelled})
+    said = dataset.labels[dataset.mislabelled]
+    return {
+        arm: {
+            "corrected": [float(np.mean(own == dataset.true_labels)) for own in runs],
+            "memorised": [float(np.mean(own == said)) for own in runs],
+        }
+        for arm, runs in predictions_of(wrong, arms, directory, split="mislabelled").items()
+    }
+
+
+def exaggeration_of(
+    dataset: data.Dataset,
+    arms: Arms,
+    directory: Path,
+    *,
+    teacher: Float[np.ndarray, "examples classes"],
+    split: str = "test",
+) -> dict[str, dict[str, list[float]]]:
+    """How much surer than its teacher each run becomes, where that becomes surer: :func:`kdjax.evaluate.exaggeration`.
+
+    Args:
+      dataset: of the students.
+      arms: arm → finished runs.
+      directory: where each run's number is kept.
+      teacher: its logits, in the order of ``dataset.splits[split]``.
+      split: of the examples.
+
+    Returns:
+      arm → ``exaggeration`` → one per run.
+    """
+
+    def measure(run: Trained) -> dict[str, float]:
+        return {"exaggeration": evaluate.exaggeration(logits_of(run, dataset, split=split), teacher)}
+
+    decides = {"data": dataset.fingerprint, "split": split, "teacher": checkpoints.digest_tree(teacher)}
+    return of_every_run(arms, directory, decides, measure, label="exaggeration")
+
+
 def embeddings_of(run: Trained, dataset: data.Dataset, *, crops: int = 16) -> dict[str, float]:
     """What a network's embeddings and logits keep of the validation images of its own data set.
 
