@@ -53,7 +53,10 @@ STUDENT = flags.DEFINE_string(
 )
 RECIPE = cli.define(Recipe(200, schedule="cosine", padding=4, flip=True, evaluate_every=200))
 SGD = Recipe(12, 128, 0.1, optimizer="sgd", schedule="cosine", weight_decay=5e-4, padding=4, flip=True)
-OMITTED = ("teacher_dir", "teacher_num_train", "teacher_label_noise", "teacher_seeds")
+OMITTED = (
+    *("teacher_dir", "teacher_num_train", "teacher_label_noise", "teacher_seeds"),
+    *("teacher_label_smoothing", "teacher_untrained"),  # arms say which teacher: @smoothed_S, @random
+)
 TEACHER = cli.define_teacher(SGD, defaults=cli.Teacher("resnet20"), omit=OMITTED)
 KEPT = flags.DEFINE_list("teacher_keep", ["1", "2", "4", "8"], "Epochs whose weights can teach, as epoch_N.")
 MODE = flags.DEFINE_enum("teacher_mode", "views", teachers.MODES, "As in experiments.distill.")

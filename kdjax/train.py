@@ -258,7 +258,8 @@ def fit(
       state: to start from, if ``directory`` holds nothing newer.
       feed: the arguments of every dispatch as a function of the step that it starts at.
       epochs: to train in total, those before a resumption included.
-      evaluate: called with the parameters and statistics on the validation split; larger ``monitor`` is better.
+      evaluate: called with the parameters and statistics on the validation split; larger ``monitor`` is better. Its
+        scores stand in the records as ``validation_NAME``; those named ``test_...``, which choose nothing, as they are.
       evaluate_every: epochs between evaluations; the last epoch always has one.
       monitor: the metric that chooses the best weights; the first of equals stays, and any number is better than NaN.
         Without ``evaluate`` the best weights are the last.
@@ -489,7 +490,10 @@ def _evaluated(
     newest = position.history[-1] if position.history else {"epoch": float(epoch)}
     lost = ~np.isfinite(newest.get("loss", 0.0))  # the argmax of NaN is a class too, and may be right
     scores = {name: np.where(lost, np.nan, value) for name, value in scores.items()}
-    record = {f"validation_{name}": _number(value) for name, value in scores.items()}
+    record = {
+        name if name.startswith("test_") else f"validation_{name}": _number(value)
+        for name, value in scores.items()
+    }
     score = scores[monitor]
     held = np.asarray(np.nan if position.best_value is None else position.best_value)
     better = np.isnan(held) | (score > held)

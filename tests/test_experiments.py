@@ -333,7 +333,7 @@ def test_numbers_that_are_none_are_refused(start, tmp_path, monkeypatch, value):
 
 
 @pytest.mark.parametrize(
-    "argument", ["--hard_weight=-0.1", "--soft_weight=-1", "--tempreture=3", "--learning_rate=0"]
+    "argument", ["--temperature=-1", "--weight_decay=-1", "--tempreture=3", "--learning_rate=0"]
 )
 def test_absl_refuses_values_out_of_range_and_unknown_flags(start, tmp_path, argument):
     with pytest.raises(flags.Error, match=argument.split("=")[0].strip("-")):

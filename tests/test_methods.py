@@ -287,6 +287,8 @@ class TestSum:
     def test_counts_labels_once_with_the_larger_weight(self):
         assert (methods.labels(0.3) + methods.kd(hard_weight=0.1)).hard_weight == 0.3
         assert (methods.kd(hard_weight=0.5) + methods.labels(0.3)).hard_weight == 0.5
+        with pytest.warns(UserWarning, match="below 0"):
+            assert (methods.kd(hard_weight=-0.5) + methods.squared_logits(1.0)).hard_weight == -0.5
 
     def test_has_each_term_once(self):
         with pytest.raises(ValueError, match="each term once, got soft, crd, crd"):
@@ -410,12 +412,21 @@ class TestOptions:
             ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
             ({"temperature": float("nan")}, "temperature=nan must be above 0"),
             ({"hard_weight": 0, "soft_weight": 0}, "leave kd nothing to learn"),
+            ({"hard_weight": float("nan")}, "hard_weight=nan must be a finite number"),
+            ({"soft_weight": float("inf")}, "soft_weight=inf must be a finite number"),
         ],
     )
     def test_kd_refuses_what_makes_no_sense(self, options, said):
         for make in (methods.kd, methods.KdOptions):
             with pytest.raises(ValueError, match=said):
                 make(**options)
+
+    def test_kd_takes_weights_outside_0_to_1_and_says_what_they_do(self):
+        with pytest.warns(UserWarning, match="hard_weight=-0.5 is below 0: .*away from the labels"):
+            method = methods.kd(hard_weight=-0.5, soft_weight=1.5)
+        assert (method.hard_weight, method.terms[0].weight) == (-0.5, 1.5)
+        with pytest.warns(UserWarning, match="soft_weight=-0.2 is below 0: .*away from the teacher"):
+            methods.KdOptions(hard_weight=1.2, soft_weight=-0.2)
 
     @pytest.mark.parametrize(
         ("option", "value"),

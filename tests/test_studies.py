@@ -101,6 +101,62 @@ class TestMixingWeight:
         with pytest.raises(ValueError, match=r"holds another run \(.*label_noise 0.1 there and 0.2 here"):
             start(mixing_weight, "--smoke", taken_up, "--label_noise=0.2", f"--workdir={tmp_path / 'next'}")
 
+    @pytest.mark.once
+    @pytest.mark.usefixtures("undrawn")
+    def test_conditions_are_trained_and_compared_each_by_itself(self, mixing_weight, start, tmp_path):
+        conditions = ("", "label_noise=0.3", "label_noise=0.3,teacher_untrained=true", "temperature=1")
+        flags = [f"--condition={one}" for one in conditions]
+        weights = "--hard_weights=-0.5,0.1,1,1.5"
+        start(mixing_weight, "--smoke", weights, "--seeds=0,1,2", *flags, f"--workdir={tmp_path / 'run'}")
+        found = results.read(tmp_path / "run" / "results.json")
+        prefixes = ["", *(f"{one}, " for one in conditions[1:])]
+        arms = ("teacher", "chosen", "a = 0.1", "a = 1")
+        assert set(found["arms"]) == {prefix + arm for prefix in prefixes for arm in arms}
+        pairs = [[p + "chosen", p + other] for p in prefixes for other in ("a = 1", "a = 0.1")]
+        assert found["plan"][0]["primary"] == pairs
+        (swept,) = found["swept"]
+        assert list(swept["arms"]) == ["as given", *conditions[1:]]
+        noisy = swept["arms"]["label_noise=0.3"]
+        assert noisy["corrected"][1] == found["arms"]["label_noise=0.3, a = 0.1"]["corrected"]
+        assert "corrected" not in found["arms"]["a = 0.1"]
+        # Labels alone do not ask the teacher, and the temperature is its own.
+        accuracies = {p: found["arms"][p + "a = 1"]["accuracy"] for p in prefixes}
+        assert accuracies[prefixes[1]] == accuracies[prefixes[2]] != accuracies[""] == accuracies[prefixes[3]]
+        assert found["arms"]["temperature=1, a = 0.1"]["loss"] != found["arms"]["a = 0.1"]["loss"]
+        untrained = found["arms"][prefixes[2] + "teacher"]["accuracy"]
+        assert untrained[0] < 0.3 < found["arms"]["teacher"]["accuracy"][0]
+        # Teachers of equal settings are trained once.
+        assert len([*(tmp_path / "run" / "shared").glob("*/0/network.json")]) == 2
+        assert any("Weights outside 0 to 1 (-0.5, 1.5)" in note for note in found["notes"])
+
+    @pytest.mark.usefixtures("undrawn")
+    def test_lengths_of_one_training_are_trainings_of_these_lengths(self, mixing_weight, start, tmp_path):
+        flags = (
+            "--num_train=60",
+            "--hard_weights=0.5,1",
+            "--seeds=3",
+            "--schedule=constant",
+            "--teacher_epochs=1",
+        )
+        found = {}
+        for epochs, more in ((4, ("--lengths=2", "--evaluate_every=2")), (2, ())):
+            home = tmp_path / str(epochs)
+            start(mixing_weight, *flags, f"--epochs={epochs}", *more, f"--workdir={home}")
+            (found[epochs],) = results.read(home / "results.json")["swept"]
+        early, alone = found[4]["arms"]["student, 2 epochs"], found[2]["arms"]["student"]
+        assert list(found[4]["arms"]) == ["student", "student, 2 epochs"]
+        for metric in ("accuracy", "validation_accuracy"):
+            assert early[metric] == alone[metric]
+        np.testing.assert_allclose(early["loss"], alone["loss"], rtol=1e-6)
+        for lengths, said in (
+            ("4", "below --epochs=4"),
+            ("3", "multiples of --evaluate_every=2"),
+            ("2,2", "rise"),
+        ):
+            more = (f"--lengths={lengths}", "--evaluate_every=2", "--epochs=4")
+            with pytest.raises(ValueError, match=said):
+                start(mixing_weight, *flags, *more, f"--workdir={tmp_path / 'bad'}")
+
     @pytest.mark.parametrize("who", ["same", "clean"])
     def test_the_teacher_sees_the_wrong_labels_of_the_students_or_none(
         self, mixing_weight, start, tmp_path, monkeypatch, who
@@ -155,10 +211,17 @@ class TestMixingWeight:
     @pytest.mark.parametrize(
         ("argument", "said"),
         [
-            ("--hard_weights=0.5,0.1", "must rise from 0 or more"),
-            ("--hard_weights=0,1.5", "must rise from 0 or more"),
+            ("--hard_weights=1,0.1", "must rise, with 1 among them"),
+            ("--hard_weights=0,0.5", "must rise, with 1 among them"),
             ("--hard_weights=0,half", "must be numbers"),
-            ("--hard_weights=0,0", "must rise from 0 or more"),
+            ("--hard_weights=0,0,1", "must rise, with 1 among them"),
+            ("--label_noise=1", "leaves no right label to learn from"),
+            ("--lengths=50", "a cosine schedule of 150 epochs is another than one of 50"),
+            ("--condition=label_noise", "'label_noise' of 'label_noise' must be NAME=VALUE with a flag"),
+            ("--condition=num_train=50", "must be NAME=VALUE with a flag that can be varied: batch_size"),
+            ("--condition=label_noise=2", "'label_noise=2': flag --label_noise=2: 2.0 is not a number in"),
+            ("--condition=label_noise=1", "leaves no right label to learn from"),
+            ("--condition=teacher_untrained=true,teacher_epochs=2", "--teacher_untrained trains no teacher"),
             ("--seeds=0,1.5", "must be whole numbers"),
             ("--seeds=-1,0", "from 0 to"),
             ("--batch_size=21", "21 does not divide over 2 devices"),

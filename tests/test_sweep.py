@@ -154,7 +154,7 @@ class TestSpace:
         (["--space=temperature=1:2:lgo"], "must be temperature=LOW:HIGH"),
         (["--space=temperature=1:two"], "--temperature refuses a bound"),
         (["--space=temperature=1:2,temperature=1:3"], "names temperature twice"),
-        (["--space=hard_weight=-1:1"], "--hard_weight refuses a bound.*number"),
+        (["--space=weight_decay=-1:1"], "--weight_decay refuses a bound.*number"),
         (["--space=hard_weight=0:1:log"], "begins above 0"),
         (["--space=epochs=1.5:3"], "--epochs refuses a bound"),
         (["--space=student=1:3"], "--student is no number; list its values"),

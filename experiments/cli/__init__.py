@@ -13,6 +13,7 @@ from experiments.cli.options import define as define
 from experiments.cli.options import define_arms as define_arms
 from experiments.cli.options import define_seeds as define_seeds
 from experiments.cli.options import flags_of as flags_of
+from experiments.cli.options import given as given
 from experiments.cli.options import may_change as may_change
 from experiments.cli.options import parse_seeds as parse_seeds
 from experiments.cli.options import parse_weights as parse_weights

@@ -1,13 +1,15 @@
 """Flags made from dataclasses, and the flags that all experiments share: each is defined once and means one thing."""
 
+import contextlib
 import dataclasses
 import math
 import sys
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from absl import flags
+from absl.testing import flagsaver
 
 from kdjax.data.batches import MAX_SEED
 from kdjax.options import option
@@ -230,6 +232,30 @@ def settings(module: str) -> dict[str, Any]:
         for name, flag in sorted(flags_of(module).items())
         if name not in MAY_CHANGE and not getattr(flag, "may_change", False)
     }
+
+
+@contextlib.contextmanager
+def given(text: str, *, module: str, fixed: Collection[str] = ()) -> Iterator[None]:
+    """Within it the flags of a module are as ``NAME=VALUE,NAME=VALUE`` says, beside those of the command line.
+
+    Raises:
+      ValueError: for what is no flag of the module, for one of those that are ``fixed`` or may change when a run is
+        resumed, and for a value that the flag does not take.
+    """
+    values = {}
+    for item in filter(None, text.split(",")):
+        name, equals, value = item.partition("=")
+        if not equals or name not in settings(module) or name in fixed:
+            known = ", ".join(sorted(settings(module).keys() - {*fixed}))
+            raise ValueError(
+                f"{item!r} of {text!r} must be NAME=VALUE with a flag that can be varied: {known}."
+            )
+        values[name] = value
+    try:
+        with flagsaver.as_parsed(**values):
+            yield
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(f"{text!r}: {error}") from error
 
 
 def may_change(holder: flags.FlagHolder) -> flags.FlagHolder:

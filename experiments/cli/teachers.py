@@ -19,7 +19,7 @@ from kdjax.models import Network
 from kdjax.options import option
 from kdjax.recipe import Machine, Recipe
 from kdjax.teacher import TeacherSignal
-from kdjax.types import Outputs
+from kdjax.types import Outputs, Weights
 
 flags.disclaim_key_flags()  # so that --help lists what is defined here as the experiment's own
 
@@ -45,6 +45,12 @@ class Teacher:
         "same",
         "same: teachers are trained on the wrong labels of --label_noise as well; clean: on the true labels.",
         choices=("same", "clean"),
+    )
+    teacher_label_smoothing: float = option(
+        0.0, "Share of each label that teachers learn to spread over all classes.", least=0.0, most=0.99
+    )
+    teacher_untrained: bool = option(
+        False, "Leave teachers as they are initialised: what soft targets do when nothing was learnt."
     )
     teacher_seeds: int = option(1, "Teachers; the students take turns among them.", least=1)
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
@@ -143,13 +149,25 @@ def teachers(
     if changes:
         own = source.load(at_most=256 if launch.smoke else None, **changes)
     net = network(teacher.teacher, own, **fields)
+    if teacher.teacher_untrained:
+        decide = {*teacher.training_flags} - {"teacher", "teacher_untrained", "teacher_seeds"}
+        refuse_given(sorted(decide), "--teacher_untrained trains no teacher")
     recipes.check(recipe, len(own.splits["train"]), of="the teacher's")
     parallel.check_batch_size(recipe.batch_size, parallel.local_devices(machine.devices))
 
+    smoothing, method = teacher.teacher_label_smoothing, methods.labels()
+    if smoothing:
+        method = methods.label_smoothing_cross_entropy(smoothing=smoothing)
+
     def train(workdir: Path, callbacks: Sequence[Callback] = ()) -> list[run.Trained]:
-        trainer = run.make_trainer(net, methods.labels(), own, recipe, machine=machine, split=launch.split)
+        if teacher.teacher_untrained:
+            weights = [Weights(*net.init(n)) for n in range(teacher.teacher_seeds)]
+            options = {"split": launch.split, "machine": machine}
+            return [run.measured("teacher", n, net, w, own, **options) for n, w in enumerate(weights)]
+        trainer = run.make_trainer(net, method, own, recipe, machine=machine, split=launch.split)
         decides = {"network": dict(net.description), "recipe": dataclasses.asdict(recipe)}
         decides |= {"steps_per_dispatch": machine.steps_per_dispatch}
+        decides |= {"label_smoothing": smoothing} if smoothing else {}
         with shared_cache(launch.shared_cache, workdir / "teacher", own.fingerprint, **decides) as home:
             homes = [home / str(seed) for seed in range(teacher.teacher_seeds)]
             return [trainer(n, own, arm="teacher", callbacks=callbacks) for n, own in enumerate(homes)]

@@ -15,7 +15,9 @@ same share of a run here. Methods on features look for the names that kdjax's ne
 
 import dataclasses
 import difflib
+import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -164,11 +166,16 @@ def labels(weight: float = 1.0) -> Method:
 
 @dataclasses.dataclass(frozen=True)
 class KdOptions:
-    """Options of :func:`kd`."""
+    """Options of :func:`kd`.
+
+    A weight below 0 is a warning, not an error: under wrong labels the best weight of the teacher can be above 1, and
+    that of the labels below 0 (Das and Sanghavi, `Understanding Self-Distillation in the Presence of Label Noise
+    <https://arxiv.org/abs/2301.13304>`_, 2023).
+    """
 
     temperature: float = option(4.0, "Softening of both logits, above 0.", least=0.0)
-    hard_weight: float = option(0.1, "Weight of the labels' cross-entropy in kd.", least=0.0)
-    soft_weight: float = option(0.9, "Weight of the teacher's T²-scaled divergence in kd.", least=0.0)
+    hard_weight: float = option(0.1, "Weight of the labels' cross-entropy in kd.")
+    soft_weight: float = option(0.9, "Weight of the teacher's T²-scaled divergence in kd.")
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -177,6 +184,13 @@ class KdOptions:
             raise ValueError(
                 "hard_weight=0 and soft_weight=0 leave kd nothing to learn; one must be above 0."
             )
+        for name, whom in (("hard_weight", "labels"), ("soft_weight", "teacher")):
+            value = getattr(self, name)
+            if not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be a finite number.")
+            if value < 0:
+                said = f"{name}={value:g} is below 0: the student is driven away from the {whom}."
+                warnings.warn(said, stacklevel=3)
 
 
 def kd(temperature: float = 4.0, *, hard_weight: float = 0.1, soft_weight: float = 0.9) -> Method:

@@ -97,7 +97,7 @@ def _nothing(before: optax.OptState, after: optax.OptState) -> dict[str, Array]:
 class Method:
     """How a student learns; ``a + b`` does both.
 
-    In a sum the labels are counted once, with the larger of the two weights.
+    In a sum the labels are counted once, with that of the two weights which is further from 0.
 
     Attributes:
       hard_weight: weight of the cross-entropy with the labels.
@@ -134,7 +134,7 @@ class Method:
         if self.crop is not None and other.crop is not None:
             raise ValueError("only one method of a sum can choose the crops of images.")
         return Method(
-            hard_weight=max(self.hard_weight, other.hard_weight),
+            hard_weight=max(self.hard_weight, other.hard_weight, key=abs),
             terms=self.terms + other.terms,
             objectives=self.objectives + other.objectives,
             teacher_features=self.teacher_features + other.teacher_features,

@@ -28,6 +28,8 @@ class Many(NamedTuple):
       arm: name of all of them together.
       identity: whatever else decides their numbers, as JSON.
       mapping: "vmap" or "map"; see :func:`kdjax.vmapped.make_run`.
+      watch_test: measure the test split at every validation too, for the records of the history (``test_accuracy``,
+        ``test_loss``); it chooses nothing.
       machine: devices, steps per dispatch, and time between checkpoints.
     """
 
@@ -35,6 +37,7 @@ class Many(NamedTuple):
     arm: str = "student"
     identity: Mapping[str, Any] = {}
     mapping: str = "vmap"
+    watch_test: bool = False
     machine: Machine = HERE
 
 
@@ -68,12 +71,14 @@ def train_many(
     home = None if directory is None else Path(directory)
     signal = plans.signal_of(teacher, network, method, dataset, recipe, directory)
     plan = plans.make_plan(network, method, dataset, recipe, signal, many.machine)
-    identity = {"arm": many.arm, **plan.identity, "settings": dict(many.identity)}
+    decides = dict(many.identity) | ({"watch_test": True} if many.watch_test else {})
+    identity = {"arm": many.arm, **plan.identity, "settings": decides}
     own = {name: np.asarray(values, np.float32) for name, values in many.settings.items()}
     sums_on = {
         name: plans.evaluator(plan, name, transform=vmapped.over_weights) for name in ("validation", "test")
     }
-    fitted = _fit(_with_settings(plan, own), many, seeds, home, identity, sums_on["validation"])
+    watched = {"": sums_on["validation"]} | ({"test_": sums_on["test"]} if many.watch_test else {})
+    fitted = _fit(_with_settings(plan, own), many, seeds, home, identity, watched)
     last, best = (vmapped.stack([getattr(one, which) for one in fitted]) for which in ("last", "best"))
     sums, of_best = (vmapped.unstack(sums_on["test"](*weights)) for weights in (last, best))
     found = []
@@ -105,19 +110,20 @@ def _fit(
     seeds: Sequence[int],
     home: Path | None,
     identity: Mapping[str, Any],
-    sums_on_validation: Callable[..., Any],
+    watched: Mapping[str, Callable[..., Any]],
 ) -> list[train_loop.Fitted]:
-    """Trains all students, or reads them back."""
+    """Trains all students, or reads them back; ``watched`` has the sums of a split by the prefix of its scores."""
     initialise = plans.make_initialiser(plan)
     states = {seed: initialise(seed) for seed in set(seeds)}
     feeds = {seed: plans.feed(plan, seed) for seed in set(seeds)}
     settings = {name: np.asarray(values).tolist() for name, values in plan.resident["settings"].items()}
 
     def validate(params, model_state):
-        found = [
-            evaluate.summarise(sums) for sums in vmapped.unstack(sums_on_validation(params, model_state))
-        ]
-        return {name: [one[name] for one in found] for name in ("accuracy", "loss")}
+        scores = {}
+        for prefix, sums_on in watched.items():
+            found = [evaluate.summarise(sums) for sums in vmapped.unstack(sums_on(params, model_state))]
+            scores |= {prefix + name: [one[name] for one in found] for name in ("accuracy", "loss")}
+        return scores
 
     with bar(many.arm, total=plan.steps, unit="step") as meter:
 
