@@ -69,6 +69,7 @@ STUDIES = {
     "digits_student": (8, 8, 1),
     "keras_student": (28, 28, 1),
     "hinton_student": (28, 28, 1),
+    "gru_student": (28, 28, 1),
     "malaria_teacher": (32, 32, 3),
     "malaria_student": (32, 32, 3),
     "resnet8": (32, 32, 3),

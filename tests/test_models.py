@@ -296,6 +296,7 @@ def test_layers_say_what_does_not_fit():
         ("hinton_student", 10, 785 * 800 + 801 * 800 + 801 * 10),
         ("digits_teacher", 10, (9 + 1) * 32 + (9 * 32 + 1) * 64 + (4 * 4 * 64 + 1) * 10),
         ("digits_student", 10, (9 + 1) * 4 + (9 * 4 + 1) * 8 + (4 * 4 * 8 + 1) * 10),
+        ("gru_student", 10, 3 * (29 * 50 + 50 * 50) + 50 + 51 * 10),
         ("resnet20", 100, 278_324),  # RepDistiller's
         ("resnet32", 100, 472_756),
         ("resnet56", 100, 861_620),
@@ -360,7 +361,7 @@ def test_every_model_trains_and_names_its_features(name):
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
 
 
-@pytest.mark.parametrize("name", ["keras_student", "digits_student", "hinton_student"])
+@pytest.mark.parametrize("name", ["keras_student", "digits_student", "hinton_student", "gru_student"])
 def test_embedding_is_what_the_last_layer_reads(name):
     apply, params, state = small(name)
     outputs, _ = apply(params, state, normal(0, 2, *image_shape(name)), train=False)
@@ -377,6 +378,22 @@ def test_keras_student_equals_linens_layers():
     y = nn.Conv(32, (3, 3), strides=(2, 2)).apply({"params": params["Conv_1"]}, y)
     y = nn.Dense(3).apply({"params": params["Dense_0"]}, y.reshape(2, -1))
     np.testing.assert_allclose(apply(params, state, x, train=False)[0].logits, y, rtol=1e-4, atol=1e-5)
+
+
+def test_gru_reads_rows_by_the_equations_of_its_paper():
+    apply, params, state = small("gru_student")
+    images = normal(0, 2, 28, 28, 1)
+    outputs, _ = apply(params, state, images, train=False)
+    cell = jax.tree.map(lambda x: np.asarray(x, np.float64), params["GRUCell_0"])
+    h = np.zeros((2, 50))
+    for number in range(28):
+        row = np.asarray(images[:, number, :, 0], np.float64)
+        read = {gate: row @ cell[f"i{gate}"]["kernel"] + cell[f"i{gate}"]["bias"] for gate in "rzn"}
+        reset = 1 / (1 + np.exp(-read["r"] - h @ cell["hr"]["kernel"]))
+        update = 1 / (1 + np.exp(-read["z"] - h @ cell["hz"]["kernel"]))
+        new = np.tanh(read["n"] + reset * (h @ cell["hn"]["kernel"] + cell["hn"]["bias"]))
+        h = (1 - update) * new + update * h
+        np.testing.assert_allclose(outputs.features["stage1"][:, number], h, rtol=1e-3, atol=1e-5)
 
 
 def test_resnet_features_and_block_by_hand():
@@ -731,6 +748,8 @@ def test_build_errors_name_the_way_out():
         models.build("mobilenet_v2", num_classes=10, width=0)
     with pytest.raises(ValueError, match="at least one hidden layer"):
         models.build("mlp", num_classes=10, widths=())
+    with pytest.raises(ValueError, match="at least one unit, got units=0"):
+        models.build("gru_student", num_classes=10, units=0)
 
 
 def test_overrides_reach_the_module():

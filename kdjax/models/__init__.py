@@ -33,6 +33,7 @@ from kdjax.models import layers, rows_first
 from kdjax.models.cnn import DigitsCnn, KerasCnn, MalariaCnn
 from kdjax.models.mlp import Mlp
 from kdjax.models.mobilenet import MobileNetV2
+from kdjax.models.recurrent import RowGru
 from kdjax.models.resnet import ResNet
 from kdjax.models.wideresnet import WideResNet
 from kdjax.types import ApplyFn, ModelState, Params, Weights
@@ -45,6 +46,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "hinton_teacher": functools.partial(Mlp, widths=(1200, 1200), dropout=0.5, input_dropout=0.2),
     "hinton_student": functools.partial(Mlp, widths=(800, 800)),
     "mlp": Mlp,
+    "gru_teacher": functools.partial(RowGru, units=150),
+    "gru_student": RowGru,
     "digits_teacher": functools.partial(DigitsCnn, width=32, dropout=0.3),
     "digits_student": functools.partial(DigitsCnn, width=4),
     "resnet8": functools.partial(ResNet, depth=8),
@@ -66,7 +69,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 """Every network by name; :func:`build` takes the fields of its module as overrides."""
 
-_NETWORKS: tuple[Any, ...] = (DigitsCnn, KerasCnn, MalariaCnn, Mlp, MobileNetV2, ResNet, WideResNet)
+_NETWORKS: tuple[Any, ...] = (
+    *(DigitsCnn, KerasCnn, MalariaCnn, Mlp, MobileNetV2),
+    *(ResNet, RowGru, WideResNet),
+)
 
 
 def build(name: str, *, num_classes: int, **overrides: Any) -> nn.Module:
