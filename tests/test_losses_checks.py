@@ -25,6 +25,7 @@ SIZES = {"batch": 3, "classes": 5, "scores": 5, "k": 2, "teachers": 2, "height":
 SIZES |= {"examples": 6, "candidates": 3, "dims": 4, "outputs": 2, "positions": 16, "first": 2, "second": 3}
 INTEGERS = {"num_classes": 5, "examples": 6, "dims": 4, "negatives": 2}
 NUMBERS = {"deviation": 0.1, "label_error": 1.0, "teacher_error": 1.0}
+NUMBERS |= {"freedom": 1.0, "own_freedom": 0.5}
 
 
 def size(dim):

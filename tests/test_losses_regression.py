@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from kdjax import losses
 from kdjax.losses import regression
 
 S, T, Y = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 2)), jnp.float32)
@@ -124,3 +125,71 @@ class TestBestHardWeight:
         assert 0.1 < best < 0.5
         np.testing.assert_allclose(distance(best), alone * bias / (alone + bias), rtol=0.05)
         assert distance(best) < min(distance(best - 0.1), distance(best + 0.1))
+
+
+class TestOneShotHardWeight:
+    @staticmethod
+    def estimate(y, t, smoother, *, own):
+        fits = (np.asarray(v, np.float64) for v in (y, t, smoother @ y, smoother @ t))
+        options = {"own_freedom": np.trace(smoother @ smoother)} if own else {}
+        arrays = (jnp.asarray(v, jnp.float32)[:, None] for v in fits)
+        return float(losses.one_shot_hard_weight(*arrays, freedom=np.trace(smoother), **options))
+
+    @pytest.mark.parametrize("own", [True, False])
+    def test_equals_leaving_each_example_out_where_all_have_one_leverage(self, own):
+        """Columns of a Fourier basis: the diagonal of the smoother is constant, so its mean loses nothing."""
+        n, penalty, rng = 24, 0.7, np.random.default_rng(0)
+        angle = 2 * np.pi * np.outer(np.arange(n), [1, 2, 4]) / n
+        x = np.concatenate([np.cos(angle), 0.3 * np.sin(angle), 0.3 * np.cos(angle), np.sin(angle)], axis=1)
+        y = x @ rng.normal(size=12) + rng.normal(size=n)
+        given = np.sin(3 * np.arange(n))
+
+        def fitted(x, y):
+            return np.linalg.solve(x.T @ x + penalty * np.eye(12), x.T @ y)
+
+        def left_out(i):
+            kept = np.arange(n) != i
+            of_labels = fitted(x[kept], y[kept])
+            of_teacher = fitted(x[kept], x[kept] @ of_labels if own else given[kept])
+            return y[i] - x[i] @ of_labels, y[i] - x[i] @ of_teacher
+
+        e, t = np.array([left_out(i) for i in range(n)]).T
+        wanted = t @ (t - e) / ((t - e) @ (t - e))
+        smoother = x @ np.linalg.solve(x.T @ x + penalty * np.eye(12), x.T)
+        np.testing.assert_allclose(np.diag(smoother), np.trace(smoother) / n)
+        found = self.estimate(y, smoother @ y if own else given, smoother, own=own)
+        assert found == pytest.approx(wanted, rel=1e-3)
+
+    @pytest.mark.parametrize("penalty", [0.05, 0.3, 3.0])
+    @pytest.mark.parametrize("own", [True, False])
+    def test_is_near_the_best_weight_on_new_examples(self, penalty, own):
+        """Ridge regression with half as many features as examples; the teacher is the student, or has seen others."""
+        rng = np.random.default_rng(0)
+        n, d, draws = 600, 300, 16
+        estimated, measured = [], []
+        for _ in range(draws):
+            truth, (x, theirs) = rng.normal(size=d) / np.sqrt(d), rng.normal(size=(2, n, d))
+            y, y_theirs = (each @ truth + rng.normal(size=n) for each in (x, theirs))
+            fit, other = (
+                np.linalg.solve(each.T @ each + n * penalty * np.eye(d), each.T) for each in (x, theirs)
+            )
+            teacher = fit @ y if own else other @ y_theirs
+            estimated.append(self.estimate(y, x @ teacher, x @ fit, own=own))
+            # Of new examples with unit covariance the error is the distance of the coefficients.
+            e, t = fit @ y - truth, fit @ (x @ teacher) - truth
+            measured.append((t @ t - e @ t) / ((e - t) @ (e - t)))
+        apart = np.subtract(estimated, measured)
+        assert abs(np.mean(apart)) < 3 * np.std(apart) / np.sqrt(draws) + 0.05
+        if (
+            own
+        ):  # the sign of the teacher's weight tells a student that is penalised too little from one too much
+            assert (np.mean(measured) > 1) == (penalty > 1)
+
+    def test_needs_examples_that_are_not_used_up(self):
+        r = jnp.ones((3, 1))
+        with pytest.raises(ValueError, match="freedom below the 3 examples, got freedom=3"):
+            losses.one_shot_hard_weight(r, r, 2 * r, 3 * r, freedom=3)
+
+    def test_of_equal_students_is_any(self):
+        r = jnp.ones((3, 1))
+        assert losses.one_shot_hard_weight(r, r, 2 * r, 2 * r, freedom=1) == 0.5

@@ -21,6 +21,7 @@ NOT_METHODS = {
     "average_logits": "for several teachers; here each student has one",
     "average_probabilities": "for several teachers",
     "best_hard_weight": "for regression",
+    "one_shot_hard_weight": "for regression",
     "confidence_weights": "for several teachers",
     "cutmix_targets": "for an augmentation that the recipe does not have",
     "dice": "for dense outputs",

@@ -68,6 +68,7 @@ from kdjax.losses.refilled import class_centres as class_centres
 from kdjax.losses.refilled import local_kl as local_kl
 from kdjax.losses.refilled import triplet_relations as triplet_relations
 from kdjax.losses.regression import best_hard_weight as best_hard_weight
+from kdjax.losses.regression import one_shot_hard_weight as one_shot_hard_weight
 from kdjax.losses.regression import squared_error as squared_error
 from kdjax.losses.relations import CrdMemory as CrdMemory
 from kdjax.losses.relations import cka as cka

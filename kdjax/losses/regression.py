@@ -90,3 +90,68 @@ def best_hard_weight(
     label_error, teacher_error, covariance = map(jnp.float32, (label_error, teacher_error, covariance))
     apart = label_error + teacher_error - 2 * covariance
     return jnp.where(apart > 0, (teacher_error - covariance) / jnp.where(apart > 0, apart, 1), 0.5)
+
+
+@checked
+def one_shot_hard_weight(
+    targets: Float[Array, "examples outputs"],
+    teacher: Float[Array, "examples outputs"],
+    of_targets: Float[Array, "examples outputs"],
+    of_teacher: Float[Array, "examples outputs"],
+    *,
+    freedom: NonNegative,
+    own_freedom: NonNegative | None = None,
+) -> Float[Array, ""]:
+    r"""The weight of :func:`best_hard_weight`, estimated from two fits to the training examples, without further ones.
+
+    .. math:: \hat a = \frac{\langle e_t, e_t - e_y \rangle}{\lVert e_t - e_y \rVert^2}, \qquad
+              e_y = \frac{y - S y}{1 - s}, \qquad e_t = \frac{y - S t - s (y - t)}{1 - s}
+
+    for students that are linear in their targets, with S the matrix from targets to predictions on the same examples
+    and s = trace S / n, such as ridge regression on fixed features. A student of labels and teacher is then the
+    weighted mean of one that was fitted to the labels and one that was fitted to the teacher. Both errors e are those
+    on an example that was left out, by generalised cross-validation. In self-distillation t = S y, and leaving a label
+    out changes the teacher too:
+
+    .. math:: e_t = \frac{y - S^2 y}{1 - s} - \frac{(s - s_2) (y - S y)}{(1 - s)^2},
+              \qquad s_2 = \mathrm{trace}(S^2) / n
+
+    Args:
+      targets: the labels y of the training examples.
+      teacher: the teacher's predictions t for them.
+      of_targets: predictions S y of the student that was fitted to the labels alone.
+      of_teacher: predictions S t of the student that was fitted to the teacher alone.
+      freedom: degrees of freedom of the student, trace S; below the number of examples.
+      own_freedom: trace of S², where the teacher is the student that was fitted to the labels; None for a teacher that
+        saw none of these labels.
+
+    Returns:
+      The estimated weight of the labels for :func:`squared_error`, not confined to 0 to 1; one half where both students
+      are equal.
+
+    Raises:
+      ValueError: if the degrees of freedom are not below the number of examples: there is nothing left to estimate
+        from.
+
+    References:
+      Golub, Heath, Wahba, Generalized Cross-Validation as a Method for Choosing a Good Ridge Parameter, 1979; Dang,
+      Patil, Rinaldo, `Optimal Unconstrained Self-Distillation in Ridge Regression
+      <https://arxiv.org/abs/2602.17565>`_, 2026, who tune self-distillation in one shot.
+    """
+    count = targets.shape[0]
+    if not isinstance(freedom, jax.core.Tracer) and not freedom < count:
+        raise ValueError(
+            f"one_shot_hard_weight needs degrees of freedom below the {count} examples, got freedom={freedom}: such a "
+            "student fits its training examples whatever they are."
+        )
+    y, t, of_y, of_t = (x.astype(jnp.float32) for x in (targets, teacher, of_targets, of_teacher))
+    share = jnp.float32(freedom) / count
+    label_error = (y - of_y) / (1 - share)
+    if own_freedom is None:
+        teacher_error = (y - of_t - share * (y - t)) / (1 - share)
+    else:
+        lost = (share - jnp.float32(own_freedom) / count) / (1 - share)
+        teacher_error = (y - of_t) / (1 - share) - lost * label_error
+    apart = teacher_error - label_error
+    spread = jnp.sum(apart * apart)  # not the difference of three near sums
+    return jnp.where(spread > 0, jnp.sum(teacher_error * apart) / jnp.where(spread > 0, spread, 1), 0.5)

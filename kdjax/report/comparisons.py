@@ -14,16 +14,17 @@ TIMES = ("steps_to_", "paid_to_")  # metrics that are censored where reached_X i
 
 def is_reference(arm: str) -> bool:
     """Whether an arm is a teacher: neither tested against the baseline nor bold."""
-    return arm == "teacher" or arm.endswith("_teacher")
+    return arm == "teacher" or arm.endswith(("_teacher", ", teacher"))
 
 
 def family(result: Result) -> list[dict[str, Any]]:
     """The family of comparisons that a result is about, with p after Holm's correction for their number.
 
-    They are those that the result names, made anew from its numbers, or every arm against the baseline.
+    They are those that the result names, made anew from its numbers; where it names none and does not say that there
+    are none, every arm against the baseline.
     """
     named = list(result.get("comparisons", ()))
-    if not named:
+    if "comparisons" not in result:
         metric = primary_of(result)
         named = [{"metric": metric, "a": a, "b": b} for a, b in _pairs(result)]
     found = []
@@ -112,7 +113,7 @@ def _pairs(result: Result) -> list[tuple[str, str]]:
     """The pairs of arms that a result is about: those of its comparisons, else every arm with the baseline."""
     arms, baseline = result["arms"], baseline_of(result)
     named = [(str(one["a"]), str(one["b"])) for one in result.get("comparisons", ())]
-    if named:
+    if "comparisons" in result:
         return [pair for pair in dict.fromkeys(named) if set(pair) <= set(arms)]
     return [
         (arm, baseline) for arm in arms if baseline is not None and arm != baseline and not is_reference(arm)
