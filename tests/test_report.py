@@ -281,6 +281,16 @@ def test_heading_names_unit_and_direction():
     assert head == "| arm | n | worst class accuracy, % ↑ | KL from the teacher ↓ | novel number |"
 
 
+def test_a_result_that_compares_nothing_has_no_tests_and_nothing_in_bold():
+    apart = {"a": {"loss": [1.0, 1.1, 1.2, 1.1, 1.1]}, "b": {"loss": [2.0, 2.1, 2.2, 2.1, 2.3]}}
+    table = report.markdown_table(make(apart), metrics=["loss"])
+    assert "**1.1" in table
+    assert "p " in table
+    table = report.markdown_table(make(apart, comparisons=[]), metrics=["loss"])
+    assert "**" not in table
+    assert "p " not in table
+
+
 def test_best_is_bold_only_where_it_is_told_from_every_other_arm():
     close = [value - shift for value, shift in zip(KD, [0.004, -0.003, 0.002, 0.001, -0.002], strict=True)]
     arms = {"scratch": {"accuracy": SCRATCH}, "kd": {"accuracy": KD}, "other": {"accuracy": close}}

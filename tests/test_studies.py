@@ -256,6 +256,24 @@ class TestMixingWeight:
             )
 
 
+class TestRegressionWeight:
+    def test_finds_the_closed_form_and_what_other_weights_cost(self, alone, start, tmp_path):
+        with alone("experiments.regression_weight") as study:
+            output = tmp_path / "kept.json"
+            start(study, "--smoke", f"--output={output}")
+            with pytest.raises(ValueError, match="is there already; say with --supersedes why"):
+                start(study, "--smoke", f"--output={output}")
+        found = results.read(output)["arms"]
+        assert len(found) == 16
+        rows = [row for name, row in found.items() if name.startswith("least squares, n = 1000")]
+        (row,) = rows
+        # 979 and 179 degrees of freedom are left: the teacher is so many times worse than the labels.
+        assert row["closed_form_weight"] == pytest.approx([979 / (979 + 179)] * 3, rel=1e-5)
+        np.testing.assert_allclose(row["best_weight"], row["closed_form_weight"], atol=0.25)
+        for own in found.values():
+            assert min(own["excess_labels"] + own["excess_usual"]) >= -1e-9
+
+
 MINE = """
 import flax.linen as nn
 
