@@ -109,6 +109,7 @@ FIXED = (
 """Flags that no condition may change: students of all conditions stand in one result."""
 
 CHOSEN = "chosen"  # the arm of the weight that validation chooses
+CHOSEN_ON = "the weight of the arm chosen: mean validation accuracy of these seeds in the last epoch"
 
 DRAWN, VALIDATED = ("accuracy", "loss"), ("validation_accuracy", "validation_loss")
 DENOISED = ("corrected", "memorised")
@@ -244,21 +245,12 @@ class Finished(NamedTuple):
     @property
     def lines(self) -> dict[str, dict[str, list[list[float]]]]:
         """What is drawn against the weight: line → metric → per weight one number per student."""
-        line, each = (
-            self.condition.text or ("as given" if CONDITIONS.value else "student"),
-            self.runs.values(),
-        )
-        last = {m: [[one.metrics[m] for one in own] for own in each] for m in DRAWN}
-        last |= {m: [[one.history[-1][m] for one in own] for own in each] for m in VALIDATED}
-        shared = [m for m in DENOISED if m in self.runs[self.best][0].metrics]
-        last |= {m: [[one.metrics[m] for one in own] for own in each] for m in shared}
-        found = {line: last}
-        for epochs in self.condition.sweep.lengths:
-            at = epochs - 1  # records are of epochs 1, 2, ...
-            found[f"{line}, {epochs} epochs"] = {
-                m: [[one.history[at][from_record] for one in own] for own in each]
-                for m, from_record in [(m, f"test_{m}") for m in DRAWN] + [(m, m) for m in VALIDATED]
-            }
+        line = self.condition.text or ("as given" if CONDITIONS.value else "student")
+        names = {None: line} | {n: f"{line}, {n} epochs" for n in self.condition.sweep.lengths}
+        found = {}
+        for epochs, drawn in names.items():
+            each = [[swept(one, epochs) for one in own] for own in self.runs.values()]
+            found[drawn] = {m: [[one[m] for one in own] for own in each] for m in each[0][0]}
         return found
 
 
@@ -305,15 +297,7 @@ def question(conditions: Sequence[Condition]) -> study.Study:
         baseline=conditions[0].arm(name(1)),
         scaled_down=launch.scaled_down or scaled_down,
         primary=[pair for one in conditions for pair in one.pairs],
-        chosen_on="; ".join(
-            filter(
-                None,
-                [
-                    "the weight of the arm chosen: mean validation accuracy of these seeds in the last epoch",
-                    launch.chosen_on,
-                ],
-            )
-        ),
+        chosen_on="; ".join(filter(None, (CHOSEN_ON, launch.chosen_on))),
         drawn=[one.arm("teacher") for one in conditions],  # the sweep shows where the students end
     )
 
@@ -344,6 +328,13 @@ def report(about: study.Study, workdir: Path, finished: Sequence[Finished], **mo
     return study.conclude(about, workdir, finished[0].condition.few, arms, swept=swept, **more)
 
 
+def swept(student: run.Trained, epochs: int | None = None) -> dict[str, float]:
+    """What is drawn against the weight, after all or after some epochs; on the test split unless it says so."""
+    record = student.history[-1 if epochs is None else epochs - 1]
+    metrics = student.metrics if epochs is None else {m: record[f"test_{m}"] for m in DRAWN}
+    return {m: metrics[m] for m in (*DRAWN, *DENOISED) if m in metrics} | {m: record[m] for m in VALIDATED}
+
+
 def name(a: float) -> str:
     """The arm of a weight."""
     return f"a = {a:g}"
@@ -365,9 +356,7 @@ def choose(runs: Runs) -> tuple[float, str]:
     """The best weight by validation accuracy (by its loss between equals), and its accuracy on the test split."""
 
     def mean(a: float, metric: str) -> float:
-        return statistics.fmean(
-            one.history[-1][metric] if metric in VALIDATED else one.metrics[metric] for one in runs[a]
-        )
+        return statistics.fmean(swept(one)[metric] for one in runs[a])
 
     best = max(runs, key=lambda a: (mean(a, "validation_accuracy"), -mean(a, "validation_loss")))
     against = "" if best == 1 else f", that of {name(1)} {mean(1.0, 'accuracy'):.2%}"
