@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.benchmarks import distillation_baselines as baselines
+from experiments.benchmarks import distillation_workload
 
 STEPS = {"plain": 1.0, "cached": 2.0, "online": 20.0}  # milliseconds of kdjax
 
@@ -67,12 +68,12 @@ def test_each_framework_is_taken_at_its_faster_number_of_threads(benchmark):
 
 def test_cached_answers_must_give_the_losses_of_the_teacher_in_the_step(benchmark):
     losses = {"plain": [2.0, 1.5, 1.0], "cached": [4.0, 3.0, 2.0], "online": [4.0, 3.0, 2.0]}
-    assert benchmark.check_losses({"kdjax": losses, "torch": losses}) == 0
+    assert distillation_workload.check_losses({"kdjax": losses, "torch": losses}) == 0
     other = losses | {"cached": [4.1, 3.0, 2.0]}
     with pytest.raises(ValueError, match="torch does other work: its cached losses are"):
-        benchmark.check_losses({"kdjax": losses, "torch": other})
+        distillation_workload.check_losses({"kdjax": losses, "torch": other})
     with pytest.raises(ValueError, match="kdjax does other work: its cached losses are"):
-        benchmark.check_losses({"kdjax": other, "torch": other})
+        distillation_workload.check_losses({"kdjax": other, "torch": other})
 
 
 def test_only_a_compiled_loop_may_be_left_out_and_the_reason_is_kept(benchmark):
@@ -112,3 +113,18 @@ def test_the_fastest_setting_is_kept_for_each_arm():
     assert found["settings"] == {"plain": "a", "cached": "b", "online": "a", "teacher_batch": 32}
     assert peer.teacher_batch == 32
     assert {f"first_{arm}_epoch_s" for arm in baselines.ARMS} < found.keys()
+
+
+def test_a_sweep_is_its_steps_and_the_answers_once_or_once_per_student(alone):
+    own = {"cached": {"wall": 1e-3}, "online": {"wall": 0.5}, "precompute": {"wall": 2e-3}}
+    theirs = {"cached": {"wall": 4e-3}, "online": {"wall": 0.1}, "precompute": {"wall": 3e-3}}
+    together = {"map": {"wall": 24e-3}, "vmap": {"wall": 36e-3}}
+    with alone("experiments.benchmarks.sweep") as sweep:
+        found = sweep.sweeps([(own, together, theirs)] * 2, "keras_tensorflow")
+    steps, answers = 100 * 156, 10_000
+    assert found["kdjax, all at once by map"] == pytest.approx([answers * 2e-3 + steps * 24e-3] * 2)
+    assert found["kdjax, one by one, cached answers"] == pytest.approx(
+        [answers * 2e-3 + 30 * steps * 1e-3] * 2
+    )
+    assert found["keras_tensorflow, one by one, cached answers"][0] == pytest.approx(30 + 30 * steps * 4e-3)
+    assert found["keras_tensorflow, one by one, teacher in the step"][0] == pytest.approx(30 * steps * 0.1)

@@ -283,6 +283,49 @@ class Kdjax(Peer):
         """See :class:`Peer`; also the seconds of the first chunk of answers."""
         return {"first_chunk_s": self.precompute()["first_chunk"]} | super().settle()
 
+    def sweep(self, students: int) -> dict[str, dict[str, float]]:
+        """Seconds per step of so many students with weights of their own, by each form of :mod:`kdjax.vmapped`.
+
+        Every student has cached answers, ten weights of the labels in turn, and an order of its own; a call has ten
+        steps, and the first call of a form, which compiles, is not counted.
+        """
+        import jax.numpy as jnp
+        import optax
+
+        from kdjax import data, losses, models, parallel, teacher, train, vmapped
+
+        def make_batch(resident, index, key):
+            batch = data.gather(resident["data"], index) | teacher.gather(resident["answers"], index)
+            image = data.normalise(batch["image"], mean=self.work.mean, std=self.work.std)
+            return batch | {"image": image, "settings": resident["settings"]}
+
+        def objective(outputs, batch):
+            a = batch["settings"]["hard_weight"]
+            hard = optax.losses.softmax_cross_entropy_with_integer_labels(outputs.logits, batch["label"])
+            soft = losses.soft_target_kl(outputs.logits, batch["teacher_logits"], temperature=TEMPERATURE)
+            return {"hard": a * jnp.mean(hard), "soft": (1 - a) * jnp.mean(soft)}
+
+        step = train.make_train_step(
+            models.apply_fn(self.networks["student"]), objective, self.tx, axis_name=parallel.AXIS
+        )
+        weights = np.arange(students, dtype=np.float32) % 10 / 10 + 0.1
+        settings = parallel.replicate({"hard_weight": weights}, self.devices)
+        rng, found = np.random.default_rng(0), {}
+        for mapping in vmapped.MAPPINGS:
+            many = vmapped.make_run(train.make_run(step, make_batch), mapping=mapping)
+            run = parallel.data_parallel(many, replicated=2, devices=self.devices, donate_first=True)
+            own = [
+                train.init_state(self.params["student"], {}, self.tx, seed=seed) for seed in range(students)
+            ]
+            state = parallel.replicate(vmapped.stack(own), self.devices)
+            index = rng.integers(0, len(self.work.images), (BATCH_SIZE, 10, students), np.int32)
+            for _ in range(2):  # the first compiles
+                clock = Clock()
+                state, metrics = run(state, self.resident | {"settings": settings}, index)
+                self.jax.block_until_ready(metrics)
+            found[mapping] = clock.per(10)
+        return found
+
 
 def _nested(work: Workload, network: str) -> dict[str, dict[str, np.ndarray]]:
     pairs = zip(LAYERS, work.weights(network), strict=True)
@@ -584,6 +627,9 @@ def answer(peer: Peer, workload: Path, asked: dict[str, Any]) -> dict[str, Any]:
     if asked["job"] == "losses":
         peer.load(Workload(workload))
         return {arm: peer.losses(arm) for arm in ARMS}
+    if asked["job"] == "sweep":
+        assert isinstance(peer, Kdjax)
+        return peer.sweep(asked["students"])
     return {"settle": peer.settle, "steps": lambda: in_turns(peer)}[asked["job"]]()
 
 

@@ -29,15 +29,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from experiments import cli
+from experiments.benchmarks import distillation_workload
 from experiments.benchmarks.distillation_baselines import CACHED, ONLINE, PLAIN
 from experiments.benchmarks.timing import check_names, cores, goal, label, note, over, print_goals
 from experiments.benchmarks.workers import Worker, working
-from kdjax import data, models, results
+from kdjax import results
 
 DATASET = flags.DEFINE_string(
     "dataset", "mnist", "mnist, fashion_mnist or a file.npz of 28x28x1 images, 10 classes."
@@ -90,48 +90,6 @@ def named(framework: str, form: str) -> str:
 def name_of(worker: Worker) -> str:
     """For the reader."""
     return label(TITLES[worker.contender], worker.threads)
-
-
-def write_workload(path: Path, steps: int) -> str:
-    """Writes the images and weights that all frameworks share; returns the name of the data set."""
-    dataset = data.load(DATASET.value, data_dir=DATA_DIR.value)
-    if dataset.images.shape[1:] != (28, 28, 1) or dataset.num_classes != 10:
-        raise ValueError(
-            f"this benchmark needs 28x28x1 images of 10 classes, {dataset.name} has {dataset.images.shape[1:]} of "
-            f"{dataset.num_classes}; use --dataset=mnist or fashion_mnist."
-        )
-    ids = data.split_ids(dataset)["train"]
-    if len(ids) < steps * BATCH_SIZE:
-        raise ValueError(f"{steps} steps need {steps * BATCH_SIZE} training images, there are {len(ids)}.")
-    ids = np.random.default_rng(0).permutation(ids)[: steps * BATCH_SIZE]
-    mean, std = data.channel_statistics(dataset.images[ids])
-    arrays = {"images": dataset.images[ids], "labels": dataset.labels[ids], "mean": mean, "std": std}
-    for seed, name in enumerate(("teacher", "student")):
-        params, _ = models.init(models.build(f"keras_{name}", num_classes=10), (28, 28, 1), seed=seed)
-        arrays |= {
-            f"{name}/{layer}/{leaf}": x for layer, leaves in params.items() for leaf, x in leaves.items()
-        }
-    np.savez(path, allow_pickle=False, **{name: np.asarray(x) for name, x in arrays.items()})
-    return dataset.name
-
-
-def check_losses(losses: Mapping[str, Mapping[str, Sequence[float]]]) -> float:
-    """Refuses to compare frameworks that do not compute the same; returns the largest relative difference found.
-
-    The first loss knows the forward passes, the next two also the gradients and the optimiser. Cached answers must give
-    the losses of the teacher in the step.
-    """
-    reference, worst = dict(next(iter(losses.values()))), 0.0
-    reference[CACHED] = reference[ONLINE]
-    for worker, arms in losses.items():
-        for arm, values in arms.items():
-            differences = [abs(a / b - 1) for a, b in zip(values, reference[arm], strict=True)]
-            if differences[0] > 1e-4 or max(differences) > 2e-3:
-                raise ValueError(
-                    f"{worker} does other work: its {arm} losses are {values}, not {reference[arm]}."
-                )
-            worst = max(worst, *differences)
-    return worst
 
 
 def first_losses(workers: Sequence[Worker]) -> tuple[dict[str, dict[str, list[float]]], list[str]]:
@@ -250,13 +208,13 @@ def main() -> None:
     settled, pythons = {}, dict.fromkeys(["kdjax", *peers], sys.executable)
     with tempfile.TemporaryDirectory() as temporary:
         workload = Path(temporary) / "workload.npz"
-        dataset = write_workload(workload, steps)
+        dataset = distillation_workload.write(workload, DATASET.value, DATA_DIR.value, steps=steps)
         threads = sorted({1, len(cores())})
         with working(pythons, threads, workload, baselines="distillation_baselines") as workers:
             losses, left_out = first_losses(workers)
             workers = [worker for worker in workers if name_of(worker) in losses]
             peers = [peer for peer in peers if any(worker.contender == peer for worker in workers)]
-            difference = check_losses(losses)
+            difference = distillation_workload.check_losses(losses)
             for worker in workers:
                 settled[name_of(worker)] = worker.ask("settle") | {"import_s": worker.import_s}
                 cli.say(f"{name_of(worker)}: {settled[name_of(worker)]}")
