@@ -120,7 +120,7 @@ def test_a_sweep_is_its_steps_and_the_answers_once_or_once_per_student(alone):
     theirs = {"cached": {"wall": 4e-3}, "online": {"wall": 0.1}, "precompute": {"wall": 3e-3}}
     together = {"map": {"wall": 24e-3}, "vmap": {"wall": 36e-3}}
     with alone("experiments.benchmarks.sweep") as sweep:
-        found = sweep.sweeps([(own, together, theirs)] * 2, "keras_tensorflow")
+        found = sweep.sweeps([(own, together, theirs)] * 2, "keras_tensorflow", 30)
     steps, answers = 100 * 156, 10_000
     assert found["kdjax, all at once by map"] == pytest.approx([answers * 2e-3 + steps * 24e-3] * 2)
     assert found["kdjax, one by one, cached answers"] == pytest.approx(

@@ -66,7 +66,7 @@ def main() -> dict[str, Any]:
             seen = []
             for _ in tqdm(range(rounds), desc="rounds", disable=None):
                 seen.append((ours.ask("steps"), ours.ask("sweep", students=students), theirs.ask("steps")))
-    arms = {name: {"seconds": values} for name, values in sweeps(seen, peer).items()}
+    arms = {name: {"seconds": values} for name, values in sweeps(seen, peer, students).items()}
     together = min(MAPPED, key=lambda name: statistics.median(arms[name]["seconds"]))
     ratios = {
         f"{name} over {together}": over(metrics["seconds"], arms[together]["seconds"])
@@ -85,7 +85,7 @@ def main() -> dict[str, Any]:
         ratios=ratios,
         goals=goals,
         wall_clock_s=time.monotonic() - start,
-        scaled_down=f"{STUDENTS} students, {EPOCHS} epochs of {IMAGES:,} images, multiplied from timed steps of batch "
+        scaled_down=f"{students} students, {EPOCHS} epochs of {IMAGES:,} images, multiplied from timed steps of batch "
         f"{BATCH_SIZE}; networks have their initial weights",
         notes=[
             "Compiling is not counted. kdjax's times hold the computation of the teacher's answers, once for all "
@@ -109,12 +109,12 @@ PACKAGES = {
 }
 
 
-def sweeps(seen: list[tuple[Any, Any, Any]], peer: str) -> dict[str, list[float]]:
+def sweeps(seen: list[tuple[Any, Any, Any]], peer: str, students: int) -> dict[str, list[float]]:
     """Seconds of the whole sweep in every way, one number per round."""
 
     def one_by_one(steps: Any, form: str) -> float:
         answers = IMAGES * steps["precompute"]["wall"] if form == CACHED else 0.0
-        return answers + STUDENTS * STEPS * steps[form]["wall"]
+        return answers + students * STEPS * steps[form]["wall"]
 
     found: dict[str, list[float]] = {}
     for own, together, theirs in seen:
