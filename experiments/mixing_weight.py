@@ -319,13 +319,23 @@ def measured(condition: Condition, teacher: run.Trained, runs: Runs, home: Path)
 def report(about: study.Study, workdir: Path, finished: Sequence[Finished], **more: Any) -> dict[str, Any]:
     """Writes the result: what is compared under every condition, and the sweep over all weights."""
     arms = {arm: runs for one in finished for arm, runs in one.arms.items()}
-    lines: dict[
-        tuple[float, ...], dict[str, Any]
-    ] = {}  # by the weights of which some student has not diverged
+    sweeps = []
+    for family in families(finished):
+        lines: dict[tuple[float, ...], dict[str, Any]] = {}  # by the weights that did not diverge
+        for one in family:
+            lines.setdefault(tuple(one.runs), {}).update(one.lines)
+        sweeps += [{"name": "hard_weight", "values": list(a), "arms": own} for a, own in lines.items()]
+    return study.conclude(about, workdir, finished[0].condition.few, arms, swept=sweeps, **more)
+
+
+def families(finished: Sequence[Finished]) -> list[list[Finished]]:
+    """Conditions that belong into one figure: those whose first flag is the same, beside that of no other flags."""
+    plain = [one for one in finished if not one.condition.text]
+    found: dict[str, list[Finished]] = {}
     for one in finished:
-        lines.setdefault(tuple(one.runs), {}).update(one.lines)
-    swept = [{"name": "hard_weight", "values": list(a), "arms": own} for a, own in lines.items()]
-    return study.conclude(about, workdir, finished[0].condition.few, arms, swept=swept, **more)
+        if one.condition.text:
+            found.setdefault(one.condition.text.partition("=")[0], [*plain]).append(one)
+    return [*found.values()] or [plain]
 
 
 def swept(student: run.Trained, epochs: int | None = None) -> dict[str, float]:

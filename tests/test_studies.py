@@ -114,9 +114,11 @@ class TestMixingWeight:
         assert set(found["arms"]) == {prefix + arm for prefix in prefixes for arm in arms}
         pairs = [[p + "chosen", p + other] for p in prefixes for other in ("a = 1", "a = 0.1")]
         assert found["plan"][0]["primary"] == pairs
-        (swept,) = found["swept"]
-        assert list(swept["arms"]) == ["as given", *conditions[1:]]
-        noisy = swept["arms"]["label_noise=0.3"]
+        of_noise, of_temperature = (sweep["arms"] for sweep in found["swept"])
+        assert list(of_noise) == ["as given", *conditions[1:3]]
+        assert list(of_temperature) == ["as given", conditions[3]]
+        assert of_noise["as given"] == of_temperature["as given"]
+        noisy = of_noise["label_noise=0.3"]
         assert noisy["corrected"][1] == found["arms"]["label_noise=0.3, a = 0.1"]["corrected"]
         assert "corrected" not in found["arms"]["a = 0.1"]
         # Labels alone do not ask the teacher, and the temperature is its own.
