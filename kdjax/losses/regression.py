@@ -6,6 +6,7 @@ best weight depends on the errors of the two, in closed form.
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from kdjax.losses._checks import NonNegative, checked
@@ -139,7 +140,7 @@ def one_shot_hard_weight(
       <https://arxiv.org/abs/2602.17565>`_, 2026, who tune self-distillation in one shot.
     """
     count = targets.shape[0]
-    if not isinstance(freedom, jax.core.Tracer) and not freedom < count:
+    if not isinstance(freedom, Tracer) and not freedom < count:
         raise ValueError(
             f"one_shot_hard_weight needs degrees of freedom below the {count} examples, got freedom={freedom}: such a "
             "student fits its training examples whatever they are."

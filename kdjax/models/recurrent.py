@@ -49,7 +49,7 @@ class RowGru(nn.Module):
                 found.append(state)
             states = jnp.stack(found, axis=1)
         else:
-            states = nn.RNN(cell)(rows)
+            states = jnp.asarray(nn.RNN(cell)(rows))
         features = {"stage1": states, "embedding": states[:, -1]}
         logits = nn.Dense(self.num_classes, dtype=self.dtype)(features["embedding"])
         return Outputs(logits.astype(jnp.float32), features)
