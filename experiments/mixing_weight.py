@@ -280,7 +280,13 @@ def train(condition: Condition, workdir: Path, launch: cli.Launch, machine: Mach
     notes = [found, *sweep.note, *lost]
     if condition.text:
         notes += [note for note in few.notes if note.startswith("Training labels made wrong")]
-    return Finished(condition, teacher, runs, best, [condition.arm(note) for note in notes])
+    return Finished(
+        condition,
+        teacher,
+        runs,
+        best,
+        [f"{condition.text}: {note}" if condition.text else note for note in notes],
+    )
 
 
 def question(conditions: Sequence[Condition]) -> study.Study:
