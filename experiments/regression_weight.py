@@ -174,10 +174,10 @@ def networks(setting: Setting, rng: np.random.Generator) -> tuple[Callable[[Any]
     new, truth = draw(NEW, 0.0)
     known, known_truth = draw(NEW, 0.0)  # to see errors on before a weight is chosen
     steps = 20 if SMOKE.value else STEPS
-    teacher = trained(start, x_theirs, y_theirs[None], y_theirs, steps=steps, weights=np.ones(1))
+    teacher = trained(start, x_theirs, y_theirs, y_theirs, steps=steps, weights=np.ones(1))
     said = np.asarray(predicted(jax.tree.map(lambda w: w[0], teacher), x))
     weights = np.linspace(NARROW[0], NARROW[-1], few)
-    students = trained(start, x, said[None], y, steps=steps, weights=weights)
+    students = trained(start, x, said, y, steps=steps, weights=weights)
     of_all = [np.asarray(jax.vmap(lambda w, x=x: predicted(w, x))(students)) for x in (new, known)]
     errors = np.mean((of_all[0] - truth) ** 2, axis=1)
     labels, alone = (of_all[1][np.argmin(np.abs(weights - a))] - known_truth for a in (1, 0))
@@ -195,9 +195,8 @@ def predicted(parameters: Any, x: Any) -> jax.Array:
 
 def trained(start: Any, x: Any, teacher: Any, y: Any, *, steps: int, weights: np.ndarray) -> Any:
     """The parameters of one student per weight, trained on all examples at once."""
-    return _trained(
-        *jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), (start, x, teacher[0], y, weights)), steps
-    )
+    arrays = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), (start, x, teacher, y, weights))
+    return _trained(*arrays, steps)
 
 
 @jax.jit(static_argnums=5)

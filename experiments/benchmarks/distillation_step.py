@@ -65,13 +65,6 @@ TITLES = {
     "torch_compile": "PyTorch loop, compiled",
 }
 FORMS = {ONLINE: "teacher in the step", CACHED: "cached answers", PLAIN: "student alone"}
-PACKAGES = {
-    "keras_jax": ["keras"],
-    "keras_tensorflow": ["keras", "tensorflow-cpu"],
-    "keras_torch": ["keras", "torch"],
-    "torch": ["torch"],
-    "torch_compile": ["torch"],
-}
 GOALS = {"keras_jax": 20, "keras_tensorflow": 20, "keras_torch": 20, "torch": 10, "torch_compile": 10}
 GOAL_EPOCHS = 20  # of kdjax's cached answers, in these goals
 OPTIONAL = "torch_compile"  # left out where it does not run, for it needs a C++ compiler
@@ -257,7 +250,9 @@ def main() -> None:
         ],
     )
     content["versions"] |= {
-        name: importlib.metadata.version(name) for peer in peers for name in PACKAGES[peer]
+        name: importlib.metadata.version(name)
+        for peer in peers
+        for name in distillation_workload.PACKAGES[peer]
     }
     results.write(OUTPUT.value, content)
     print_goals(goals)

@@ -8,6 +8,14 @@ import numpy as np
 from experiments.benchmarks.distillation_baselines import BATCH_SIZE, CACHED, ONLINE
 from kdjax import data, models
 
+PACKAGES = {
+    "keras_jax": ["keras"],
+    "keras_tensorflow": ["keras", "tensorflow-cpu"],
+    "keras_torch": ["keras", "torch"],
+    "torch": ["torch"],
+    "torch_compile": ["torch"],
+}
+
 
 def write(path: Path, dataset: str, data_dir: str | None, *, steps: int) -> str:
     """Writes images and weights for so many steps; returns the name of the data set."""

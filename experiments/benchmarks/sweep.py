@@ -42,6 +42,8 @@ SMOKE = flags.DEFINE_bool("smoke", False, "One round of few steps and students."
 
 STUDENTS, EPOCHS, IMAGES, BATCH_SIZE = 30, 100, 10_000, 64
 STEPS = EPOCHS * (IMAGES // BATCH_SIZE)  # of every student
+TUTORIAL, WITH_ANSWERS = "one by one, teacher in the step", "one by one, cached answers"
+MAPPED = {"kdjax, all at once by map": "map", "kdjax, all at once by vmap": "vmap"}
 NEEDED = 50  # times as fast, with the teacher in the tutorial's step
 
 
@@ -92,21 +94,11 @@ def main() -> dict[str, Any]:
             "students; those of the tutorial's loop with cached answers do too."
         ],
     )
-    result["versions"] |= versions_of(PACKAGES[peer], python=PEER_PYTHON.value)
+    result["versions"] |= versions_of(distillation_workload.PACKAGES[peer], python=PEER_PYTHON.value)
     if OUTPUT.value is not None:
         results.write(OUTPUT.value, result)
     print_goals(goals)
     return result
-
-
-TUTORIAL, WITH_ANSWERS = "one by one, teacher in the step", "one by one, cached answers"
-MAPPED = {"kdjax, all at once by map": "map", "kdjax, all at once by vmap": "vmap"}
-PACKAGES = {
-    "keras_tensorflow": ["keras", "tensorflow-cpu"],
-    "keras_jax": ["keras"],
-    "keras_torch": ["keras", "torch"],
-    "torch": ["torch"],
-}
 
 
 def sweeps(seen: list[tuple[Any, Any, Any]], peer: str, students: int) -> dict[str, list[float]]:

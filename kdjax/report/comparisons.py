@@ -153,8 +153,7 @@ def best_arm(
     not say otherwise.
     """
     arms = competitors(result, metric)
-    compares_none = "comparisons" in result and not result["comparisons"]
-    if higher is None or len(arms) < 2 or result.get("ratios") or compares_none:
+    if higher is None or len(arms) < 2 or result.get("ratios") or not _pairs(result):
         return None
     mean = {arm: np.mean(result["arms"][arm][metric]) for arm in arms}
     best = (max if higher else min)(arms, key=lambda arm: mean[arm])

@@ -177,7 +177,7 @@ def weak_teachers(arms: Arms, baseline: str) -> list[str]:
         f"The arm {arm} is less accurate than {baseline}: {found(arm)[1]} against {said}. Students cannot be expected "
         "to gain from it; train it longer, or on more images."
         for arm in arms
-        if arm.endswith("teacher") and found(arm)[0] < own
+        if report.is_reference(arm) and found(arm)[0] < own
     ]
 
 
